@@ -1,0 +1,212 @@
+"""A bridge on disk: a folder with ``config.json`` and the safetensors files it names.
+
+Weight files carry their digest in their name and never change; replacing ``config.json`` by rename is the one
+step that commits. Killed at any instant, the folder holds the old checkpoint or the new one, whole.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from bridge.config import BridgeConfig, Manifest, ModelRef, Part, dump_manifest, parse_manifest
+from bridge.encoder import Encoder, make_encoder
+from bridge.errors import CorruptCheckpoint, UnknownBridge
+from bridge.heads import SoftTokenHead
+from bridge.models import BUILTIN, FrozenLM, check_identity, fingerprint_of
+from bridge.prompt import check_layout
+
+CONFIG = "config.json"
+BUILTIN_BRIDGE = BUILTIN / "bridge"
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """An encoder and its heads, by receiver name."""
+
+    config: BridgeConfig
+    encoder: Encoder
+    heads: nn.ModuleDict
+
+    @property
+    def default_receiver(self) -> str:
+        return next(iter(self.config.heads))
+
+    def head(self, receiver: str) -> SoftTokenHead:
+        """The head of one receiver.
+
+        Raises:
+            UnknownBridge: The bridge has no head for it; those it has are named.
+        """
+        if receiver not in self.config.heads:
+            known = ", ".join(self.config.heads)
+            raise UnknownBridge(f"the bridge has no head for receiver {receiver!r}; it has {known}", param="receiver")
+        head = self.heads[head_key(receiver)]
+        assert isinstance(head, SoftTokenHead)
+        return head
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        return [*self.encoder.parameters(), *self.heads.parameters()]
+
+
+def head_key(receiver: str) -> str:
+    """A module name for a receiver name, which may hold dots."""
+    return receiver.replace(".", "·")
+
+
+def make_bridge(config: BridgeConfig) -> Bridge:
+    """A freshly initialised bridge."""
+    dim = config.encoder.latent_dim
+    heads = nn.ModuleDict({head_key(name): SoftTokenHead(dim, head) for name, head in config.heads.items()})
+    return Bridge(config, make_encoder(config.encoder), heads)
+
+
+def folder_of_checkpoint(name: str | Path) -> Path:
+    """``builtin`` is the bridge that ships with the product; anything else is a folder.
+
+    Raises:
+        UnknownBridge: No such folder, or no checkpoint in it.
+    """
+    folder = BUILTIN_BRIDGE if str(name) == "builtin" else Path(name)
+    if not (folder / CONFIG).is_file():
+        raise UnknownBridge(f"no checkpoint at {str(name)!r}: expected a folder with {CONFIG}, or 'builtin'")
+    return folder
+
+
+def save_bridge(folder: Path, bridge: Bridge) -> Manifest:
+    """Write a checkpoint; atomic, and safe to repeat into the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = write_part(folder, "encoder", bridge.encoder.state_dict())
+    heads = {name: write_part(folder, "head", bridge.head(name).state_dict()) for name in bridge.config.heads}
+    identity = f"{encoder.sha256}/{bridge.config.encoder}/{bridge.config.layers}/{bridge.config.sender.fingerprint}"
+    bridge_id = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    manifest = Manifest(1, bridge_id, bridge.config, encoder, heads)
+    replace_file(folder / CONFIG, dump_manifest(manifest))
+    remove_stale_parts(folder, "encoder", {encoder.file})
+    remove_stale_parts(folder, "head", {part.file for part in heads.values()})
+    return manifest
+
+
+def read_manifest(name: str | Path) -> Manifest:
+    """What a checkpoint is, without its weights.
+
+    Raises:
+        UnknownBridge: No checkpoint there.
+        CorruptCheckpoint: ``config.json`` cannot be read.
+    """
+    path = folder_of_checkpoint(name) / CONFIG
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def load_bridge(name: str | Path) -> tuple[Manifest, Bridge]:
+    """Read a checkpoint onto the CPU, checking every byte against its digest.
+
+    Raises:
+        UnknownBridge: No checkpoint there.
+        CorruptCheckpoint: A file is missing, damaged, or holds other tensors than the configuration says.
+    """
+    folder, manifest = folder_of_checkpoint(name), read_manifest(name)
+    bridge = make_bridge(manifest.bridge)
+    _load_into(bridge.encoder, folder, manifest.encoder)
+    for receiver, part in manifest.heads.items():
+        _load_into(bridge.head(receiver), folder, part)
+    for module in (bridge.encoder, bridge.heads):
+        module.eval().requires_grad_(False)
+    return manifest, bridge
+
+
+def check_sender(config: BridgeConfig, sender: FrozenLM) -> None:
+    """Refuse a sender other than the one trained with (IncompatibleBridge)."""
+    check_identity(config.sender, sender.fingerprint, "sender")
+
+
+def check_receiver(config: BridgeConfig, name: str, receiver: FrozenLM) -> None:
+    """Refuse a receiver, or special tokens, other than those trained with (IncompatibleBridge)."""
+    check_identity(config.heads[name].receiver, receiver.fingerprint, "receiver")
+    check_layout(config.heads[name].layout, receiver)
+
+
+def check_models(config: BridgeConfig) -> None:
+    """Compare every model a checkpoint names with the files found under that name now; loads nothing.
+
+    Raises:
+        IncompatibleBridge: A model has changed; both digests are named.
+        ModelUnavailable: A model is not there.
+    """
+    refs: list[tuple[str, ModelRef]] = [("sender", config.sender)]
+    refs += [("receiver", head.receiver) for head in config.heads.values()]
+    for role, ref in refs:
+        check_identity(ref, fingerprint_of(ref.name), role)
+
+
+def write_part(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> Part:
+    """Write tensors as ``stem-<digest>.safetensors`` (rename into place) and describe the file."""
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    part = Part(f"{stem}-{digest[:8]}.safetensors", digest, len(data))
+    replace_file(folder / part.file, data)
+    return part
+
+
+def read_part(folder: Path, part: Part) -> dict[str, Tensor]:
+    """Read a weight file back.
+
+    Raises:
+        CorruptCheckpoint: Missing, of another size, or with another digest; both values are named.
+    """
+    path = folder / part.file
+    if not path.is_file():
+        raise CorruptCheckpoint(f"{path} is missing; the checkpoint needs its {part.bytes} bytes")
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != part.sha256:
+        raise CorruptCheckpoint(
+            f"{path} is damaged: {len(data)} bytes with digest {digest[:16]}, "
+            f"expected {part.bytes} bytes with {part.sha256[:16]}"
+        )
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CorruptCheckpoint(f"{path} is no safetensors file: {error}") from None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path`` so that a reader, or a crash, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def remove_stale_parts(folder: Path, stem: str, keep: set[str]) -> None:
+    """Delete weight files of ``stem`` that the committed state no longer names."""
+    for path in folder.glob(f"{stem}-*.safetensors"):
+        if path.name not in keep:
+            path.unlink(missing_ok=True)
+
+
+def _load_into(module: nn.Module, folder: Path, part: Part) -> None:
+    tensors = read_part(folder, part)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
+        raise CorruptCheckpoint(
+            f"{folder / part.file}: {odd} is {found.get(odd, 'missing')}, expected {expected.get(odd, 'nothing')}"
+        )
+    with torch.no_grad():
+        module.load_state_dict(tensors)

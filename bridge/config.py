@@ -1,0 +1,159 @@
+"""What a bridge is, in plain data: saved beside the weights, compared when it is loaded.
+
+Frozen dataclasses, read back through pydantic so that a damaged or unknown field is named. No torch.
+"""
+
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from bridge.errors import CorruptCheckpoint
+
+EncoderKind = Literal["pooling", "perceiver", "mean", "linear", "prompt"]
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fingerprint:
+    """Identity of a frozen language model: three SHA-256 digests, first 16 hex digits each."""
+
+    config: str
+    weights: str
+    tokenizer: str
+
+    def __str__(self) -> str:
+        return f"{self.config}/{self.weights}/{self.tokenizer}"
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelRef:
+    """A language model as a checkpoint remembers it: where it came from, what it was, how wide it is."""
+
+    name: str
+    fingerprint: Fingerprint
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Layout:
+    """How a receiver input is put together; read by ``bridge.prompt`` alone.
+
+    Attributes:
+        template: Where latent and prompt stand when a request's prompt does not say, e.g.
+            ``"Review: {latent}\\n{prompt}"``.
+        bos_id: Receiver token that opens every input, once, or None where the tokenizer has none.
+        eos_id: Receiver token that ends every answer, or None.
+    """
+
+    template: str
+    bos_id: int | None
+    eos_id: int | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class EncoderConfig:
+    """Shape of the encoder.
+
+    Attributes:
+        kind: ``pooling`` and ``linear`` give one slot per ``ratio`` sender tokens; ``perceiver`` and ``mean``
+            always give ``num_latents``; ``prompt`` gives ``num_latents`` learned slots and reads no sender
+            (the control that shows what a learned prompt alone is worth).
+        sender_width: Width of the hidden states read, summed over the layers.
+        latent_dim: Width C of the latent that crosses the wire.
+        hidden_dim: Width inside the encoder.
+        depth: Transformer blocks over the slots.
+    """
+
+    kind: EncoderKind
+    sender_width: int
+    latent_dim: int
+    hidden_dim: int
+    depth: int
+    ratio: int
+    num_latents: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Head:
+    """One receiver's head: the receiver, its layout, and the measured RMS of its embedding rows (unitless)."""
+
+    receiver: ModelRef
+    layout: Layout
+    embedding_rms: float
+
+
+@dataclass(frozen=True, config=STRICT)
+class Provenance:
+    """Where the weights come from, so that a number can be traced to what produced it."""
+
+    task: str
+    data_sha256: str
+    seed: int
+    steps: int
+    code_version: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class BridgeConfig:
+    """Everything about a bridge but its weights.
+
+    Attributes:
+        layers: Sender blocks whose output is read, counted from 1; 0 is the embedding.
+        max_source_tokens: Longest source in sender tokens.
+        heads: By receiver name, in order of training; the first is the default.
+    """
+
+    sender: ModelRef
+    layers: tuple[int, ...]
+    max_source_tokens: int
+    encoder: EncoderConfig
+    heads: dict[str, Head]
+    provenance: Provenance
+
+
+@dataclass(frozen=True, config=STRICT)
+class Part:
+    """A weight file of a checkpoint."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Manifest:
+    """``config.json``: the one file whose replacement commits a checkpoint.
+
+    ``bridge_id`` (32 hex digits) names the latent space: it is made from the encoder alone, so that a head
+    added later still reads latents sent earlier.
+    """
+
+    format: Literal[1]
+    bridge_id: str
+    bridge: BridgeConfig
+    encoder: Part
+    heads: dict[str, Part]
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The manifest as indented JSON."""
+    return _MANIFEST.dump_json(manifest, indent=2) + b"\n"
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Read ``config.json``.
+
+    Raises:
+        CorruptCheckpoint: Not JSON, a field missing, unknown or of the wrong type; the field is named.
+    """
+    try:
+        return _MANIFEST.validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise CorruptCheckpoint(f"{where}: {field}: {first['msg']}") from None

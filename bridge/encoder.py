@@ -1,0 +1,193 @@
+"""Hidden states of the sender → latent.
+
+Dimensions used in this file:
+    B batch    S sender tokens    N sender width (all layers read)    K slots    R tokens per window
+    H width inside the encoder    C latent width
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bridge.config import EncoderConfig, EncoderKind
+
+HEAD_WIDTH = 32  # attention head width inside the encoder
+
+
+class Encoder(nn.Module):
+    """What every kind shares: normalise the states, make slots, mix them, narrow them to the wire.
+
+    Sender states differ by orders of magnitude between layers and hold a few huge channels, so they are
+    normalised before anything learns from them. Each latent slot leaves with RMS 1: a fixed scale makes int8
+    safe and tells a real message from noise.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.sender_width)
+        self.mix = nn.ModuleList(Block(config.hidden_dim) for _ in range(config.depth))
+        self.out = nn.Linear(config.hidden_dim, config.latent_dim)
+
+    def slots(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+        """Make K slots of each row, and say which are real."""
+        raise NotImplementedError(type(self).__name__)
+
+    def forward(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
+        """Latents, right-padded with zeros, and their mask.
+
+        Args:
+            states: Sender states; values at padding are ignored, NaN included.
+            mask: True at real tokens. Padding may be on either side: rows are aligned to the left first.
+        """
+        order = (~mask).byte().argsort(dim=1, stable=True)
+        mask = mask.gather(1, order)
+        states = states.gather(1, order[..., None].expand_as(states))
+        states = states.masked_fill(~mask[..., None], 0.0).to(self.norm.weight.dtype)
+        slots, slot_mask = self.slots(self.norm(states) * mask[..., None], mask)
+        for block in self.mix:
+            slots = block(slots, slots, slot_mask)
+        latent = self.out(slots)
+        latent = F.rms_norm(latent, latent.shape[-1:])
+        return latent.masked_fill(~slot_mask[..., None], 0.0), slot_mask
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward; attends to the slots of its own row only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // HEAD_WIDTH)
+        self.norm_query, self.norm_context, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.attended = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(
+        self, x: Float[Tensor, "B Q H"], context: Float[Tensor, "B M H"], mask: Bool[Tensor, "B M"]
+    ) -> Float[Tensor, "B Q H"]:
+        def split(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        key, value = self.key_value(self.norm_context(context)).chunk(2, dim=-1)
+        # A row with nothing to attend to attends to padding and is masked away later: never NaN.
+        visible = (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(
+            split(self.query(self.norm_query(x))), split(key), split(value), attn_mask=visible
+        )
+        x = x + self.attended(mixed.transpose(1, 2).flatten(-2))
+        return x + torch.as_tensor(self.mlp(self.norm_mlp(x)))
+
+
+class Pooling(Encoder):
+    """Windows of R contiguous tokens; a slot reads all R states in order, so none is averaged away.
+
+    K grows with the source, which carried more than a fixed number of global queries (ARC-Encoder,
+    arXiv:2510.20535 §3). Reading the window whole instead of its mean: ours.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.read = nn.Linear(config.ratio * config.sender_width, config.hidden_dim)
+
+    def slots(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+        windows, window_mask = _windows(states, mask, self.config.ratio)
+        return self.read(windows.flatten(-2)), window_mask.any(dim=-1)
+
+
+class LinearPooling(Encoder):
+    """Baseline: the mean of each window through linear maps, no mixing (``depth`` is ignored)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.mix = nn.ModuleList()
+        self.read = nn.Linear(config.sender_width, config.hidden_dim)
+
+    def slots(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+        windows, window_mask = _windows(states, mask, self.config.ratio)
+        count = window_mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        return self.read(windows.sum(dim=-2) / count), window_mask.any(dim=-1)
+
+
+class Perceiver(Encoder):
+    """A fixed number of learned queries that read every token.
+
+    Source: Perceiver resampler, Alayrac et al. 2022, arXiv:2204.14198 §3.1.1.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.read = nn.Linear(config.sender_width, config.hidden_dim)
+        self.queries = nn.Parameter(torch.randn(config.num_latents, config.hidden_dim))
+        self.attend = Block(config.hidden_dim)
+
+    def slots(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+        queries = self.queries.expand(len(states), -1, -1)
+        return self.attend(queries, self.read(states), mask), _all_or_none(mask, self.config.num_latents)
+
+
+class Mean(Encoder):
+    """Baseline: one mean over the whole source, given to ``num_latents`` slots by a linear map each."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.read = nn.Linear(config.sender_width, config.num_latents * config.hidden_dim)
+
+    def slots(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+        mean = states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        K = self.config.num_latents
+        return self.read(mean).unflatten(-1, (K, -1)), _all_or_none(mask, K)
+
+
+class LearnedPrompt(Encoder):
+    """Control: learned slots that never see the source; what they reach is no merit of a bridge."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.prompt = nn.Parameter(torch.randn(config.num_latents, config.hidden_dim))
+
+    def slots(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+        return self.prompt.expand(len(states), -1, -1), _all_or_none(mask, self.config.num_latents)
+
+
+def _all_or_none(mask: Bool[Tensor, "B S"], slots: int) -> Bool[Tensor, "B K"]:
+    return mask.any(dim=1, keepdim=True).expand(-1, slots)
+
+
+def _windows(
+    states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"], ratio: int
+) -> tuple[Float[Tensor, "B K R N"], Bool[Tensor, "B K R"]]:
+    missing = -states.shape[1] % ratio
+    states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+    return states.unflatten(1, (-1, ratio)), mask.unflatten(1, (-1, ratio))
+
+
+KINDS: dict[EncoderKind, Callable[[EncoderConfig], Encoder]] = {
+    "pooling": Pooling,
+    "perceiver": Perceiver,
+    "mean": Mean,
+    "linear": LinearPooling,
+    "prompt": LearnedPrompt,
+}
+
+
+def make_encoder(config: EncoderConfig) -> Encoder:
+    """A freshly initialised encoder of ``config.kind``."""
+    return KINDS[config.kind](config)

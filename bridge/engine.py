@@ -1,0 +1,196 @@
+"""Run the two halves of a bridge for many requests at once: ``encode`` and ``generate``.
+
+Both take rows in any number and lengths and give each row what it would get alone.
+
+Dimensions used in this file:
+    B batch    K slots    C latent width    D receiver width    V vocabulary    A answer columns
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from bridge.checkpoint import Bridge
+from bridge.models import FrozenLM, hidden_states, tokenize_sources
+from bridge.prompt import IGNORE, Batch, Row, collate, embed
+from bridge.sampling import SamplingParams, choose
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A source as the bridge sends it: latent float32 (K, C), and the source's length in sender tokens."""
+
+    latent: NDArray[np.float32]
+    source_tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a receiver said. ``finish_reason`` is ``stop`` at EOS or a stop string, ``length`` at the limit."""
+
+    text: str
+    finish_reason: FinishReason
+    token_count: int
+
+
+@torch.inference_mode()
+def encode(bridge: Bridge, sender: FrozenLM, texts: Sequence[str], *, truncate: bool = False) -> list[Encoded]:
+    """Latents of ``texts``, in order.
+
+    Raises:
+        InvalidRequest: A text holds no token, or is longer than the bridge reads and ``truncate`` is off.
+    """
+    limit = bridge.config.max_source_tokens
+    ids, mask, lengths = tokenize_sources(sender, texts, max_tokens=limit, truncate=truncate)
+    states = hidden_states(sender, ids, mask, bridge.config.layers)
+    latents, slots = bridge.encoder(states, mask)
+    rows = [latent[real].cpu().numpy() for latent, real in zip(latents.float(), slots, strict=True)]
+    return [Encoded(row, min(n, limit), n > limit) for row, n in zip(rows, lengths, strict=True)]
+
+
+@torch.inference_mode()
+def soften(
+    bridge: Bridge, receiver_name: str, receiver: FrozenLM, latents: Sequence[NDArray[np.float32] | None]
+) -> Float[Tensor, "B K D"] | None:
+    """Soft tokens of latents of any length, right-padded; None stands for a row without a latent."""
+    longest = max((len(latent) for latent in latents if latent is not None), default=0)
+    if longest == 0:
+        return None
+    padded = np.zeros((len(latents), longest, bridge.config.encoder.latent_dim), dtype=np.float32)
+    for row, latent in zip(padded, latents, strict=True):
+        if latent is not None:
+            row[: len(latent)] = latent
+    soft: Tensor = bridge.head(receiver_name)(torch.from_numpy(padded).to(receiver.device))
+    return soft
+
+
+@torch.inference_mode()
+def generate(
+    receiver: FrozenLM, rows: Sequence[Row], soft_tokens: Float[Tensor, "B K D"] | None, params: Sequence[SamplingParams]
+) -> tuple[list[Generation], float]:
+    """Answer every row; each by its own parameters, none influenced by its neighbours.
+
+    Rows are left-padded and run through the library's own ``generate``, with explicit positions: exact for
+    every decoder family, and the reference for faster engines.
+
+    Returns:
+        Generations in order, and the seconds until the first token of all rows was chosen.
+    """
+    batch = collate(rows, side="left").to(receiver.device)
+    watch = _Watch(receiver, params)
+    tokenizer = receiver.tokenizer
+    out = receiver.model.generate(
+        inputs_embeds=embed(receiver, batch, soft_tokens),
+        attention_mask=batch.mask.long(),
+        position_ids=batch.positions,
+        max_new_tokens=max(p.max_tokens for p in params),
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([watch]),
+        stopping_criteria=StoppingCriteriaList([_Stop(watch)]),
+    )
+    assert isinstance(out, Tensor)
+    return [watch.finish(i, ids) for i, ids in enumerate(out.tolist())], watch.first_token_seconds
+
+
+def answer_logits(
+    receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None
+) -> tuple[Float[Tensor, "B A V"], Int[Tensor, "B A"]]:
+    """Logits and (unshifted) labels of the last A columns: from one before the first label to the end.
+
+    Memory grows with answer × V, not with input × V. Differentiable in ``soft_tokens``.
+    """
+    labelled = (batch.labels != IGNORE).any(dim=0)
+    first = int(labelled.int().argmax()) if bool(labelled.any()) else batch.labels.shape[1] - 1
+    keep = batch.labels.shape[1] - max(first - 1, 0)
+    # A row of padding only still needs one position to attend to.
+    empty = ~batch.mask.any(dim=1, keepdim=True)
+    logits: Tensor = receiver.model(
+        inputs_embeds=embed(receiver, batch, soft_tokens),
+        attention_mask=(batch.mask | empty).long(),
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=keep,
+    ).logits
+    return logits, batch.labels[:, -keep:]
+
+
+@torch.inference_mode()
+def answer_scores(
+    receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None
+) -> Float[Tensor, "B"]:
+    """Log-probability of each row's labelled tokens, summed."""
+    logits, labels = answer_logits(receiver, batch, soft_tokens)
+    return -token_losses(logits, labels).sum(dim=1)
+
+
+def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, "B A-1"]:
+    """Cross-entropy in nats of each labelled token given what stands before it; 0 where nothing is labelled.
+
+    The one place where labels are shifted: position t's logits are compared with the label at t + 1.
+    """
+    return F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none"
+    )
+
+
+class _Watch(LogitsProcessor):
+    """Chooses each row's token, and knows what each row has said so far."""
+
+    def __init__(self, receiver: FrozenLM, params: Sequence[SamplingParams]) -> None:
+        self.receiver, self.params = receiver, params
+        self.started = time.perf_counter()
+        self.first_token_seconds = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1]
+        chosen = choose(scores, self.params, position)
+        if position == 0:
+            chosen.argmax(dim=-1).tolist()  # wait for the device: this is the moment a user sees a token
+            self.first_token_seconds = time.perf_counter() - self.started
+        return chosen
+
+    def finish(self, row: int, ids: list[int]) -> Generation:
+        """Cut one row at its EOS, stop string or limit, whichever comes first."""
+        p, eos = self.params[row], self.receiver.tokenizer.eos_token_id
+        ids = ids[: p.max_tokens]
+        ended = eos in ids
+        said = ids[: ids.index(eos)] if ended else ids
+        text = self.receiver.tokenizer.decode(said, skip_special_tokens=True)
+        found = [text.index(stop) for stop in p.stop if stop in text]
+        if found:
+            return Generation(text[: min(found)], "stop", len(said))
+        return Generation(text, "stop" if ended else "length", len(said) + ended)
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row at its own limit or stop string, so that the batch ends when its last row does."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        done = [self._done(row, ids) for row, ids in zip(self.watch.params, input_ids, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _done(self, params: SamplingParams, ids: Tensor) -> bool:
+        if len(ids) >= params.max_tokens:
+            return True
+        if not params.stop:
+            return False
+        text = self.watch.receiver.tokenizer.decode(ids, skip_special_tokens=True)
+        return any(stop in text for stop in params.stop)

@@ -1,0 +1,78 @@
+"""Every error this product raises on purpose. Importing this module needs no torch.
+
+LatentWireError
+├── InvalidRequest      the caller's input can never succeed                    422
+├── InvalidMessage      bytes that are not a latent this bridge could have sent 422
+├── TooLarge            the input is over a limit that is checked before work   413
+├── UnknownBridge       no bridge, stored latent or receiver under that name    404
+├── IncompatibleBridge  bridge, model or latent disagree on shape or identity   409
+├── CorruptCheckpoint   a file of the checkpoint is missing or damaged          500
+├── ModelUnavailable    a language model cannot be found or read                500
+├── Overloaded          the queue is full; try again later                      429
+├── InsufficientMemory  the models do not fit the memory budget                 503
+├── DeadlineExceeded    the answer would come too late                          504
+├── InferenceFailed     the model raised; the whole batch is lost               500
+└── TrainingFailed      a run cannot go on; its last saved state is kept        500
+
+The HTTP status lives in ``service.app``; nothing here knows about HTTP. Every message names the value
+that was met and the value that was expected.
+"""
+
+
+class LatentWireError(Exception):
+    """Base class: ``except LatentWireError`` catches everything above.
+
+    ``param`` names the field or flag at fault where there is one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(LatentWireError):
+    """The caller's input can never succeed."""
+
+
+class InvalidMessage(LatentWireError):
+    """The bytes are not a latent: truncated, altered, not finite or out of bounds."""
+
+
+class TooLarge(LatentWireError):
+    """The input is over a limit that is checked before any work starts."""
+
+
+class UnknownBridge(LatentWireError):
+    """No bridge, stored latent or receiver is known under that name."""
+
+
+class IncompatibleBridge(LatentWireError):
+    """The bridge was made for another sender, receiver, layout or width."""
+
+
+class CorruptCheckpoint(LatentWireError):
+    """A file of the checkpoint is missing, damaged or of an unknown version."""
+
+
+class ModelUnavailable(LatentWireError):
+    """A language model cannot be found, read or used as asked."""
+
+
+class Overloaded(LatentWireError):
+    """The queue is full. Retrying later may work."""
+
+
+class InsufficientMemory(LatentWireError):
+    """The models do not fit the memory budget, even one after the other."""
+
+
+class DeadlineExceeded(LatentWireError):
+    """The request waited longer than the caller allows."""
+
+
+class InferenceFailed(LatentWireError):
+    """The model raised while running a batch; ``__cause__`` holds why."""
+
+
+class TrainingFailed(LatentWireError):
+    """A training run cannot go on; what it saved last is kept."""

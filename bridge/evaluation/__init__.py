@@ -1,0 +1,1 @@
+"""Honest numbers: tasks, conditions, metrics and the report."""

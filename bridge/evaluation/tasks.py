@@ -1,0 +1,265 @@
+"""What a bridge is trained and measured on: sources, prompts and answers.
+
+A task is ``world`` (generated, ships with the product) or a TOML file:
+
+    name = "sst2"
+    kind = "classification"                     # or "generation"
+    train = "sst2.train.jsonl.gz"               # relative to this file, or a Hub data set's name
+    test = "sst2.test.jsonl.gz"
+    source = "{text}"                           # template over a row's fields
+    prompt = "Review: {latent}\\nSentiment:"     # {latent} marks where the soft tokens stand
+    label = "label"                             # classification: the row's field, an index or a name …
+    labels = ["negative", "positive"]           # … into these
+    # answer = "{answer}"                       # generation: template over a row's fields
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from bridge.errors import InvalidRequest
+from bridge.evaluation import world
+from bridge.prompt import LATENT
+
+FIELD = re.compile(r"\{(\w+)\}")
+REPEAT = "{latent}\nRepeat:"
+SUMMARY = "{source}\nSummary:"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question about one source.
+
+    Attributes:
+        source: The sender's text.
+        prompt: The receiver's template, ``{latent}`` where the soft tokens stand.
+        answer: What the receiver should say, with the space that leads it.
+        label: Index into the task's labels, in a classification.
+    """
+
+    source: str
+    prompt: str
+    answer: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of two splits, and how to score them.
+
+    Attributes:
+        labels: Every possible answer of a classification; empty for generation.
+        template: The prompt template with its fields unfilled; the checkpoint's layout is made from it.
+        reconstruction: Template of the second objective, in which the receiver repeats the source.
+        relay: What the sender reads when it writes a summary for the receiver; holds ``{source}``.
+        max_answer_tokens: Most tokens an answer may take when it is generated.
+        data_sha256: Digest of the data, or of the generator's version and seed.
+    """
+
+    name: str
+    kind: Literal["classification", "generation"]
+    train: Sequence[Example]
+    test: Sequence[Example]
+    template: str
+    data_sha256: str
+    labels: tuple[str, ...] = ()
+    reconstruction: str = REPEAT
+    relay: str = SUMMARY
+    max_answer_tokens: int = 32
+
+
+def load_task(name: str) -> Task:
+    """``world``, or the path of a task file.
+
+    Raises:
+        InvalidRequest: No such task, or its file or a row of its data is wrong; the field is named.
+    """
+    if name == "world":
+        return world_task()
+    path = Path(name)
+    if path.suffix != ".toml" or not path.is_file():
+        raise InvalidRequest(f"task {name!r} is neither 'world' nor the path of a .toml file", param="task")
+    return _file_task(path)
+
+
+class World(Sequence[Example]):
+    """A split of the world, made as it is read: example i is a pure function of (split, seed, i)."""
+
+    def __init__(self, split: world.Split, count: int, *, seed: int = 0) -> None:
+        self.split, self.count, self.seed = split, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.count))]
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scene = world.scene(self.split, self.seed, index)
+        question, answer = scene.questions[index * 7919 % len(scene.questions)]
+        return Example(scene.source, world.QUESTION.replace("{question}", question), f" {answer}")
+
+
+def world_task() -> Task:
+    """The built-in task: facts of 4 to 8 subjects, one question; no test fact is in the training split."""
+    digest = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()
+    return Task(
+        name="world",
+        kind="generation",
+        train=World("train", 1_000_000),
+        test=World("test", 500),
+        template=world.QUESTION,
+        data_sha256=digest,
+        reconstruction=world.REPEAT,
+        relay=world.REPEAT.replace(LATENT, "{source}"),
+        max_answer_tokens=24,
+    )
+
+
+class TaskFile(BaseModel):
+    """The fields of a task file; an unknown one is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Literal["classification", "generation"]
+    train: str
+    test: str
+    source: str
+    prompt: str
+    answer: str | None = None
+    label: str | None = None
+    labels: list[str] = []
+    reconstruction: str = REPEAT
+    relay: str = SUMMARY
+    max_answer_tokens: int = 32
+
+    @model_validator(mode="after")
+    def _scored_one_way(self) -> "TaskFile":
+        if self.kind == "classification" and (self.label is None or len(self.labels) < 2 or self.answer is not None):
+            raise ValueError("a classification needs 'label' and at least two 'labels', and no 'answer'")
+        if self.kind == "generation" and (self.answer is None or self.label is not None or self.labels):
+            raise ValueError("a generation needs 'answer', and neither 'label' nor 'labels'")
+        if self.prompt.count(LATENT) > 1:
+            raise ValueError(f"'prompt' holds {LATENT} {self.prompt.count(LATENT)} times; expected once at most")
+        return self
+
+
+def _file_task(path: Path) -> Task:
+    try:
+        spec = TaskFile.model_validate(tomllib.loads(path.read_text()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path}: not TOML: {error}", param="task") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InvalidRequest(f"{path}: {field}: {first['msg']}", param="task") from None
+    digest = hashlib.sha256()
+    splits = {
+        split: [_example(spec, row, f"{getattr(spec, split)} row {number}") for number, row in rows]
+        for split in ("train", "test")
+        if (rows := list(enumerate(_rows(path.parent, getattr(spec, split), split, digest), start=1))) is not None
+    }
+    for split, examples in splits.items():
+        if not examples:
+            raise InvalidRequest(f"{path}: {split} = {getattr(spec, split)!r} holds no row", param="task")
+    return Task(
+        name=spec.name,
+        kind=spec.kind,
+        train=splits["train"],
+        test=splits["test"],
+        template=spec.prompt,
+        data_sha256=digest.hexdigest(),
+        labels=tuple(_spoken(spec.prompt, label) for label in spec.labels),
+        reconstruction=spec.reconstruction,
+        relay=spec.relay,
+        max_answer_tokens=spec.max_answer_tokens,
+    )
+
+
+def _rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file beside the task file, or of a Hub data set's split."""
+    if not where.endswith((".jsonl", ".jsonl.gz")):
+        yield from _hub_rows(where, split, digest)
+        return
+    path = folder / where
+    if not path.is_file():
+        raise InvalidRequest(f"{split} = {where!r}: no such file beside the task file ({path})", param="task")
+    data = path.read_bytes()
+    digest.update(data)
+    try:
+        lines = (gzip.decompress(data) if where.endswith(".gz") else data).decode().splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}", param="task") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InvalidRequest(f"{path} line {number} is not JSON: {error}", param="task") from None
+        if not isinstance(row, dict):
+            raise InvalidRequest(f"{path} line {number} is {type(row).__name__}; expected an object", param="task")
+        yield row
+
+
+def _hub_rows(where: str, split: str, digest: Any) -> Iterator[dict[str, Any]]:
+    import datasets  # late: it takes a second, and most tasks are files
+
+    try:
+        rows = datasets.load_dataset(where, split=split)
+    except Exception as error:  # the library's own tree is wide: connection, parsing, configuration, not found
+        reason = str(error).splitlines()[0]
+        raise InvalidRequest(
+            f"{split} = {where!r} is neither a .jsonl[.gz] file nor a readable Hub data set ({reason})", param="task"
+        ) from None
+    digest.update(rows._fingerprint.encode())
+    yield from (dict(row) for row in rows)
+
+
+def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
+    source, prompt = _fill(spec.source, row, where), _fill(spec.prompt, row, where)
+    if spec.answer is not None:
+        return Example(source, prompt, _spoken(prompt, _fill(spec.answer, row, where)))
+    assert spec.label is not None
+    index = _label(spec, _field(row, spec.label, where), where)
+    return Example(source, prompt, _spoken(prompt, spec.labels[index]), index)
+
+
+def _label(spec: TaskFile, value: Any, where: str) -> int:
+    if value in spec.labels:
+        return spec.labels.index(value)
+    if isinstance(value, int) and 0 <= value < len(spec.labels):
+        return value
+    raise InvalidRequest(
+        f"{where}: label {value!r} is neither one of {spec.labels} nor an index into them", param="task"
+    )
+
+
+def _field(row: dict[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise InvalidRequest(f"{where} has no field {name!r}; it has {', '.join(row)}", param="task")
+    return row[name]
+
+
+def _fill(template: str, row: dict[str, Any], where: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        return match[0] if match[0] == LATENT else str(_field(row, match[1], where))
+
+    return FIELD.sub(value, template)
+
+
+def _spoken(prompt: str, answer: str) -> str:
+    """The answer as it follows the prompt: one space between them, wherever the task wrote it."""
+    return answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"

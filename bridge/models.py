@@ -1,0 +1,301 @@
+"""Load a frozen language model, know exactly which one it is, and read its hidden states.
+
+Dimensions used in this file:
+    B batch    S sender tokens    D model width    N layers read
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bridge.config import Fingerprint, ModelRef
+from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
+
+BUILTIN = Path(__file__).parent / "builtin"
+RANDOM = "random:"  # prefix of a model with the same shape and tokenizer but untrained weights: a control
+WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # never pickles, never code
+VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+
+
+@dataclass(frozen=True)
+class FrozenLM:
+    """A causal language model that will not be trained, with its tokenizer and identity."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: Fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def width(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def layers(self) -> int:
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input the position embeddings allow."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+
+    @property
+    def ref(self) -> ModelRef:
+        return ModelRef(self.name, self.fingerprint, self.width, self.layers)
+
+    def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
+        """The model's own input embedding of ``ids``."""
+        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        return embeds
+
+    def embedding_rms(self) -> float:
+        """Root mean square of the input embedding rows, averaged over the vocabulary (unitless).
+
+        Measured because families differ by two orders of magnitude; soft tokens must arrive at this scale.
+        """
+        weight = self.model.get_input_embeddings().weight.detach().float()
+        return float(weight.pow(2).mean(dim=1).sqrt().mean())
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of key/value cache this model holds for ``tokens`` tokens, in its own dtype."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * self.layers * heads * head_dim * tokens * self.model.dtype.itemsize)
+
+
+def folder_of(name: str) -> Path:
+    """Where the files of ``builtin:…``, a local folder or a Hub name are (fetched when missing).
+
+    Raises:
+        ModelUnavailable: No such built-in model, folder or reachable Hub repository.
+    """
+    if name.startswith("builtin:"):
+        folder = BUILTIN / name.removeprefix("builtin:")
+        if not (folder / "config.json").is_file():
+            known = ", ".join(f"builtin:{p.parent.name}" for p in sorted(BUILTIN.glob("*/tokenizer.json")))
+            raise ModelUnavailable(f"no built-in model is called {name!r}; there are {known}")
+        return folder
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ModelUnavailable(f"the folder {name!r} holds no config.json; expected a Hugging Face model folder")
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED_FILES))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelUnavailable(
+            f"model {name!r} is neither builtin:…, a folder, nor a reachable Hub name ({reason})"
+        ) from None
+
+
+def fingerprint_of(name: str) -> Fingerprint:
+    """Identity of a model from its files alone; nothing is loaded.
+
+    Raises:
+        ModelUnavailable: As ``folder_of``, or the folder has no safetensors weights.
+    """
+    folder = folder_of(name.removeprefix(RANDOM))
+    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in VOLATILE_CONFIG}
+    tokenizer_files = [folder / "tokenizer.json"]
+    if not tokenizer_files[0].is_file():
+        tokenizer_files = sorted(p for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelUnavailable(f"model {name!r} has no *.safetensors weights in {folder}; pickled ones are not read")
+    digest = "random".ljust(16, "0") if name.startswith(RANDOM) else _digest(weights)
+    return Fingerprint(
+        config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        weights=digest,
+        tokenizer=_digest(tokenizer_files),
+    )
+
+
+def _digest(files: Sequence[Path]) -> str:
+    parts = "".join(_file_sha256(p.resolve(), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def predicted_bytes(name: str, dtype: torch.dtype) -> int:
+    """Bytes the weights of ``name`` will take in ``dtype``, read from the safetensors headers alone."""
+    total = 0
+    for path in folder_of(name.removeprefix(RANDOM)).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                count = 1
+                for size in file.get_slice(key).get_shape():
+                    count *= size
+                total += count * dtype.itemsize
+    return total
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where half precision is slow; bfloat16 on an accelerator."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_model(name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> FrozenLM:
+    """Load a frozen model: evaluation mode, no gradients, safetensors only, never remote code.
+
+    Args:
+        name: ``builtin:llama``, a local folder, a Hub name, or one of these behind ``random:`` for a model of
+            the same shape with untrained weights (seeded, so that it has one identity).
+        device: Default: the accelerator where there is one.
+        dtype: Default: ``default_dtype(device)``.
+
+    Raises:
+        ModelUnavailable: Not found, not a causal language model, or its files are damaged.
+    """
+    device = device or default_device()
+    dtype = dtype or default_dtype(device)
+    fingerprint, folder = fingerprint_of(name), folder_of(name.removeprefix(RANDOM))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if name.startswith(RANDOM):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=True
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    model = model.to(device).eval().requires_grad_(False)
+    return FrozenLM(name, model, tokenizer, fingerprint)
+
+
+def check_identity(expected: ModelRef, actual: Fingerprint, role: str) -> None:
+    """Refuse a model that is not the one a bridge was trained with.
+
+    Raises:
+        IncompatibleBridge: Naming the part that differs and both digests.
+    """
+    for part in ("config", "weights", "tokenizer"):
+        want, have = getattr(expected.fingerprint, part), getattr(actual, part)
+        if want != have:
+            raise IncompatibleBridge(
+                f"the bridge was trained with {role} {expected.name!r} whose {part} is {want}; this one's is {have}"
+            )
+
+
+def tokenize_sources(
+    lm: FrozenLM, texts: Sequence[str], *, max_tokens: int, truncate: bool = False
+) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"], list[int]]:
+    """Sender inputs: BOS once where the tokenizer has one, right-padded.
+
+    Returns:
+        Ids, mask (True at real tokens), and each text's full length in tokens before any cut.
+
+    Raises:
+        InvalidRequest: An empty text, or one longer than ``max_tokens`` when ``truncate`` is off.
+    """
+    bos = [] if lm.tokenizer.bos_token_id is None else [int(lm.tokenizer.bos_token_id)]
+    rows = [bos + lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    lengths = [len(row) for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        if len(row) == len(bos):
+            raise InvalidRequest(f"the text {text!r} holds no token; expected at least one", param="inputs")
+        if len(row) > max_tokens and not truncate:
+            raise InvalidRequest(
+                f"a text has {len(row)} sender tokens, more than the bridge's {max_tokens}; "
+                "shorten it or ask for truncation",
+                param="inputs",
+            )
+    width = min(max(lengths, default=0), max_tokens)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        kept = row[:max_tokens]
+        ids[i, : len(kept)] = torch.tensor(kept)
+        mask[i, : len(kept)] = True
+    return ids.to(lm.device), mask.to(lm.device), lengths
+
+
+class _Reached(Exception):
+    """The last layer wanted has run: the rest of the forward pass is not needed."""
+
+
+@torch.no_grad()
+def hidden_states(
+    lm: FrozenLM, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"], layers: Sequence[int]
+) -> Float[Tensor, "B S N*D"]:
+    """Outputs of the given blocks, side by side, for any decoder family.
+
+    Runs without a key/value cache and stops at the highest layer: what lies above costs nothing. Position ids
+    are explicit, so padding on either side changes no real row.
+
+    Args:
+        layers: Blocks counted from 1 (0 is the embedding); a block's raw output, without the final norm.
+
+    Raises:
+        IncompatibleBridge: A layer the model does not have.
+
+    Source: ours; stopping by a forward hook works where truncating the module list would touch the model.
+    """
+    for layer in layers:
+        if not 0 <= layer <= lm.layers:
+            raise IncompatibleBridge(f"layer {layer} was asked for; {lm.name!r} has 0 to {lm.layers}")
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            found[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == max(layers):
+                raise _Reached
+
+        return hook
+
+    modules = [lm.model.get_input_embeddings(), *_blocks(lm)]
+    handles = [modules[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+    # A row of padding only (an empty slot of a batch) still needs one position to attend to.
+    seen = mask | ((~mask).all(dim=1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
+    try:
+        lm.model.base_model(
+            input_ids=ids,
+            attention_mask=seen.long(),
+            position_ids=(seen.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([found[layer] for layer in layers], dim=-1)
+
+
+def _blocks(lm: FrozenLM) -> list[nn.Module]:
+    """The decoder blocks, whatever the family calls them: the one list as long as the model is deep."""
+    for module in lm.model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == lm.layers:
+            return list(module)
+    raise ModelUnavailable(f"{lm.name!r} shows no list of {lm.layers} decoder blocks")

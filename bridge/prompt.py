@@ -1,0 +1,197 @@
+"""THE composer: the one place where receiver inputs are put together.
+
+Training, evaluation and serving all call ``compose`` and ``collate``, so BOS policy, template, token
+boundaries, positions and labels cannot drift apart. Labels leave here unshifted; ``engine.token_losses``
+shifts them, once.
+
+Dimensions used in this file:
+    B batch    T tokens of a padded row    K slots    D receiver width
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bridge.config import Layout
+from bridge.errors import IncompatibleBridge, InvalidRequest
+from bridge.models import FrozenLM
+
+LATENT, PROMPT = "{latent}", "{prompt}"
+IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
+TEXT = -1  # slot number of a position that holds an ordinary token
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One receiver input without padding; three lists of the same length.
+
+    Attributes:
+        ids: Token ids; meaningless where a soft token stands.
+        slots: Number of the soft token at each position, or ``TEXT``.
+        labels: What the model must say at each position (unshifted), or ``IGNORE``.
+    """
+
+    ids: list[int]
+    slots: list[int]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows. ``positions`` counts real tokens from 0, so padding moves nothing."""
+
+    ids: Int[Tensor, "B T"]
+    slots: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    positions: Int[Tensor, "B T"]
+    labels: Int[Tensor, "B T"]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``."""
+        return Batch(*(getattr(self, name).to(device) for name in ("ids", "slots", "mask", "positions", "labels")))
+
+
+def layout_for(lm: FrozenLM, template: str) -> Layout:
+    """The layout a checkpoint keeps for this receiver and a task's prompt template.
+
+    ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``: a later prompt that does not
+    place the latent itself gets the surroundings the bridge was trained in.
+    """
+    before, after = split_template(template)
+    gap = after[: len(after) - len(after.lstrip())]
+    eos, bos = lm.tokenizer.eos_token_id, lm.tokenizer.bos_token_id
+    return Layout(f"{before}{LATENT}{gap}{PROMPT}", None if bos is None else int(bos), None if eos is None else int(eos))
+
+
+def check_layout(layout: Layout, lm: FrozenLM) -> None:
+    """Refuse a receiver whose special tokens are not those of the layout.
+
+    Raises:
+        IncompatibleBridge: Naming the token and both ids.
+    """
+    for name, want in (("bos", layout.bos_id), ("eos", layout.eos_id)):
+        have = getattr(lm.tokenizer, f"{name}_token_id")
+        if have != want:
+            raise IncompatibleBridge(f"the layout was made with {name} id {want}; {lm.name!r} has {have}")
+
+
+def place(layout: Layout, prompt: str) -> str:
+    """The full template of a request: its own where it names ``{latent}``, else the layout's."""
+    return prompt if LATENT in prompt else layout.template.replace(PROMPT, prompt)
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """Text before and after the latent; without ``{latent}`` the latent comes first.
+
+    Raises:
+        InvalidRequest: ``{latent}`` stands more than once.
+    """
+    parts = template.split(LATENT)
+    if len(parts) > 2:
+        raise InvalidRequest(f"{LATENT} stands {len(parts) - 1} times in the prompt; expected once", param="prompt")
+    return ("", template) if len(parts) == 1 else (parts[0], parts[1])
+
+
+def compose(
+    lm: FrozenLM,
+    layout: Layout,
+    template: str,
+    *,
+    latent: int | str | None,
+    answer: str | None = None,
+    max_tokens: int | None = None,
+) -> Row:
+    """One receiver input: BOS, the template with the latent in its place, and the answer when training.
+
+    A run of text is always tokenised whole, so a source read as text is read the way the model learned to
+    read. What follows soft tokens, and the answer, are tokenised as continuations: a tokenizer that marks the
+    start of a text must not mark one there. A space directly before soft tokens is left out, since it belongs
+    to the first word of a text.
+
+    Args:
+        template: Holds ``{latent}`` at most once; see ``place``.
+        latent: K for K soft tokens; a text for that text in their place; None for nothing.
+        answer: Supervised together with EOS; BOS, template and soft tokens never are.
+        max_tokens: The most the receiver takes, tokens to be generated included.
+
+    Raises:
+        InvalidRequest: The row is empty or longer than ``max_tokens``.
+    """
+    before, after = split_template(template)
+    bos = [] if layout.bos_id is None else [layout.bos_id]
+    if isinstance(latent, int):
+        head = _tokens(lm.tokenizer, before.rstrip(" "))
+        ids = bos + head + [0] * latent + continuation(lm.tokenizer, after)
+        first = len(bos) + len(head)
+        slots = [i - first if first <= i < first + latent else TEXT for i in range(len(ids))]
+        spoken = after or before
+    else:
+        spoken = before + (latent or "") + after
+        ids = bos + _tokens(lm.tokenizer, spoken)
+        slots = [TEXT] * len(ids)
+    said: list[int] = []
+    if answer is not None:
+        said = continuation(lm.tokenizer, answer, spoken) + ([] if layout.eos_id is None else [layout.eos_id])
+    length = len(ids) + len(said)
+    if not ids:
+        raise InvalidRequest("the receiver's input is empty; expected a prompt or a latent", param="prompt")
+    if max_tokens is not None and length > max_tokens:
+        raise InvalidRequest(
+            f"prompt and latent take {length} receiver tokens; {max_tokens} are left after the answer's", param="prompt"
+        )
+    return Row(ids + said, slots + [TEXT] * len(said), [IGNORE] * len(ids) + said)
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, text: str, before: str = "") -> list[int]:
+    """Tokens of ``text`` where something already stands before it.
+
+    Tried with the real text before it, then with neutral anchors; a tokenizer that merges across every one
+    of them gets the text's own tokens.
+    """
+    for anchor in (before, ".", "a", "0"):
+        head = _tokens(tokenizer, anchor)
+        whole = _tokens(tokenizer, anchor + text)
+        if anchor and head and whole[: len(head)] == head:
+            return whole[len(head) :]
+    return _tokens(tokenizer, text)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: the tokenizer's own length warning says nothing that compose does not check.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    return list(ids)
+
+
+def collate(rows: Sequence[Row], *, side: Literal["left", "right"]) -> Batch:
+    """Pad rows to one length. Generation pads left, so every row ends in the same column."""
+    B, T = len(rows), max(len(row) for row in rows)
+    ids, slots = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), TEXT)
+    mask, labels = torch.zeros(B, T, dtype=torch.bool), torch.full((B, T), IGNORE)
+    for i, row in enumerate(rows):
+        here = slice(T - len(row), T) if side == "left" else slice(0, len(row))
+        ids[i, here], slots[i, here] = torch.tensor(row.ids, dtype=torch.long), torch.tensor(row.slots)
+        labels[i, here], mask[i, here] = torch.tensor(row.labels, dtype=torch.long), True
+    return Batch(ids, slots, mask, (mask.long().cumsum(dim=1) - 1).clamp(min=0), labels)
+
+
+def embed(lm: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None) -> Float[Tensor, "B T D"]:
+    """Receiver input embeddings with the soft tokens in their places; differentiable in ``soft_tokens``.
+
+    Raises:
+        IncompatibleBridge: The soft tokens are not as wide as the receiver.
+    """
+    embeds = lm.embed(batch.ids)
+    if soft_tokens is None:
+        return embeds
+    if soft_tokens.shape[-1] != lm.width:
+        raise IncompatibleBridge(f"soft tokens are {soft_tokens.shape[-1]} wide; {lm.name!r} reads {lm.width}")
+    at = batch.slots.clamp(min=0)[..., None].expand_as(embeds)
+    return torch.where(batch.slots[..., None] == TEXT, embeds, soft_tokens.to(embeds.dtype).gather(1, at))

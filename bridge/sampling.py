@@ -1,0 +1,72 @@
+"""Choosing the next token: temperature, top-p, top-k and a seed per request.
+
+A request's draw depends on its own seed and position alone, so it says the same thing alone or in a batch.
+
+Dimensions used in this file:
+    B batch    V vocabulary
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is answered.
+
+    Attributes:
+        max_tokens: Most tokens to generate.
+        temperature: 0 takes the likeliest token; higher is freer.
+        top_p: Keep the smallest set of tokens whose probability reaches this.
+        top_k: Keep this many of the likeliest tokens; 0 keeps all.
+        seed: Same seed, same request, same text.
+        stop: Generation ends before the first of these strings.
+    """
+
+    max_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+def choose(
+    logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], position: int
+) -> Float[Tensor, "B V"]:
+    """Scores whose argmax is each row's choice at ``position`` (tokens generated so far).
+
+    Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise comes from a generator
+    seeded by (seed, position), so batch-mates and order of arrival cannot change it. Top-k applies before
+    top-p, both after temperature.
+
+    Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; counter-based noise: ours.
+    """
+    scores = logits.float().clone()
+    for row, p in enumerate(params):
+        if p.temperature > 0:
+            kept = _filter(scores[row] / p.temperature, p)
+            noise = torch.empty_like(kept, device="cpu").exponential_(generator=_generator(p.seed, position))
+            scores[row] = kept - noise.log().to(kept.device)
+    return scores
+
+
+def _filter(scores: Float[Tensor, "V"], params: SamplingParams) -> Float[Tensor, "V"]:
+    if 0 < params.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], float("-inf"))
+    if params.top_p < 1:
+        ordered, order = scores.sort(descending=True)
+        probability = ordered.softmax(dim=-1)
+        beyond = probability.cumsum(dim=-1) - probability >= params.top_p  # the first token always stays
+        scores = scores.index_fill(0, order[beyond], float("-inf"))
+    return scores
+
+
+def _generator(seed: int, position: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{position}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,1 @@
+"""Serve bridges over HTTP and from the command line."""

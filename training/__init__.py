@@ -1,0 +1,1 @@
+"""Train bridges: frozen models in, a checkpoint out."""

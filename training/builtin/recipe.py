@@ -1,0 +1,159 @@
+"""The committed recipe of each model: architecture, tokenizer, curriculum. The defaults make the shipped files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from training.builtin.documents import Mixture, piece_tokenizer, word_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the weights, but for the seed. Learning rates are peaks."""
+
+    tokenizer: Callable[[], PreTrainedTokenizerFast]
+    model: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
+    stages: tuple[Mixture, ...]
+    batch: int = 32
+    max_questions: int = 6
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    decay_ratio: float = 0.3
+    """The last share of the steps, over which the learning rate falls to zero in a straight line."""
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage(self, step: int) -> Mixture:
+        """The mixture read at ``step`` (from 0)."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+    def rate(self, step: int) -> float:
+        """The learning rate at ``step`` as a share of its peak: a short warm-up, a plateau, a straight fall."""
+        return min(1.0, (step + 1) / 50, (self.steps - step) / (self.decay_ratio * self.steps))
+
+
+def _llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _neox(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=160,
+            intermediate_size=640,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+            use_parallel_residual=False,  # binding needs what a layer's attention found inside its own MLP
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+# Direct facts ("Mara sings.") and copying first: from them the model learns to look back for a subject. With all
+# relations from the start it stays at "right kind of value, anybody's".
+RECIPES = {
+    "llama": Recipe(
+        word_tokenizer,
+        _llama,
+        (
+            Mixture(400, copy=0.4, relations=1, wordings=1),
+            Mixture(800, copy=0.1, repeat=0.1, terse=0.3, wordings=1),
+            Mixture(1300, copy=0.05, repeat=0.2, terse=0.25, blank=0.03),
+        ),
+    ),
+    "neox": Recipe(
+        piece_tokenizer,
+        _neox,
+        (
+            Mixture(400, copy=0.4, relations=1, wordings=1),
+            Mixture(800, copy=0.1, repeat=0.05, terse=0.2, wordings=1),
+            Mixture(1300, copy=0.05, repeat=0.05, terse=0.1, blank=0.03),
+        ),
+        max_questions=4,
+    ),
+}
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for 2-D parameters, orthogonalising in float32, equal shapes together.
+
+    ``torch.optim.Muon`` does the same in bfloat16, which takes more than half of a step where a CPU emulates it.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, matrices in shapes.items():
+                moved = torch.stack([self._nesterov(p, group["momentum"]) for p in matrices])
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, direction in zip(matrices, orthogonal(moved), strict=True):
+                    p.mul_(1 - group["lr"] * group["decay"]).sub_(direction, alpha=rate)
+
+    def _nesterov(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
+        assert p.grad is not None
+        mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+        mean.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(mean, momentum)
+
+
+def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """[N, rows, columns] → the nearest matrices with singular values about 1 (Newton-Schulz, Muon's coefficients)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def optimisers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, the head, norms and biases."""
+    embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
+    return [
+        Muon(matrices, lr=recipe.matrix_rate),
+        torch.optim.AdamW(others, lr=recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]

@@ -1,0 +1,62 @@
+"""What a run is: every flag of ``latentwire train``, and every key of its TOML file, by the same names."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bridge.errors import InvalidRequest
+
+
+class TrainConfig(BaseModel):
+    """Frozen; an unknown key is an error. Field descriptions are the help texts of the flags."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sender: str = Field(description="Model that reads the source: builtin:…, a folder, or a Hub name.")
+    receiver: str = Field(description="Model that answers: builtin:…, a folder, or a Hub name.")
+    task: str = Field(description="'world' or the path of a task file (.toml).")
+    out: Path = Field(description="Folder of the checkpoint, the resumable state and the log.")
+    encoder: Literal["pooling", "perceiver", "mean", "linear", "prompt"] = Field(
+        "pooling", description="Encoder kind; mean and linear are baselines, prompt is a control without a sender."
+    )
+    ratio: int = Field(4, ge=1, description="Sender tokens per slot (pooling, linear).")
+    num_latents: int = Field(16, ge=1, description="Slots (perceiver, mean, prompt).")
+    latent_dim: int = Field(128, ge=1, description="Width C of the latent that crosses the wire.")
+    hidden_dim: int = Field(256, ge=1, description="Width inside the encoder.")
+    depth: int = Field(2, ge=0, description="Transformer blocks over the slots.")
+    layer: list[int] | None = Field(None, description="Sender layer to read, from 1; repeat to read several.")
+    max_steps: int = Field(1000, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(32, ge=1, description="Examples per forward pass.")
+    accumulate: int = Field(1, ge=1, description="Forward passes per optimiser step.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(20, ge=0, description="Optimiser steps of linear warm-up, before the cosine.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm over all trained weights.")
+    first_token_weight: float = Field(4.0, gt=0, description="Weight of an answer's first token; the others have 1.")
+    reconstruction_weight: float = Field(1.0, ge=0, description="Weight of repeating the source; 0 turns it off.")
+    max_source_tokens: int = Field(512, ge=1, description="Longest source in sender tokens; longer ones are cut.")
+    save_every: int = Field(200, ge=1, description="Optimiser steps between saves.")
+    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the data order.")
+
+
+def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
+    """A configuration from a TOML file, with flags (those not None) over it.
+
+    Raises:
+        InvalidRequest: The file is no TOML, or a key is missing, unknown or of the wrong type; it is named.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"--config {file}: {error}", param="config") from None
+    values |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{name}: {first['msg']}, got {first['input']!r}", param=name) from None

@@ -1,0 +1,199 @@
+"""Train a bridge between two frozen models.
+
+The step reads as one screen: batch → forward → loss → backward → clip → step → log.
+
+Dimensions used in this file:
+    B batch    K slots    D receiver width
+"""
+
+import math
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from bridge.checkpoint import CONFIG, Bridge, head_key, make_bridge, save_bridge
+from bridge.config import BridgeConfig, EncoderConfig, Head, Manifest, Provenance
+from bridge.engine import answer_logits
+from bridge.errors import InvalidRequest, TrainingFailed
+from bridge.evaluation.tasks import Example, Task, load_task
+from bridge.models import FrozenLM, hidden_states, load_model, tokenize_sources
+from bridge.prompt import collate, compose, layout_for
+from training.config import TrainConfig
+from training.data import Order, pick
+from training.monitor import Monitor, StepRecord, Stopwatch, watch
+from training.objectives import answer_loss, answers_right
+from training.state import STATE, load_state, save_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a step needs."""
+
+    config: TrainConfig
+    task: Task
+    sender: FrozenLM
+    receiver: FrozenLM
+    bridge: Bridge
+    optimizer: Optimizer
+
+
+def train(config: TrainConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Manifest:
+    """Train, saving checkpoint and state as it goes; return the last checkpoint's manifest.
+
+    Raises:
+        InvalidRequest: ``out`` already holds a checkpoint and neither ``resume`` nor ``overwrite`` is given, or
+            the state to resume is of another configuration.
+        TrainingFailed: The loss stopped being finite; the last saved checkpoint is kept.
+    """
+    if not resume and not overwrite and any((config.out / name).exists() for name in (CONFIG, STATE)):
+        raise InvalidRequest(f"{config.out} already holds a checkpoint; give --resume, --overwrite or another --out")
+    run = prepare(config)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"--out {config.out}: {error.strerror}", param="out") from None
+    resumed = load_state(config.out, config, run.bridge.parameters(), run.optimizer) if resume else None
+    start = resumed.step if resumed else 0
+    trained = sum(p.numel() for p in run.bridge.parameters())
+    console.print(
+        f"{run.sender.name} layer {','.join(map(str, run.bridge.config.layers))} → {config.encoder} "
+        f"({trained:,} trained weights) → {run.receiver.name}, task {run.task.name}"
+        + (f", resumed after step {start}" if resumed else "")
+    )
+    with watch(config.out, console, total=config.max_steps, start=start) as monitor:
+        for step in range(start, config.max_steps):
+            take_step(run, step, monitor)
+            if (step + 1) % config.save_every == 0 and step + 1 < config.max_steps:
+                _save(run, step + 1)
+    return _save(run, config.max_steps)
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Load the task and both models, and make a bridge between them from the seed."""
+    task = load_task(config.task)
+    sender, receiver = load_model(config.sender), load_model(config.receiver)
+    torch.manual_seed(config.seed)
+    bridge = make_bridge(describe(config, task, sender, receiver))
+    bridge.encoder.to(sender.device)
+    bridge.heads.to(receiver.device)
+    optimizer = AdamW(bridge.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return Run(config, task, sender, receiver, bridge, optimizer)
+
+
+def describe(config: TrainConfig, task: Task, sender: FrozenLM, receiver: FrozenLM) -> BridgeConfig:
+    """The bridge that ``config`` asks for between these models."""
+    layers = tuple(config.layer or (round(sender.layers * 2 / 3),))
+    if bad := [layer for layer in layers if not 0 <= layer <= sender.layers]:
+        raise InvalidRequest(f"--layer {bad[0]}: {sender.name!r} has layers 0 to {sender.layers}", param="layer")
+    head = Head(receiver.ref, layout_for(receiver, task.template), receiver.embedding_rms())
+    return BridgeConfig(
+        sender=sender.ref,
+        layers=layers,
+        max_source_tokens=min(config.max_source_tokens, sender.max_tokens),
+        encoder=EncoderConfig(
+            kind=config.encoder,
+            sender_width=sender.width * len(layers),
+            latent_dim=config.latent_dim,
+            hidden_dim=config.hidden_dim,
+            depth=config.depth,
+            ratio=config.ratio,
+            num_latents=config.num_latents,
+        ),
+        heads={receiver.name: head},
+        provenance=Provenance(task.name, task.data_sha256, config.seed, config.max_steps, code_version()),
+    )
+
+
+def take_step(run: Run, step: int, monitor: Monitor) -> None:
+    """One optimiser step: ``accumulate`` forward passes, one update, one log line."""
+    config, watch_ = run.config, Stopwatch()
+    order = Order(len(run.task.train), batch_size=config.batch_size, seed=config.seed)
+    parts: dict[str, float] = {"loss": 0.0, "answer_loss": 0.0, "reconstruction_loss": 0.0, "accuracy": 0.0}
+    for micro in range(config.accumulate):
+        examples = pick(run.task.train, order.batch(step * config.accumulate + micro))
+        soft, slots = soft_tokens(run, examples)
+        losses = objectives(run, examples, soft, slots)
+        (losses["loss"] / config.accumulate).backward()
+        for name, value in losses.items():
+            parts[name] += float(value.detach()) / config.accumulate
+    norm = float(torch.nn.utils.clip_grad_norm_(run.bridge.parameters(), config.clip_norm))
+    if not math.isfinite(norm):
+        raise TrainingFailed(f"step {step + 1}: the loss is {parts['loss']} and its gradient norm {norm}; not applied")
+    rate = learning_rate(config, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    monitor.log(StepRecord(step + 1, **parts, gradient_norm=norm, learning_rate=rate, seconds=watch_.lap()))
+
+
+def soft_tokens(run: Run, examples: Sequence[Example]) -> tuple[Float[Tensor, "B K D"], list[int]]:
+    """Soft tokens of each example's source, and how many each has."""
+    ids, mask, _ = tokenize_sources(
+        run.sender, [e.source for e in examples], max_tokens=run.bridge.config.max_source_tokens, truncate=True
+    )
+    latents, slots = run.bridge.encoder(hidden_states(run.sender, ids, mask, run.bridge.config.layers), mask)
+    head = run.bridge.heads[head_key(run.receiver.name)]
+    return head(latents.to(run.receiver.device)), slots.sum(dim=1).tolist()
+
+
+def objectives(
+    run: Run, examples: Sequence[Example], soft: Float[Tensor, "B K D"], slots: Sequence[int]
+) -> dict[str, Tensor]:
+    """Losses of one forward pass, each a mean over its rows, and the sum that is minimised."""
+    config = run.config
+    asked = [(e.prompt, e.answer) for e in examples]
+    logits, labels = _read(run, asked, soft, slots)
+    losses = {
+        "answer_loss": answer_loss(logits, labels, first_token_weight=config.first_token_weight).mean(),
+        "accuracy": answers_right(logits, labels).mean(),
+        "reconstruction_loss": torch.zeros((), device=soft.device),
+    }
+    if config.reconstruction_weight > 0:
+        repeated = [(run.task.reconstruction, f" {e.source}") for e in examples]
+        losses["reconstruction_loss"] = answer_loss(*_read(run, repeated, soft, slots)).mean()
+    losses["loss"] = losses["answer_loss"] + config.reconstruction_weight * losses["reconstruction_loss"]
+    return losses
+
+
+def _read(
+    run: Run, asked: Sequence[tuple[str, str]], soft: Float[Tensor, "B K D"], slots: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    layout = run.bridge.config.heads[run.receiver.name].layout
+    rows = [
+        compose(run.receiver, layout, prompt, latent=K, answer=answer)
+        for (prompt, answer), K in zip(asked, slots, strict=True)
+    ]
+    return answer_logits(run.receiver, collate(rows, side="left").to(run.receiver.device), soft)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to a tenth of the peak, in optimiser steps counted from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def code_version() -> str:
+    """The package's version, with the commit where the code runs from a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    commit = done.stdout.strip() if (root / ".git").exists() and done.returncode == 0 else ""
+    return version("latentwire") + (f"+{commit}" if commit else "")
+
+
+def _save(run: Run, step: int) -> Manifest:
+    manifest = save_bridge(run.config.out, run.bridge)
+    save_state(run.config.out, run.config, step, run.bridge.parameters(), run.optimizer)
+    return manifest

@@ -1,0 +1,79 @@
+"""The resumable state of a run: everything the next step depends on, saved atomically.
+
+``state.json`` names one safetensors file and holds the small numbers; replacing it by rename is the commit.
+The data order is a pure function of the step, and the learning rate too, so neither is stored.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bridge.checkpoint import read_part, remove_stale_parts, replace_file, write_part
+from bridge.config import Part
+from bridge.errors import CorruptCheckpoint, InvalidRequest
+from training.config import TrainConfig
+
+STATE = "state.json"
+FREE = {"out", "save_every"}  # may differ between a run and its continuation without changing its result
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run stood: optimiser steps done."""
+
+    step: int
+
+
+def save_state(
+    folder: Path, config: TrainConfig, step: int, parameters: list[nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Write weights, optimiser and random state after ``step`` optimiser steps."""
+    held = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {f"weight.{i}": p.detach() for i, p in enumerate(parameters)}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    for index, values in held["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    part = write_part(folder, "state", tensors)
+    document = {"step": step, "config": config.model_dump(mode="json"), "file": asdict(part)}
+    replace_file(folder / STATE, json.dumps(document, indent=2).encode())
+    remove_stale_parts(folder, "state", {part.file})
+
+
+def load_state(
+    folder: Path, config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer
+) -> Resumed | None:
+    """Put a saved state back in place; None where there is none.
+
+    Raises:
+        InvalidRequest: The state is of a run with another configuration; the first key that differs is named.
+        CorruptCheckpoint: The state cannot be read.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_bytes())
+        saved, part, step = document["config"], Part(**document["file"]), int(document["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
+    now = config.model_dump(mode="json")
+    for key in sorted((now.keys() | saved.keys()) - FREE):
+        if now.get(key) != saved.get(key):
+            raise InvalidRequest(f"--resume: {key} was {saved.get(key)!r}, now {now.get(key)!r}", param=key)
+    tensors = read_part(folder, part)
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"weight.{i}"])
+    held: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            held.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng.cpu"])
+    return Resumed(step)
