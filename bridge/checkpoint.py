@@ -19,7 +19,7 @@ from bridge.config import BridgeConfig, Manifest, ModelRef, Part, dump_manifest,
 from bridge.encoder import Encoder, make_encoder
 from bridge.errors import CorruptCheckpoint, UnknownBridge
 from bridge.heads import SoftTokenHead
-from bridge.models import BUILTIN, FrozenLM, check_identity, fingerprint_of
+from bridge.models import BUILTIN, FrozenLM, check_identity, default_device, fingerprint_of
 from bridge.prompt import check_layout
 
 CONFIG = "config.json"
@@ -105,8 +105,10 @@ def read_manifest(name: str | Path) -> Manifest:
     return parse_manifest(path.read_bytes(), str(path))
 
 
-def load_bridge(name: str | Path) -> tuple[Manifest, Bridge]:
-    """Read a checkpoint onto the CPU, checking every byte against its digest.
+def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tuple[Manifest, Bridge]:
+    """Read a checkpoint, checking every byte against its digest.
+
+    ``device`` is the accelerator where there is one, unless given.
 
     Raises:
         UnknownBridge: No checkpoint there.
@@ -118,7 +120,7 @@ def load_bridge(name: str | Path) -> tuple[Manifest, Bridge]:
     for receiver, part in manifest.heads.items():
         _load_into(bridge.head(receiver), folder, part)
     for module in (bridge.encoder, bridge.heads):
-        module.eval().requires_grad_(False)
+        module.to(device or default_device()).eval().requires_grad_(False)
     return manifest, bridge
 
 

@@ -86,13 +86,17 @@ class Head:
 
 @dataclass(frozen=True, config=STRICT)
 class Provenance:
-    """Where the weights come from, so that a number can be traced to what produced it."""
+    """Where the weights come from, so that a number can be traced to what produced it.
+
+    ``recipe`` is the whole configuration of the run but its folder, enough to train a control the same way.
+    """
 
     task: str
     data_sha256: str
     seed: int
     steps: int
     code_version: str
+    recipe: dict[str, bool | int | float | str | list[int] | None]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -65,7 +65,11 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = max(1, width // HEAD_WIDTH)
-        self.norm_query, self.norm_context, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_query, self.norm_context, self.norm_mlp = (
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+        )
         self.query, self.attended = nn.Linear(width, width), nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -74,7 +78,7 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B Q H"], context: Float[Tensor, "B M H"], mask: Bool[Tensor, "B M"]
     ) -> Float[Tensor, "B Q H"]:
         def split(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2)
 
         key, value = self.key_value(self.norm_context(context)).chunk(2, dim=-1)
         # A row with nothing to attend to attends to padding and is masked away later: never NaN.
@@ -151,7 +155,7 @@ class Mean(Encoder):
     ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
         mean = states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         K = self.config.num_latents
-        return self.read(mean).unflatten(-1, (K, -1)), _all_or_none(mask, K)
+        return self.read(mean).reshape(len(mean), K, -1), _all_or_none(mask, K)
 
 
 class LearnedPrompt(Encoder):
@@ -176,7 +180,8 @@ def _windows(
 ) -> tuple[Float[Tensor, "B K R N"], Bool[Tensor, "B K R"]]:
     missing = -states.shape[1] % ratio
     states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
-    return states.unflatten(1, (-1, ratio)), mask.unflatten(1, (-1, ratio))
+    B, S, N = states.shape
+    return states.reshape(B, S // ratio, ratio, N), mask.reshape(B, S // ratio, ratio)
 
 
 KINDS: dict[EncoderKind, Callable[[EncoderConfig], Encoder]] = {

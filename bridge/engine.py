@@ -9,7 +9,7 @@ Dimensions used in this file:
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from bridge.checkpoint import Bridge
-from bridge.models import FrozenLM, hidden_states, tokenize_sources
+from bridge.models import FrozenLM, SourceTokens, hidden_states, pad_sources
 from bridge.prompt import IGNORE, Batch, Row, collate, embed
 from bridge.sampling import SamplingParams, choose
 
@@ -46,18 +46,15 @@ class Generation:
 
 
 @torch.inference_mode()
-def encode(bridge: Bridge, sender: FrozenLM, texts: Sequence[str], *, truncate: bool = False) -> list[Encoded]:
-    """Latents of ``texts``, in order.
-
-    Raises:
-        InvalidRequest: A text holds no token, or is longer than the bridge reads and ``truncate`` is off.
-    """
-    limit = bridge.config.max_source_tokens
-    ids, mask, lengths = tokenize_sources(sender, texts, max_tokens=limit, truncate=truncate)
-    states = hidden_states(sender, ids, mask, bridge.config.layers)
-    latents, slots = bridge.encoder(states, mask)
+def encode(bridge: Bridge, sender: FrozenLM, sources: Sequence[SourceTokens]) -> list[Encoded]:
+    """Latents of tokenised sources, in order: one pass of the sender, no cache, up to the layer read."""
+    ids, mask = pad_sources(sender, sources)
+    latents, slots = bridge.encoder(hidden_states(sender, ids, mask, bridge.config.layers), mask)
     rows = [latent[real].cpu().numpy() for latent, real in zip(latents.float(), slots, strict=True)]
-    return [Encoded(row, min(n, limit), n > limit) for row, n in zip(rows, lengths, strict=True)]
+    return [
+        Encoded(row, len(source.ids), source.full_length > len(source.ids))
+        for row, source in zip(rows, sources, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -76,9 +73,29 @@ def soften(
     return soft
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One thing to generate: the composed row, the latent its slots stand for, and how to sample."""
+
+    row: Row
+    latent: NDArray[np.float32] | None
+    params: SamplingParams
+
+
+def ask(
+    bridge: Bridge, receiver_name: str, receiver: FrozenLM, asked: Sequence[Asked]
+) -> tuple[list[Generation], float]:
+    """Answer from latents: ``soften``, then ``generate``."""
+    soft = soften(bridge, receiver_name, receiver, [item.latent for item in asked])
+    return generate(receiver, [item.row for item in asked], soft, [item.params for item in asked])
+
+
 @torch.inference_mode()
 def generate(
-    receiver: FrozenLM, rows: Sequence[Row], soft_tokens: Float[Tensor, "B K D"] | None, params: Sequence[SamplingParams]
+    receiver: FrozenLM,
+    rows: Sequence[Row],
+    soft_tokens: Float[Tensor, "B K D"] | None,
+    params: Sequence[SamplingParams],
 ) -> tuple[list[Generation], float]:
     """Answer every row; each by its own parameters, none influenced by its neighbours.
 
@@ -91,7 +108,7 @@ def generate(
     batch = collate(rows, side="left").to(receiver.device)
     watch = _Watch(receiver, params)
     tokenizer = receiver.tokenizer
-    out = receiver.model.generate(
+    out = cast(Any, receiver.model).generate(
         inputs_embeds=embed(receiver, batch, soft_tokens),
         attention_mask=batch.mask.long(),
         position_ids=batch.positions,
@@ -130,9 +147,7 @@ def answer_logits(
 
 
 @torch.inference_mode()
-def answer_scores(
-    receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None
-) -> Float[Tensor, "B"]:
+def answer_scores(receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None) -> Float[Tensor, " B"]:
     """Log-probability of each row's labelled tokens, summed."""
     logits, labels = answer_logits(receiver, batch, soft_tokens)
     return -token_losses(logits, labels).sum(dim=1)
@@ -143,9 +158,7 @@ def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> 
 
     The one place where labels are shifted: position t's logits are compared with the label at t + 1.
     """
-    return F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none"
-    )
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
 class _Watch(LogitsProcessor):
@@ -170,7 +183,7 @@ class _Watch(LogitsProcessor):
         ids = ids[: p.max_tokens]
         ended = eos in ids
         said = ids[: ids.index(eos)] if ended else ids
-        text = self.receiver.tokenizer.decode(said, skip_special_tokens=True)
+        text = str(self.receiver.tokenizer.decode(said, skip_special_tokens=True))
         found = [text.index(stop) for stop in p.stop if stop in text]
         if found:
             return Generation(text[: min(found)], "stop", len(said))

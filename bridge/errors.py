@@ -9,6 +9,8 @@ LatentWireError
 ├── CorruptCheckpoint   a file of the checkpoint is missing or damaged          500
 ├── ModelUnavailable    a language model cannot be found or read                500
 ├── Overloaded          the queue is full; try again later                      429
+├── NotReady            the models are still loading                             503
+├── StoreUnavailable    the store of latents does not answer                    503
 ├── InsufficientMemory  the models do not fit the memory budget                 503
 ├── DeadlineExceeded    the answer would come too late                          504
 ├── InferenceFailed     the model raised; the whole batch is lost               500
@@ -76,3 +78,11 @@ class InferenceFailed(LatentWireError):
 
 class TrainingFailed(LatentWireError):
     """A training run cannot go on; what it saved last is kept."""
+
+
+class NotReady(LatentWireError):
+    """The models are still loading, or the worker makes no progress."""
+
+
+class StoreUnavailable(LatentWireError):
+    """The store of latents does not answer, or refuses to take more."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -43,8 +43,12 @@ class FrozenLM:
         return self.model.device
 
     @property
+    def _embedding(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    @property
     def width(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        return int(self._embedding.weight.shape[1])
 
     @property
     def layers(self) -> int:
@@ -61,7 +65,7 @@ class FrozenLM:
 
     def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
         """The model's own input embedding of ``ids``."""
-        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        embeds: Tensor = self._embedding(ids)
         return embeds
 
     def embedding_rms(self) -> float:
@@ -69,7 +73,7 @@ class FrozenLM:
 
         Measured because families differ by two orders of magnitude; soft tokens must arrive at this scale.
         """
-        weight = self.model.get_input_embeddings().weight.detach().float()
+        weight = self._embedding.weight.detach().float()
         return float(weight.pow(2).mean(dim=1).sqrt().mean())
 
     def kv_bytes(self, tokens: int) -> int:
@@ -143,7 +147,7 @@ def predicted_bytes(name: str, dtype: torch.dtype) -> int:
     total = 0
     for path in folder_of(name.removeprefix(RANDOM)).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for key in file.keys():
                 count = 1
                 for size in file.get_slice(key).get_shape():
                     count *= size
@@ -182,7 +186,7 @@ def load_model(name: str, *, device: torch.device | None = None, dtype: torch.dt
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=True
@@ -207,37 +211,47 @@ def check_identity(expected: ModelRef, actual: Fingerprint, role: str) -> None:
             )
 
 
-def tokenize_sources(
-    lm: FrozenLM, texts: Sequence[str], *, max_tokens: int, truncate: bool = False
-) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"], list[int]]:
-    """Sender inputs: BOS once where the tokenizer has one, right-padded.
+@dataclass(frozen=True, slots=True)
+class SourceTokens:
+    """A source as the sender reads it: ids, BOS included, cut to the bridge's limit; and its full length."""
 
-    Returns:
-        Ids, mask (True at real tokens), and each text's full length in tokens before any cut.
+    ids: list[int]
+    full_length: int
+
+
+def tokenize_source(lm: FrozenLM, text: str, *, max_tokens: int, truncate: bool = False) -> SourceTokens:
+    """Sender tokens of one text: BOS once where the tokenizer has one.
 
     Raises:
-        InvalidRequest: An empty text, or one longer than ``max_tokens`` when ``truncate`` is off.
+        InvalidRequest: The text holds no token, or more than ``max_tokens`` when ``truncate`` is off.
     """
     bos = [] if lm.tokenizer.bos_token_id is None else [int(lm.tokenizer.bos_token_id)]
-    rows = [bos + lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    lengths = [len(row) for row in rows]
-    for row, text in zip(rows, texts, strict=True):
-        if len(row) == len(bos):
-            raise InvalidRequest(f"the text {text!r} holds no token; expected at least one", param="inputs")
-        if len(row) > max_tokens and not truncate:
-            raise InvalidRequest(
-                f"a text has {len(row)} sender tokens, more than the bridge's {max_tokens}; "
-                "shorten it or ask for truncation",
-                param="inputs",
-            )
-    width = min(max(lengths, default=0), max_tokens)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        kept = row[:max_tokens]
-        ids[i, : len(kept)] = torch.tensor(kept)
-        mask[i, : len(kept)] = True
-    return ids.to(lm.device), mask.to(lm.device), lengths
+    ids = bos + text_ids(lm, text)
+    if len(ids) == len(bos) or not text.strip():
+        raise InvalidRequest(f"the text {text!r} is empty; expected at least one word", param="inputs")
+    if len(ids) > max_tokens and not truncate:
+        raise InvalidRequest(
+            f"the text has {len(ids)} sender tokens; this bridge reads at most {max_tokens} "
+            "(shorten it, or set truncate)",
+            param="inputs",
+        )
+    return SourceTokens(ids[:max_tokens], len(ids))
+
+
+def text_ids(lm: FrozenLM, text: str) -> list[int]:
+    """Ids of a text alone, without special tokens. The library's own length warning is left to our checks."""
+    return list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def pad_sources(lm: FrozenLM, sources: Sequence[SourceTokens]) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
+    """Ids and mask (True at real tokens) of a batch, right-padded, on the sender's device."""
+    width = max(len(source.ids) for source in sources)
+    ids = torch.zeros(len(sources), width, dtype=torch.long)
+    mask = torch.zeros(len(sources), width, dtype=torch.bool)
+    for i, source in enumerate(sources):
+        ids[i, : len(source.ids)] = torch.tensor(source.ids)
+        mask[i, : len(source.ids)] = True
+    return ids.to(lm.device), mask.to(lm.device)
 
 
 class _Reached(Exception):
@@ -254,6 +268,9 @@ def hidden_states(
     are explicit, so padding on either side changes no real row.
 
     Args:
+        lm: The sender.
+        ids: Token ids; anything at padding.
+        mask: True at real tokens.
         layers: Blocks counted from 1 (0 is the embedding); a block's raw output, without the final norm.
 
     Raises:

@@ -15,11 +15,10 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from bridge.config import Layout
 from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.models import FrozenLM
+from bridge.models import FrozenLM, text_ids
 
 LATENT, PROMPT = "{latent}", "{prompt}"
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
@@ -68,7 +67,9 @@ def layout_for(lm: FrozenLM, template: str) -> Layout:
     before, after = split_template(template)
     gap = after[: len(after) - len(after.lstrip())]
     eos, bos = lm.tokenizer.eos_token_id, lm.tokenizer.bos_token_id
-    return Layout(f"{before}{LATENT}{gap}{PROMPT}", None if bos is None else int(bos), None if eos is None else int(eos))
+    return Layout(
+        f"{before}{LATENT}{gap}{PROMPT}", None if bos is None else int(bos), None if eos is None else int(eos)
+    )
 
 
 def check_layout(layout: Layout, lm: FrozenLM) -> None:
@@ -117,6 +118,8 @@ def compose(
     to the first word of a text.
 
     Args:
+        lm: The model that will read the row.
+        layout: Its BOS and EOS policy.
         template: Holds ``{latent}`` at most once; see ``place``.
         latent: K for K soft tokens; a text for that text in their place; None for nothing.
         answer: Supervised together with EOS; BOS, template and soft tokens never are.
@@ -128,18 +131,18 @@ def compose(
     before, after = split_template(template)
     bos = [] if layout.bos_id is None else [layout.bos_id]
     if isinstance(latent, int):
-        head = _tokens(lm.tokenizer, before.rstrip(" "))
-        ids = bos + head + [0] * latent + continuation(lm.tokenizer, after)
+        head = text_ids(lm, before.rstrip(" "))
+        ids = bos + head + [0] * latent + continuation(lm, after)
         first = len(bos) + len(head)
         slots = [i - first if first <= i < first + latent else TEXT for i in range(len(ids))]
         spoken = after or before
     else:
         spoken = before + (latent or "") + after
-        ids = bos + _tokens(lm.tokenizer, spoken)
+        ids = bos + text_ids(lm, spoken)
         slots = [TEXT] * len(ids)
     said: list[int] = []
     if answer is not None:
-        said = continuation(lm.tokenizer, answer, spoken) + ([] if layout.eos_id is None else [layout.eos_id])
+        said = continuation(lm, answer, spoken) + ([] if layout.eos_id is None else [layout.eos_id])
     length = len(ids) + len(said)
     if not ids:
         raise InvalidRequest("the receiver's input is empty; expected a prompt or a latent", param="prompt")
@@ -150,24 +153,18 @@ def compose(
     return Row(ids + said, slots + [TEXT] * len(said), [IGNORE] * len(ids) + said)
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, text: str, before: str = "") -> list[int]:
+def continuation(lm: FrozenLM, text: str, before: str = "") -> list[int]:
     """Tokens of ``text`` where something already stands before it.
 
     Tried with the real text before it, then with neutral anchors; a tokenizer that merges across every one
     of them gets the text's own tokens.
     """
     for anchor in (before, ".", "a", "0"):
-        head = _tokens(tokenizer, anchor)
-        whole = _tokens(tokenizer, anchor + text)
+        head = text_ids(lm, anchor)
+        whole = text_ids(lm, anchor + text)
         if anchor and head and whole[: len(head)] == head:
             return whole[len(head) :]
-    return _tokens(tokenizer, text)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: the tokenizer's own length warning says nothing that compose does not check.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-    return list(ids)
+    return text_ids(lm, text)
 
 
 def collate(rows: Sequence[Row], *, side: Literal["left", "right"]) -> Batch:

@@ -36,9 +36,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
 
-def choose(
-    logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], position: int
-) -> Float[Tensor, "B V"]:
+def choose(logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], position: int) -> Float[Tensor, "B V"]:
     """Scores whose argmax is each row's choice at ``position`` (tokens generated so far).
 
     Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise comes from a generator
@@ -56,7 +54,7 @@ def choose(
     return scores
 
 
-def _filter(scores: Float[Tensor, "V"], params: SamplingParams) -> Float[Tensor, "V"]:
+def _filter(scores: Float[Tensor, " V"], params: SamplingParams) -> Float[Tensor, " V"]:
     if 0 < params.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], float("-inf"))
     if params.top_p < 1:

@@ -26,8 +26,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.errors import IncompatibleBridge, InvalidMessage
+from bridge.errors import IncompatibleBridge, InvalidMessage, InvalidRequest
 
+Latent = NDArray[np.float32]
 DType = Literal["float32", "float16", "int8"]
 MAGIC, VERSION = b"LWIR", 1
 HEADER = struct.Struct("<4sBBH16sIII")
@@ -54,7 +55,9 @@ def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16"
     is at most 1/254 of its own largest number.
 
     Args:
+        latent: Slots of RMS 1.
         bridge_id: 32 hex digits.
+        dtype: What the numbers travel in.
 
     Raises:
         InvalidMessage: The latent could not be decoded again: not finite, empty or over the limits.
@@ -70,7 +73,7 @@ def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16"
     _check_shape(K, C, CODES[dtype], HEADER.size + len(data))
     fields = (MAGIC, VERSION, CODES[dtype], 0, bytes.fromhex(bridge_id), K, C)
     crc = zlib.crc32(data, zlib.crc32(HEADER.pack(*fields, 0)))
-    return HEADER.pack(*fields, crc) + data
+    return bytes(HEADER.pack(*fields, crc) + data)
 
 
 def decode(
@@ -81,6 +84,7 @@ def decode(
     A receiver that once read NaN answers later, normal requests wrongly, so nothing unchecked may reach one.
 
     Args:
+        message: The bytes.
         bridge_id: The latent space expected; None accepts any.
         latent_dim: The width C expected; None accepts any up to ``MAX_WIDTH``.
         max_slots: The most slots this caller takes.
@@ -110,6 +114,14 @@ def decode(
     latent = _NUMBERS[dtype](data, K, C)
     _check_numbers(latent)
     return Message(latent, sender_id.hex(), dtype)
+
+
+def as_dtype(name: str) -> DType:
+    """A dtype by name (InvalidRequest when there is none)."""
+    for known in CODES:
+        if known == name:
+            return known
+    raise InvalidRequest(f"dtype {name!r} is unknown; expected one of {', '.join(CODES)}", param="dtype")
 
 
 def message_bytes(slots: int, latent_dim: int, dtype: DType) -> int:
@@ -142,7 +154,9 @@ def _check_numbers(latent: NDArray[np.float32]) -> None:
 
 def _read_int8(data: memoryview, K: int, C: int) -> NDArray[np.float32]:
     scale = np.frombuffer(data, "<f4", count=K)
-    return np.frombuffer(data, "i1", offset=4 * K).reshape(K, C).astype(np.float32) * scale[:, None]
+    whole = np.frombuffer(data, "i1", offset=4 * K).reshape(K, C)
+    latent: NDArray[np.float32] = whole.astype(np.float32) * scale[:, None]
+    return latent
 
 
 def _read_float(dtype: DType) -> Callable[[memoryview, int, int], NDArray[np.float32]]:

@@ -41,6 +41,14 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of the initial weights and of the data order.")
 
 
+def demo_config(out: Path, max_steps: int | None = None) -> TrainConfig:
+    """The run of ``latentwire demo``: the built-in pair, in minutes on two cores."""
+    steps = {} if max_steps is None else {"max_steps": max_steps}
+    return TrainConfig.model_validate(
+        {"sender": "builtin:neox", "receiver": "builtin:llama", "task": "world", "out": out, **steps}
+    )
+
+
 def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
     """A configuration from a TOML file, with flags (those not None) over it.
 

@@ -23,8 +23,9 @@ from bridge.checkpoint import CONFIG, Bridge, head_key, make_bridge, save_bridge
 from bridge.config import BridgeConfig, EncoderConfig, Head, Manifest, Provenance
 from bridge.engine import answer_logits
 from bridge.errors import InvalidRequest, TrainingFailed
+from bridge.evaluation.conditions import Setting
 from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.models import FrozenLM, hidden_states, load_model, tokenize_sources
+from bridge.models import RANDOM, FrozenLM, hidden_states, load_model, pad_sources, tokenize_source
 from bridge.prompt import collate, compose, layout_for
 from training.config import TrainConfig
 from training.data import Order, pick
@@ -108,8 +109,28 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM, receiver: Frozen
             num_latents=config.num_latents,
         ),
         heads={receiver.name: head},
-        provenance=Provenance(task.name, task.data_sha256, config.seed, config.max_steps, code_version()),
+        provenance=Provenance(
+            task=task.name,
+            data_sha256=task.data_sha256,
+            seed=config.seed,
+            steps=config.max_steps,
+            code_version=code_version(),
+            recipe=config.model_dump(mode="json", exclude={"out"}),
+        ),
     )
+
+
+def control_config(name: str, setting: Setting, out: Path) -> TrainConfig:
+    """The recipe of a bridge changed into that of a control.
+
+    ``random_sender`` reads a sender of the same shape with untrained weights: what it reaches needs no
+    understanding. ``prompt`` learns as many soft tokens as the bridge sends on average, and reads nothing.
+    """
+    config = TrainConfig.model_validate({**setting.bridge.config.provenance.recipe, "out": out})
+    if name == "random_sender":
+        return config.model_copy(update={"sender": RANDOM + config.sender})
+    slots = [len(latent) for latent in setting.latents(range(min(64, len(setting.examples))))]
+    return config.model_copy(update={"encoder": "prompt", "num_latents": max(1, round(sum(slots) / len(slots)))})
 
 
 def take_step(run: Run, step: int, monitor: Monitor) -> None:
@@ -121,7 +142,7 @@ def take_step(run: Run, step: int, monitor: Monitor) -> None:
         examples = pick(run.task.train, order.batch(step * config.accumulate + micro))
         soft, slots = soft_tokens(run, examples)
         losses = objectives(run, examples, soft, slots)
-        (losses["loss"] / config.accumulate).backward()
+        torch.autograd.backward(losses["loss"] / config.accumulate)
         for name, value in losses.items():
             parts[name] += float(value.detach()) / config.accumulate
     norm = float(torch.nn.utils.clip_grad_norm_(run.bridge.parameters(), config.clip_norm))
@@ -137,9 +158,9 @@ def take_step(run: Run, step: int, monitor: Monitor) -> None:
 
 def soft_tokens(run: Run, examples: Sequence[Example]) -> tuple[Float[Tensor, "B K D"], list[int]]:
     """Soft tokens of each example's source, and how many each has."""
-    ids, mask, _ = tokenize_sources(
-        run.sender, [e.source for e in examples], max_tokens=run.bridge.config.max_source_tokens, truncate=True
-    )
+    limit = run.bridge.config.max_source_tokens
+    sources = [tokenize_source(run.sender, e.source, max_tokens=limit, truncate=True) for e in examples]
+    ids, mask = pad_sources(run.sender, sources)
     latents, slots = run.bridge.encoder(hidden_states(run.sender, ids, mask, run.bridge.config.layers), mask)
     head = run.bridge.heads[head_key(run.receiver.name)]
     return head(latents.to(run.receiver.device)), slots.sum(dim=1).tolist()

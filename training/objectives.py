@@ -14,7 +14,7 @@ from bridge.prompt import IGNORE
 
 def answer_loss(
     logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"], *, first_token_weight: float = 1.0
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """Cross-entropy of each row's answer in nats per token, its first token weighted.
 
     The first token is where a bridge is needed most: later ones lean on the answer so far, and a bridge that
@@ -24,6 +24,7 @@ def answer_loss(
     Args:
         logits: From ``engine.answer_logits``.
         labels: Unshifted; ``token_losses`` shifts them.
+        first_token_weight: The other tokens have 1.
     """
     losses = token_losses(logits, labels)
     weights = (labels[:, 1:] != IGNORE).to(losses.dtype)
@@ -32,7 +33,7 @@ def answer_loss(
     return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-8)
 
 
-def answers_right(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, "B"]:
+def answers_right(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, " B"]:
     """1 for each row whose every labelled token is the likeliest one, else 0; a measure, not an objective."""
     wanted = labels[:, 1:]
     wrong = (logits[:, :-1].argmax(dim=-1) != wanted) & (wanted != IGNORE)

@@ -5,18 +5,19 @@ Dimensions used in this file:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bridge import engine, wire
-from bridge.checkpoint import Bridge
-from bridge.config import Layout
-from bridge.evaluation.tasks import Example, Task
-from bridge.models import FrozenLM, tokenize_sources
-from bridge.prompt import Row, collate, compose
+from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
+from bridge.config import Layout, Manifest
+from bridge.evaluation.tasks import Example, Task, load_task
+from bridge.models import FrozenLM, SourceTokens, load_model, text_ids, tokenize_source
+from bridge.prompt import LATENT, Row, collate, compose
 from bridge.sampling import SamplingParams
 
 Latent = NDArray[np.float32]
@@ -39,14 +40,24 @@ class Setting:
     receiver: FrozenLM
     dtype: wire.DType = "float16"
 
+    def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
+        """The same measurement of another bridge to the same receiver."""
+        sender = load_model(manifest.bridge.sender.name)
+        return replace(self, bridge=load_bridge(checkpoint)[1], bridge_id=manifest.bridge_id, sender=sender)
+
     @property
     def layout(self) -> Layout:
         return self.bridge.config.heads[self.receiver_name].layout
 
+    def sources(self, chosen: Sequence[int]) -> list[SourceTokens]:
+        """Sender tokens of the chosen examples, cut to what the bridge reads."""
+        limit = self.bridge.config.max_source_tokens
+        texts = (self.examples[i].source for i in chosen)
+        return [tokenize_source(self.sender, text, max_tokens=limit, truncate=True) for text in texts]
+
     def latents(self, chosen: Sequence[int]) -> list[Latent]:
         """Latents of the chosen examples as the receiver's side decodes them, after the wire."""
-        sources = [self.examples[i].source for i in chosen]
-        sent = engine.encode(self.bridge, self.sender, sources, truncate=True)
+        sent = engine.encode(self.bridge, self.sender, self.sources(chosen))
         messages = [wire.encode(row.latent, self.bridge_id, self.dtype) for row in sent]
         return [wire.decode(message, bridge_id=self.bridge_id).latent for message in messages]
 
@@ -65,21 +76,20 @@ class Setting:
 
     def relay(self, chosen: Sequence[int]) -> list[str]:
         """What the sender writes about each source, greedily: the latent's rival in words."""
-        said = []
+        tokenizer = self.sender.tokenizer
+        layout = Layout("", tokenizer.bos_token_id, tokenizer.eos_token_id)
+        template = self.task.relay.replace("{source}", LATENT)
         room = self.sender.max_tokens - RELAY_TOKENS
-        for i in chosen:
-            template = self.task.relay.replace("{source}", "{latent}")
-            sender_layout = Layout("", self.sender.tokenizer.bos_token_id, self.sender.tokenizer.eos_token_id)
-            said.append(compose(self.sender, sender_layout, template, latent=self.examples[i].source, max_tokens=room))
-        params = [SamplingParams(max_tokens=RELAY_TOKENS)] * len(said)
-        return [g.text.strip() for g in engine.generate(self.sender, said, None, params)[0]]
+        rows = [fit(self.sender, layout, template, self.examples[i].source, room) for i in chosen]
+        params = [SamplingParams(max_tokens=RELAY_TOKENS)] * len(rows)
+        return [g.text.strip() for g in engine.generate(self.sender, rows, None, params)[0]]
 
     def cut(self, chosen: Sequence[int]) -> list[str]:
         """Sources cut to as many receiver tokens as their latent has slots."""
         rows = []
         for i, latent in zip(chosen, self.latents(chosen), strict=True):
-            ids = self.receiver.tokenizer(self.examples[i].source, add_special_tokens=False)["input_ids"]
-            rows.append(self.receiver.tokenizer.decode(ids[: len(latent)]))
+            ids = text_ids(self.receiver, self.examples[i].source)
+            rows.append(str(self.receiver.tokenizer.decode(ids[: len(latent)])))
         return rows
 
     def noise(self, chosen: Sequence[int]) -> list[Latent]:
@@ -92,12 +102,45 @@ class Setting:
         return rows
 
     def rows(self, chosen: Sequence[int], readings: Sequence[Reading], answers: Sequence[str | None]) -> list[Row]:
-        """Receiver inputs with each reading at ``{latent}``; a source over the context is cut, as users would."""
+        """Receiver inputs with each reading at ``{latent}``; a text over the receiver's context is cut at its end."""
+        room = self.receiver.max_tokens - self.task.max_answer_tokens
         made = []
-        for i, reading, answer in zip(chosen, readings, answers, strict=True):
-            latent = len(reading) if isinstance(reading, np.ndarray) else reading
-            made.append(compose(self.receiver, self.layout, self.examples[i].prompt, latent=latent, answer=answer))
+        for i, reading, said in zip(chosen, readings, answers, strict=True):
+            prompt = self.examples[i].prompt
+            if isinstance(reading, str):
+                made.append(fit(self.receiver, self.layout, prompt, reading, room, said))
+            else:
+                slots = None if reading is None else len(reading)
+                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=said))
         return made
+
+
+def fit(lm: FrozenLM, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
+    """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens."""
+    row = compose(lm, layout, template, latent=text, answer=answer)
+    if len(row) <= room:
+        return row
+    kept = text_ids(lm, text)[: room - len(row)]
+    return compose(lm, layout, template, latent=str(lm.tokenizer.decode(kept)), answer=answer)
+
+
+def open_setting(
+    checkpoint: str | Path, task: str, *, limit: int | None, dtype: wire.DType, receiver: str | None
+) -> Setting:
+    """Load a checkpoint, its models and a task's test split.
+
+    Raises:
+        LatentWireError: Any of them is missing, damaged or another one than the checkpoint knows.
+    """
+    manifest, bridge = load_bridge(checkpoint)
+    name = receiver or bridge.default_receiver
+    bridge.head(name)
+    loaded = load_task(task)
+    sender, answering = load_model(manifest.bridge.sender.name), load_model(name)
+    check_sender(manifest.bridge, sender)
+    check_receiver(manifest.bridge, name, answering)
+    examples = loaded.test[: limit or len(loaded.test)]
+    return Setting(loaded, examples, bridge, manifest.bridge_id, sender, name, answering, dtype)
 
 
 Condition = Callable[[Setting, Sequence[int]], Sequence[Reading]]
@@ -113,14 +156,6 @@ CONDITIONS: dict[str, Condition] = {
 }
 TRAINED = ("prompt", "random_sender")
 """Conditions that are bridges of their own, trained like the one measured: run when asked for."""
-
-
-def source_tokens(setting: Setting, chosen: Sequence[int]) -> list[int]:
-    """Sender tokens of each source, BOS included, as ``/encode`` counts them."""
-    limit = setting.bridge.config.max_source_tokens
-    texts = [setting.examples[i].source for i in chosen]
-    lengths = tokenize_sources(setting.sender, texts, max_tokens=limit, truncate=True)[2]
-    return [min(length, limit) for length in lengths]
 
 
 def answer(setting: Setting, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:

@@ -1,15 +1,20 @@
 """Run an evaluation, and show it: one JSON document, one table."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from bridge import engine, wire
-from bridge.evaluation.conditions import CONDITIONS, Condition, Setting, answer, source_tokens
+from bridge.checkpoint import replace_file
+from bridge.errors import InvalidRequest
+from bridge.evaluation.conditions import CONDITIONS, Condition, Setting, answer
 from bridge.evaluation.metrics import bootstrap, exact_match, token_f1
+from bridge.models import text_ids
 from bridge.sampling import SamplingParams
 
 Progress = Callable[[str, int, int], None]
@@ -36,7 +41,9 @@ def evaluate(
     """Measure every condition on the setting's examples.
 
     Args:
+        setting: The bridge measured, its models and the examples.
         trained: Settings of the control bridges ``prompt`` and ``random_sender``, on the same examples.
+        progress: Told how far each condition is.
 
     Returns:
         The report: ``conditions`` (metric, value, 95 % interval, median milliseconds to first token for one
@@ -101,16 +108,11 @@ def _first_token_ms(setting: Setting, condition: Condition) -> float:
 
 def _sizes(setting: Setting) -> dict[str, Any]:
     everything = range(len(setting.examples))
-    tokens: list[int] = []
+    tokens = [len(source.ids) for source in setting.sources(everything)]
     slots: list[int] = []
-    for start in range(0, len(everything), BATCH_ROWS):
-        chosen = everything[start : start + BATCH_ROWS]
-        tokens += source_tokens(setting, chosen)
-        slots += [len(latent) for latent in setting.latents(chosen)]
-    read = [
-        len(setting.receiver.tokenizer(example.source, add_special_tokens=False, verbose=False)["input_ids"])
-        for example in setting.examples
-    ]
+    for start in everything[::BATCH_ROWS]:
+        slots += [len(latent) for latent in setting.latents(everything[start : start + BATCH_ROWS])]
+    read = [len(text_ids(setting.receiver, example.source)) for example in setting.examples]
     dim = setting.bridge.config.encoder.latent_dim
     return {
         "bytes": {
@@ -121,6 +123,19 @@ def _sizes(setting: Setting) -> dict[str, Any]:
         "source_tokens_per_soft_token": sum(tokens) / sum(slots),
         "receiver_tokens_per_soft_token": sum(read) / sum(slots),
     }
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the report as JSON, whole or not at all.
+
+    Raises:
+        InvalidRequest: The path cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
+    except OSError as error:
+        raise InvalidRequest(f"--out {path}: {error.strerror}", param="out") from None
 
 
 def table(report: Mapping[str, Any]) -> Table:

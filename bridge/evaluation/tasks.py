@@ -93,11 +93,11 @@ def load_task(name: str) -> Task:
 class World(Sequence[Example]):
     """A split of the world, made as it is read: example i is a pure function of (split, seed, i)."""
 
-    def __init__(self, split: world.Split, count: int, *, seed: int = 0) -> None:
-        self.split, self.count, self.seed = split, count, seed
+    def __init__(self, split: world.Split, size: int, *, seed: int = 0) -> None:
+        self.split, self.size, self.seed = split, size, seed
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -105,8 +105,8 @@ class World(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.count))]
-        if not 0 <= index < self.count:
+            return [self[i] for i in range(*index.indices(self.size))]
+        if not 0 <= index < self.size:
             raise IndexError(index)
         scene = world.scene(self.split, self.seed, index)
         question, answer = scene.questions[index * 7919 % len(scene.questions)]

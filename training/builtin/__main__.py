@@ -109,7 +109,9 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: 
     return {name: exact_match(model, tokenizer, rows) for name, rows in tasks.items()}
 
 
-def publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: dict[str, Any], log: str, out: Path) -> None:
+def publish(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: dict[str, Any], log: str, out: Path
+) -> None:
     """Write the folder file by file through renames, so that a reader sees an old or a new file, never half of one.
 
     Weights are stored in bfloat16 (``round_weights`` made them exact) and load as the float32 that the config names.
@@ -137,8 +139,12 @@ def round_weights(model: PreTrainedModel) -> None:
 def hardware() -> str:
     """The processor in words."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return f"{torch.get_num_threads()} thread(s) of {names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    names = (
+        [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    )
+    return (
+        f"{torch.get_num_threads()} thread(s) of {names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    )
 
 
 def main(
@@ -166,7 +172,11 @@ def main(
         share = recipe.rate(step)
         loss = train_step(model, optimizers, batch, [recipe.matrix_rate * share, recipe.other_rate * share])
         if step % 50 == 49:
-            line: dict[str, float] = {"step": step + 1, "loss": round(loss, 4), "seconds": round(time.monotonic() - started)}
+            line: dict[str, float] = {
+                "step": step + 1,
+                "loss": round(loss, 4),
+                "seconds": round(time.monotonic() - started),
+            }
             if step % 300 == 299:
                 line |= evaluate(model, tokenizer, 100)
             log += json.dumps(line) + "\n"

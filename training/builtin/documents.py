@@ -110,9 +110,7 @@ def document(seed: int, index: int, mixture: Mixture, max_questions: int = 6) ->
     if kind < mixture.copy:
         return list(_copy(rng))
     relations = world.RELATIONS[: mixture.relations]
-    told = world.facts(
-        "train", seed, index, min_facts=2, max_facts=10, relations=relations, wordings=mixture.wordings
-    )
+    told = world.facts("train", seed, index, min_facts=2, max_facts=10, relations=relations, wordings=mixture.wordings)
     source = _source(told, mixture.terse, rng)
     if kind < mixture.copy + mixture.repeat:
         return [(source, BACKGROUND), ("\nRepeat:", BACKGROUND), (f" {source}", 1.0), (END, 1.0)]

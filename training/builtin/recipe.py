@@ -114,7 +114,9 @@ class Muon(torch.optim.Optimizer):
     ``torch.optim.Muon`` does the same in bfloat16, which takes more than half of a step where a CPU emulates it.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1) -> None:
+    def __init__(
+        self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()

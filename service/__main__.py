@@ -1,0 +1,292 @@
+"""The command line, and the one place where training, serving and bridges meet.
+
+Heavy imports stand inside the commands: ``latentwire --help`` must not wait for torch.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bridge.errors import InvalidRequest, LatentWireError
+
+if TYPE_CHECKING:
+    from bridge.config import Manifest
+    from bridge.evaluation.conditions import Setting
+    from training.config import TrainConfig
+
+app = typer.Typer(
+    name="latentwire", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
+)  # fmt: skip
+out = Console()
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
+Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Option(help="TOML file with these flags as keys; flags win.")] = None,
+    sender: Annotated[str | None, typer.Option(help="Model that reads: builtin:NAME, a folder, or a Hub name.")] = None,
+    receiver: Annotated[str | None, typer.Option(help="Model that answers, named the same way.")] = None,
+    task: Annotated[str | None, typer.Option(help="'world' or a task file (.toml).")] = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="Folder of checkpoint, state and log.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="pooling, perceiver, mean, linear or prompt. [pooling]")] = None,
+    ratio: Annotated[int | None, typer.Option(help="Sender tokens per slot (pooling, linear). [4]")] = None,
+    num_latents: Annotated[int | None, typer.Option(help="Slots (perceiver, mean, prompt). [16]")] = None,
+    latent_dim: Annotated[int | None, typer.Option(help="Width C of the latent on the wire. [128]")] = None,
+    hidden_dim: Annotated[int | None, typer.Option(help="Width inside the encoder. [256]")] = None,
+    depth: Annotated[int | None, typer.Option(help="Transformer blocks over the slots. [2]")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Sender layer to read; repeat for several. [2/3 up]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps. [1000]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per forward pass. [32]")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimiser step. [1]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [0.002]")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up. [20]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay. [0.01]")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest gradient norm. [1.0]")] = None,
+    first_token_weight: Annotated[float | None, typer.Option(help="Weight of an answer's first token. [4]")] = None,
+    reconstruction_weight: Annotated[float | None, typer.Option(help="Weight of repeating the source. [1]")] = None,
+    max_source_tokens: Annotated[int | None, typer.Option(help="Longer sources are cut. [512]")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between saves. [200]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order. [0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out, if there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
+) -> None:
+    """Train a bridge between two frozen models."""
+    flags = {key.rstrip("_"): value for key, value in locals().items() if key not in ("config", "resume", "overwrite")}
+    from training.config import read_config
+    from training.loop import train as run
+
+    settings = read_config(config, flags)
+    started = time.monotonic()
+    manifest = run(settings, out, resume=resume, overwrite=overwrite)
+    out.print(f"[bold]{settings.out}[/bold] holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    task: Annotated[str, typer.Option(help="'world' or a task file (.toml).")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N test examples.")] = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="Write the report here as JSON.")] = None,
+    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8 or float32.")] = "float16",
+    receiver: Receiver = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also train and measure the 'prompt' and 'random_sender' controls.")
+    ] = False,
+) -> None:
+    """Measure a bridge against every condition, and print one table."""
+    from bridge.evaluation.report import write_report
+
+    setting = _open(checkpoint, task, limit, dtype, receiver)
+    trained = _train_controls(setting) if controls else {}
+    report = _measure(setting, trained)
+    if out_ is not None:
+        write_report(out_, report)
+
+
+@app.command()
+def encode(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Option(help="The text the sender reads.")],
+    out_: Annotated[Path, typer.Option("--out", help="File for the message.")],
+    dtype: Annotated[str, typer.Option(help="float16, int8 or float32.")] = "float16",
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
+) -> None:
+    """Turn a text into a latent, as one message in a file. Runs here, without a server."""
+    from bridge import wire
+    from bridge.checkpoint import replace_file
+    from bridge.local import encode_text
+
+    manifest, encoded = encode_text(checkpoint, text, truncate=truncate)
+    message = wire.encode(encoded.latent, manifest.bridge_id, wire.as_dtype(dtype))
+    try:
+        replace_file(out_, message)
+    except OSError as error:
+        raise InvalidRequest(f"--out {out_}: {error.strerror}", param="out") from None
+    K, C = encoded.latent.shape
+    out.print(f"{out_}: {K}×{C} {dtype}, {len(message)} bytes from {encoded.source_tokens} sender tokens")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="What the receiver is asked; {latent} places the soft tokens.")],
+    text: Annotated[str | None, typer.Option(help="A text for the sender; the receiver does not see it.")] = None,
+    latent: Annotated[Path | None, typer.Option(help="A message written by 'latentwire encode'.")] = None,
+    receiver: Receiver = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this; repeat for several.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
+) -> None:
+    """Let the receiver answer from a latent, or from a text it will not see. Runs here, without a server."""
+    if (text is None) == (latent is None):
+        raise InvalidRequest("give exactly one of --text and --latent")
+    from bridge.local import answer, encode_text, read_latent
+    from bridge.sampling import SamplingParams
+
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    numbers = encode_text(checkpoint, text, truncate=truncate)[1].latent if text is not None else None
+    if numbers is None:
+        assert latent is not None
+        numbers = read_latent(checkpoint, latent)
+    typer.echo(answer(checkpoint, receiver, numbers, prompt.replace("\\n", "\n"), params).text)
+
+
+@app.command()
+def inspect(checkpoint: Checkpoint) -> None:
+    """Show what a checkpoint is: its models, fingerprints and sizes; and whether the models are still those."""
+    from bridge.checkpoint import check_models, load_bridge
+    from bridge.config import dump_manifest
+
+    manifest, bridge = load_bridge(checkpoint)
+    weights = sum(p.numel() for p in bridge.parameters())
+    size = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
+    out.print_json(dump_manifest(manifest).decode())
+    out.print(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
+    check_models(manifest.bridge)
+    out.print("sender and receivers are the models it was trained with")
+
+
+@app.command()
+def serve(
+    bridge: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A bridge to serve; repeat for several. [builtin]")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. [8000]")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
+    ] = None,
+) -> None:
+    """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
+    import socket
+
+    import uvicorn
+    from pydantic import ValidationError
+
+    from service.app import create_app
+    from service.settings import Settings
+
+    flags: dict[str, Any] = {"host": host, "port": port, "memory_budget": memory_budget}
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}, got {first['input']!r}") from None
+    application = create_app(settings, _named(bridge or ["builtin=builtin"]))
+    try:
+        listener = socket.create_server((settings.host, settings.port), backlog=2048)
+    except OSError as error:
+        raise InvalidRequest(f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}") from None
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    address = f"http://{settings.host}:{listener.getsockname()[1]}"
+    out.print(f"LatentWire listens on {address} (reference: {address}/docs)")
+    uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
+
+
+@app.command()
+def demo(
+    out_: Annotated[Path, typer.Option("--out", help="Folder of the demo's checkpoint.")] = Path("runs/demo"),
+    serve_: Annotated[bool, typer.Option("--serve/--no-serve", help="Stay up after the requests.")] = True,
+    port: Annotated[int, typer.Option(help="Port of the service.")] = 8000,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps make a quicker, worse bridge.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Held-out examples per condition.")] = 100,
+) -> None:
+    """Train a bridge between the built-in models, measure it, serve it and ask it something."""
+    from service.demo import ask, running
+    from training.config import demo_config
+    from training.loop import train as run
+
+    config = demo_config(out_, max_steps)
+    started = time.monotonic()
+    out.rule("train: two frozen models, a bridge between them")
+    run(config, out, overwrite=True)
+    out.print(f"trained in {time.monotonic() - started:.0f} s")
+    out.rule("evaluate: what crossed, on facts never seen in training")
+    setting = _open(str(out_), "world", limit, "float16", None)
+    _measure(setting, {})
+    out.rule("serve: the same bridge over HTTP")
+    with running(out_, port, out_ / "serve.log") as server:
+        ask(out, port, setting.examples[0])
+        if serve_:
+            out.print(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
+            server.wait()
+
+
+def _named(bridges: list[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for item in bridges:
+        name, _, path = item.partition("=")
+        if not name or not path or name in named:
+            raise InvalidRequest(f"--bridge {item!r}: expected NAME=PATH with a name of its own", param="bridge")
+        named[name] = path
+    return named
+
+
+def _open(checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None) -> "Setting":
+    from bridge.evaluation.conditions import open_setting
+    from bridge.wire import as_dtype
+
+    return open_setting(checkpoint, task, limit=limit, dtype=as_dtype(dtype), receiver=receiver)
+
+
+def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any]:
+    from rich.progress import Progress
+
+    from bridge.evaluation.report import evaluate as measure
+    from bridge.evaluation.report import table
+
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
+        bar = progress.add_task("evaluating", total=None)
+        report = measure(
+            setting,
+            trained=trained,
+            progress=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
+        )
+    out.print(table(report))
+    return report
+
+
+def _train_controls(setting: "Setting") -> "dict[str, Setting]":
+    """The same recipe with learned soft tokens, and with an untrained sender; kept in a temporary folder."""
+    import tempfile
+
+    from bridge.evaluation.conditions import TRAINED
+    from training.loop import control_config
+    from training.loop import train as run
+
+    settings: dict[str, Setting] = {}
+    for name in TRAINED:
+        with tempfile.TemporaryDirectory() as folder:
+            config: TrainConfig = control_config(name, setting, Path(folder) / name)
+            out.print(f"control {name!r}:", highlight=False)
+            manifest: Manifest = run(config, out)
+            settings[name] = setting.with_bridge(Path(folder) / name, manifest)
+    return settings
+
+
+def main() -> None:
+    """Entry point of ``latentwire`` and ``python -m service``: bad input is one line and exit code 2."""
+    try:
+        app()
+    except LatentWireError as error:
+        print(f"latentwire: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

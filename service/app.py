@@ -1,0 +1,156 @@
+"""HTTP surface. Every decision about status codes and headers is in this file."""
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bridge import errors
+from service.routes import inference, status
+from service.runtime import Runtime
+from service.schemas import ErrorBody
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[errors.LatentWireError], int] = {
+    errors.InvalidRequest: 422,
+    errors.InvalidMessage: 422,
+    errors.TooLarge: 413,
+    errors.UnknownBridge: 404,
+    errors.IncompatibleBridge: 409,
+    errors.CorruptCheckpoint: 500,
+    errors.ModelUnavailable: 500,
+    errors.Overloaded: 429,
+    errors.NotReady: 503,
+    errors.StoreUnavailable: 503,
+    errors.InsufficientMemory: 503,
+    errors.DeadlineExceeded: 504,
+    errors.InferenceFailed: 500,
+    errors.TrainingFailed: 500,
+}
+RETRY_LATER = {429, 503}
+RETRY_SECONDS = 1.0
+
+
+def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
+    """Build the application over bridges {name: checkpoint}; no global state, so tests can build many.
+
+    Raises:
+        LatentWireError: A checkpoint cannot be read.
+    """
+    runtime = Runtime(settings, checkpoints)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await runtime.start()
+        yield
+        await runtime.stop()
+
+    documented: dict[int | str, dict[str, Any]] = {
+        code: {"model": ErrorBody} for code in sorted({400, *STATUS.values()})
+    }
+    app = FastAPI(title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented)
+    app.state.runtime = runtime
+    app.include_router(inference.router)
+    app.include_router(status.router)
+    app.add_exception_handler(errors.LatentWireError, _deliberate)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_middleware(Envelope, runtime=runtime)
+    return app
+
+
+class Envelope:
+    """Around every request: its id, the limit of its body, its metrics, and the one error body for a crash.
+
+    Plain ASGI, because ``BaseHTTPMiddleware`` hides disconnects from the routes.
+    """
+
+    def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
+        self.app, self.runtime = app, runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+        request_id = scope.setdefault("state", {})["request_id"] = given if usable else uuid.uuid4().hex
+        started, status, replied = time.perf_counter(), 500, False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, replied
+            if message["type"] == "http.response.start":
+                status, replied = message["status"], True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, self._limited(scope, receive), send_with_id)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if not replied:
+                body = _body("InternalError", "the service failed on this request", None, request_id)
+                await JSONResponse(body, status_code=500)(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self.runtime.metrics.requests.labels(route, str(status)).inc()
+            self.runtime.metrics.latency.labels(route).observe(time.perf_counter() - started)
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        limit, taken = self.runtime.settings.max_body, 0
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+
+        async def receive_within_limit() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > limit or (declared.isdigit() and int(declared) > limit):
+                raise errors.TooLarge(f"the request body is over {int(limit)} bytes", param="body")
+            return message
+
+        return receive_within_limit
+
+
+def _body(kind: str, message: str, param: str | None, request_id: str) -> dict[str, Any]:
+    return {"error": {"type": kind, "message": message, "param": param, "request_id": request_id}}
+
+
+def _answer(request: Request, code: int, kind: str, message: str, param: str | None) -> JSONResponse:
+    headers = {"Retry-After": str(math.ceil(RETRY_SECONDS))} if code in RETRY_LATER else None
+    return JSONResponse(_body(kind, message, param, request.state.request_id), status_code=code, headers=headers)
+
+
+async def _deliberate(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.LatentWireError)
+    return _answer(request, STATUS[type(error)], type(error).__name__, str(error), error.param)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    value = "" if isinstance(first.get("input"), dict | list) else f", got {_short(first.get('input'))}"
+    return _answer(request, 422, "InvalidRequest", f"{param or 'body'}: {first['msg']}{value}", param)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kinds = {404: "NotFound", 405: "MethodNotAllowed"}
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _answer(request, error.status_code, kinds.get(error.status_code, "InvalidRequest"), message, None)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

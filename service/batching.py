@@ -1,0 +1,126 @@
+"""Group concurrent rows into one forward pass.
+
+No row waits for company: while the device works on one batch, the rows that arrive become the next. Three
+promises, each with a test of its name in ``tests/unit/test_batching.py``: every row gets exactly one result
+or one error; a row nobody waits for any more never reaches the model; a failing batch fails its own rows only.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from bridge.errors import DeadlineExceeded, InferenceFailed, LatentWireError, Overloaded
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Load:
+    """Rows waiting and the last time anything moved, shared by all batchers of a service."""
+
+    limit: int
+    waiting: int = 0
+    running: int = 0
+    last_progress: float = field(default_factory=time.monotonic)
+
+
+class Batcher(Generic[Item, Result]):
+    """A queue in front of ``run``, which maps N rows to N results, or errors, in order."""
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | LatentWireError]]],
+        *,
+        max_batch: int,
+        load: Load,
+    ) -> None:
+        self._run = run
+        self._max_batch = max_batch
+        self._load = load
+        self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._arrived = asyncio.Event()
+
+    async def submit(self, items: Sequence[Item], *, timeout: float) -> list[Result]:
+        """Queue all rows of a request, or none, and wait for every result.
+
+        Raises:
+            Overloaded: They do not fit the queue; nothing was queued.
+            DeadlineExceeded: Not all results came within ``timeout`` seconds.
+            InferenceFailed: ``run`` raised for a batch one of them was in.
+            LatentWireError: What ``run`` returned for one of them.
+        """
+        if self._load.waiting + len(items) > self._load.limit:
+            raise Overloaded(f"{self._load.waiting} rows are waiting, {len(items)} more exceed {self._load.limit}")
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
+        if not self._load.waiting and not self._load.running:
+            self._load.last_progress = time.monotonic()
+        self._queue.extend(zip(items, answers, strict=True))
+        self._load.waiting += len(items)
+        self._arrived.set()
+        try:
+            async with asyncio.timeout(timeout):
+                return list(await asyncio.gather(*answers))
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within {timeout:g} s") from None
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def serve(self) -> None:
+        """Run batches until cancelled; rows still waiting then get an error, not silence."""
+        try:
+            while True:
+                await self._arrived.wait()
+                self._arrived.clear()
+                while live := self._next_batch():
+                    await self._answer(live)
+        finally:
+            for _, answer in self._queue:
+                if not answer.done():
+                    answer.set_exception(InferenceFailed("the service is stopping"))
+            self._load.waiting -= len(self._queue)
+            self._queue.clear()
+
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+        while self._queue and len(batch) < self._max_batch:
+            item, answer = self._queue.popleft()
+            self._load.waiting -= 1
+            if not answer.done():
+                batch.append((item, answer))
+        return batch
+
+    async def _answer(self, live: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        self._load.running += len(live)
+        try:
+            results = await self._run([item for item, _ in live])
+            if len(results) != len(live):
+                raise RuntimeError(f"{len(results)} results for {len(live)} rows")
+        except Exception as error:
+            known = isinstance(error, LatentWireError)
+            if not known:
+                log.exception("a batch of %d rows failed", len(live))
+            for _, answer in live:
+                if not answer.done():
+                    failure = error if known else InferenceFailed(f"the model failed with {type(error).__name__}")
+                    failure.__cause__ = None if known else error
+                    answer.set_exception(failure)
+            return
+        finally:
+            self._load.running -= len(live)
+            self._load.last_progress = time.monotonic()
+        for (_, answer), result in zip(live, results, strict=True):
+            if answer.done():
+                continue
+            if isinstance(result, LatentWireError):
+                answer.set_exception(result)
+            else:
+                answer.set_result(result)

@@ -1,0 +1,68 @@
+"""The last act of ``latentwire demo``: a real server, a real request to each endpoint, printed."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bridge.errors import InferenceFailed
+from bridge.evaluation.tasks import Example
+from bridge.prompt import LATENT
+from service.client import Client
+
+START_SECONDS = 120.0
+
+
+@contextmanager
+def running(checkpoint: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``latentwire serve`` as a process of its own, its output in ``log``; ended on the way out.
+
+    Raises:
+        InferenceFailed: It ended, or was not ready in time; the last line it printed is named.
+    """
+    command = [sys.executable, "-m", "service", "serve", "--bridge", f"demo={checkpoint}", "--port", str(port)]
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            deadline = time.monotonic() + START_SECONDS
+            while not client.ready():
+                if server.poll() is not None or time.monotonic() > deadline:
+                    last = (log.read_text().strip().splitlines() or ["nothing"])[-1]
+                    raise InferenceFailed(f"the service did not start; it said: {last}")
+                time.sleep(0.1)
+        yield server
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def ask(console: Console, port: int, example: Example) -> None:
+    """Send one ``/encode`` and one ``/generate``, and print both with their latencies."""
+    prompt = example.prompt.replace(LATENT, "").lstrip("\n")
+    with Client(f"http://127.0.0.1:{port}") as client:
+        client.generate([{"text": example.source}], prompt)  # the first request of a connection warms it up
+        sent, encode_ms = _timed(client.encode, [example.source])
+        latent = sent["latents"][0]
+        said, generate_ms = _timed(client.generate, [{"latent": latent["data"]}], prompt)
+    shown = {**latent, "data": latent["data"][:24] + "…"}
+    console.print("\n[bold]POST /encode[/bold] — the sender reads", f"[cyan]{example.source}[/cyan]", highlight=False)
+    console.print(f"  {json.dumps(shown, ensure_ascii=False)}", highlight=False, markup=False)
+    console.print(f"  {encode_ms:.1f} ms")
+    console.print("[bold]POST /generate[/bold] — the receiver gets that latent and", repr(prompt), highlight=False)
+    console.print(f"  {json.dumps(said['outputs'][0], ensure_ascii=False)}", highlight=False, markup=False)
+    console.print(f"  {generate_ms:.1f} ms; together {encode_ms + generate_ms:.1f} ms")
+    right = said["outputs"][0]["text"].strip() == example.answer.strip()
+    console.print(f"  expected {example.answer.strip()!r}: {'right' if right else 'wrong'}")
+
+
+def _timed(call: Any, *arguments: Any) -> tuple[dict[str, Any], float]:
+    started = time.perf_counter()
+    answer = call(*arguments)
+    return answer, (time.perf_counter() - started) * 1000

@@ -1,0 +1,1 @@
+"""Routes, one file per concern; each is thin and calls the runtime."""

@@ -1,0 +1,72 @@
+"""What is served, and whether it is well: bridges, health, metrics."""
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from bridge.errors import NotReady
+from service.runtime import Runtime, Served
+from service.schemas import BridgeList, BridgeOut, Health
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/bridges")
+async def bridges(request: Request) -> BridgeList:
+    """Every bridge that is served."""
+    runtime: Runtime = request.app.state.runtime
+    return BridgeList(bridges=[_describe(runtime, served) for served in runtime.bridges.values()])
+
+
+@router.get("/bridges/{name}")
+async def bridge(name: str, request: Request) -> BridgeOut:
+    """One bridge."""
+    runtime: Runtime = request.app.state.runtime
+    return _describe(runtime, runtime.find(name))
+
+
+@router.get("/health/live")
+async def live(request: Request) -> Health:
+    """Whether the process makes progress: 503 when work is there and none was finished for long. Busy is fine."""
+    runtime: Runtime = request.app.state.runtime
+    if runtime.stalled:
+        raise NotReady(f"no batch was finished for {runtime.settings.stall_timeout:g} s although rows wait")
+    return Health()
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Health:
+    """Whether every bridge has been loaded and has answered once."""
+    runtime: Runtime = request.app.state.runtime
+    if runtime.failure is not None:
+        raise runtime.failure
+    if not runtime.ready:
+        raise NotReady("the bridges are still loading")
+    return Health()
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    runtime: Runtime = request.app.state.runtime
+    return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _describe(runtime: Runtime, served: Served) -> BridgeOut:
+    config = served.manifest.bridge
+    resident = runtime.residency.resident()
+    return BridgeOut(
+        name=served.name,
+        bridge_id=served.manifest.bridge_id,
+        sender=config.sender.name,
+        layers=list(config.layers),
+        receivers=list(config.heads),
+        encoder=config.encoder.kind,
+        ratio=config.encoder.ratio,
+        num_latents=config.encoder.num_latents,
+        latent_dim=config.encoder.latent_dim,
+        max_source_tokens=config.max_source_tokens,
+        template=config.heads[served.bridge.default_receiver].layout.template,
+        task=config.provenance.task,
+        steps=config.provenance.steps,
+        loaded={name: resident[name] for name in (config.sender.name, *config.heads) if name in resident},
+    )

@@ -1,0 +1,207 @@
+"""What goes over HTTP, in and out. Unknown fields are refused."""
+
+import base64
+import binascii
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from bridge.errors import InvalidMessage
+
+
+class Strict(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EncodeRequest(Strict):
+    """Texts to turn into latents."""
+
+    bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
+    inputs: list[str] = Field(min_length=1, description="Texts, each read by the sender alone.")
+    dtype: Literal["float16", "int8", "float32"] = Field("float16", description="What the numbers travel in.")
+    store: bool = Field(False, description="Keep the latents and return their ids.")
+    truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
+
+
+class Input(Strict):
+    """One thing to ask about: exactly one of the three."""
+
+    text: str | None = Field(None, description="A text; the sender reads it, the receiver does not.")
+    latent: str | None = Field(None, description="A message from /encode, base64.")
+    latent_id: str | None = Field(None, description="The id of a stored latent.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in ("text", "latent", "latent_id") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of text, latent and latent_id, not {len(given)}")
+        return self
+
+
+class GenerateRequest(Strict):
+    """Questions to a receiver about texts it will not see."""
+
+    bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
+    receiver: str | None = Field(None, description="Which of the bridge's receivers answers; its first when absent.")
+    inputs: list[Input] = Field(min_length=1)
+    prompt: str | list[str] = Field(
+        description="What the receiver is asked: one prompt for all inputs, or one for each. {latent} says where the "
+        "soft tokens stand; without it they stand where the bridge was trained to have them."
+    )
+    max_tokens: int = Field(32, ge=1, description="Most tokens to generate for each output.")
+    temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens of this probability.")
+    top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")
+    seed: int | None = Field(None, ge=0, lt=1 << 63, description="Same seed, same request, same text.")
+    n: int = Field(1, ge=1, description="Outputs for each input.")
+    stop: str | list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], max_length=16, description="An output ends before the first of these."
+    )
+    truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
+
+    @field_validator("stop")
+    @classmethod
+    def _as_list(cls, stop: str | list[str]) -> list[str]:
+        if stop == "":
+            raise ValueError("a stop string must not be empty")
+        return [stop] if isinstance(stop, str) else stop
+
+    @model_validator(mode="after")
+    def _one_prompt_each(self) -> Self:
+        if isinstance(self.prompt, list) and len(self.prompt) != len(self.inputs):
+            raise ValueError(f"{len(self.prompt)} prompts for {len(self.inputs)} inputs; give one, or one for each")
+        return self
+
+    @property
+    def prompts(self) -> list[str]:
+        """One prompt for each input."""
+        return [self.prompt] * len(self.inputs) if isinstance(self.prompt, str) else self.prompt
+
+
+class LatentOut(BaseModel):
+    """A latent as it crosses the wire."""
+
+    id: str | None = Field(None, description="There only when stored.")
+    data: str = Field(description="The message, base64.")
+    shape: list[int] = Field(description="[K, C]: slots and width.")
+    dtype: str
+    bytes: int = Field(description="Length of the message.")
+    source_tokens: int = Field(description="Sender tokens read.")
+    source_bytes: int
+    truncated: bool
+
+
+class Usage(BaseModel):
+    """What was counted. Sender tokens of texts read, soft tokens given to the receiver, tokens it wrote."""
+
+    source_tokens: int = 0
+    soft_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class Timing(BaseModel):
+    """Milliseconds: on the device for each half, and from request to answer."""
+
+    encode_ms: float = 0.0
+    generate_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+class EncodeResponse(BaseModel):
+    """Latents in the order of the inputs."""
+
+    bridge: str
+    latents: list[LatentOut]
+    usage: Usage
+    timing: Timing
+
+
+class Output(BaseModel):
+    """One answer. Outputs follow the inputs, n for each."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    token_count: int
+
+
+class DiversityOut(BaseModel):
+    """Diversity of this request's outputs; see ``bridge.diversity``."""
+
+    outputs: int
+    distinct_ratio: float
+    top_output_ratio: float
+    distinct_1: float
+    distinct_2: float
+    entropy_nats: float
+
+
+class GenerateResponse(BaseModel):
+    """Answers of the receiver."""
+
+    id: str
+    bridge: str
+    outputs: list[Output]
+    diversity: DiversityOut
+    usage: Usage
+    timing: Timing
+
+
+class BridgeOut(BaseModel):
+    """A bridge that is served."""
+
+    name: str
+    bridge_id: str
+    sender: str
+    layers: list[int]
+    receivers: list[str]
+    encoder: str
+    ratio: int
+    num_latents: int
+    latent_dim: int
+    max_source_tokens: int
+    template: str
+    task: str
+    steps: int
+    loaded: dict[str, int] = Field(description="Models of this bridge now in memory, and their bytes.")
+
+
+class BridgeList(BaseModel):
+    """Every bridge that is served."""
+
+    bridges: list[BridgeOut]
+
+
+class Health(BaseModel):
+    """``ok``, or an error with status 503."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in one sentence."""
+
+    type: str
+    message: str
+    param: str | None
+    request_id: str
+
+
+class ErrorBody(BaseModel):
+    """The one error body."""
+
+    error: ErrorDetail
+
+
+def message_of(data: str, at: int) -> bytes:
+    """The bytes of a base64 message.
+
+    Raises:
+        InvalidMessage: Not base64.
+    """
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidMessage("the latent is not base64", param=f"inputs.{at}.latent") from None
