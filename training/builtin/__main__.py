@@ -82,7 +82,7 @@ def exact_match(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]], batch: int = 50
 ) -> float:
     """Share of (prompt, answer) rows that greedy generation answers to the letter, ending itself with EOS."""
-    model.eval()
+    model.train(False)
     right = 0
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
@@ -90,10 +90,11 @@ def exact_match(
         wanted = [f" {answer}{tokenizer.eos_token}" for _, answer in part]
         inputs = tokenizer(asked, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
         longest = max(len(ids) for ids in tokenizer(wanted).input_ids)
-        made = model.generate(**inputs, do_sample=False, max_new_tokens=longest)[:, inputs["input_ids"].shape[1] :]
-        texts = [text.replace(str(tokenizer.pad_token), "") for text in tokenizer.batch_decode(made)]
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
+        ends = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :])
+        texts = [text.replace(str(tokenizer.pad_token), "") for text in ends]
         right += sum(text == answer for text, answer in zip(texts, wanted, strict=True))
-    model.train()
+    model.train(True)
     return right / len(rows)
 
 
@@ -121,6 +122,7 @@ def publish(
     tokenizer.save_pretrained(partial)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; this folder is installed
     (partial / "training.json").write_text(json.dumps(card, indent=2) + "\n")
     (partial / "training.jsonl").write_text(log)
     out.mkdir(parents=True, exist_ok=True)
@@ -139,12 +141,9 @@ def round_weights(model: PreTrainedModel) -> None:
 def hardware() -> str:
     """The processor in words."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    return (
-        f"{torch.get_num_threads()} thread(s) of {names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ")[1] for line in lines if "model name" in line] or [platform.processor()]
+    return f"{torch.get_num_threads()} thread(s) of {names[0]}, {os.cpu_count()} cores"
 
 
 def main(

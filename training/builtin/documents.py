@@ -48,7 +48,7 @@ def _skeleton() -> Tokenizer:
 
 def _finish(tokenizer: Tokenizer, bos: str, eos: str, pad: str) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (bos, eos, pad)])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=bos,
         eos_token=eos,
@@ -59,7 +59,7 @@ def _finish(tokenizer: Tokenizer, bos: str, eos: str, pad: str) -> PreTrainedTok
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """The receiver's: one token for each word of the world (and for subjects that open a source), bytes for the rest."""
+    """The receiver's: one token for a word of the world (and for a subject that opens a source), bytes for the rest."""
     openings = ["The", *world.NAMES, *world.THINGS]
     words = [f"Ġ{word}" for word in world.vocabulary()]
     units = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *openings, *words, "Question", "Answer", "Repeat"]

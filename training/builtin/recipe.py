@@ -134,15 +134,16 @@ class Muon(torch.optim.Optimizer):
 
     def _nesterov(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
         assert p.grad is not None
-        mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+        mean: torch.Tensor = self.state[p].setdefault("mean", torch.zeros_like(p))
         mean.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(mean, momentum)
+        ahead: torch.Tensor = p.grad.lerp(mean, momentum)
+        return ahead
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """[N, rows, columns] → the nearest matrices with singular values about 1 (Newton-Schulz, Muon's coefficients)."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x: torch.Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -152,9 +153,10 @@ def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 def optimisers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, the head, norms and biases."""
-    embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, p in model.named_parameters():
+        (matrices if p.ndim == 2 and ".layers." in name else others).append(p)
     return [
         Muon(matrices, lr=recipe.matrix_rate),
         torch.optim.AdamW(others, lr=recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
