@@ -239,7 +239,16 @@ def tokenize_source(lm: FrozenLM, text: str, *, max_tokens: int, truncate: bool 
 
 
 def text_ids(lm: FrozenLM, text: str) -> list[int]:
-    """Ids of a text alone, without special tokens. The library's own length warning is left to our checks."""
+    """Ids of a text alone, without special tokens. The library's own length warning is left to our checks.
+
+    Raises:
+        InvalidRequest: The text holds half a surrogate pair, which no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise InvalidRequest(f"the text holds {text[at]!r} at character {at}; expected Unicode text") from None
     return list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -139,6 +139,9 @@ async def _deliberate(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        where = f"the body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}"
+        return _answer(request, 422, "InvalidRequest", where, None)
     param = ".".join(str(part) for part in first["loc"] if part != "body") or None
     value = "" if isinstance(first.get("input"), dict | list) else f", got {_short(first.get('input'))}"
     return _answer(request, 422, "InvalidRequest", f"{param or 'body'}: {first['msg']}{value}", param)
@@ -146,6 +149,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, errors.LatentWireError):  # FastAPI wraps what receiving the body raises
+        return await _deliberate(request, error.__cause__)
     kinds = {404: "NotFound", 405: "MethodNotAllowed"}
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _answer(request, error.status_code, kinds.get(error.status_code, "InvalidRequest"), message, None)

@@ -99,21 +99,17 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     async def _answer(self, live: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        results: Sequence[Result | LatentWireError]
         self._load.running += len(live)
         try:
             results = await self._run([item for item, _ in live])
             if len(results) != len(live):
                 raise RuntimeError(f"{len(results)} results for {len(live)} rows")
+        except LatentWireError as error:
+            results = [error] * len(live)
         except Exception as error:
-            known = isinstance(error, LatentWireError)
-            if not known:
-                log.exception("a batch of %d rows failed", len(live))
-            for _, answer in live:
-                if not answer.done():
-                    failure = error if known else InferenceFailed(f"the model failed with {type(error).__name__}")
-                    failure.__cause__ = None if known else error
-                    answer.set_exception(failure)
-            return
+            log.exception("a batch of %d rows failed", len(live))
+            results = [_failed(error) for _ in live]
         finally:
             self._load.running -= len(live)
             self._load.last_progress = time.monotonic()
@@ -124,3 +120,9 @@ class Batcher(Generic[Item, Result]):
                 answer.set_exception(result)
             else:
                 answer.set_result(result)
+
+
+def _failed(error: Exception) -> InferenceFailed:
+    failure = InferenceFailed(f"the model failed with {type(error).__name__}")
+    failure.__cause__ = error
+    return failure

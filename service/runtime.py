@@ -136,8 +136,8 @@ class Runtime:
 
     def admit(self, texts: Sequence[str], rows: int) -> None:
         """Refuse a request over the operator's limits before any work (TooLarge)."""
-        if rows > self.settings.max_inputs * self.settings.max_samples:
-            raise TooLarge(f"{rows} outputs were asked for", param="n")
+        if rows > self.settings.max_queue:
+            raise TooLarge(f"the request makes {rows} rows; at most {self.settings.max_queue} can wait", param="inputs")
         for text in texts:
             if len(text) > self.settings.max_text_characters:
                 raise TooLarge(
@@ -210,7 +210,8 @@ class Runtime:
     async def _warm_up(self) -> None:
         try:
             for served in self.bridges.values():
-                encoded = await self.encode(served, [WARM_UP_TEXT], truncate=True)
+                encoder, row = self._encoders[served.name], Text(WARM_UP_TEXT, truncate=True)
+                encoded = await encoder.submit([row], timeout=float("inf"))  # a large model loads for minutes
                 for receiver in served.manifest.bridge.heads:
                     question = Question(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
                     batcher = self._generators[served.name, receiver]

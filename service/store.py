@@ -93,6 +93,8 @@ class RedisStore:
         """The message of an id (UnknownBridge when it is gone)."""
         try:
             message = cast(bytes | None, await self._redis.get(PREFIX + latent_id))
+        except UnicodeEncodeError:
+            raise _gone(latent_id) from None
         except (RedisError, OSError) as error:
             raise StoreUnavailable(f"the latent could not be read: Redis said {type(error).__name__}") from error
         if message is None:

@@ -23,18 +23,27 @@ class TrainConfig(BaseModel):
     )
     ratio: int = Field(4, ge=1, description="Sender tokens per slot (pooling, linear).")
     num_latents: int = Field(16, ge=1, description="Slots (perceiver, mean, prompt).")
-    latent_dim: int = Field(128, ge=1, description="Width C of the latent that crosses the wire.")
-    hidden_dim: int = Field(256, ge=1, description="Width inside the encoder.")
+    latent_dim: int | None = Field(
+        None, ge=1, description="Width C of the latent that crosses the wire. Default: the receiver's, at most 512."
+    )
+    hidden_dim: int | None = Field(
+        None, ge=1, description="Width inside the encoder, a multiple of 32. Default: near the sender's, 64 to 1024."
+    )
     depth: int = Field(2, ge=0, description="Transformer blocks over the slots.")
     layer: list[int] | None = Field(None, description="Sender layer to read, from 1; repeat to read several.")
     max_steps: int = Field(1000, ge=1, description="Optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Examples per forward pass.")
     accumulate: int = Field(1, ge=1, description="Forward passes per optimiser step.")
-    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate of Muon and AdamW.")
     warmup_steps: int = Field(20, ge=0, description="Optimiser steps of linear warm-up, before the cosine.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm over all trained weights.")
     first_token_weight: float = Field(4.0, gt=0, description="Weight of an answer's first token; the others have 1.")
+    alignment_steps: int | None = Field(
+        None,
+        ge=0,
+        description="First steps, in which soft tokens learn the words they cover. Default: a third (pooling, linear).",
+    )
     reconstruction_weight: float = Field(1.0, ge=0, description="Weight of repeating the source; 0 turns it off.")
     max_source_tokens: int = Field(512, ge=1, description="Longest source in sender tokens; longer ones are cut.")
     save_every: int = Field(200, ge=1, description="Optimiser steps between saves.")

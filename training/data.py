@@ -1,16 +1,20 @@
 """Examples → tensors, in an order that one integer remembers.
 
 Dimensions used in this file:
-    B batch    S sender tokens
+    B batch    K slots    D receiver width
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import torch
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bridge.evaluation.tasks import Example
+from bridge.models import FrozenLM
 
 
 class Order:
@@ -37,3 +41,34 @@ def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def pick(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
     """The examples at ``indices``."""
     return [examples[i] for i in indices]
+
+
+def covered_words(
+    sender: FrozenLM, receiver: FrozenLM, texts: Sequence[str], *, ratio: int, max_source_tokens: int
+) -> tuple[Float[Tensor, "B K D"], Bool[Tensor, "B K"]]:
+    """What the windows of each text hold, in the receiver's own embedding: the sum of the tokens that end there.
+
+    The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned. A window in
+    which no receiver token ends has no target (False in the mask).
+    """
+    bos = int(sender.tokenizer.bos_token_id is not None)
+    owners: list[list[tuple[int, int]]] = []
+    for text in texts:
+        mine = sender.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        theirs = receiver.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = np.asarray([end for _, end in mine["offset_mapping"]][: max_source_tokens - bos])
+        owners.append(
+            [
+                ((int(np.searchsorted(ends, end)) + bos) // ratio, token)
+                for token, (_, end) in zip(theirs["input_ids"], theirs["offset_mapping"], strict=True)
+                if end <= ends[-1]
+            ]
+        )
+    K = 1 + max(slot for row in owners for slot, _ in row)
+    total = torch.zeros(len(texts), K, receiver.width, device=receiver.device)
+    count = torch.zeros(len(texts), K, device=receiver.device)
+    for i, row in enumerate(owners):
+        slots, tokens = (torch.tensor(column, device=receiver.device) for column in zip(*row, strict=True))
+        total[i].index_add_(0, slots, receiver.embed(tokens).detach().float())
+        count[i].index_add_(0, slots, torch.ones(len(row), device=receiver.device))
+    return total, count > 0

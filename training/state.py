@@ -5,6 +5,7 @@ The data order is a pure function of the step, and the learning rate too, so nei
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,15 @@ class Resumed:
 
 
 def save_state(
-    folder: Path, config: TrainConfig, step: int, parameters: list[nn.Parameter], optimizer: Optimizer
+    folder: Path, config: TrainConfig, step: int, parameters: list[nn.Parameter], optimizers: Sequence[Optimizer]
 ) -> None:
     """Write weights, optimiser and random state after ``step`` optimiser steps."""
-    held = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"weight.{i}": p.detach() for i, p in enumerate(parameters)}
     tensors["rng.cpu"] = torch.get_rng_state()
-    for index, values in held["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            key = f"optimizer.{number}.{index}"
+            tensors |= {f"{key}.{name}": torch.as_tensor(value) for name, value in values.items()}
     part = write_part(folder, "state", tensors)
     document = {"step": step, "config": config.model_dump(mode="json"), "file": asdict(part)}
     replace_file(folder / STATE, json.dumps(document, indent=2).encode())
@@ -45,7 +47,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer
+    folder: Path, config: TrainConfig, parameters: list[nn.Parameter], optimizers: Sequence[Optimizer]
 ) -> Resumed | None:
     """Put a saved state back in place; None where there is none.
 
@@ -69,11 +71,12 @@ def load_state(
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors[f"weight.{i}"])
-    held: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            held.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
+    for number, optimizer in enumerate(optimizers):
+        held: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".", 3)
+                held.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])
     return Resumed(step)

@@ -35,6 +35,7 @@ async def encode(body: EncodeRequest, request: Request) -> EncodeResponse:
     runtime: Runtime = request.app.state.runtime
     started = time.perf_counter()
     served = runtime.find(body.bridge)
+    _within(("inputs", len(body.inputs), runtime.settings.max_inputs))
     runtime.admit(body.inputs, len(body.inputs))
     encoded = await runtime.encode(served, body.inputs, truncate=body.truncate)
     encode_ms = _ms_since(started)
@@ -92,15 +93,19 @@ async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
 
 def _check_limits(runtime: Runtime, body: GenerateRequest) -> None:
     settings = runtime.settings
-    for name, value, limit in (
+    _within(
         ("inputs", len(body.inputs), settings.max_inputs),
         ("n", body.n, settings.max_samples),
         ("max_tokens", body.max_tokens, settings.max_tokens),
-    ):
-        if value > limit:
-            raise TooLarge(f"{name} is {value}; at most {limit} is taken", param=name)
+    )
     texts = [item.text for item in body.inputs if item.text is not None]
     runtime.admit([*texts, *body.prompts], len(body.inputs) * body.n)
+
+
+def _within(*limits: tuple[str, int, int]) -> None:
+    for name, value, limit in limits:
+        if value > limit:
+            raise TooLarge(f"{name} is {value}; at most {limit} is taken", param=name)
 
 
 async def _latents(runtime: Runtime, served: Served, body: GenerateRequest, usage: Usage) -> list[wire.Latent]:

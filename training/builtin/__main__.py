@@ -22,7 +22,7 @@ from training.builtin.documents import END, Piece, document
 from training.builtin.recipe import RECIPES, Recipe, optimisers
 
 WINDOW = 8
-"""Batches are cut from this many batches of documents sorted by length: a third of the tokens were padding without."""
+"""Batches are cut from this many batches of documents sorted by length: two in five tokens were padding without."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Row = tuple[list[int], list[float]]
@@ -41,22 +41,20 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> Row:
 def collate(rows: list[Row], pad: int) -> Batch:
     """Right-padded ids and weights, both [B, T]; causal attention never looks at the padding."""
     width = max(len(ids) for ids, _ in rows)
-    return (
-        torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows]),
-        torch.tensor([weights + [0.0] * (width - len(weights)) for _, weights in rows]),
-    )
+    ids = [ids + [pad] * (width - len(ids)) for ids, _ in rows]
+    weights = [weights + [0.0] * (width - len(weights)) for _, weights in rows]
+    return torch.tensor(ids), torch.tensor(weights)
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
     """One batch per step, each of documents of about the same length, a pure function of the seed."""
+    size, window = recipe.batch, WINDOW * recipe.batch
     for start in range(0, recipe.steps, WINDOW):
-        indices = range(start * recipe.batch, (start + WINDOW) * recipe.batch)
-        rows = [
-            encode(document(seed, index, recipe.stage(start), recipe.max_questions), tokenizer) for index in indices
-        ]
-        rows.sort(key=lambda row: len(row[0]))
+        stage, first = recipe.stage(start), start * size
+        drawn = (document(seed, index, stage, recipe.max_questions) for index in range(first, first + window))
+        rows = sorted((encode(pieces, tokenizer) for pieces in drawn), key=lambda row: len(row[0]))
         for part in Random(f"window/{seed}/{start}").sample(range(WINDOW), min(WINDOW, recipe.steps - start)):
-            yield collate(rows[part * recipe.batch : (part + 1) * recipe.batch], tokenizer.pad_token_id)
+            yield collate(rows[part * size : (part + 1) * size], tokenizer.pad_token_id)
 
 
 def train_step(
@@ -115,7 +113,7 @@ def publish(
 ) -> None:
     """Write the folder file by file through renames, so that a reader sees an old or a new file, never half of one.
 
-    Weights are stored in bfloat16 (``round_weights`` made them exact) and load as the float32 that the config names.
+    Weights are stored in bfloat16 (``main`` rounded them) and load as the float32 that the config names.
     """
     partial = out.with_name(f".{out.name}.partial")
     model.save_pretrained(partial)
@@ -129,13 +127,6 @@ def publish(
     for file in partial.iterdir():
         file.replace(out / file.name)
     partial.rmdir()
-
-
-def round_weights(model: PreTrainedModel) -> None:
-    """Round every weight to bfloat16, so that half the bytes hold the model exactly."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def hardware() -> str:
@@ -164,23 +155,19 @@ def main(
     model = recipe.model(tokenizer)
     optimizers = optimisers(model, recipe)
     console, log, started = Console(), "", time.monotonic()
-    stream = batches(recipe, tokenizer, seed)
-    for step, batch in enumerate(
-        track(stream, "training", total=recipe.steps, console=console, disable=not console.is_terminal)
-    ):
-        share = recipe.rate(step)
+    stream = track(
+        batches(recipe, tokenizer, seed), which, recipe.steps, console=console, disable=not console.is_terminal
+    )
+    for step, batch in enumerate(stream, 1):
+        share = recipe.rate(step - 1)
         loss = train_step(model, optimizers, batch, [recipe.matrix_rate * share, recipe.other_rate * share])
-        if step % 50 == 49:
-            line: dict[str, float] = {
-                "step": step + 1,
-                "loss": round(loss, 4),
-                "seconds": round(time.monotonic() - started),
-            }
-            if step % 300 == 299:
-                line |= evaluate(model, tokenizer, 100)
+        if step % 50 == 0:
+            line = {"step": step, "loss": round(loss, 4), "seconds": round(time.monotonic() - started)}
+            line |= evaluate(model, tokenizer, 100) if step % 300 == 0 else {}
             log += json.dumps(line) + "\n"
             console.print_json(json.dumps(line), indent=None)
-    round_weights(model)
+    for parameter in model.parameters():  # rounded, so that half the bytes hold the model exactly
+        parameter.data = parameter.data.to(torch.bfloat16).float()
     card = {
         "model": which,
         "parameters": model.num_parameters(),

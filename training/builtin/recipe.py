@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -47,40 +48,28 @@ class Recipe:
         return min(1.0, (step + 1) / 50, (self.steps - step) / (self.decay_ratio * self.steps))
 
 
+def _sizes(tokenizer: PreTrainedTokenizerFast, width: int, intermediate: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": intermediate,
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")},
+    }
+
+
 def _llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**_sizes(tokenizer, 128, 352)))
 
 
 def _neox(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=160,
-            intermediate_size=640,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
-            use_parallel_residual=False,  # binding needs what a layer's attention found inside its own MLP
-            tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    # One after the other, so that a layer's MLP sees what its own attention found.
+    config = GPTNeoXConfig(use_parallel_residual=False, rope_parameters=rope, **_sizes(tokenizer, 160, 640))
+    return GPTNeoXForCausalLM(config)
 
 
 # Direct facts ("Mara sings.") and copying first: from them the model learns to look back for a subject. With all
@@ -114,30 +103,26 @@ class Muon(torch.optim.Optimizer):
     ``torch.optim.Muon`` does the same in bfloat16, which takes more than half of a step where a CPU emulates it.
     """
 
-    def __init__(
-        self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1
-    ) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": 0.95, "decay": 0.1})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, matrices in shapes.items():
-                moved = torch.stack([self._nesterov(p, group["momentum"]) for p in matrices])
-                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, direction in zip(matrices, orthogonal(moved), strict=True):
-                    p.mul_(1 - group["lr"] * group["decay"]).sub_(direction, alpha=rate)
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), matrices in shapes.items():
+                moved = orthogonal(torch.stack([self._ahead(p, group["momentum"]) for p in matrices]))
+                for p, direction in zip(matrices, moved, strict=True):
+                    p.mul_(1 - group["lr"] * group["decay"])
+                    p.sub_(direction, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-    def _nesterov(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
+    def _ahead(self, p: torch.nn.Parameter, momentum: float) -> Any:
+        """Nesterov's gradient, one step ahead of the running mean."""
         assert p.grad is not None
-        mean: torch.Tensor = self.state[p].setdefault("mean", torch.zeros_like(p))
-        mean.lerp_(p.grad, 1 - momentum)
-        ahead: torch.Tensor = p.grad.lerp(mean, momentum)
-        return ahead
+        mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+        return p.grad.lerp(mean.lerp_(p.grad, 1 - momentum), momentum)
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

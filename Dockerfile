@@ -1,0 +1,36 @@
+# The service, on CPU or CUDA: see deploy/README.md. Both stages need the same base, with Python 3.11 or newer as python3.
+ARG PYTHON_IMAGE=python:3.11-slim
+
+FROM ${PYTHON_IMAGE} AS build
+# Where the CPU build of torch comes from. Empty takes pip's own index, whose build is the CUDA one unless pip is
+# configured otherwise.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/latentwire/bin:$PATH
+RUN python3 -m venv /opt/latentwire
+WORKDIR /src
+# Dependencies before the code: a change of code does not download torch again.
+COPY constraints.txt pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > requirements.txt \
+    && pip install -c constraints.txt -r requirements.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
+COPY README.md LICENSE ./
+COPY bridge bridge
+COPY training training
+COPY service service
+RUN pip install --no-deps .
+
+FROM ${PYTHON_IMAGE}
+# A number, so that Kubernetes can see that it is not root.
+RUN useradd --uid 10001 --create-home latentwire && install -d -o 10001 -g 10001 /models
+COPY --from=build /opt/latentwire /opt/latentwire
+ENV PATH=/opt/latentwire/bin:$PATH HF_HOME=/models PYTHONUNBUFFERED=1
+USER 10001:10001
+WORKDIR /home/latentwire
+VOLUME /models
+EXPOSE 8000
+# Past any proxy: the address is the container's own.
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s CMD ["python", "-c", "\
+import os, urllib.request as r; \
+r.build_opener(r.ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ.get('LW_PORT', 8000)}/health/live\", timeout=8)"]
+ENTRYPOINT ["latentwire"]
+CMD ["serve", "--host", "0.0.0.0"]

@@ -1,0 +1,39 @@
+# Two commands on a fresh machine, in either order: `make demo` and `make test`. Both set themselves up.
+PYTHON ?= python3
+SERVE ?= 1
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test lint setup clean benchmarks
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo          train, measure and serve a bridge between the built-in models (SERVE=0 ends after the requests)"
+	@echo "make test          the whole test suite, with ruff and mypy"
+	@echo "make benchmarks    measure; writes benchmarks/results/"
+
+setup: .venv/installed
+
+# Debian and Ubuntu keep venv in a package of its own.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "LatentWire needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version)"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } || { echo "Python's venv is missing: sudo apt-get install python3-venv"; exit 2; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: setup
+	.venv/bin/latentwire demo $(if $(filter 0,$(SERVE)),--no-serve,--serve)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: lint
+	.venv/bin/pytest -q
+
+benchmarks: setup
+	.venv/bin/python -m benchmarks
+
+clean:
+	rm -rf .venv runs

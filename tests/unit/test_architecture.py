@@ -1,0 +1,83 @@
+"""The rules a reader may assume about the tree."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+MAY_IMPORT: dict[str, set[str]] = {
+    "bridge": set(),
+    "training": {"bridge"},
+    "service": {"bridge"},
+    "service/__main__.py": {"bridge", "training"},  # the composition root: the one place where all three meet
+}
+FIRST_PARTY = {"bridge", "training", "service", "tests", "benchmarks"}
+ONLY_IN_SERVICE = {"fastapi", "redis", "prometheus_client", "starlette", "uvicorn"}
+FILES = sorted(path for top in ("bridge", "training", "service") for path in (ROOT / top).rglob("*.py"))
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def imports(path: Path) -> set[str]:
+    """Top names of everything a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path} imports relatively"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_the_walk_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "odd.py"
+    file.write_text("import a.b\ndef f():\n    from c.d import e\n    import g as h\n")
+    assert imports(file) == {"a", "c", "g"}
+
+
+@each_file
+def test_imports_follow_the_arrows(path: Path) -> None:
+    name, top = str(path.relative_to(ROOT)), path.relative_to(ROOT).parts[0]
+    assert imports(path) & FIRST_PARTY <= MAY_IMPORT.get(name, MAY_IMPORT[top]) | {top}
+
+
+@each_file
+def test_what_serves_stays_in_service(path: Path) -> None:
+    if path.relative_to(ROOT).parts[0] != "service":
+        assert not imports(path) & ONLY_IN_SERVICE
+
+
+@each_file
+def test_no_file_above_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", ["bridge", "training", "service"])
+def test_no_other_distribution_shadows_our_names(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__file__ is not None and Path(module.__file__).parent == ROOT / name
+
+
+@pytest.mark.parametrize("module", ["bridge.errors", "bridge.wire", "bridge.config", "service.client"])
+def test_a_client_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_error_tree_in_the_docstring_is_the_tree() -> None:
+    named = set(re.findall(r"[├└]── (\w+)", errors.__doc__ or ""))
+    assert named == {kind.__name__ for kind in errors.LatentWireError.__subclasses__()}
+    assert all(kind.__doc__ for kind in errors.LatentWireError.__subclasses__())
+
+
+def test_an_error_can_name_the_field_at_fault() -> None:
+    error = errors.InvalidRequest("why", param="prompt")
+    assert (str(error), error.param, errors.TooLarge("why").param) == ("why", "prompt", None)
