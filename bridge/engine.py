@@ -186,7 +186,8 @@ class _Watch(LogitsProcessor):
         text = str(self.receiver.tokenizer.decode(said, skip_special_tokens=True))
         found = [text.index(stop) for stop in p.stop if stop in text]
         if found:
-            return Generation(text[: min(found)], "stop", len(said))
+            # The batch went on with padding after this row had ended, which is not counted.
+            return Generation(text[: min(found)], "stop", next(n for n in range(len(said) + 1) if self.stops(p, said[:n])))
         return Generation(text, "stop" if ended else "length", len(said) + ended)
 
 
@@ -196,7 +197,7 @@ class _Stop(StoppingCriteria):
     def __init__(self, watch: _Watch) -> None:
         self.watch = watch
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         done = [self._done(row, ids) for row, ids in zip(self.watch.params, input_ids, strict=True)]
         return torch.tensor(done, device=input_ids.device)
 

@@ -1,11 +1,12 @@
 """Load a frozen language model, know exactly which one it is, and read its hidden states.
 
 Dimensions used in this file:
-    B batch    S sender tokens    D model width    N layers read
+    B batch    S sender tokens    D model width    ND widths of all layers read, side by side
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,10 +114,14 @@ def fingerprint_of(name: str) -> Fingerprint:
     """Identity of a model from its files alone; nothing is loaded.
 
     Raises:
-        ModelUnavailable: As ``folder_of``, or the folder has no safetensors weights.
+        ModelUnavailable: As ``folder_of``, or ``config.json`` is damaged, or there are no safetensors weights.
     """
     folder = folder_of(name.removeprefix(RANDOM))
-    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in VOLATILE_CONFIG}
+    try:
+        document = dict(json.loads((folder / "config.json").read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: its config.json is damaged ({error})") from None
+    config = {k: v for k, v in document.items() if k not in VOLATILE_CONFIG}
     tokenizer_files = [folder / "tokenizer.json"]
     if not tokenizer_files[0].is_file():
         tokenizer_files = sorted(p for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
@@ -143,16 +148,19 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def predicted_bytes(name: str, dtype: torch.dtype) -> int:
-    """Bytes the weights of ``name`` will take in ``dtype``, read from the safetensors headers alone."""
+    """Bytes the weights of ``name`` will take in ``dtype``, read from the safetensors headers alone.
+
+    Raises:
+        ModelUnavailable: As ``folder_of``, or a header is damaged.
+    """
     total = 0
     for path in folder_of(name.removeprefix(RANDOM)).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                count = 1
-                for size in file.get_slice(key).get_shape():
-                    count *= size
-                total += count * dtype.itemsize
-    return total
+        try:
+            with safe_open(path, framework="pt") as file:
+                total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+        except SafetensorError as error:
+            raise ModelUnavailable(f"model {name!r} cannot be loaded: {path.name}: {error}") from None
+    return total * dtype.itemsize
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -270,7 +278,7 @@ class _Reached(Exception):
 @torch.no_grad()
 def hidden_states(
     lm: FrozenLM, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"], layers: Sequence[int]
-) -> Float[Tensor, "B S N*D"]:
+) -> Float[Tensor, "B S ND"]:
     """Outputs of the given blocks, side by side, for any decoder family.
 
     Runs without a key/value cache and stops at the highest layer: what lies above costs nothing. Position ids

@@ -8,6 +8,7 @@ Dimensions used in this file:
     B batch    T tokens of a padded row    K slots    D receiver width
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,9 +63,11 @@ def layout_for(lm: FrozenLM, template: str) -> Layout:
     """The layout a checkpoint keeps for this receiver and a task's prompt template.
 
     ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``: a later prompt that does not
-    place the latent itself gets the surroundings the bridge was trained in.
+    place the latent itself gets the surroundings the bridge was trained in. Text before the latent that holds an
+    unfilled field is left out: a request could not fill it.
     """
     before, after = split_template(template)
+    before = "" if re.search(r"\{\w+\}", before) else before
     gap = after[: len(after) - len(after.lstrip())]
     eos, bos = lm.tokenizer.eos_token_id, lm.tokenizer.bos_token_id
     return Layout(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from bridge.checkpoint import CONFIG, Bridge, head_key, make_bridge, save_bridge
 from bridge.config import BridgeConfig, EncoderConfig, Head, Manifest, Provenance
@@ -30,6 +30,7 @@ from bridge.prompt import collate, compose, layout_for
 from training.config import TrainConfig
 from training.data import Order, covered_words, pick
 from training.monitor import Monitor, StepRecord, Stopwatch, watch
+from training.muon import Muon
 from training.objectives import alignment_loss, answer_loss, answers_right
 from training.state import STATE, load_state, save_state
 
@@ -97,17 +98,15 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def optimisers(bridge: Bridge, config: TrainConfig) -> list[Optimizer]:
-    """Muon for the matrices, AdamW for the rest, at one learning rate.
+    """Muon for the matrices, AdamW for the rest.
 
     AdamW alone lost on the world task what the warm start had built (0.03 against 0.82 after the same steps).
-    Source: Muon, Jordan et al. 2024; update sizes matched to AdamW's, Liu et al. 2025, arXiv:2502.16982 §2.2.
     """
-    rate, decay = config.learning_rate, config.weight_decay
     matrices = [p for p in bridge.parameters() if p.ndim == 2]
     others = [p for p in bridge.parameters() if p.ndim != 2]
     return [
-        Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        AdamW(others, lr=rate, weight_decay=decay),
+        Muon(matrices, lr=config.matrix_learning_rate, decay=config.weight_decay),
+        AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay),
     ]
 
 
@@ -173,12 +172,16 @@ def take_step(run: Run, step: int, monitor: Monitor) -> None:
     norm = float(torch.nn.utils.clip_grad_norm_(run.bridge.parameters(), config.clip_norm))
     if not math.isfinite(norm):
         raise TrainingFailed(f"step {step + 1}: the loss is {parts['loss']} and its gradient norm {norm}; not applied")
-    rate = learning_rate(config, step)
-    for optimizer in run.optimizers:
-        optimizer.param_groups[0]["lr"] = rate
+    share = schedule(config, step)
+    for optimizer, peak in zip(run.optimizers, (config.matrix_learning_rate, config.learning_rate), strict=True):
+        optimizer.param_groups[0]["lr"] = peak * share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    monitor.log(StepRecord(step + 1, **parts, gradient_norm=norm, learning_rate=rate, seconds=watch_.lap()))
+    monitor.log(
+        StepRecord(
+            step + 1, **parts, gradient_norm=norm, learning_rate=config.learning_rate * share, seconds=watch_.lap()
+        )
+    )
 
 
 def soft_tokens(run: Run, examples: Sequence[Example]) -> tuple[Float[Tensor, "B K D"], list[int]]:
@@ -233,12 +236,12 @@ def _read(
     return answer_logits(run.receiver, collate(rows, side="left").to(run.receiver.device), soft)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to a tenth of the peak, in optimiser steps counted from 0."""
+def schedule(config: TrainConfig, step: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine to a tenth, in optimiser steps from 0."""
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
 def code_version() -> str:

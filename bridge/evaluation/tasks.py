@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import tomllib
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,10 +202,10 @@ def _rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dict[st
     data = path.read_bytes()
     digest.update(data)
     try:
-        lines = (gzip.decompress(data) if where.endswith(".gz") else data).decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        lines = (gzip.decompress(data) if where.endswith(".gz") else data).decode().split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path} cannot be read: {error}", param="task") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from training.builtin.documents import Mixture, piece_tokenizer, word_tokenizer
+from training.muon import Muon
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,45 +96,6 @@ RECIPES = {
         max_questions=4,
     ),
 }
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for 2-D parameters, orthogonalising in float32, equal shapes together.
-
-    ``torch.optim.Muon`` does the same in bfloat16, which takes more than half of a step where a CPU emulates it.
-    """
-
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": 0.95, "decay": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), matrices in shapes.items():
-                moved = orthogonal(torch.stack([self._ahead(p, group["momentum"]) for p in matrices]))
-                for p, direction in zip(matrices, moved, strict=True):
-                    p.mul_(1 - group["lr"] * group["decay"])
-                    p.sub_(direction, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
-
-    def _ahead(self, p: torch.nn.Parameter, momentum: float) -> Any:
-        """Nesterov's gradient, one step ahead of the running mean."""
-        assert p.grad is not None
-        mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-        return p.grad.lerp(mean.lerp_(p.grad, 1 - momentum), momentum)
-
-
-def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """[N, rows, columns] → the nearest matrices with singular values about 1 (Newton-Schulz, Muon's coefficients)."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x: torch.Tensor = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 def optimisers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:

@@ -1,0 +1,92 @@
+"""The real application over a tiny bridge, in this process."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.app import create_app
+from service.settings import Settings
+
+Start = Callable[..., TestClient]
+READY_SECONDS = 60.0
+
+
+def wait_until_ready(client: TestClient) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while (answer := client.get("/health/ready")).status_code != 200:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def start(checkpoint: Path) -> Iterator[Start]:
+    """Start services with other settings, or other bridges; all are stopped after the test."""
+    with ExitStack() as stack:
+
+        def run(
+            settings: Settings | None = None, checkpoints: dict[str, str] | None = None, *, ready: bool = True
+        ) -> TestClient:
+            app = create_app(settings or Settings(), checkpoints or {"tiny": str(checkpoint)})
+            client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            if ready:
+                wait_until_ready(client)
+            return client
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path) -> Iterator[TestClient]:
+    """One service with default settings for the tests of a file."""
+    with TestClient(create_app(Settings(), {"tiny": str(checkpoint)}), raise_server_exceptions=False) as client:
+        wait_until_ready(client)
+        yield client
+
+
+@pytest.fixture
+def refused(client: TestClient) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Post something bad: the answer is a clear 4xx in the one body. Afterwards the service still works."""
+
+    def post(path: str, status: int, *, on: TestClient = client, **request: Any) -> dict[str, Any]:
+        response = on.post(path, **request)
+        assert response.status_code == status, response.text
+        assert set(response.json()) == {"error"}
+        error: dict[str, Any] = response.json()["error"]
+        assert set(error) == {"type", "message", "param", "request_id"}
+        assert error["message"]
+        assert error["request_id"] == response.headers["x-request-id"]
+        assert "Traceback" not in response.text
+        assert on.post("/encode", json={"inputs": ["still here"]}).status_code == 200
+        return error
+
+    yield post
+
+
+@pytest.fixture(scope="session")
+def samples() -> Callable[[TestClient], dict[tuple[str, ...], float]]:
+    """Read /metrics into {(name, label value, …): number}."""
+
+    def read(client: TestClient) -> dict[tuple[str, ...], float]:
+        response = client.get("/metrics")
+        assert response.status_code == 200
+        return {
+            (sample.name, *(sample.labels[key] for key in sorted(sample.labels))): sample.value
+            for family in text_string_to_metric_families(response.text)
+            for sample in family.samples
+        }
+
+    return read
+
+
+@pytest.fixture
+def app(client: TestClient) -> FastAPI:
+    """The application behind ``client``."""
+    assert isinstance(client.app, FastAPI)
+    return client.app

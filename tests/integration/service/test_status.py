@@ -1,0 +1,191 @@
+"""Health, bridges, metrics and the envelope around every request."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from bridge.checkpoint import read_manifest
+from service.settings import Settings
+
+Start = Callable[..., TestClient]
+Samples = Callable[[TestClient], dict[tuple[str, ...], float]]
+DEPLOY = Path(__file__).parents[3] / "deploy"
+ASK = {"inputs": [{"text": "Mara lives in Rome."}], "prompt": "Where?", "max_tokens": 4, "n": 2, "temperature": 1.0}
+
+
+def test_a_bridge_is_described_with_what_its_checkpoint_says(client: TestClient, checkpoint: Path) -> None:
+    (listed,) = client.get("/bridges").json()["bridges"]
+    assert client.get("/bridges/tiny").json() == listed
+    manifest = read_manifest(checkpoint)
+    assert listed["bridge_id"] == manifest.bridge_id
+    assert listed["sender"] == manifest.bridge.sender.name
+    assert listed["receivers"] == list(manifest.bridge.heads)
+    assert (listed["encoder"], listed["ratio"], listed["latent_dim"]) == ("pooling", 4, 16)
+    assert (listed["max_source_tokens"], listed["template"]) == (128, "{latent}\n{prompt}")
+    assert set(listed["loaded"]) == {listed["sender"], *listed["receivers"]}
+
+
+def test_several_bridges_are_served_and_the_first_is_the_default(start: Start, checkpoint: Path) -> None:
+    client = start(None, {"one": str(checkpoint), "two": str(checkpoint)})
+    assert [bridge["name"] for bridge in client.get("/bridges").json()["bridges"]] == ["one", "two"]
+    assert client.post("/encode", json={"inputs": ["a"]}).json()["bridge"] == "one"
+    assert client.post("/encode", json={"inputs": ["a"], "bridge": "two"}).json()["bridge"] == "two"
+
+
+def test_a_bridge_nobody_serves_is_a_404(client: TestClient) -> None:
+    response = client.get("/bridges/other")
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == "bridge"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/nothing", 404, "NotFound"),
+        ("POST", "/v1/encode", 404, "NotFound"),
+        ("GET", "/encode", 405, "MethodNotAllowed"),
+        ("DELETE", "/bridges/tiny", 405, "MethodNotAllowed"),
+        ("POST", "/metrics", 405, "MethodNotAllowed"),
+    ],
+)
+def test_a_wrong_path_or_method_is_refused_in_the_one_body(
+    client: TestClient, method: str, path: str, status: int, kind: str
+) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["type"] == kind
+    assert method in error["message"] and path in error["message"]
+    assert error["request_id"] == response.headers["x-request-id"]
+
+
+def test_the_callers_request_id_comes_back(client: TestClient) -> None:
+    response = client.post("/encode", json={"inputs": ["a"]}, headers={"x-request-id": "mine-7"})
+    assert response.headers.get_list("x-request-id") == ["mine-7"]
+    refused = client.post("/encode", json={}, headers={"x-request-id": "mine-8"})
+    assert refused.json()["error"]["request_id"] == refused.headers["x-request-id"] == "mine-8"
+
+
+def test_two_requests_without_an_id_get_two(client: TestClient) -> None:
+    one, other = (client.get("/health/live").headers["x-request-id"] for _ in range(2))
+    assert one != other
+
+
+def test_a_service_is_ready_only_after_every_bridge_has_answered(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start(ready=False)
+    runtime = client.app.state.runtime  # type: ignore[attr-defined]
+    monkeypatch.setattr(runtime, "ready", False)
+    response = client.get("/health/ready")
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "NotReady"
+    assert "retry-after" in response.headers
+    assert client.get("/health/live").status_code == 200
+
+
+def test_loading_may_take_longer_than_a_request(start: Start) -> None:
+    start(Settings(request_timeout=1e-6))  # waits until the service is ready
+
+
+def test_a_service_whose_models_do_not_fit_is_never_ready_and_says_why(start: Start) -> None:
+    client = start(Settings(memory_budget=1000), ready=False)
+    deadline = time.monotonic() + 60
+    while (response := client.get("/health/ready")).json()["error"]["type"] == "NotReady":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "InsufficientMemory"
+    assert "1000" in response.json()["error"]["message"]
+    assert client.post("/encode", json={"inputs": ["a"]}).json()["error"]["type"] == "InsufficientMemory"
+
+
+def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: TestClient) -> None:
+    runtime = client.app.state.runtime  # type: ignore[attr-defined]
+    long_ago = time.monotonic() - runtime.settings.stall_timeout - 1
+    before = runtime.load.last_progress
+    try:
+        runtime.load.last_progress = long_ago
+        assert client.get("/health/live").status_code == 200  # idle is not stalled
+        runtime.load.running = 1
+        response = client.get("/health/live")
+        assert response.status_code == 503
+        assert "120 s" in response.json()["error"]["message"]
+        runtime.load.last_progress = time.monotonic()
+        assert client.get("/health/live").status_code == 200  # busy is not stalled
+    finally:
+        runtime.load.running, runtime.load.last_progress = 0, before
+
+
+def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> None:
+    client = start()
+    before = samples(client)
+    answer = client.post("/generate", json=ASK).json()
+    client.post("/encode", json={"inputs": ["a", "b"]})
+    client.post("/encode", json={})
+    client.get("/nothing/at/all")
+    after = samples(client)
+
+    def grew(*key: str) -> float:
+        return after[key] - before.get(key, 0.0)
+
+    assert grew("latentwire_requests_total", "/generate", "200") == 1
+    assert grew("latentwire_requests_total", "/encode", "200") == 1
+    assert grew("latentwire_requests_total", "/encode", "422") == 1
+    assert grew("latentwire_requests_total", "unknown", "404") == 1
+    assert not [key for key in after if "/nothing/at/all" in key]  # a caller cannot make up labels
+    assert grew("latentwire_request_seconds_count", "/generate") == 1
+    assert grew("latentwire_tokens_total", "source") == answer["usage"]["source_tokens"] + 4
+    assert grew("latentwire_tokens_total", "soft") == 2 * answer["usage"]["soft_tokens"]  # n=2 reads them twice
+    assert grew("latentwire_tokens_total", "generated") == answer["usage"]["generated_tokens"]
+    assert grew("latentwire_batch_rows_sum", "encode") == 3
+    assert grew("latentwire_batch_rows_sum", "generate") == 2
+    assert grew("latentwire_batch_rows_count", "generate") == grew("latentwire_first_token_seconds_count") == 1
+    assert grew("latentwire_device_seconds_count", "encode") == 2
+    assert after[("latentwire_ready",)] == 1
+    assert after[("latentwire_queue_rows",)] == after[("latentwire_running_rows",)] == 0
+    assert after["latentwire_output_distinct_ratio", "tiny"] == answer["diversity"]["distinct_ratio"]
+    assert after["latentwire_output_top_ratio", "tiny"] == answer["diversity"]["top_output_ratio"]
+    assert after["latentwire_output_entropy_nats", "tiny"] == answer["diversity"]["entropy_nats"]
+    assert after["latentwire_output_distinct_2", "tiny"] == answer["diversity"]["distinct_2"]
+    assert after["latentwire_memory_bytes", "cpu_resident"] > 1 << 20
+    loaded = client.get("/bridges/tiny").json()["loaded"]
+    assert {key[1]: value for key, value in after.items() if key[0] == "latentwire_model_bytes"} == loaded
+    assert after[("latentwire_memory_budget_bytes",)] == 0
+
+
+def test_warming_up_counts_no_tokens(start: Start, samples: Samples) -> None:
+    assert not [key for key in samples(start()) if key[0] == "latentwire_tokens_total"]
+
+
+def strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [found for item in value.values() for found in strings(item)]
+    return [found for item in value for found in strings(item)] if isinstance(value, list) else []
+
+
+def expressions(path: Path) -> list[str]:
+    content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    return strings(content)
+
+
+DEPLOYED = sorted([*DEPLOY.glob("grafana/**/*.json"), *DEPLOY.glob("prometheus/*.y*ml")])
+
+
+@pytest.mark.parametrize("path", DEPLOYED, ids=lambda path: path.name)
+def test_dashboards_and_rules_use_only_metrics_that_exist(client: TestClient, path: Path) -> None:
+    client.post("/generate", json=ASK)
+    families = list(text_string_to_metric_families(client.get("/metrics").text))
+    known = {sample.name for family in families for sample in family.samples}
+    used = {name for text in expressions(path) for name in re.findall(r"(?<![\w:.-])latentwire_\w+(?!\w*:)", text)}
+    assert used - known == set()

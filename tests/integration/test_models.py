@@ -1,0 +1,261 @@
+"""Frozen models of five families: what is read, what is not run, and which one it is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
+from bridge.models import (
+    FrozenLM,
+    SourceTokens,
+    check_identity,
+    fingerprint_of,
+    hidden_states,
+    load_model,
+    pad_sources,
+    predicted_bytes,
+    tokenize_source,
+)
+from tests.conftest import FAMILIES, write_model
+
+TEXTS = ["Mara lives in Rome.", "Ben sings.", "The lamp is in the attic, and nobody knows why."]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model_folders: dict[str, Path]) -> Path:
+    """A copy of a model that a test may damage."""
+    return Path(shutil.copytree(model_folders["llama"], tmp_path / "llama"))
+
+
+def tokenised(lm: FrozenLM, texts: list[str] = TEXTS) -> list[SourceTokens]:
+    return [tokenize_source(lm, text, max_tokens=200) for text in texts]
+
+
+def blocks(lm: FrozenLM) -> list[nn.Module]:
+    return next(list(m) for m in lm.model.modules() if isinstance(m, nn.ModuleList) and len(m) == 3)
+
+
+def padded(sources: list[SourceTokens], *, side: str, extra: int, filler: int) -> tuple[Tensor, Tensor]:
+    S = max(len(source.ids) for source in sources) + extra
+    ids, mask = torch.full((len(sources), S), filler), torch.zeros(len(sources), S, dtype=torch.bool)
+    for i, source in enumerate(sources):
+        n = len(source.ids)
+        here = slice(S - n, S) if side == "left" else slice(0, n)
+        ids[i, here], mask[i, here] = torch.tensor(source.ids), True
+    return ids, mask
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (2, 1), (0, 2)])
+def test_states_are_those_the_library_reports(lm: FrozenLM, layers: tuple[int, ...]) -> None:
+    ids, mask = pad_sources(lm, tokenised(lm))
+    with torch.no_grad():
+        wanted = lm.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+            output_hidden_states=True,
+        ).hidden_states
+    states = hidden_states(lm, ids, mask, layers)
+    expected = torch.cat([wanted[layer] for layer in layers], dim=-1)
+    if 0 in layers and lm.model.config.model_type == "gpt2":  # the library adds position embeddings to its layer 0
+        assert states.shape == expected.shape
+    else:
+        torch.testing.assert_close(states[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_above_the_layer_read_runs_and_nothing_is_cached(lm: FrozenLM) -> None:
+    calls: list[int] = []
+    cached: list[object] = []
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: object, kwargs: dict[str, object]) -> None:
+            calls.append(index)
+            cached.append(kwargs.get("past_key_values", kwargs.get("layer_past")))
+
+        return hook
+
+    handles = [b.register_forward_pre_hook(note(i), with_kwargs=True) for i, b in enumerate(blocks(lm), start=1)]
+    hidden_states(lm, *pad_sources(lm, tokenised(lm)), (2,))
+    for handle in handles:
+        handle.remove()
+    assert calls == [1, 2] and set(cached) == {None}
+
+
+def test_reading_leaves_no_hook_behind(lm: FrozenLM) -> None:
+    hidden_states(lm, *pad_sources(lm, tokenised(lm)), (2,))
+    with pytest.raises(IncompatibleBridge):
+        hidden_states(lm, *pad_sources(lm, tokenised(lm)), (4,))
+    assert not any(module._forward_hooks for module in [lm.model.get_input_embeddings(), *blocks(lm)])
+    assert lm.model(input_ids=torch.tensor([[5, 6]])).logits.shape[1] == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("extra, filler", [(0, 0), (7, 2), (30, 99)])
+def test_states_depend_on_neither_batch_nor_padding(lm: FrozenLM, side: str, extra: int, filler: int) -> None:
+    sources = tokenised(lm)
+    ids, mask = padded(sources, side=side, extra=extra, filler=filler)
+    states = hidden_states(lm, ids, mask, (2,))
+    for i, source in enumerate(sources):
+        alone = hidden_states(lm, *pad_sources(lm, [source]), (2,))[0]
+        torch.testing.assert_close(states[i][mask[i]], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_of_padding_is_finite_and_spoils_no_neighbour(lm: FrozenLM) -> None:
+    ids, mask = pad_sources(lm, [tokenised(lm)[0]] * 2)
+    mask[1] = False
+    states = hidden_states(lm, ids, mask, (2,))
+    assert states.isfinite().all()
+    torch.testing.assert_close(states[0], hidden_states(lm, ids[:1], mask[:1], (2,))[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_a_layer_the_model_does_not_have_is_refused_with_both_numbers(lm: FrozenLM, layer: int) -> None:
+    with pytest.raises(IncompatibleBridge, match=rf"layer {layer} was asked for; .* has 0 to 3"):
+        hidden_states(lm, *pad_sources(lm, tokenised(lm)), (1, layer))
+
+
+def test_a_loaded_model_is_frozen_and_knows_its_shape(lm: FrozenLM) -> None:
+    assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
+    assert (lm.width, lm.layers, lm.max_tokens) == (32, 3, 256)
+    assert (lm.ref.name, lm.ref.fingerprint) == (lm.name, fingerprint_of(lm.name))
+
+
+def test_the_cache_size_is_that_of_a_real_cache(lm: FrozenLM) -> None:
+    cache = lm.model(input_ids=torch.arange(5, 12)[None], use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert lm.kv_bytes(7) == held
+
+
+def test_a_source_has_bos_once_and_is_cut_only_when_asked(lms: dict[str, FrozenLM]) -> None:
+    lm = lms["llama"]
+    source = tokenize_source(lm, "abc", max_tokens=9)
+    assert (source.ids[0], source.ids.count(0), len(source.ids), source.full_length) == (0, 1, 4, 4)
+    cut = tokenize_source(lm, "abcdef", max_tokens=3, truncate=True)
+    assert (cut.ids, cut.full_length) == (source.ids[:3], 7)
+    with pytest.raises(InvalidRequest, match=r"has 7 sender tokens; this bridge reads at most 3"):
+        tokenize_source(lm, "abcdef", max_tokens=3)
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t"])
+def test_an_empty_source_is_refused(lms: dict[str, FrozenLM], text: str) -> None:
+    with pytest.raises(InvalidRequest, match="is empty"):
+        tokenize_source(lms["llama"], text, max_tokens=9)
+
+
+def flip_a_weight(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("weights", flip_a_weight),
+        ("config", edit_json("config.json", rms_norm_eps=0.5)),
+        ("tokenizer", edit_json("tokenizer.json", version="1.1")),
+    ],
+)
+def test_a_changed_file_changes_its_part_of_the_fingerprint(
+    folder: Path, part: str, change: Callable[[Path], None]
+) -> None:
+    before = fingerprint_of(str(folder))
+    ref = load_model(str(folder)).ref
+    check_identity(ref, before, "sender")
+    change(folder)
+    after = fingerprint_of(str(folder))
+    assert {p for p in ("config", "weights", "tokenizer") if getattr(before, p) != getattr(after, p)} == {part}
+    have, want = getattr(after, part), getattr(before, part)
+    with pytest.raises(IncompatibleBridge, match=rf"sender .* whose {part} is {want}; this one's is {have}"):
+        check_identity(ref, after, "sender")
+
+
+def test_dtype_and_library_version_are_no_identity(folder: Path) -> None:
+    before = fingerprint_of(str(folder))
+    edit_json("config.json", dtype="bfloat16", transformers_version="9.9", _name_or_path="/x")(folder)
+    assert fingerprint_of(str(folder)) == before
+
+
+def test_two_models_of_one_shape_differ_by_their_weights(tmp_path: Path) -> None:
+    first, second = (fingerprint_of(str(write_model(tmp_path / str(s), "llama", seed=s))) for s in (0, 1))
+    assert (first.config, first.tokenizer) == (second.config, second.tokenizer) and first.weights != second.weights
+
+
+def test_a_random_model_has_the_shape_and_tokenizer_but_never_the_weights(model_folders: dict[str, Path]) -> None:
+    name = str(model_folders["neox"])
+    trained, first = load_model(name), load_model(f"random:{name}")
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    second = load_model(f"random:{name}")
+    assert torch.equal(torch.get_rng_state(), state)  # loading draws from a generator of its own
+    assert first.fingerprint == second.fingerprint == fingerprint_of(f"random:{name}")
+    assert first.fingerprint.weights != trained.fingerprint.weights
+    assert (first.fingerprint.config, first.fingerprint.tokenizer) == (
+        trained.fingerprint.config,
+        trained.fingerprint.tokenizer,
+    )
+    for a, b, c in zip(first.model.parameters(), second.model.parameters(), trained.model.parameters(), strict=True):
+        assert torch.equal(a, b) and a.shape == c.shape
+    assert not torch.equal(first.embed(torch.tensor([5])), trained.embed(torch.tensor([5])))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_bytes_are_those_loaded(family: str, lms: dict[str, FrozenLM]) -> None:
+    lm = lms[family]
+    held = sum(p.nbytes for p in {p.data_ptr(): p for p in lm.model.parameters()}.values())
+    assert predicted_bytes(lm.name, torch.float32) == held
+    assert predicted_bytes(f"random:{lm.name}", torch.float16) == held // 2
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for look in (fingerprint_of, load_model):
+        with pytest.raises(ModelUnavailable, match="no \\*.safetensors weights"):
+            look(str(folder))
+
+
+@pytest.mark.parametrize("name", ["builtin:nobody", "nobody/there-is-no-such-model", "not a name!", "../gone"])
+def test_an_unknown_model_is_one_line(name: str) -> None:
+    with pytest.raises(ModelUnavailable) as caught:
+        load_model(name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"holds no config\.json"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "tokenizer"])
+def test_damaged_files_are_one_line(folder: Path, damage: str) -> None:
+    name = {"weights": "model.safetensors", "config": "config.json", "tokenizer": "tokenizer.json"}[damage]
+    (folder / name).write_bytes((folder / name).read_bytes()[:50])
+    with pytest.raises(ModelUnavailable) as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_remote_code_is_never_run(folder: Path) -> None:
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
+    edit_json("config.json", model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"})(
+        folder
+    )
+    with pytest.raises(ModelUnavailable):
+        load_model(str(folder))
+    assert not ran.exists()

@@ -1,0 +1,325 @@
+"""Deployment files agree with the code they deploy. Foreign tools check them too, where they are installed."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.app import create_app
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+YAML = sorted([*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.yml")])
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+GPU = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())
+DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/latentwire.json").read_text())
+PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
+RULES: list[dict[str, Any]] = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"][0]["rules"]
+DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
+
+# Labels that Prometheus adds, or a histogram has.
+ADDED = {"instance", "job", "le"}
+METRIC = re.compile(r"\b(latentwire_\w+)(?:\{(.*?)\})?")
+
+
+def expressions() -> list[str]:
+    queries = [target["expr"] for panel in PANELS for target in panel.get("targets", [])]
+    return [*queries, *(rule["expr"] for rule in RULES)]
+
+
+def instructions(name: str) -> list[str]:
+    """What follows ``name`` in the image's last stage."""
+    start = max(i for i, line in enumerate(DOCKERFILE) if line.startswith("FROM "))
+    return [line.removeprefix(name + " ") for line in DOCKERFILE[start:] if line.startswith(name + " ")]
+
+
+@pytest.fixture(scope="module")
+def exposed(checkpoint: Path) -> Iterator[dict[str, set[str]]]:
+    """The labels of every sample that a service exposes once it has answered."""
+    with TestClient(create_app(Settings(), {"tiny": str(checkpoint)})) as client:
+        deadline = time.monotonic() + 30
+        while (answer := client.get("/health/ready")).status_code != 200:
+            assert answer.json()["error"]["type"] == "NotReady" and time.monotonic() < deadline, answer.text
+            time.sleep(0.05)
+        body = {"inputs": [{"text": "Mara sings."}], "prompt": "What does Mara do?", "max_tokens": 2}
+        assert client.post("/generate", json=body).status_code == 200
+        text = client.get("/metrics").text
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+        # A family without samples, such as the weights of models when none is loaded, is known by its name.
+        labels.setdefault(family.name, set())
+    yield labels
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda path: str(path.relative_to(DEPLOY)))
+def test_every_yaml_file_parses(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_dashboard_and_rules_ask_for_metrics_and_labels_that_the_service_exposes(
+    expression: str, exposed: dict[str, set[str]]
+) -> None:
+    found = METRIC.findall(expression)
+    assert found or "up{" in expression
+    known: set[str] = set(ADDED)
+    for name, selector in found:
+        assert name in exposed
+        selected = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
+        assert selected <= exposed[name] | ADDED
+        known |= exposed[name]
+    for grouped in re.findall(r"\b(?:by|on) \((.*?)\)", expression):
+        assert {label.strip() for label in grouped.split(",")} <= known
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: str(panel["title"]))
+def test_legends_name_labels_that_their_query_keeps(panel: dict[str, Any], exposed: dict[str, set[str]]) -> None:
+    for target in panel.get("targets", []):
+        grouped = re.findall(r"\bby \((.*?)\)", target["expr"])
+        kept = {label.strip() for group in grouped for label in group.split(",")}
+        if not grouped:
+            kept = ADDED.union(*(exposed[name] for name, _ in METRIC.findall(target["expr"])))
+        assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= kept
+
+
+def test_every_metric_of_the_service_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
+    asked = " ".join(expressions())
+    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in exposed}
+    assert {name for name in families if name not in asked} == set()
+
+
+def test_panels_have_ids_and_targets_reference_ids_of_their_own() -> None:
+    ids = [panel["id"] for panel in PANELS]
+    assert len(set(ids)) == len(ids)
+    for panel in PANELS:
+        references = [target["refId"] for target in panel.get("targets", [])]
+        assert all(references) and len(set(references)) == len(references)
+        assert bool(references) == (panel["type"] != "row")
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in PANELS:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken and at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_the_dashboard_uses_the_provisioned_datasource() -> None:
+    sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
+    panels = [panel for panel in PANELS if panel["type"] != "row"]
+    for user in [*panels, *DASHBOARD["templating"]["list"]]:
+        assert user["datasource"] == {"type": sources[0]["type"], "uid": sources[0]["uid"]}
+    host, port = re.fullmatch(r"http://(\w+):(\d+)", sources[0]["url"]).groups()  # type: ignore[union-attr]
+    assert COMPOSE["services"][host]["ports"] == [f"127.0.0.1:{port}:{port}"]
+
+
+def test_grafana_finds_the_dashboard_where_it_is_mounted() -> None:
+    provider = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/latentwire.yaml").read_text())["providers"][0]
+    grafana = COMPOSE["services"]["grafana"]
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in grafana["volumes"]
+    home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert str(home.parent) == provider["options"]["path"]
+    assert (DEPLOY / "grafana/dashboards" / home.name).is_file()
+
+
+@pytest.mark.parametrize(
+    "title, steps",
+    [
+        ("Share of the commonest output", [("transparent", None), ("red", 0.5)]),
+        ("Different outputs", [("red", None), ("transparent", 0.1)]),
+    ],
+)
+def test_a_collapse_is_marked_where_it_begins(title: str, steps: list[tuple[str, float | None]]) -> None:
+    panel = next(panel for panel in PANELS if panel["title"] == title)
+    defaults = panel["fieldConfig"]["defaults"]
+    assert [(step["color"], step["value"]) for step in defaults["thresholds"]["steps"]] == steps
+    assert defaults["custom"]["thresholdsStyle"]["mode"] != "off"
+
+
+def test_prometheus_scrapes_the_service_where_compose_runs_it() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+    host, port = config["scrape_configs"][0]["static_configs"][0]["targets"][0].split(":")
+    assert host in COMPOSE["services"] and instructions("EXPOSE") == [port]
+    assert all((DEPLOY / "prometheus" / name).is_file() for name in config["rule_files"])
+
+
+def test_compose_mounts_files_that_exist_and_volumes_that_are_declared() -> None:
+    for service in COMPOSE["services"].values():
+        for mount in service.get("volumes", []):
+            source = mount.split(":")[0]
+            assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
+    assert (DEPLOY / COMPOSE["services"]["latentwire"]["build"] / "Dockerfile").is_file()
+
+
+def test_compose_publishes_on_loopback_only_and_never_redis() -> None:
+    published = {name: service["ports"] for name, service in COMPOSE["services"].items() if "ports" in service}
+    assert set(published) == {"latentwire", "prometheus", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+
+
+def test_foreign_images_are_pinned_and_every_service_is_watched() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert "test" in service["healthcheck"]
+        assert name == "latentwire" or re.search(r":v?\d+\.\d+\.\d+", service["image"])
+
+
+def test_compose_sets_settings_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = COMPOSE["services"]["latentwire"]["environment"]
+    for name, value in environment.items():
+        assert name.startswith(PREFIX)
+        monkeypatch.setenv(name, value or "24GB")
+    assert Settings().redis_url == environment["LW_REDIS_URL"] == "redis://redis:6379/0"
+
+
+def test_the_gpu_override_reserves_a_gpu_and_builds_for_it() -> None:
+    service = GPU["services"]["latentwire"]
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    assert service["build"]["args"] == {"TORCH_INDEX_URL": ""}
+    assert "ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu" in DOCKERFILE
+    assert service["image"] != COMPOSE["services"]["latentwire"]["image"]
+
+
+def test_the_image_runs_as_a_numbered_user_that_is_not_root() -> None:
+    (user,) = instructions("USER")
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    assert any(f"--uid {user.split(':')[0]}" in line for line in instructions("RUN"))
+    # Whatever writes to the image comes before.
+    lines = [line.split()[0] for line in DOCKERFILE if line]
+    assert not {"RUN", "COPY", "ADD"} & set(lines[lines.index("USER") :])
+
+
+def test_the_image_serves_and_keeps_models_in_its_volume() -> None:
+    assert json.loads(instructions("ENTRYPOINT")[0]) == ["latentwire"]
+    assert json.loads(instructions("CMD")[0]) == ["serve", "--host", "0.0.0.0"]
+    (volume,) = instructions("VOLUME")
+    assert f"HF_HOME={volume}" in instructions("ENV")[0].split()
+
+
+@pytest.mark.parametrize("status, healthy", [(200, True), (503, False)])
+def test_the_health_check_of_the_image_sees_whether_the_service_lives(
+    status: int, healthy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    command = json.loads(instructions("HEALTHCHECK")[0].split(" CMD ")[1])
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        monkeypatch.setenv("LW_PORT", str(server.server_port))
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        done = subprocess.run([sys.executable, *command[1:]], capture_output=True, timeout=30)
+        thread.join()
+    assert command[0] == "python" and (done.returncode == 0) == healthy, done.stderr
+    assert asked == ["/health/live"]
+
+
+def test_everything_the_image_copies_passes_its_ignore_file() -> None:
+    copied = [line.split()[1:-1] for line in DOCKERFILE if line.startswith("COPY ") and "--from" not in line]
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert sorted(path for paths in copied for path in paths) == sorted(allowed)
+    assert all((ROOT / path).exists() for path in allowed)
+
+
+def test_constraints_pin_every_requirement_exactly_and_portably() -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)  # no local version: "+cpu" fits one machine only
+    versions = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in pins)}
+    assert not [name for name in versions if name.startswith(("nvidia", "triton", "cuda", "latentwire"))]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), line
+
+
+def tool(name: str) -> str:
+    """A program on PATH or beside the interpreter; the test is skipped without it."""
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=DEPLOY, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_hadolint_accepts_the_dockerfile() -> None:
+    run(tool("hadolint"), ROOT / "Dockerfile")
+
+
+@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]], ids=len)
+def test_compose_accepts_its_files(files: list[str]) -> None:
+    run(tool("docker-compose"), *(argument for name in files for argument in ("-f", name)), "config", "--quiet")
+
+
+def test_prometheus_accepts_its_configuration() -> None:
+    run(tool("promtool"), "check", "config", DEPLOY / "prometheus/prometheus.yml")
+
+
+def test_prometheus_understands_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    queries = [query.replace("$__rate_interval", "1m") for query in expressions()]
+    rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(queries)]
+    file = tmp_path / "queries.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    run(tool("promtool"), "check", "rules", file)
+
+
+@pytest.mark.parametrize(
+    "top, distinct, requests, alert",
+    [(0.9, 0.05, 10, True), (0.4, 0.05, 10, False), (0.9, 0.3, 10, False), (0.9, 0.05, 0.1, False)],
+    ids=["collapsed", "no answer prevails", "answers differ", "too few to tell"],
+)
+def test_the_collapse_alert_fires_on_a_collapse_only(
+    top: float, distinct: float, requests: float, alert: bool, tmp_path: Path
+) -> None:
+    bridge = 'instance="a", bridge="news"'
+    series = [
+        {"series": f"latentwire_output_top_ratio{{{bridge}}}", "values": f"{top}x60"},
+        {"series": f"latentwire_output_distinct_ratio{{{bridge}}}", "values": f"{distinct}x60"},
+        {
+            "series": 'latentwire_requests_total{instance="a", route="/generate", status="200"}',
+            "values": f"0+{requests}x60",
+        },
+    ]
+    summary = f"Bridge news gives one answer to {top:.0%} of its latest requests."
+    fired = [{"exp_labels": {"instance": "a", "bridge": "news"}, "exp_annotations": {"summary": summary}}]
+    expected = {"eval_time": "1h", "alertname": "LatentWireBridgeCollapsed", "exp_alerts": fired if alert else []}
+    test = {
+        "rule_files": [str(DEPLOY / "prometheus/rules.yml")],
+        "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": [expected]}],
+    }
+    file = tmp_path / "test.yml"
+    file.write_text(yaml.safe_dump(test))
+    run(tool("promtool"), "test", "rules", file)
