@@ -115,6 +115,9 @@ def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tupl
         CorruptCheckpoint: A file is missing, damaged, or holds other tensors than the configuration says.
     """
     folder, manifest = folder_of_checkpoint(name), read_manifest(name)
+    if manifest.heads.keys() != manifest.bridge.heads.keys():
+        have, want = list(manifest.heads), list(manifest.bridge.heads)
+        raise CorruptCheckpoint(f"{folder / CONFIG}: heads: weights of {have}, expected of {want}")
     bridge = make_bridge(manifest.bridge)
     _load_into(bridge.encoder, folder, manifest.encoder)
     for receiver, part in manifest.heads.items():

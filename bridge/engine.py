@@ -183,12 +183,22 @@ class _Watch(LogitsProcessor):
         ids = ids[: p.max_tokens]
         ended = eos in ids
         said = ids[: ids.index(eos)] if ended else ids
-        text = str(self.receiver.tokenizer.decode(said, skip_special_tokens=True))
+        if p.stop:  # a row that stopped before its neighbours goes on with padding, which is neither said nor counted
+            said = next((said[:n] for n in range(1, len(said)) if self.stopped(p, said[:n])), said)
+        text = self.text(said)
         found = [text.index(stop) for stop in p.stop if stop in text]
         if found:
-            # The batch went on with padding after this row had ended, which is not counted.
-            return Generation(text[: min(found)], "stop", next(n for n in range(len(said) + 1) if self.stops(p, said[:n])))
+            return Generation(text[: min(found)], "stop", len(said))
         return Generation(text, "stop" if ended else "length", len(said) + ended)
+
+    def text(self, ids: list[int]) -> str:
+        """What ``ids`` say."""
+        return str(self.receiver.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def stopped(self, params: SamplingParams, ids: list[int]) -> bool:
+        """Whether a stop string has been said."""
+        text = self.text(ids) if params.stop else ""
+        return any(stop in text for stop in params.stop)
 
 
 class _Stop(StoppingCriteria):
@@ -198,13 +208,8 @@ class _Stop(StoppingCriteria):
         self.watch = watch
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
-        done = [self._done(row, ids) for row, ids in zip(self.watch.params, input_ids, strict=True)]
+        done = [
+            len(ids) >= params.max_tokens or self.watch.stopped(params, ids)
+            for params, ids in zip(self.watch.params, input_ids.tolist(), strict=True)
+        ]
         return torch.tensor(done, device=input_ids.device)
-
-    def _done(self, params: SamplingParams, ids: Tensor) -> bool:
-        if len(ids) >= params.max_tokens:
-            return True
-        if not params.stop:
-            return False
-        text = self.watch.receiver.tokenizer.decode(ids, skip_special_tokens=True)
-        return any(stop in text for stop in params.stop)

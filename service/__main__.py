@@ -15,9 +15,7 @@ from rich.console import Console
 from bridge.errors import InvalidRequest, LatentWireError
 
 if TYPE_CHECKING:
-    from bridge.config import Manifest
     from bridge.evaluation.conditions import Setting
-    from training.config import TrainConfig
 
 app = typer.Typer(
     name="latentwire", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -87,9 +85,12 @@ def evaluate(
 ) -> None:
     """Measure a bridge against every condition, and print one table."""
     from bridge.evaluation.report import write_report
+    from training.controls import train_controls
 
+    if out_ is not None:
+        _check_writable(out_)
     setting = _open(checkpoint, task, limit, dtype, receiver)
-    trained = _train_controls(setting) if controls else {}
+    trained = train_controls(setting, out) if controls else {}
     report = _measure(setting, trained)
     if out_ is not None:
         write_report(out_, report)
@@ -174,6 +175,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
+    import signal
     import socket
 
     import uvicorn
@@ -197,6 +199,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
     out.print(f"LatentWire listens on {address} (reference: {address}/docs)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn stops first, then raises the signal again
     uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
 
 
@@ -239,6 +242,17 @@ def _named(bridges: list[str]) -> dict[str, str]:
     return named
 
 
+def _check_writable(file: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    import tempfile
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise InvalidRequest(f"--out {file}: {error.strerror}", param="out") from None
+
+
 def _open(checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None) -> "Setting":
     from bridge.evaluation.conditions import open_setting
     from bridge.wire import as_dtype
@@ -261,24 +275,6 @@ def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any
         )
     out.print(table(report))
     return report
-
-
-def _train_controls(setting: "Setting") -> "dict[str, Setting]":
-    """The same recipe with learned soft tokens, and with an untrained sender; kept in a temporary folder."""
-    import tempfile
-
-    from bridge.evaluation.conditions import TRAINED
-    from training.loop import control_config
-    from training.loop import train as run
-
-    settings: dict[str, Setting] = {}
-    for name in TRAINED:
-        with tempfile.TemporaryDirectory() as folder:
-            config: TrainConfig = control_config(name, setting, Path(folder) / name)
-            out.print(f"control {name!r}:", highlight=False)
-            manifest: Manifest = run(config, out)
-            settings[name] = setting.with_bridge(Path(folder) / name, manifest)
-    return settings
 
 
 def main() -> None:

@@ -142,7 +142,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         where = f"the body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}"
         return _answer(request, 422, "InvalidRequest", where, None)
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    path = [str(part) for part in first["loc"] if part not in ("body", "str")]  # "str" and "list[…]" name a
+    param = ".".join(part for part in path if not part.startswith("list[")) or None  # type, not a place
     value = "" if isinstance(first.get("input"), dict | list) else f", got {_short(first.get('input'))}"
     return _answer(request, 422, "InvalidRequest", f"{param or 'body'}: {first['msg']}{value}", param)
 

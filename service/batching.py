@@ -105,6 +105,11 @@ class Batcher(Generic[Item, Result]):
             results = await self._run([item for item, _ in live])
             if len(results) != len(live):
                 raise RuntimeError(f"{len(results)} results for {len(live)} rows")
+        except asyncio.CancelledError:
+            for _, answer in live:
+                if not answer.done():
+                    answer.set_exception(InferenceFailed("the service is stopping"))
+            raise
         except LatentWireError as error:
             results = [error] * len(live)
         except Exception as error:

@@ -20,7 +20,7 @@ START_SECONDS = 120.0
 
 
 @contextmanager
-def running(checkpoint: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(checkpoint: Path | str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """``latentwire serve`` as a process of its own, its output in ``log``; ended on the way out.
 
     Raises:

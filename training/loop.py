@@ -23,9 +23,8 @@ from bridge.checkpoint import CONFIG, Bridge, head_key, make_bridge, save_bridge
 from bridge.config import BridgeConfig, EncoderConfig, Head, Manifest, Provenance
 from bridge.engine import answer_logits
 from bridge.errors import InvalidRequest, TrainingFailed
-from bridge.evaluation.conditions import Setting
 from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.models import RANDOM, FrozenLM, hidden_states, load_model, pad_sources, tokenize_source
+from bridge.models import FrozenLM, hidden_states, load_model, pad_sources, tokenize_source
 from bridge.prompt import collate, compose, layout_for
 from training.config import TrainConfig
 from training.data import Order, covered_words, pick
@@ -139,19 +138,6 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM, receiver: Frozen
             recipe=config.model_dump(mode="json", exclude={"out"}),
         ),
     )
-
-
-def control_config(name: str, setting: Setting, out: Path) -> TrainConfig:
-    """The recipe of a bridge changed into that of a control.
-
-    ``random_sender`` reads a sender of the same shape with untrained weights: what it reaches needs no
-    understanding. ``prompt`` learns as many soft tokens as the bridge sends on average, and reads nothing.
-    """
-    config = TrainConfig.model_validate({**setting.bridge.config.provenance.recipe, "out": out})
-    if name == "random_sender":
-        return config.model_copy(update={"sender": RANDOM + config.sender})
-    slots = [len(latent) for latent in setting.latents(range(min(64, len(setting.examples))))]
-    return config.model_copy(update={"encoder": "prompt", "num_latents": max(1, round(sum(slots) / len(slots)))})
 
 
 def take_step(run: Run, step: int, monitor: Monitor) -> None:

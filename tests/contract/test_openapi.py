@@ -9,8 +9,8 @@ from service.settings import Settings
 
 COMMITTED = Path(__file__).with_name("openapi.json")
 REGENERATE = (
-    "if the change is wanted: python -c \"from tests.contract.test_openapi import *; "
-    "COMMITTED.write_text(rendered(contract()))\""
+    'if the change is wanted: python -c "from tests.contract.test_openapi import *; '
+    'COMMITTED.write_text(rendered(contract()))"'
 )
 
 

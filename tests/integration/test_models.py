@@ -87,10 +87,12 @@ def test_nothing_above_the_layer_read_runs_and_nothing_is_cached(lm: FrozenLM) -
 
 
 def test_reading_leaves_no_hook_behind(lm: FrozenLM) -> None:
-    hidden_states(lm, *pad_sources(lm, tokenised(lm)), (2,))
+    modules = [lm.model.get_input_embeddings(), *blocks(lm)]
+    before = [len(module._forward_hooks) for module in modules]
+    hidden_states(lm, *pad_sources(lm, tokenised(lm)), (0, 2))
     with pytest.raises(IncompatibleBridge):
         hidden_states(lm, *pad_sources(lm, tokenised(lm)), (4,))
-    assert not any(module._forward_hooks for module in [lm.model.get_input_embeddings(), *blocks(lm)])
+    assert [len(module._forward_hooks) for module in modules] == before
     assert lm.model(input_ids=torch.tensor([[5, 6]])).logits.shape[1] == 2
 
 
@@ -248,6 +250,13 @@ def test_damaged_files_are_one_line(folder: Path, damage: str) -> None:
     with pytest.raises(ModelUnavailable) as caught:
         load_model(str(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [4, 50])
+def test_predicting_from_damaged_weights_is_one_line(folder: Path, size: int) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:size])
+    with pytest.raises(ModelUnavailable, match=r"model\.safetensors"):
+        predicted_bytes(str(folder), torch.float32)
 
 
 def test_remote_code_is_never_run(folder: Path) -> None:

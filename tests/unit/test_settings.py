@@ -13,9 +13,7 @@ def test_the_defaults_are_valid_and_local() -> None:
 
 
 @pytest.mark.parametrize(("said", "meant"), [("24GB", 24 * 10**9), ("2GiB", 2 << 30), ("1000", 1000)])
-def test_sizes_are_said_the_way_people_say_them(
-    monkeypatch: pytest.MonkeyPatch, said: str, meant: int
-) -> None:
+def test_sizes_are_said_the_way_people_say_them(monkeypatch: pytest.MonkeyPatch, said: str, meant: int) -> None:
     monkeypatch.setenv("LW_MEMORY_BUDGET", said)
     assert Settings().memory_budget == meant
 

@@ -205,21 +205,22 @@ def test_a_server_that_never_answers_is_asked_once_and_given_up(
     monkeypatch.setattr(store, "REDIS_TIMEOUT_SECONDS", 0.05)
 
     async def scenario() -> None:
-        calls = 0
+        calls, left = 0, asyncio.Event()
 
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             nonlocal calls
             calls += 1
             await reader.read()  # until the other side hangs up
-            await reader.read()
             writer.close()
+            left.set()
 
         hung = await asyncio.start_unix_server(silent, tmp_path / "hung")
         kept = RedisStore(f"unix://{tmp_path / 'hung'}", ttl_seconds=HOUR)
-        with pytest.raises(StoreUnavailable, match="Timeout"):
+        with pytest.raises(StoreUnavailable, match="could not be read"):
             await kept.get("lat_x")
         assert calls == 1  # retries would multiply how long a caller waits
         await kept.close()
+        await left.wait()
         hung.close()
         await hung.wait_closed()
 

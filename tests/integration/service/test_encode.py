@@ -41,9 +41,7 @@ def test_the_answer_describes_each_latent_in_the_order_of_the_inputs(client: Tes
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 2), ("float32", 4), ("int8", 1)])
-def test_the_data_is_a_message_of_this_bridge_in_the_dtype_asked_for(
-    client: TestClient, dtype: str, size: int
-) -> None:
+def test_the_data_is_a_message_of_this_bridge_in_the_dtype_asked_for(client: TestClient, dtype: str, size: int) -> None:
     latent = encode(client, TEXT, dtype=dtype)["latents"][0]
     message = base64.b64decode(latent["data"], validate=True)
     K, C = latent["shape"]

@@ -79,9 +79,7 @@ def test_two_requests_without_an_id_get_two(client: TestClient) -> None:
     assert one != other
 
 
-def test_a_service_is_ready_only_after_every_bridge_has_answered(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_service_is_ready_only_after_every_bridge_has_answered(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     client = start(ready=False)
     runtime = client.app.state.runtime  # type: ignore[attr-defined]
     monkeypatch.setattr(runtime, "ready", False)

@@ -1,0 +1,1 @@
+"""Measure, never assert: each module writes dated JSON to ``results/``."""

@@ -1,0 +1,42 @@
+"""Where a figure was measured, and with what: written beside every figure."""
+
+import datetime
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> str:
+    """The machine in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    memory = psutil.virtual_memory().total / (1 << 30)
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, {memory:.0f} GiB{gpu}"
+
+
+def record(name: str, command: str, figures: dict[str, Any]) -> Path:
+    """Write ``figures`` to ``results/NAME-DATE.json`` and return the path."""
+    date = datetime.date.today().isoformat()
+    document = {
+        "benchmark": name,
+        "date": date,
+        "command": command,
+        "hardware": hardware(),
+        "load_average": os.getloadavg()[0],
+        "versions": {package: version(package) for package in ("latentwire", "torch", "transformers")},
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{date}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"wrote {path.relative_to(RESULTS.parents[1])}")
+    return path

@@ -1,0 +1,36 @@
+"""What crosses the built-in bridge, on facts never seen in training.
+
+Asked: bridge EM at least 0.90 of direct, mismatched at most none + 0.03, four sender tokens per soft token.
+"""
+
+import typer
+from rich.console import Console
+
+from benchmarks.record import record
+from bridge.evaluation.conditions import TRAINED, open_setting
+from bridge.evaluation.report import evaluate, table
+from training.controls import train_controls
+
+
+def main(checkpoint: str = "builtin", limit: int = 500, controls: bool = True) -> None:
+    """Evaluate CHECKPOINT on the world task and record the report."""
+    setting = open_setting(checkpoint, "world", limit=limit, dtype="float16", receiver=None)
+    report = evaluate(setting, trained=train_controls(setting, Console()) if controls else None)
+    Console(width=130).print(table(report))
+    value = {name: row["value"] for name, row in report["conditions"].items()}
+    command = f"python -m benchmarks.world --checkpoint {checkpoint} --limit {limit}"
+    record(
+        "world",
+        command + ("" if controls else " --no-controls"),
+        {
+            "bridge_over_direct": value["bridge"] / value["direct"],
+            "mismatched_minus_none": value["mismatched"] - value["none"],
+            "steps": setting.bridge.config.provenance.steps,
+            "controls": list(TRAINED) if controls else [],
+            "report": report,
+        },
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,35 @@
+"""Train the conditions that are bridges of their own, by the recipe of the bridge they stand beside."""
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from bridge.evaluation.conditions import TRAINED, Setting
+from bridge.models import RANDOM
+from training.config import TrainConfig
+from training.loop import train
+
+
+def train_controls(setting: Setting, console: Console) -> dict[str, Setting]:
+    """A setting for each of ``TRAINED`` on the same examples; the checkpoints are not kept."""
+    settings: dict[str, Setting] = {}
+    for name in TRAINED:
+        with tempfile.TemporaryDirectory() as folder:
+            console.print(f"control {name!r}:", highlight=False)
+            manifest = train(control_config(name, setting, Path(folder) / name), console)
+            settings[name] = setting.with_bridge(Path(folder) / name, manifest)
+    return settings
+
+
+def control_config(name: str, setting: Setting, out: Path) -> TrainConfig:
+    """The recipe of a bridge changed into that of a control.
+
+    ``random_sender`` reads a sender of the same shape with untrained weights: what it reaches needs no
+    understanding. ``prompt`` learns as many soft tokens as the bridge sends on average, and reads nothing.
+    """
+    config = TrainConfig.model_validate({**setting.bridge.config.provenance.recipe, "out": out})
+    if name == "random_sender":
+        return config.model_copy(update={"sender": RANDOM + config.sender})
+    slots = [len(latent) for latent in setting.latents(range(min(64, len(setting.examples))))]
+    return config.model_copy(update={"encoder": "prompt", "num_latents": max(1, round(sum(slots) / len(slots)))})
