@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import engine, wire
-from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
+from bridge.checkpoint import Bridge, check_models, check_receiver, check_sender, load_bridge
 from bridge.config import Manifest
 from bridge.engine import Encoded, Generation
 from bridge.errors import InvalidRequest, LatentWireError, TooLarge, UnknownBridge
@@ -92,6 +92,8 @@ class Runtime:
         self.bridges = {
             name: Served(name, *load_bridge(path, device=self.residency.device)) for name, path in checkpoints.items()
         }
+        for served in self.bridges.values():
+            check_models(served.manifest.bridge)  # another model under the same name stops the start, not a request
         self.load = Load(settings.max_queue)
         self.ready = False
         self.failure: LatentWireError | None = None

@@ -27,7 +27,10 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Width C of the latent that crosses the wire. Default: the receiver's, at most 512."
     )
     hidden_dim: int | None = Field(
-        None, ge=1, description="Width inside the encoder, a multiple of 32. Default: near the sender's, 64 to 1024."
+        None,
+        ge=32,
+        multiple_of=32,
+        description="Width inside the encoder. Default: near the sender's, 64 to 1024.",
     )
     depth: int = Field(2, ge=0, description="Transformer blocks over the slots.")
     layer: list[int] | None = Field(None, description="Sender layer to read, from 1; repeat to read several.")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ from bridge.config import BridgeConfig, EncoderConfig, Head, Manifest, Provenanc
 from bridge.engine import answer_logits
 from bridge.errors import InvalidRequest, TrainingFailed
 from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.models import FrozenLM, hidden_states, load_model, pad_sources, tokenize_source
+from bridge.models import FrozenLM, hidden_states, load_model, pad_sources, text_ids, tokenize_source
 from bridge.prompt import collate, compose, layout_for
 from training.config import TrainConfig
 from training.data import Order, covered_words, pick
@@ -145,10 +146,11 @@ def take_step(run: Run, step: int, monitor: Monitor) -> None:
     config, watch_ = run.config, Stopwatch()
     order = Order(len(run.task.train), batch_size=config.batch_size, seed=config.seed)
     parts: dict[str, float] = {"loss": 0.0, "answer_loss": 0.0, "reconstruction_loss": 0.0, "accuracy": 0.0}
+    phase: Literal["align", "answer"] = "align" if step < run.alignment_steps else "answer"
     for micro in range(config.accumulate):
         examples = pick(run.task.train, order.batch(step * config.accumulate + micro))
         soft, slots = soft_tokens(run, examples)
-        if step < run.alignment_steps:
+        if phase == "align":
             losses = {"loss": align(run, examples, soft)}
         else:
             losses = objectives(run, examples, soft, slots)
@@ -163,11 +165,8 @@ def take_step(run: Run, step: int, monitor: Monitor) -> None:
         optimizer.param_groups[0]["lr"] = peak * share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    monitor.log(
-        StepRecord(
-            step + 1, **parts, gradient_norm=norm, learning_rate=config.learning_rate * share, seconds=watch_.lap()
-        )
-    )
+    rate, seconds = config.learning_rate * share, watch_.lap()
+    monitor.log(StepRecord(step + 1, phase, **parts, gradient_norm=norm, learning_rate=rate, seconds=seconds))
 
 
 def soft_tokens(run: Run, examples: Sequence[Example]) -> tuple[Float[Tensor, "B K D"], list[int]]:
@@ -205,7 +204,9 @@ def objectives(
         "reconstruction_loss": torch.zeros((), device=soft.device),
     }
     if config.reconstruction_weight > 0:
-        repeated = [(run.task.reconstruction, f" {e.source}") for e in examples]
+        repeated = [
+            (run.task.reconstruction, f" {_shorten(run, e.source, K)}") for e, K in zip(examples, slots, strict=True)
+        ]
         losses["reconstruction_loss"] = answer_loss(*_read(run, repeated, soft, slots)).mean()
     losses["loss"] = losses["answer_loss"] + config.reconstruction_weight * losses["reconstruction_loss"]
     return losses
@@ -216,10 +217,17 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     layout = run.bridge.config.heads[run.receiver.name].layout
     rows = [
-        compose(run.receiver, layout, prompt, latent=K, answer=answer)
+        compose(run.receiver, layout, prompt, latent=K, answer=answer, max_tokens=run.receiver.max_tokens)
         for (prompt, answer), K in zip(asked, slots, strict=True)
     ]
     return answer_logits(run.receiver, collate(rows, side="left").to(run.receiver.device), soft)
+
+
+def _shorten(run: Run, source: str, slots: int) -> str:
+    """The source, cut to what the receiver has room to repeat beside its soft tokens and the prompt."""
+    room = run.receiver.max_tokens - slots - len(text_ids(run.receiver, run.task.reconstruction)) - 8
+    ids = text_ids(run.receiver, source)
+    return source if len(ids) <= room else str(run.receiver.tokenizer.decode(ids[: max(room, 1)]))
 
 
 def schedule(config: TrainConfig, step: int) -> float:

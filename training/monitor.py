@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,7 +21,8 @@ class StepRecord:
     """One optimiser step.
 
     Attributes:
-        loss: What was minimised, in nats.
+        phase: ``align`` in the warm start, then ``answer``.
+        loss: What was minimised: 1 - cosine while aligning, then nats.
         answer_loss: Cross-entropy of the answers, nats per token, first token weighted.
         reconstruction_loss: Cross-entropy of the repeated sources, nats per token; 0 when off.
         accuracy: Share of answers whose every token was the likeliest (teacher-forced), 0 to 1.
@@ -31,6 +32,7 @@ class StepRecord:
     """
 
     step: int
+    phase: Literal["align", "answer"]
     loss: float
     answer_loss: float
     reconstruction_loss: float
@@ -45,21 +47,25 @@ class Monitor:
 
     def __init__(self, file: IO[str], progress: Progress, total: int, start: int) -> None:
         self._file, self._progress, self._total = file, progress, total
-        self._bar = progress.add_task("training", total=total, completed=start, loss=float("nan"), accuracy=0.0)
+        self._bar = progress.add_task(
+            "training", total=total, completed=start, phase="", loss=float("nan"), accuracy=0.0
+        )
         self._smooth: tuple[float, float] | None = None
+        self._phase = ""
 
     def log(self, record: StepRecord) -> None:
         """Write and show one step."""
         self._file.write(json.dumps(asdict(record)) + "\n")
         new = (record.loss, record.accuracy)
-        old = self._smooth or new
+        old = self._smooth if self._smooth and record.phase == self._phase else new
+        self._phase = record.phase
         loss, accuracy = (SMOOTHING * o + (1 - SMOOTHING) * n for o, n in zip(old, new, strict=True))
         self._smooth = (loss, accuracy)
-        self._progress.update(self._bar, completed=record.step, loss=loss, accuracy=accuracy)
+        self._progress.update(self._bar, completed=record.step, phase=record.phase, loss=loss, accuracy=accuracy)
         every = max(1, self._total // PLAIN_LINES)
         if not self._progress.console.is_terminal and (record.step % every == 0 or record.step == self._total):
             self._progress.console.print(
-                f"step {record.step}/{self._total}  loss {loss:.3f}  answers right {accuracy:.3f}  "
+                f"step {record.step}/{self._total}  {record.phase:6}  loss {loss:.3f}  answers right {accuracy:.3f}  "
                 f"gradient {record.gradient_norm:.2f}  {record.seconds * 1000:.0f} ms/step"
             )
 
@@ -72,7 +78,7 @@ def watch(folder: Path, console: Console, *, total: int, start: int) -> Iterator
     if path.is_file():
         kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= start]
     progress = Progress(
-        TextColumn("training"),
+        TextColumn("{task.fields[phase]:6}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),

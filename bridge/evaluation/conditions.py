@@ -86,11 +86,8 @@ class Setting:
 
     def cut(self, chosen: Sequence[int]) -> list[str]:
         """Sources cut to as many receiver tokens as their latent has slots."""
-        rows = []
-        for i, latent in zip(chosen, self.latents(chosen), strict=True):
-            ids = text_ids(self.receiver, self.examples[i].source)
-            rows.append(str(self.receiver.tokenizer.decode(ids[: len(latent)])))
-        return rows
+        slots = [len(latent) for latent in self.latents(chosen)]
+        return [cut_text(self.receiver, self.examples[i].source, K) for i, K in zip(chosen, slots, strict=True)]
 
     def noise(self, chosen: Sequence[int]) -> list[Latent]:
         """Gaussian latents with the moments of real ones, of the same lengths."""
@@ -122,6 +119,13 @@ def fit(lm: FrozenLM, layout: Layout, template: str, text: str, room: int, answe
         return row
     kept = text_ids(lm, text)[: room - len(row)]
     return compose(lm, layout, template, latent=str(lm.tokenizer.decode(kept)), answer=answer)
+
+
+def cut_text(lm: FrozenLM, text: str, tokens: int) -> str:
+    """The start of ``text`` that the model reads as at most ``tokens`` tokens; half a character can read as more."""
+    ids = text_ids(lm, text)
+    starts = (str(lm.tokenizer.decode(ids[:kept])) for kept in range(min(tokens, len(ids)), 0, -1))
+    return next((start for start in starts if len(text_ids(lm, start)) <= tokens), "")
 
 
 def open_setting(

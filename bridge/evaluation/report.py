@@ -77,7 +77,8 @@ def _measure(setting: Setting, name: str, condition: Condition, progress: Progre
         said += answer(setting, chosen, condition(setting, chosen))
         progress(name, len(said), count)
     wanted = [example.answer for example in setting.examples]
-    exact = [exact_match(have, want) for have, want in zip(said, wanted, strict=True)]
+    same = exact_match if setting.task.kind == "generation" else lambda have, want: float(have == want)
+    exact = [same(have, want) for have, want in zip(said, wanted, strict=True)]
     low, high = bootstrap(exact)
     row = {
         "metric": "accuracy" if setting.task.kind == "classification" else "em",

@@ -231,6 +231,8 @@ def _hub_rows(where: str, split: str, digest: Any) -> Iterator[dict[str, Any]]:
 
 def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
     source, prompt = _fill(spec.source, row, where), _fill(spec.prompt, row, where)
+    if not source.strip():
+        raise InvalidRequest(f"{where}: the source is empty; expected a text", param="task")
     if spec.answer is not None:
         return Example(source, prompt, _spoken(prompt, _fill(spec.answer, row, where)))
     assert spec.label is not None

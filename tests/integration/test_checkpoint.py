@@ -148,7 +148,9 @@ def test_an_extra_or_absent_tensor_is_named(folder: Path, change: str) -> None:
     save_file(tensors, path)
     text["encoder"] |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
     (folder / "config.json").write_text(json.dumps(text))
-    with pytest.raises(CorruptCheckpoint, match=r"zz is \(2,\), expected nothing|out.bias is missing, expected \(16,\)"):
+    with pytest.raises(
+        CorruptCheckpoint, match=r"zz is \(2,\), expected nothing|out.bias is missing, expected \(16,\)"
+    ):
         load_bridge(folder)
 
 
@@ -225,7 +227,9 @@ def test_a_model_changed_on_disk_is_refused_with_both_digests(tmp_path: Path, lm
     check_models(config)
     write_model(path, "neox", seed=1)
     now = fingerprint_of(str(path)).weights
-    with pytest.raises(IncompatibleBridge, match=f"weights is {config.sender.fingerprint.weights}; this one's is {now}"):
+    with pytest.raises(
+        IncompatibleBridge, match=f"weights is {config.sender.fingerprint.weights}; this one's is {now}"
+    ):
         check_models(config)
 
 

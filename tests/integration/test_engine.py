@@ -136,7 +136,9 @@ def test_a_row_ends_at_eos(lms: dict[str, FrozenLM], pad: str) -> None:
 
 def test_a_row_without_end_is_cut_at_its_limit(lms: dict[str, FrozenLM]) -> None:
     lm = forced(lms["llama"], byte_tokenizer().convert_tokens_to_ids("x"))
-    assert said(lm, [SamplingParams(n) for n in (1, 2, 3, 4)]) == [Generation("x" * n, "length", n) for n in (1, 2, 3, 4)]
+    assert said(lm, [SamplingParams(n) for n in (1, 2, 3, 4)]) == [
+        Generation("x" * n, "length", n) for n in (1, 2, 3, 4)
+    ]
 
 
 def test_the_first_token_is_timed_within_the_whole(lms: dict[str, FrozenLM]) -> None:

@@ -35,7 +35,11 @@ def test_in_a_budget_for_the_larger_model_both_are_never_held(pair: tuple[str, s
     with residency.use(receiver) as lm:
         assert gone() is None
         assert residency.resident() == {receiver: size(receiver)}
-    assert residency.history == [("load", sender, size(sender)), ("drop", sender, 0), ("load", receiver, size(receiver))]
+    assert residency.history == [
+        ("load", sender, size(sender)),
+        ("drop", sender, 0),
+        ("load", receiver, size(receiver)),
+    ]
     assert all(held <= budget for _, _, held in residency.history)
 
 

@@ -153,7 +153,7 @@ def test_a_latent_of_another_width_is_refused_with_both_widths() -> None:
 def test_more_slots_than_the_caller_takes_are_refused_with_both_numbers() -> None:
     message = wire.encode(latent_of(5, 3), BRIDGE)
     assert wire.decode(message, max_slots=5).latent.shape == (5, 3)
-    with pytest.raises(InvalidMessage, match="5 slots; .* at most 4"):
+    with pytest.raises(InvalidMessage, match=r"5 slots; .* at most 4"):
         wire.decode(message, max_slots=4)
 
 
@@ -171,7 +171,7 @@ def test_a_message_at_the_byte_limit_is_named_with_both_numbers() -> None:
 
 def test_an_unknown_version_or_dtype_is_named() -> None:
     message = wire.encode(latent_of(1, 1), BRIDGE)
-    with pytest.raises(InvalidMessage, match="version 2; .* version 1"):
+    with pytest.raises(InvalidMessage, match=r"version 2; .* version 1"):
         wire.decode(message[:4] + b"\2" + message[5:])
     with pytest.raises(InvalidMessage, match="dtype code is 9"):
         wire.decode(message[:5] + b"\x09" + message[6:])

@@ -1,0 +1,317 @@
+"""An evaluation compares, and says exactly what it documents."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from bridge import engine
+from bridge.checkpoint import make_bridge, save_bridge
+from bridge.errors import CorruptCheckpoint, InvalidRequest, UnknownBridge
+from bridge.evaluation import report as reporting
+from bridge.evaluation.conditions import CONDITIONS, RELAY_TOKENS, TRAINED, Reading, Setting, answer, fit, open_setting
+from bridge.evaluation.report import evaluate, table, write_report
+from bridge.evaluation.tasks import Example
+from bridge.models import FrozenLM, text_ids
+from bridge.prompt import IGNORE, LATENT, TEXT
+from tests.conftest import bridge_config
+from training.config import TrainConfig
+from training.controls import control_config
+from training.loop import describe, train
+
+EVERY = ["bridge", "direct", "relay", "same_budget", "none", "mismatched", "noise"]
+SENTIMENT = """
+name = "tiny"
+kind = "classification"
+train = "rows.jsonl"
+test = "rows.jsonl"
+source = "{text}"
+prompt = "Review: {latent}\\nSentiment:"
+label = "label"
+labels = ["bad", "very good"]
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(checkpoint: Path) -> Setting:
+    return open_setting(checkpoint, "world", limit=6, dtype="float16", receiver=None)
+
+
+@pytest.fixture(scope="module")
+def report(setting: Setting) -> dict[str, Any]:
+    return evaluate(setting)
+
+
+@pytest.fixture(scope="module")
+def sentiment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"text": t, "label": i % 2} for i, t in enumerate(["Good!", "Oh no.", "It was fine, I think.", "Meh"])]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.toml").write_text(SENTIMENT)
+    return open_setting(checkpoint, str(folder / "task.toml"), limit=None, dtype="float32", receiver=None)
+
+
+def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], setting: Setting) -> None:
+    assert set(report) == {
+        "checkpoint", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
+        "receiver_tokens_per_soft_token", "content_share",
+    }  # fmt: skip
+    assert list(report["conditions"]) == EVERY
+    for row in report["conditions"].values():
+        assert set(row) == {"metric", "value", "low", "high", "ttft_ms", "token_f1"}
+        assert row["metric"] == "em" and 0 <= row["low"] <= row["value"] <= row["high"] <= 1 and row["ttft_ms"] > 0
+    assert set(report["bytes"]) == {"latent", "source", "receiver_kv"}
+    assert (report["checkpoint"], report["task"], report["n"]) == (setting.bridge_id, "world", 6)
+
+
+def test_every_condition_is_explained(report: dict[str, Any]) -> None:
+    assert set(reporting.MEANING) == set(EVERY) | set(TRAINED)
+    console = Console(width=200, record=True, quiet=True)
+    console.print(table(report))
+    text = console.export_text()
+    assert all(name in text and reporting.MEANING[name] in text for name in EVERY)
+    assert "none gained" in text
+
+
+def test_bytes_are_those_of_the_messages(report: dict[str, Any], setting: Setting) -> None:
+    from bridge import wire
+
+    sent = engine.encode(setting.bridge, setting.sender, setting.sources(range(6)))
+    sizes = [len(wire.encode(row.latent, setting.bridge_id, "float16")) for row in sent]
+    assert report["bytes"]["latent"] == pytest.approx(sum(sizes) / 6)
+    slots, tokens = sum(len(row.latent) for row in sent), sum(row.source_tokens for row in sent)
+    assert report["source_tokens_per_soft_token"] == pytest.approx(tokens / slots)
+    assert report["bytes"]["source"] == pytest.approx(sum(len(e.source.encode()) for e in setting.examples) / 6)
+
+
+def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any], tmp_path: Path) -> None:
+    write_report(tmp_path / "deep" / "report.json", report)
+    assert json.loads((tmp_path / "deep" / "report.json").read_text()) == report
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match=r"--out .*file/report\.json"):
+        write_report(tmp_path / "file" / "report.json", report)
+
+
+def test_progress_reaches_the_end_of_each_condition(setting: Setting) -> None:
+    seen: list[tuple[str, int, int]] = []
+    few = replace(setting, examples=setting.examples[:2])
+    evaluate(few, trained={"prompt": few}, progress=lambda *now: seen.append(now))
+    assert seen == [(name, 2, 2) for name in [*EVERY, "prompt"]]
+
+
+def test_latents_cross_the_wire_before_they_are_read(setting: Setting) -> None:
+    exact = replace(setting, dtype="float32").latents([0])[0]
+    rounded = replace(setting, dtype="int8").latents([0])[0]
+    assert not np.array_equal(exact, rounded) and np.abs(exact - rounded).max() < 0.05
+
+
+def test_mismatched_reads_the_latent_of_another_source(setting: Setting) -> None:
+    for i in range(6):
+        partner = setting.partner(i)
+        assert setting.examples[partner].source != setting.examples[i].source
+        wrong = CONDITIONS["mismatched"](setting, [i])[0]
+        assert isinstance(wrong, np.ndarray) and np.array_equal(wrong, setting.latents([partner])[0])
+
+
+def test_an_example_with_the_same_source_is_no_mismatch(setting: Setting) -> None:
+    texts = ["one", "two", "one", "one"]
+    examples = [Example(text, LATENT, " x") for text in texts]
+    assert [texts[replace(setting, examples=examples).partner(i)] for i in range(4)] == ["two", "one", "two", "two"]
+
+
+def test_same_budget_gives_at_most_as_many_receiver_tokens_as_the_latent_has_slots(setting: Setting) -> None:
+    hard = [Example(text, LATENT, " x") for text in ("é" * 30, "日本語のテキスト", "naïve café 😀 end", "ab" * 40)]
+    for made in (setting, replace(setting, examples=hard)):
+        chosen = range(len(made.examples))
+        for i, text, latent in zip(chosen, made.cut(chosen), made.latents(chosen), strict=True):
+            assert len(text_ids(made.receiver, text)) <= len(latent)
+            assert text and made.examples[i].source.startswith(text.rstrip("\ufffd"))
+
+
+def test_same_budget_uses_its_budget(setting: Setting) -> None:
+    for text, latent in zip(setting.cut(range(6)), setting.latents(range(6)), strict=True):
+        assert len(text_ids(setting.receiver, text)) == len(latent)
+
+
+@pytest.mark.parametrize("name", ["direct", "relay", "same_budget", "none"])
+def test_conditions_of_text_never_get_a_soft_token(setting: Setting, name: str) -> None:
+    readings = CONDITIONS[name](setting, range(6))
+    assert not any(isinstance(reading, np.ndarray) for reading in readings)
+    assert all(set(row.slots) == {TEXT} for row in setting.rows(range(6), readings, [None] * 6))
+
+
+@pytest.mark.parametrize("name", ["bridge", "mismatched", "noise"])
+def test_conditions_of_latents_never_get_the_source(setting: Setting, name: str) -> None:
+    readings = CONDITIONS[name](setting, range(6))
+    for row, reading, i in zip(setting.rows(range(6), readings, [None] * 6), readings, range(6), strict=True):
+        assert isinstance(reading, np.ndarray)
+        assert [slot for slot in row.slots if slot != TEXT] == list(range(len(reading)))
+        text = setting.receiver.tokenizer.decode([t for t, s in zip(row.ids, row.slots, strict=True) if s == TEXT])
+        assert text == "<s>" + setting.examples[i].prompt.replace(LATENT, "")
+
+
+def test_direct_is_the_whole_source_where_it_fits(setting: Setting) -> None:
+    short = replace(setting, examples=[Example("Mara sings.", "{latent}\nQ:", " x")])
+    row = short.rows([0], CONDITIONS["direct"](short, [0]), [None])[0]
+    assert setting.receiver.tokenizer.decode(row.ids) == "<s>Mara sings.\nQ:"
+
+
+def test_a_text_over_the_context_is_cut_at_its_end_and_the_prompt_is_kept(lms: dict[str, FrozenLM]) -> None:
+    lm = lms["llama"]
+    layout = bridge_config(lms["neox"], lm).heads[lm.name].layout
+    row = fit(lm, layout, "{latent}\nQ:", "abcdefgh", 8, " x")
+    assert lm.tokenizer.decode(row.ids) == "<s>ab\nQ: x</s>"[:99] or len(row) <= 8
+    assert len(row) == 8 and [label for label in row.labels if label != IGNORE][-1] == 1
+    assert len(fit(lm, layout, "{latent}\nQ:", "abcdefgh", 99)) == 12
+
+
+def test_a_relay_is_what_the_sender_writes(setting: Setting) -> None:
+    texts = setting.relay(range(6))
+    assert len(texts) == 6 and all(len(text_ids(setting.sender, text)) <= 3 * RELAY_TOKENS for text in texts)
+    assert texts[2] == setting.relay([2])[0]
+
+
+def test_noise_has_the_moments_and_lengths_of_real_latents_and_nothing_of_their_content(setting: Setting) -> None:
+    real, noise = setting.latents(range(6)), setting.noise(range(6))
+    assert [row.shape for row in real] == [row.shape for row in noise]
+    np.testing.assert_allclose(np.concatenate(noise).mean(axis=0), setting.moments[0], atol=0.35)
+    for row in noise:
+        np.testing.assert_allclose(np.sqrt(np.square(row).mean(axis=1)), 1, rtol=1e-4)
+    assert np.array_equal(noise[3], setting.noise([3])[0]) and not np.array_equal(noise[0][:5], noise[1][:5])
+
+
+def test_an_answer_is_the_same_alone_and_in_a_batch(setting: Setting, sentiment: Setting) -> None:
+    for made in (setting, sentiment):
+        count = len(made.examples)
+        readings = CONDITIONS["bridge"](made, range(count))
+        together = answer(made, range(count), readings)
+        assert together == [answer(made, [i], [readings[i]])[0] for i in range(count)]
+
+
+@pytest.mark.parametrize("condition", ["direct", "none", "bridge"])
+def test_a_label_is_chosen_by_its_likelihood(sentiment: Setting, condition: str) -> None:
+    lm = sentiment.receiver
+    readings = CONDITIONS[condition](sentiment, range(4))
+    chosen = answer(sentiment, range(4), readings)
+    for i, reading in enumerate(readings):
+        scores = [by_hand(sentiment, reading, label) for label in sentiment.task.labels]
+        assert abs(scores[0] - scores[1]) > 1e-3 and chosen[i] == sentiment.task.labels[int(np.argmax(scores))]
+    assert lm.tokenizer.bos_token_id == 0
+
+
+def by_hand(made: Setting, reading: Reading, label: str) -> float:
+    """Log-probability of a label and EOS, without the composer."""
+    lm, before, after = made.receiver, "Review:", "\nSentiment:"
+    said = torch.tensor([*text_ids(lm, label), 1])
+    if isinstance(reading, np.ndarray):
+        soft = made.bridge.head(made.receiver_name)(torch.from_numpy(reading)[None])
+        head = lm.embed(torch.tensor([[0, *text_ids(lm, before)]]))
+        tail = lm.embed(torch.tensor([[*text_ids(lm, after), *said.tolist()]]))
+        embeds = torch.cat([head, soft, tail], dim=1)
+    else:
+        text = f"{before} {reading or ''}{after}"
+        embeds = lm.embed(torch.tensor([[0, *text_ids(lm, text), *said.tolist()]]))
+    with torch.no_grad():
+        logp = lm.model(inputs_embeds=embeds).logits.log_softmax(-1)[0, -len(said) - 1 : -1]
+    return float(logp.gather(1, said[:, None]).sum())
+
+
+def test_a_classification_reports_accuracy_and_no_f1(sentiment: Setting) -> None:
+    made = evaluate(sentiment)
+    row = made["conditions"]["bridge"]
+    assert row["metric"] == "accuracy" and "token_f1" not in row and made["n"] == 4
+    wanted = [example.answer for example in sentiment.examples]
+    said = answer(sentiment, range(4), sentiment.latents(range(4)))
+    assert row["value"] == sum(a == b for a, b in zip(said, wanted, strict=True)) / 4
+
+
+@pytest.mark.parametrize(
+    "bridge, none, mismatched, share",
+    [(4, 1, 1, 1.0), (4, 0, 2, 0.5), (2, 2, 1, None), (1, 2, 0, None), (3, 1, 0, 1.0), (3, 1, 4, 0.0)],
+)
+def test_the_content_share_is_the_part_of_the_gain_that_another_latent_does_not_give(
+    sentiment: Setting,
+    monkeypatch: pytest.MonkeyPatch,
+    bridge: int,
+    none: int,
+    mismatched: int,
+    share: float | None,
+) -> None:
+    right = {"bridge": bridge, "none": none, "mismatched": mismatched}
+
+    def measured(made: Setting, name: str, *_: object) -> dict[str, float]:
+        return {"value": right.get(name, 0) / 4}
+
+    monkeypatch.setattr(reporting, "_measure", measured)
+    assert evaluate(sentiment)["content_share"] == share
+
+
+def test_the_receiver_answers_differently_to_different_readings(setting: Setting) -> None:
+    said = {name: answer(setting, [0], CONDITIONS[name](setting, [0]))[0] for name in ("bridge", "none", "direct")}
+    assert len(set(said.values())) == 3
+
+
+def test_opening_names_what_is_wrong(checkpoint: Path, tmp_path: Path) -> None:
+    def opened(where: Path | str, task: str, receiver: str | None = None) -> Setting:
+        return open_setting(where, task, limit=1, dtype="float16", receiver=receiver)
+
+    with pytest.raises(UnknownBridge):
+        opened(tmp_path, "world")
+    with pytest.raises(UnknownBridge, match="no head for receiver 'nobody'"):
+        opened(checkpoint, "world", "nobody")
+    with pytest.raises(InvalidRequest):
+        opened(checkpoint, "wrld")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CorruptCheckpoint):
+        opened(tmp_path, "world")
+
+
+@pytest.fixture(scope="module")
+def trained(lms: dict[str, FrozenLM], tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Setting]:
+    """A recipe, and the bridge of that recipe, untrained."""
+    folder = tmp_path_factory.mktemp("recipe")
+    config = TrainConfig(
+        sender=lms["neox"].name, receiver=lms["llama"].name, task="world", out=folder / "run", ratio=8, latent_dim=16,
+        hidden_dim=32, depth=1, max_steps=1, batch_size=2, max_source_tokens=48, reconstruction_weight=0,
+    )  # fmt: skip
+    from bridge.evaluation.tasks import load_task
+
+    bridge = make_bridge(describe(config, load_task("world"), lms["neox"], lms["llama"]))
+    save_bridge(config.out, bridge)
+    return config, open_setting(config.out, "world", limit=4, dtype="float16", receiver=None)
+
+
+def test_a_control_differs_from_the_recipe_in_what_it_controls_and_nothing_else(
+    trained: tuple[TrainConfig, Setting], tmp_path: Path
+) -> None:
+    config, made = trained
+    random = control_config("random_sender", made, tmp_path)
+    assert random == config.model_copy(update={"sender": f"random:{config.sender}", "out": tmp_path})
+    prompt = control_config("prompt", made, tmp_path)
+    slots = [len(latent) for latent in made.latents(range(4))]
+    expected = {"encoder": "prompt", "num_latents": round(sum(slots) / 4), "out": tmp_path}
+    assert prompt == config.model_copy(update=expected) and expected["num_latents"] == 6
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_control_is_trained_and_measured_beside_the_bridge(
+    trained: tuple[TrainConfig, Setting], tmp_path: Path, name: str
+) -> None:
+    _, made = trained
+    manifest = train(control_config(name, made, tmp_path / name), Console(quiet=True))
+    control = made.with_bridge(tmp_path / name, manifest)
+    assert control.bridge_id == manifest.bridge_id and control.examples is made.examples
+    few: Sequence[Example] = made.examples[:2]
+    report = evaluate(replace(made, examples=few), trained={name: replace(control, examples=few)})
+    assert list(report["conditions"]) == [*EVERY, name]
+    if name == "prompt":
+        first, second = control.latents([0, 1])
+        assert np.array_equal(first, second)
+    else:
+        assert control.sender.fingerprint.weights != made.sender.fingerprint.weights
