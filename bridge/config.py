@@ -11,6 +11,9 @@ from pydantic.dataclasses import dataclass
 from bridge.errors import CorruptCheckpoint
 
 EncoderKind = Literal["pooling", "perceiver", "mean", "linear", "prompt"]
+RANDOM = "random:"
+"""Prefix of a model with the same shape and tokenizer but untrained weights: a control."""
+
 STRICT = ConfigDict(extra="forbid")
 
 

@@ -7,6 +7,7 @@ Dimensions used in this file:
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,12 +21,13 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from bridge.config import Fingerprint, ModelRef
+from bridge.config import RANDOM, Fingerprint, ModelRef
 from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
 
 BUILTIN = Path(__file__).parent / "builtin"
-RANDOM = "random:"  # prefix of a model with the same shape and tokenizer but untrained weights: a control
+LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # never pickles, never code
 VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
@@ -188,6 +190,8 @@ def load_model(name: str, *, device: torch.device | None = None, dtype: torch.dt
     device = device or default_device()
     dtype = dtype or default_dtype(device)
     fingerprint, folder = fingerprint_of(name), folder_of(name.removeprefix(RANDOM))
+    shown = predicted_bytes(name, dtype) >= LARGE_BYTES and sys.stderr.isatty()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if name.startswith(RANDOM):

@@ -4,8 +4,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from bridge.config import RANDOM
 from bridge.errors import InvalidRequest
 
 
@@ -52,6 +53,17 @@ class TrainConfig(BaseModel):
     max_source_tokens: int = Field(512, ge=1, description="Longest source in sender tokens; longer ones are cut.")
     save_every: int = Field(200, ge=1, description="Optimiser steps between saves.")
     seed: int = Field(0, ge=0, description="Seed of the initial weights and of the data order.")
+
+    @field_validator("sender", "receiver", "task")
+    @classmethod
+    def _found_from_anywhere(cls, name: str) -> str:
+        return name if name == "world" else _absolute(name)
+
+
+def _absolute(name: str) -> str:
+    """A local path made independent of the working directory; any other name as it is."""
+    prefix, rest = (RANDOM, name.removeprefix(RANDOM)) if name.startswith(RANDOM) else ("", name)
+    return prefix + (str(Path(rest).resolve()) if Path(rest).exists() else rest)
 
 
 def demo_config(out: Path, max_steps: int | None = None) -> TrainConfig:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bridge.config import RANDOM
 from bridge.evaluation.conditions import TRAINED, Setting
-from bridge.models import RANDOM
 from training.config import TrainConfig
 from training.loop import train
 

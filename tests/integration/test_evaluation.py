@@ -1,5 +1,6 @@
 """An evaluation compares, and says exactly what it documents."""
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,7 +73,7 @@ def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], sett
 
 def test_every_condition_is_explained(report: dict[str, Any]) -> None:
     assert set(reporting.MEANING) == set(EVERY) | set(TRAINED)
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, file=io.StringIO(), record=True)
     console.print(table(report))
     text = console.export_text()
     assert all(name in text and reporting.MEANING[name] in text for name in EVERY)

@@ -32,7 +32,7 @@ def test_in_a_budget_for_the_larger_model_both_are_never_held(pair: tuple[str, s
         assert residency.resident() == {sender: size(sender)}
     del lm
     assert gone() is not None  # kept while there is room
-    with residency.use(receiver) as lm:
+    with residency.use(receiver):
         assert gone() is None
         assert residency.resident() == {receiver: size(receiver)}
     assert residency.history == [
