@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bridge.evaluation.tasks import Example
 from bridge.models import FrozenLM
 
 
@@ -36,11 +35,6 @@ class Order:
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def pick(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
-    """The examples at ``indices``."""
-    return [examples[i] for i in indices]
 
 
 def covered_words(

@@ -8,6 +8,7 @@ Dimensions used in this file:
 
 import math
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,8 +29,8 @@ from bridge.evaluation.tasks import Example, Task, load_task
 from bridge.models import FrozenLM, hidden_states, load_model, pad_sources, text_ids, tokenize_source
 from bridge.prompt import collate, compose, layout_for
 from training.config import TrainConfig
-from training.data import Order, covered_words, pick
-from training.monitor import Monitor, StepRecord, Stopwatch, watch
+from training.data import Order, covered_words
+from training.monitor import Monitor, StepRecord, watch
 from training.muon import Muon
 from training.objectives import alignment_loss, answer_loss, answers_right
 from training.state import STATE, load_state, save_state
@@ -70,13 +71,12 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False, overwr
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidRequest(f"--out {config.out}: {error.strerror}", param="out") from None
-    resumed = load_state(config.out, config, run.bridge.parameters(), run.optimizers) if resume else None
-    start = resumed.step if resumed else 0
+    start = load_state(config.out, config, run.bridge.parameters(), run.optimizers) if resume else 0
     trained = sum(p.numel() for p in run.bridge.parameters())
     console.print(
         f"{run.sender.name} layer {','.join(map(str, run.bridge.config.layers))} → {config.encoder} "
         f"({trained:,} trained weights) → {run.receiver.name}, task {run.task.name}"
-        + (f", resumed after step {start}" if resumed else "")
+        + (f", resumed after step {start}" if start else "")
     )
     with watch(config.out, console, total=config.max_steps, start=start) as monitor:
         for step in range(start, config.max_steps):
@@ -143,12 +143,12 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM, receiver: Frozen
 
 def take_step(run: Run, step: int, monitor: Monitor) -> None:
     """One optimiser step: ``accumulate`` forward passes, one update, one log line."""
-    config, watch_ = run.config, Stopwatch()
+    config, started = run.config, time.perf_counter()
     order = Order(len(run.task.train), batch_size=config.batch_size, seed=config.seed)
     parts: dict[str, float] = {"loss": 0.0, "answer_loss": 0.0, "reconstruction_loss": 0.0, "accuracy": 0.0}
     phase: Literal["align", "answer"] = "align" if step < run.alignment_steps else "answer"
     for micro in range(config.accumulate):
-        examples = pick(run.task.train, order.batch(step * config.accumulate + micro))
+        examples = [run.task.train[i] for i in order.batch(step * config.accumulate + micro)]
         soft, slots = soft_tokens(run, examples)
         if phase == "align":
             losses = {"loss": align(run, examples, soft)}
@@ -165,7 +165,7 @@ def take_step(run: Run, step: int, monitor: Monitor) -> None:
         optimizer.param_groups[0]["lr"] = peak * share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    rate, seconds = config.learning_rate * share, watch_.lap()
+    rate, seconds = config.learning_rate * share, time.perf_counter() - started
     monitor.log(StepRecord(step + 1, phase, **parts, gradient_norm=norm, learning_rate=rate, seconds=seconds))
 
 

@@ -1,7 +1,6 @@
 """Watching a run: a live line on a terminal, plain lines elsewhere, JSON lines in the folder."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -91,16 +90,3 @@ def watch(folder: Path, console: Console, *, total: int, start: int) -> Iterator
     with path.open("w", buffering=1) as file, progress:
         file.writelines(line + "\n" for line in kept)
         yield Monitor(file, progress, total, start)
-
-
-class Stopwatch:
-    """Seconds between calls of ``lap``."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed

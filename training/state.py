@@ -6,7 +6,7 @@ The data order is a pure function of the step, and the learning rate too, so nei
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,6 @@ from training.config import TrainConfig
 
 STATE = "state.json"
 FREE = {"out", "save_every"}  # may differ between a run and its continuation without changing its result
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run stood: optimiser steps done."""
-
-    step: int
 
 
 def save_state(
@@ -48,8 +41,8 @@ def save_state(
 
 def load_state(
     folder: Path, config: TrainConfig, parameters: list[nn.Parameter], optimizers: Sequence[Optimizer]
-) -> Resumed | None:
-    """Put a saved state back in place; None where there is none.
+) -> int:
+    """Put a saved state back in place and return the optimiser steps done; 0 where there is none.
 
     Raises:
         InvalidRequest: The state is of a run with another configuration; the first key that differs is named.
@@ -57,7 +50,7 @@ def load_state(
     """
     path = folder / STATE
     if not path.is_file():
-        return None
+        return 0
     try:
         document = json.loads(path.read_bytes())
         saved, part, step = document["config"], Part(**document["file"]), int(document["step"])
@@ -79,4 +72,4 @@ def load_state(
                 held.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])
-    return Resumed(step)
+    return step

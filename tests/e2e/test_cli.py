@@ -156,7 +156,7 @@ def test_backslash_n_in_a_prompt_is_a_new_line(run: Run, checkpoint: Path) -> No
         ("--encoder", "vq", "'vq'"),
         ("--max-steps", "0", "max_steps"),
         ("--learning-rate", "0", "learning_rate"),
-        ("--hidden-dim", "0", "hidden_dim"),
+        ("--hidden-dim", "65", "multiple of 32, got 65"),
         ("--out", "/proc/nowhere/bridge", "/proc/nowhere/bridge"),
     ],
 )
@@ -363,6 +363,9 @@ def test_a_served_bridge_answers_as_the_command_line_does_and_stops_when_told(
     assert len(set(answers)) == 1
     local = run("generate", checkpoint, "--latent", message, "--prompt", "Where?", "--max-tokens", 8)
     assert local == answers[0] + "\n"
+    sampled = client.generate(forms[:1], "Where?", max_tokens=8, temperature=1, seed=3)["outputs"][0]["text"]
+    free = ["--prompt", "Where?", "--max-tokens", 8, "--temperature", 1, "--seed", 3]
+    assert run("generate", checkpoint, "--latent", message, *free) == sampled + "\n"
     with pytest.raises(ServiceError) as caught:
         client.encode([" "])
     assert (caught.value.status, caught.value.type, caught.value.param) == (422, "InvalidRequest", "inputs")

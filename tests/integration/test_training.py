@@ -431,7 +431,6 @@ def test_alignment_is_measured_over_covered_windows_and_never_nan() -> None:
     words = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     soft = words.clone()
     soft[0, 2] *= -1
-    soft.requires_grad_()
     covered = torch.tensor([[True, True, False], [False, False, False]])
     losses = alignment_loss(soft, words, covered)
     assert losses.tolist() == pytest.approx([0, 0], abs=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,25 @@ def test_a_service_whose_models_do_not_fit_is_never_ready_and_says_why(start: St
     assert response.json()["error"]["type"] == "InsufficientMemory"
     assert "1000" in response.json()["error"]["message"]
     assert client.post("/encode", json={"inputs": ["a"]}).json()["error"]["type"] == "InsufficientMemory"
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_model_that_is_not_the_one_trained_with_is_never_served(
+    start: Start, checkpoint: Path, tmp_path: Path, role: str
+) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    manifest = json.loads((copy / "config.json").read_text())
+    bridge = manifest["bridge"]
+    reference = bridge["sender"] if role == "sender" else next(iter(bridge["heads"].values()))["receiver"]
+    found, reference["fingerprint"]["weights"] = reference["fingerprint"]["weights"], "0" * 16
+    (copy / "config.json").write_text(json.dumps(manifest))
+    client = start(None, {"tiny": str(copy)}, ready=False)
+    deadline = time.monotonic() + 60
+    while (error := client.get("/health/ready").json().get("error", {"type": "none"}))["type"] == "NotReady":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert error["type"] == "IncompatibleBridge"
+    assert role in error["message"] and found in error["message"] and "0" * 16 in error["message"]
 
 
 def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: TestClient) -> None:
