@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.checkpoint import read_manifest
+from bridge.errors import IncompatibleBridge
 from service.settings import Settings
 
 Start = Callable[..., TestClient]
@@ -107,23 +108,49 @@ def test_a_service_whose_models_do_not_fit_is_never_ready_and_says_why(start: St
     assert client.post("/encode", json={"inputs": ["a"]}).json()["error"]["type"] == "InsufficientMemory"
 
 
-@pytest.mark.parametrize("role", ["sender", "receiver"])
-def test_a_model_that_is_not_the_one_trained_with_is_never_served(
-    start: Start, checkpoint: Path, tmp_path: Path, role: str
-) -> None:
+@pytest.fixture
+def movable(checkpoint: Path, model_folders: dict[str, Path], tmp_path: Path) -> tuple[Path, dict[str, Path]]:
+    """A copy of the checkpoint over copies of its models, by role."""
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    manifest = json.loads((copy / "config.json").read_text())
-    bridge = manifest["bridge"]
-    reference = bridge["sender"] if role == "sender" else next(iter(bridge["heads"].values()))["receiver"]
-    found, reference["fingerprint"]["weights"] = reference["fingerprint"]["weights"], "0" * 16
-    (copy / "config.json").write_text(json.dumps(manifest))
-    client = start(None, {"tiny": str(copy)}, ready=False)
-    deadline = time.monotonic() + 60
-    while (error := client.get("/health/ready").json().get("error", {"type": "none"}))["type"] == "NotReady":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert error["type"] == "IncompatibleBridge"
-    assert role in error["message"] and found in error["message"] and "0" * 16 in error["message"]
+    text = (copy / "config.json").read_text()
+    folders = {"sender": tmp_path / "reads", "receiver": tmp_path / "answers"}
+    for original, folder in zip((model_folders["neox"], model_folders["llama"]), folders.values(), strict=True):
+        shutil.copytree(original, folder)
+        text = text.replace(str(original), str(folder))
+    (copy / "config.json").write_text(text)
+    return copy, folders
+
+
+def change(folder: Path) -> None:
+    """Other weights under the same name."""
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_model_that_is_not_the_one_trained_with_stops_the_start(
+    start: Start, movable: tuple[Path, dict[str, Path]], role: str
+) -> None:
+    copy, folders = movable
+    change(folders[role])
+    with pytest.raises(IncompatibleBridge, match=f"trained with {role} .* whose weights is"):
+        start(None, {"tiny": str(copy)})
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_model_that_changed_while_it_was_out_of_memory_is_refused(
+    start: Start, movable: tuple[Path, dict[str, Path]], role: str
+) -> None:
+    copy, folders = movable
+    client = start(None, {"tiny": str(copy)})
+    client.app.state.runtime.residency._models.clear()  # type: ignore[attr-defined]
+    change(folders[role])
+    response = client.post("/generate", json=ASK)
+    assert response.status_code == 409
+    assert response.json()["error"]["type"] == "IncompatibleBridge"
+    assert f"{role} {str(folders[role])!r}" in response.json()["error"]["message"]
 
 
 def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: TestClient) -> None:
