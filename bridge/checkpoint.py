@@ -85,13 +85,16 @@ def save_bridge(folder: Path, bridge: Bridge) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     encoder = write_part(folder, "encoder", bridge.encoder.state_dict())
     heads = {name: write_part(folder, "head", bridge.head(name).state_dict()) for name in bridge.config.heads}
-    identity = f"{encoder.sha256}/{bridge.config.encoder}/{bridge.config.layers}/{bridge.config.sender.fingerprint}"
-    bridge_id = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    manifest = Manifest(1, bridge_id, bridge.config, encoder, heads)
+    manifest = Manifest(1, _bridge_id(bridge.config, encoder), bridge.config, encoder, heads)
     replace_file(folder / CONFIG, dump_manifest(manifest))
     remove_stale_parts(folder, "encoder", {encoder.file})
     remove_stale_parts(folder, "head", {part.file for part in heads.values()})
     return manifest
+
+
+def _bridge_id(config: BridgeConfig, encoder: Part) -> str:
+    identity = f"{encoder.sha256}/{config.encoder}/{config.layers}/{config.sender.fingerprint}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 def read_manifest(name: str | Path) -> Manifest:
@@ -115,6 +118,8 @@ def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tupl
         CorruptCheckpoint: A file is missing, damaged, or holds other tensors than the configuration says.
     """
     folder, manifest = folder_of_checkpoint(name), read_manifest(name)
+    if manifest.bridge_id != (actual := _bridge_id(manifest.bridge, manifest.encoder)):
+        raise CorruptCheckpoint(f"{folder / CONFIG}: bridge_id is {manifest.bridge_id}, its contents make {actual}")
     if manifest.heads.keys() != manifest.bridge.heads.keys():
         have, want = list(manifest.heads), list(manifest.bridge.heads)
         raise CorruptCheckpoint(f"{folder / CONFIG}: heads: weights of {have}, expected of {want}")
@@ -198,7 +203,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def remove_stale_parts(folder: Path, stem: str, keep: set[str]) -> None:
-    """Delete weight files of ``stem`` that the committed state no longer names."""
+    """Delete weight files of ``stem`` that the committed state no longer names, and what a killed save left."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
     for path in folder.glob(f"{stem}-*.safetensors"):
         if path.name not in keep:
             path.unlink(missing_ok=True)

@@ -113,7 +113,7 @@ def bridge_config(sender: FrozenLM, receiver: FrozenLM, **encoder: object) -> Br
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, lms: dict[str, FrozenLM]) -> Path:
-    """An untrained bridge from the tiny NeoX to the tiny Llama: right in every respect but what it says. Do not edit."""
+    """An untrained bridge from the tiny NeoX to the tiny Llama: right in all but what it says. Do not edit."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     torch.manual_seed(1)
     save_bridge(folder, make_bridge(bridge_config(lms["neox"], lms["llama"])))

@@ -55,14 +55,15 @@ def covered_words(
             [
                 ((int(np.searchsorted(ends, end)) + bos) // ratio, token)
                 for token, (_, end) in zip(theirs["input_ids"], theirs["offset_mapping"], strict=True)
-                if end <= ends[-1]
+                if len(ends) and end <= ends[-1]
             ]
         )
-    K = 1 + max(slot for row in owners for slot, _ in row)
+    K = 1 + max((slot for row in owners for slot, _ in row), default=0)
     total = torch.zeros(len(texts), K, receiver.width, device=receiver.device)
     count = torch.zeros(len(texts), K, device=receiver.device)
     for i, row in enumerate(owners):
-        slots, tokens = (torch.tensor(column, device=receiver.device) for column in zip(*row, strict=True))
+        slots = torch.tensor([slot for slot, _ in row], dtype=torch.long, device=receiver.device)
+        tokens = torch.tensor([token for _, token in row], dtype=torch.long, device=receiver.device)
         total[i].index_add_(0, slots, receiver.embed(tokens).detach().float())
         count[i].index_add_(0, slots, torch.ones(len(row), device=receiver.device))
     return total, count > 0

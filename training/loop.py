@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,16 @@ class Run:
     optimizers: list[Optimizer]
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result: the settings, and what the models and the data were."""
+        return {
+            **self.config.model_dump(mode="json"),
+            "sender_fingerprint": str(self.sender.fingerprint),
+            "receiver_fingerprint": str(self.receiver.fingerprint),
+            "data_sha256": self.task.data_sha256,
+        }
+
+    @property
     def alignment_steps(self) -> int:
         """Steps of the warm start; encoders without windows have nothing to align."""
         if self.config.encoder not in ("pooling", "linear"):
@@ -71,7 +81,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False, overwr
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidRequest(f"--out {config.out}: {error.strerror}", param="out") from None
-    start = load_state(config.out, config, run.bridge.parameters(), run.optimizers) if resume else 0
+    start = load_state(config.out, run.identity, run.bridge.parameters(), run.optimizers) if resume else 0
     trained = sum(p.numel() for p in run.bridge.parameters())
     console.print(
         f"{run.sender.name} layer {','.join(map(str, run.bridge.config.layers))} → {config.encoder} "
@@ -250,5 +260,5 @@ def code_version() -> str:
 
 def _save(run: Run, step: int) -> Manifest:
     manifest = save_bridge(run.config.out, run.bridge)
-    save_state(run.config.out, run.config, step, run.bridge.parameters(), run.optimizers)
+    save_state(run.config.out, run.identity, step, run.bridge.parameters(), run.optimizers)
     return manifest

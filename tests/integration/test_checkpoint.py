@@ -129,10 +129,25 @@ def test_a_damaged_weight_file_is_refused_with_both_values(folder: Path, stem: s
 
 def test_weights_of_other_shapes_are_refused_with_both(folder: Path) -> None:
     text = document(folder)
-    text["bridge"]["encoder"]["latent_dim"] = 17  # type: ignore[index]
+    (head,) = text["bridge"]["heads"].values()  # type: ignore[index]
+    head["receiver"]["width"] = 40
     (folder / "config.json").write_text(json.dumps(text))
-    with pytest.raises(CorruptCheckpoint, match=r"out\.\w+ is \(16.*expected \(17"):
+    with pytest.raises(CorruptCheckpoint, match=r"skip\.\w+ is \(32.*expected \(40"):
         load_bridge(folder)
+
+
+def test_an_encoder_described_otherwise_than_it_was_saved_is_refused_with_both_ids(folder: Path) -> None:
+    text = document(folder)
+    text["bridge"]["encoder"]["ratio"] = 8  # type: ignore[index]
+    (folder / "config.json").write_text(json.dumps(text))
+    with pytest.raises(CorruptCheckpoint, match=rf"bridge_id is {text['bridge_id']}, its contents make [0-9a-f]{{32}}"):
+        load_bridge(folder)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(folder: Path) -> None:
+    (folder / ".config.json.1.tmp").write_bytes(b"half")
+    save_bridge(folder, load_bridge(folder)[1])
+    assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("change", ["extra", "absent"])

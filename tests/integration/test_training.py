@@ -226,6 +226,16 @@ def test_resuming_another_configuration_is_refused_with_both_values(
     assert caught.value.param == key
 
 
+def test_resuming_with_other_data_is_refused_with_both_digests(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make(max_steps=2), quiet())
+    before = loop.load_task("world")
+    monkeypatch.setattr(loop, "load_task", lambda name: replace(before, data_sha256="f" * 64))
+    with pytest.raises(InvalidRequest, match=f"data_sha256 was '{before.data_sha256}', now 'ffff"):
+        train(make(max_steps=2), quiet(), resume=True)
+
+
 def test_saving_more_often_is_no_other_run(make: MakeConfig) -> None:
     first = train(make(max_steps=2), quiet())
     assert parts(train(make(max_steps=2, save_every=1), quiet(), resume=True)) == parts(first)
