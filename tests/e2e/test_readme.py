@@ -1,0 +1,92 @@
+"""What the README says to type works as written; only numbers that take minutes are made small."""
+
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from service.__main__ import app
+from service.demo import running
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for kind, block in BLOCKS
+    if kind == "sh"
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--limit", "4"]}
+
+
+def latentwire(*arguments: str, cwd: Path) -> str:
+    """Run the command line in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "service", *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service of the built-in bridge: its address."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with running("builtin", port, tmp_path_factory.mktemp("serve") / "log"):
+        yield f"http://127.0.0.1:{port}"
+
+
+def test_the_block_of_local_commands_works_from_top_to_bottom(tmp_path: Path) -> None:
+    local = [
+        c
+        for c in COMMANDS
+        if c[0] == "latentwire" and "runs/news" not in c and c[1] != "serve" and "news.toml" not in c
+    ]
+    assert [c[1] for c in local] == ["train", "evaluate", "inspect", "encode", "generate"]
+    for command in local:
+        latentwire(*command[1:], *QUICK.get(command[1], []), cwd=tmp_path)
+    assert (tmp_path / "report.json").is_file() and (tmp_path / "m.lw").is_file()
+
+
+def test_every_flag_in_the_readme_exists() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for command in (c for c in COMMANDS if c[0] == "latentwire"):
+        commands[command[1]].make_context(command[1], command[2:])
+
+
+def test_the_curl_commands_are_answered(service: str) -> None:
+    curls = [c for c in COMMANDS if c[0] == "curl"]
+    answers = []
+    for command in curls:
+        typed = [part.replace("http://127.0.0.1:8000", service) for part in command]
+        if shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
+        answers.append(subprocess.run(typed, capture_output=True, text=True, check=True).stdout)
+    assert '"latents":' in answers[0] and '"id":' in answers[0]
+    assert "Ben lives in Rome." in answers[1]
+
+
+def test_the_python_example_prints_what_the_receiver_says(service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = [block for kind, block in BLOCKS if kind == "python"]
+    exec(code.replace("http://127.0.0.1:8000", service), {})
+    assert capsys.readouterr().out.strip() == "Mara wants a cup of tea."
+
+
+def test_the_demo_trains_measures_serves_and_ends(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    shown = latentwire("demo", "--no-serve", "--max-steps", "3", "--limit", "4", "--port", port, cwd=tmp_path)
+    for expected in ("step 3/3", "mismatched", "POST /encode", "POST /generate", "together"):
+        assert expected in shown
+
+
+def test_make_demo_is_that_demo() -> None:
+    typed = subprocess.run(["make", "-n", "demo", "SERVE=0"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert typed.stdout.rstrip().endswith(".venv/bin/latentwire demo --no-serve")
