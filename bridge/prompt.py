@@ -151,7 +151,8 @@ def compose(
         raise InvalidRequest("the receiver's input is empty; expected a prompt or a latent", param="prompt")
     if max_tokens is not None and length > max_tokens:
         raise InvalidRequest(
-            f"prompt and latent take {length} receiver tokens; {max_tokens} are left after the answer's", param="prompt"
+            f"the input takes {length} receiver tokens; {max(max_tokens, 0)} fit beside what is to be generated",
+            param="prompt",
         )
     return Row(ids + said, slots + [TEXT] * len(said), [IGNORE] * len(ids) + said)
 

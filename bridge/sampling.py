@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+COLDEST = 1e-6
+"""Lowest temperature divided by: beyond it float32 overflows, and the likeliest token was certain long before."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -48,7 +51,7 @@ def choose(logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], posit
     scores = logits.float().clone()
     for row, p in enumerate(params):
         if p.temperature > 0:
-            kept = _filter(scores[row] / p.temperature, p)
+            kept = _filter((scores[row] - scores[row].max()) / max(p.temperature, COLDEST), p)
             noise = torch.empty_like(kept, device="cpu").exponential_(generator=_generator(p.seed, position))
             scores[row] = kept - noise.log().to(kept.device)
     return scores
@@ -60,7 +63,8 @@ def _filter(scores: Float[Tensor, " V"], params: SamplingParams) -> Float[Tensor
     if params.top_p < 1:
         ordered, order = scores.sort(descending=True)
         probability = ordered.softmax(dim=-1)
-        beyond = probability.cumsum(dim=-1) - probability >= params.top_p  # the first token always stays
+        beyond = probability.cumsum(dim=-1) - probability >= params.top_p
+        beyond[0] = False
         scores = scores.index_fill(0, order[beyond], float("-inf"))
     return scores
 

@@ -190,7 +190,8 @@ def serve(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}, got {first['input']!r}") from None
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
     application = create_app(settings, _named(bridge or ["builtin=builtin"]))
     try:
         listener = socket.create_server((settings.host, settings.port), backlog=2048)

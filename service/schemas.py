@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -56,16 +56,16 @@ class GenerateRequest(Strict):
     top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")
     seed: int | None = Field(None, ge=0, lt=1 << 63, description="Same seed, same request, same text.")
     n: int = Field(1, ge=1, description="Outputs for each input.")
-    stop: str | list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], max_length=16, description="An output ends before the first of these."
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        max_length=16,
+        description="An output ends before the first of these; a string is taken as a list of it.",
     )
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _as_list(cls, stop: str | list[str]) -> list[str]:
-        if stop == "":
-            raise ValueError("a stop string must not be empty")
+    def _as_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
 
     @model_validator(mode="after")

@@ -68,10 +68,9 @@ def _absolute(name: str) -> str:
 
 def demo_config(out: Path, max_steps: int | None = None) -> TrainConfig:
     """The run of ``latentwire demo``: the built-in pair, in minutes on two cores."""
-    steps = {} if max_steps is None else {"max_steps": max_steps}
-    return TrainConfig.model_validate(
-        {"sender": "builtin:neox", "receiver": "builtin:llama", "task": "world", "out": out, **steps}
-    )
+    pair = {"sender": "builtin:neox", "receiver": "builtin:llama", "task": "world"}
+    steps = max_steps or 450
+    return TrainConfig.model_validate({**pair, "out": out, "max_steps": steps, "alignment_steps": steps // 4})
 
 
 def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
@@ -92,4 +91,5 @@ def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(f"{name}: {first['msg']}, got {first['input']!r}", param=name) from None
+        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise InvalidRequest(f"{name}: {first['msg']}{got}", param=name) from None

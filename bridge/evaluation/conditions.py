@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bridge import engine, wire
 from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
 from bridge.config import Layout, Manifest
+from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task
 from bridge.models import FrozenLM, SourceTokens, load_model, text_ids, tokenize_source
 from bridge.prompt import LATENT, Row, collate, compose
@@ -143,6 +144,11 @@ def open_setting(
     sender, answering = load_model(manifest.bridge.sender.name), load_model(name)
     check_sender(manifest.bridge, sender)
     check_receiver(manifest.bridge, name, answering)
+    if loaded.max_answer_tokens >= answering.max_tokens:
+        raise InvalidRequest(
+            f"max_answer_tokens is {loaded.max_answer_tokens}; {name!r} reads {answering.max_tokens} in all",
+            param="task",
+        )
     examples = loaded.test[: limit or len(loaded.test)]
     return Setting(loaded, examples, bridge, manifest.bridge_id, sender, name, answering, dtype)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bridge.errors import InvalidRequest
 from bridge.evaluation import world
@@ -137,8 +137,8 @@ class TaskFile(BaseModel):
 
     name: str
     kind: Literal["classification", "generation"]
-    train: str
-    test: str
+    train: str = Field(min_length=1)
+    test: str = Field(min_length=1)
     source: str
     prompt: str
     answer: str | None = None
@@ -146,7 +146,7 @@ class TaskFile(BaseModel):
     labels: list[str] = []
     reconstruction: str = REPEAT
     relay: str = SUMMARY
-    max_answer_tokens: int = 32
+    max_answer_tokens: int = Field(32, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _scored_one_way(self) -> "TaskFile":
@@ -156,6 +156,10 @@ class TaskFile(BaseModel):
             raise ValueError("a generation needs 'answer', and neither 'label' nor 'labels'")
         if self.prompt.count(LATENT) > 1:
             raise ValueError(f"'prompt' holds {LATENT} {self.prompt.count(LATENT)} times; expected once at most")
+        if len({label.strip() for label in self.labels} - {""}) < len(self.labels):
+            raise ValueError(f"'labels' must differ and not be blank, got {self.labels}")
+        if self.reconstruction.count(LATENT) != 1 or self.relay.count("{source}") != 1:
+            raise ValueError(f"'reconstruction' must hold {LATENT} once, and 'relay' {{source}} once")
         return self
 
 
@@ -165,7 +169,7 @@ def _file_task(path: Path) -> Task:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: not TOML: {error}", param="task") from None
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InvalidRequest(f"{path}: {field}: {first['msg']}", param="task") from None
     digest = hashlib.sha256()
@@ -197,9 +201,10 @@ def _rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dict[st
         yield from _hub_rows(where, split, digest)
         return
     path = folder / where
-    if not path.is_file():
-        raise InvalidRequest(f"{split} = {where!r}: no such file beside the task file ({path})", param="task")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{split} = {where!r}: {error.strerror} ({path})", param="task") from None
     digest.update(data)
     try:
         lines = (gzip.decompress(data) if where.endswith(".gz") else data).decode().split("\n")
@@ -208,7 +213,7 @@ def _rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dict[st
     for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{path} line {number} is not JSON: {error}", param="task") from None
         if not isinstance(row, dict):
             raise InvalidRequest(f"{path} line {number} is {type(row).__name__}; expected an object", param="task")
@@ -234,7 +239,10 @@ def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
     if not source.strip():
         raise InvalidRequest(f"{where}: the source is empty; expected a text", param="task")
     if spec.answer is not None:
-        return Example(source, prompt, _spoken(prompt, _fill(spec.answer, row, where)))
+        answer = _fill(spec.answer, row, where)
+        if not answer.strip():
+            raise InvalidRequest(f"{where}: the answer is empty; expected a text", param="task")
+        return Example(source, prompt, _spoken(prompt, answer))
     assert spec.label is not None
     index = _label(spec, _field(row, spec.label, where), where)
     return Example(source, prompt, _spoken(prompt, spec.labels[index]), index)
@@ -243,7 +251,7 @@ def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
 def _label(spec: TaskFile, value: Any, where: str) -> int:
     if value in spec.labels:
         return spec.labels.index(value)
-    if isinstance(value, int) and 0 <= value < len(spec.labels):
+    if type(value) is int and 0 <= value < len(spec.labels):
         return value
     raise InvalidRequest(
         f"{where}: label {value!r} is neither one of {spec.labels} nor an index into them", param="task"
@@ -258,7 +266,12 @@ def _field(row: dict[str, Any], name: str, where: str) -> Any:
 
 def _fill(template: str, row: dict[str, Any], where: str) -> str:
     def value(match: re.Match[str]) -> str:
-        return match[0] if match[0] == LATENT else str(_field(row, match[1], where))
+        if match[0] == LATENT:
+            return match[0]
+        field = _field(row, match[1], where)
+        if not isinstance(field, str | int | float):
+            raise InvalidRequest(f"{where}: field {match[1]!r} is {field!r:.80}; expected a text", param="task")
+        return str(field)
 
     return FIELD.sub(value, template)
 

@@ -182,7 +182,7 @@ def test_a_row_over_the_limit_is_refused_with_both_numbers(llama: FrozenLM) -> N
     layout = layout_for(llama, TEMPLATE)
     fits = compose(llama, layout, TEMPLATE, latent=4, answer=" x")
     assert len(compose(llama, layout, TEMPLATE, latent=4, answer=" x", max_tokens=len(fits))) == len(fits)
-    with pytest.raises(InvalidRequest, match=rf"{len(fits)} receiver tokens; {len(fits) - 1} are left"):
+    with pytest.raises(InvalidRequest, match=rf"{len(fits)} receiver tokens; {len(fits) - 1} fit"):
         compose(llama, layout, TEMPLATE, latent=4, answer=" x", max_tokens=len(fits) - 1)
 
 

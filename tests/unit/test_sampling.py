@@ -108,3 +108,11 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
 
 def test_half_precision_logits_are_drawn_from_in_full_precision() -> None:
     assert choose(LOGITS[None].bfloat16(), [with_params(0)], 0).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 2.0, "top_p": 5e-324}]
+)
+def test_the_coldest_settings_take_the_likeliest_token(params: dict[str, float]) -> None:
+    logits = torch.tensor([[1.0, 9.0, -3.0, 4.0]])
+    assert choose(logits, [SamplingParams(**params, seed=3)], 0).argmax(dim=-1).tolist() == [1]  # type: ignore[arg-type]
