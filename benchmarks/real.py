@@ -33,7 +33,7 @@ labels = {labels}
 MATERIAL = Path(__file__).resolve().parents[2] / "shared"
 SENDER, RECEIVER = "stories260k-llama", "gpt2-mini-2m"
 RECIPE: dict[str, Any] = {
-    "encoder": "pooling", "ratio": 8, "layer": [3, 5], "max_steps": 250, "alignment_steps": 80, "matrix_learning_rate": 0.006,
+    "encoder": "pooling", "ratio": 8, "layer": [3, 5], "max_steps": 250, "alignment_steps": 80, "alignment_weight": 1.0,
     "reconstruction_weight": 0.0, "batch_size": 32,
 }  # fmt: skip
 

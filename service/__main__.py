@@ -53,6 +53,7 @@ def train(
     alignment_steps: Annotated[
         int | None, typer.Option(help="Steps of the warm start. [a third; pooling, linear]")
     ] = None,
+    alignment_weight: Annotated[float | None, typer.Option(help="Weight of that objective afterwards. [0]")] = None,
     reconstruction_weight: Annotated[float | None, typer.Option(help="Weight of repeating the source. [1]")] = None,
     max_source_tokens: Annotated[int | None, typer.Option(help="Longer sources are cut. [512]")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between saves. [200]")] = None,

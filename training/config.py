@@ -49,6 +49,7 @@ class TrainConfig(BaseModel):
         ge=0,
         description="First steps, in which soft tokens learn the words they cover. Default: a third (pooling, linear).",
     )
+    alignment_weight: float = Field(0.0, ge=0, description="Weight of that objective after the first steps.")
     reconstruction_weight: float = Field(1.0, ge=0, description="Weight of repeating the source; 0 turns it off.")
     max_source_tokens: int = Field(512, ge=1, description="Longest source in sender tokens; longer ones are cut.")
     save_every: int = Field(200, ge=1, description="Optimiser steps between saves.")

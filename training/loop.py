@@ -35,6 +35,8 @@ from training.muon import Muon
 from training.objectives import alignment_loss, answer_loss, answers_right
 from training.state import STATE, load_state, save_state
 
+WINDOWED = ("pooling", "linear")  # encoders whose slots cover known words
+
 
 @dataclass(frozen=True)
 class Run:
@@ -60,7 +62,7 @@ class Run:
     @property
     def alignment_steps(self) -> int:
         """Steps of the warm start; encoders without windows have nothing to align."""
-        if self.config.encoder not in ("pooling", "linear"):
+        if self.config.encoder not in WINDOWED:
             return 0
         wanted = self.config.alignment_steps
         return self.config.max_steps // 3 if wanted is None else wanted
@@ -219,6 +221,8 @@ def objectives(
         ]
         losses["reconstruction_loss"] = answer_loss(*_read(run, repeated, soft, slots)).mean()
     losses["loss"] = losses["answer_loss"] + config.reconstruction_weight * losses["reconstruction_loss"]
+    if config.alignment_weight > 0 and config.encoder in WINDOWED:
+        losses["loss"] = losses["loss"] + config.alignment_weight * align(run, examples, soft)
     return losses
 
 
