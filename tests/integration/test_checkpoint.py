@@ -154,17 +154,18 @@ def test_what_a_killed_save_left_is_removed_by_the_next(folder: Path) -> None:
 def test_an_extra_or_absent_tensor_is_named(folder: Path, change: str) -> None:
     import hashlib
 
-    path, text = weights(folder, "encoder"), document(folder)
+    path, text = weights(folder, "head"), document(folder)
     tensors = load_file(path)
     if change == "extra":
         tensors["zz"] = torch.zeros(2)
     else:
-        del tensors["out.bias"]
+        del tensors["skip.bias"]
     save_file(tensors, path)
-    text["encoder"] |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+    (part,) = text["heads"].values()
+    part |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}  # type: ignore[operator]
     (folder / "config.json").write_text(json.dumps(text))
     with pytest.raises(
-        CorruptCheckpoint, match=r"zz is \(2,\), expected nothing|out.bias is missing, expected \(16,\)"
+        CorruptCheckpoint, match=r"zz is \(2,\), expected nothing|skip.bias is missing, expected \(32,\)"
     ):
         load_bridge(folder)
 

@@ -112,7 +112,7 @@ def test_other_data_have_another_digest(tmp_path: Path) -> None:
         ('"{text}"', '"{body}"', ["'body'", "row 1", "text, label"]),
         ('label = "label"', 'label = "stars"', ["'stars'", "row 1"]),
         ("Review: {latent}", "{latent} {latent}", ["{latent} 2 times"]),
-        ('"train.jsonl"', '"gone.jsonl"', ["gone.jsonl", "no such file"]),
+        ('"train.jsonl"', '"gone.jsonl"', ["gone.jsonl", "No such file"]),
         ('name = "sst"', "name = ", ["not TOML"]),
     ],
 )
