@@ -70,7 +70,7 @@ def _absolute(name: str) -> str:
 def demo_config(out: Path, max_steps: int | None = None) -> TrainConfig:
     """The run of ``latentwire demo``: the built-in pair, in minutes on two cores."""
     pair = {"sender": "builtin:neox", "receiver": "builtin:llama", "task": "world"}
-    steps = max_steps or 450
+    steps = max_steps or 360
     return TrainConfig.model_validate({**pair, "out": out, "max_steps": steps, "alignment_steps": steps // 4})
 
 
