@@ -105,7 +105,7 @@ def read_manifest(name: str | Path) -> Manifest:
         CorruptCheckpoint: ``config.json`` cannot be read.
     """
     path = folder_of_checkpoint(name) / CONFIG
-    return parse_manifest(path.read_bytes(), str(path))
+    return parse_manifest(_read(path), str(path))
 
 
 def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tuple[Manifest, Bridge]:
@@ -174,7 +174,7 @@ def read_part(folder: Path, part: Part) -> dict[str, Tensor]:
     path = folder / part.file
     if not path.is_file():
         raise CorruptCheckpoint(f"{path} is missing; the checkpoint needs its {part.bytes} bytes")
-    data = path.read_bytes()
+    data = _read(path)
     digest = hashlib.sha256(data).hexdigest()
     if digest != part.sha256:
         raise CorruptCheckpoint(
@@ -187,14 +187,25 @@ def read_part(folder: Path, part: Part) -> dict[str, Tensor]:
         raise CorruptCheckpoint(f"{path} is no safetensors file: {error}") from None
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` so that a reader, or a crash, sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

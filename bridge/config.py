@@ -11,6 +11,8 @@ from pydantic.dataclasses import dataclass
 from bridge.errors import CorruptCheckpoint
 
 EncoderKind = Literal["pooling", "perceiver", "mean", "linear", "prompt"]
+WINDOWED = ("pooling", "linear")
+"""Kinds whose slots each cover a window of the source."""
 RANDOM = "random:"
 """Prefix of a model with the same shape and tokenizer but untrained weights: a control."""
 
@@ -118,6 +120,12 @@ class BridgeConfig:
     encoder: EncoderConfig
     heads: dict[str, Head]
     provenance: Provenance
+
+    @property
+    def max_slots(self) -> int:
+        """Most slots K a source can take."""
+        windowed = self.encoder.kind in WINDOWED
+        return -(-self.max_source_tokens // self.encoder.ratio) if windowed else self.encoder.num_latents
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -103,8 +103,38 @@ def generate(
     every decoder family, and the reference for faster engines.
 
     Returns:
-        Generations in order, and the seconds until the first token of all rows was chosen.
+        Generations in order, and the seconds until the first token of the first batch was chosen.
     """
+    said: dict[int, Generation] = {}
+    seconds: list[float] = []
+    for group in _within_context(rows, params, receiver.max_tokens):
+        soft = None if soft_tokens is None else soft_tokens[group]
+        answers, first_token_seconds = _generate(receiver, [rows[i] for i in group], soft, [params[i] for i in group])
+        said |= zip(group, answers, strict=True)
+        seconds.append(first_token_seconds)
+    return [said[i] for i in range(len(rows))], seconds[0]
+
+
+def _within_context(rows: Sequence[Row], params: Sequence[SamplingParams], limit: int) -> list[list[int]]:
+    """Rows that can share a batch, nearly always all: its longest row and its longest answer must fit together,
+    since a finished row goes on taking positions until the batch ends."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: params[i].max_tokens):
+        for group in groups:
+            if max(len(rows[j]) for j in [*group, i]) + params[i].max_tokens <= limit:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+def _generate(
+    receiver: FrozenLM,
+    rows: Sequence[Row],
+    soft_tokens: Float[Tensor, "B K D"] | None,
+    params: Sequence[SamplingParams],
+) -> tuple[list[Generation], float]:
     batch = collate(rows, side="left").to(receiver.device)
     watch = _Watch(receiver, params)
     tokenizer = receiver.tokenizer
@@ -166,6 +196,7 @@ class _Watch(LogitsProcessor):
 
     def __init__(self, receiver: FrozenLM, params: Sequence[SamplingParams]) -> None:
         self.receiver, self.params = receiver, params
+        self.stopped_at: dict[int, int] = {}  # tokens said when a row's stop string appeared
         self.started = time.perf_counter()
         self.first_token_seconds = 0.0
 
@@ -182,9 +213,8 @@ class _Watch(LogitsProcessor):
         p, eos = self.params[row], self.receiver.tokenizer.eos_token_id
         ids = ids[: p.max_tokens]
         ended = eos in ids
-        said = ids[: ids.index(eos)] if ended else ids
-        if p.stop:  # a row that stopped before its neighbours goes on with padding, which is neither said nor counted
-            said = next((said[:n] for n in range(1, len(said)) if self.stopped(p, said[:n])), said)
+        # A row that stopped before its neighbours goes on with padding, which is neither said nor counted.
+        said = (ids[: ids.index(eos)] if ended else ids)[: self.stopped_at.get(row)]
         text = self.text(said)
         found = [text.index(stop) for stop in p.stop if stop in text]
         if found:
@@ -195,10 +225,14 @@ class _Watch(LogitsProcessor):
         """What ``ids`` say."""
         return str(self.receiver.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def stopped(self, params: SamplingParams, ids: list[int]) -> bool:
-        """Whether a stop string has been said."""
-        text = self.text(ids) if params.stop else ""
-        return any(stop in text for stop in params.stop)
+    def note_stops(self, input_ids: Int[Tensor, "B T"]) -> None:
+        """Remember the rows whose newest token completed a stop string; looks at no more than that takes."""
+        for row, params in enumerate(self.params):
+            if params.stop and row not in self.stopped_at:
+                tail = 4 * max(map(len, params.stop)) + 8  # a character takes four bytes, a byte takes a token
+                text = self.text(input_ids[row, -tail:].tolist())
+                if any(stop in text for stop in params.stop):
+                    self.stopped_at[row] = input_ids.shape[1]
 
 
 class _Stop(StoppingCriteria):
@@ -208,8 +242,7 @@ class _Stop(StoppingCriteria):
         self.watch = watch
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
-        done = [
-            len(ids) >= params.max_tokens or self.watch.stopped(params, ids)
-            for params, ids in zip(self.watch.params, input_ids.tolist(), strict=True)
-        ]
+        self.watch.note_stops(input_ids)
+        length = input_ids.shape[1]
+        done = [length >= p.max_tokens or row in self.watch.stopped_at for row, p in enumerate(self.watch.params)]
         return torch.tensor(done, device=input_ids.device)

@@ -13,12 +13,16 @@ LatentWireError
 ├── StoreUnavailable    the store of latents does not answer                    503
 ├── InsufficientMemory  the models do not fit the memory budget                 503
 ├── DeadlineExceeded    the answer would come too late                          504
+├── CallerLeft          nobody waits for the answer any more                    499
 ├── InferenceFailed     the model raised; the whole batch is lost               500
 └── TrainingFailed      a run cannot go on; its last saved state is kept        500
 
 The HTTP status lives in ``service.app``; nothing here knows about HTTP. Every message names the value
 that was met and the value that was expected.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class LatentWireError(Exception):
@@ -72,6 +76,10 @@ class DeadlineExceeded(LatentWireError):
     """The request waited longer than the caller allows."""
 
 
+class CallerLeft(LatentWireError):
+    """The caller closed the connection; what had not started was dropped."""
+
+
 class InferenceFailed(LatentWireError):
     """The model raised while running a batch; ``__cause__`` holds why."""
 
@@ -86,3 +94,18 @@ class NotReady(LatentWireError):
 
 class StoreUnavailable(LatentWireError):
     """The store of latents does not answer, or refuses to take more."""
+
+
+@contextmanager
+def at_fault(param: str) -> Iterator[None]:
+    """Errors raised inside name ``param`` as the field at fault."""
+    try:
+        yield
+    except LatentWireError as error:
+        error.param = param
+        raise
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

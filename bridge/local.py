@@ -44,7 +44,10 @@ def read_latent(checkpoint: str, file: Path) -> NDArray[np.float32]:
         message = file.read_bytes()
     except OSError as error:
         raise InvalidMessage(f"--latent {file}: {error.strerror}", param="latent") from None
-    return wire.decode(message, bridge_id=manifest.bridge_id, latent_dim=manifest.bridge.encoder.latent_dim).latent
+    config = manifest.bridge
+    return wire.decode(
+        message, bridge_id=manifest.bridge_id, latent_dim=config.encoder.latent_dim, max_slots=config.max_slots
+    ).latent
 
 
 def answer(

@@ -7,10 +7,11 @@ Dimensions used in this file:
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +21,25 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from bridge.config import RANDOM, Fingerprint, ModelRef
-from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
+from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
-WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # never pickles, never code
+WANTED_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt"]  # never pickles, never code, no weights twice
+TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges).*\.(json|txt)|.*\.model")
+AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+CHUNK_ROWS = 8192  # vocabulary rows measured at once
 VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
@@ -53,6 +64,10 @@ class FrozenLM:
     def width(self) -> int:
         return int(self._embedding.weight.shape[1])
 
+    def state_width(self, layer: int) -> int:
+        """Width of the hidden states at ``layer``; a few families embed narrower than they think."""
+        return int(self.model.config.get_text_config().hidden_size) if layer else self.width
+
     @property
     def layers(self) -> int:
         return int(self.model.config.get_text_config().num_hidden_layers)
@@ -72,17 +87,22 @@ class FrozenLM:
         return embeds
 
     def embedding_rms(self) -> float:
-        """Root mean square of the input embedding rows, averaged over the vocabulary (unitless).
+        """Root mean square of the input embeddings, averaged over the vocabulary (unitless).
 
-        Measured because families differ by two orders of magnitude; soft tokens must arrive at this scale.
+        Measured because families differ by two orders of magnitude; soft tokens must arrive at this scale. Read
+        through ``embed``, since some families scale what the weights say.
         """
-        weight = self._embedding.weight.detach().float()
-        return float(weight.pow(2).mean(dim=1).sqrt().mean())
+        rows = torch.split(torch.arange(len(self._embedding.weight), device=self.device), CHUNK_ROWS)
+        return sum(float(self.embed(ids).detach().float().pow(2).mean(dim=1).sqrt().sum()) for ids in rows) / len(
+            self._embedding.weight
+        )
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of key/value cache this model holds for ``tokens`` tokens, in its own dtype."""
+        """Bytes of key/value cache this model holds for ``tokens`` tokens, in its own dtype; 0 without attention."""
         config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        if not heads:
+            return 0
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * self.layers * heads * head_dim * tokens * self.model.dtype.itemsize)
 
@@ -103,12 +123,17 @@ def folder_of(name: str) -> Path:
         if not (Path(name) / "config.json").is_file():
             raise ModelUnavailable(f"the folder {name!r} holds no config.json; expected a Hugging Face model folder")
         return Path(name)
+    return _hub_folder(name)
+
+
+@cache
+def _hub_folder(name: str) -> Path:
+    """Asked once a process: a revision cannot change between a fingerprint and the load."""
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED_FILES))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise ModelUnavailable(
-            f"model {name!r} is neither builtin:…, a folder, nor a reachable Hub name ({reason})"
+            f"model {name!r} is neither builtin:…, a folder, nor a reachable Hub name ({first_line(error)})"
         ) from None
 
 
@@ -124,18 +149,31 @@ def fingerprint_of(name: str) -> Fingerprint:
     except (ValueError, TypeError) as error:
         raise ModelUnavailable(f"model {name!r} cannot be loaded: its config.json is damaged ({error})") from None
     config = {k: v for k, v in document.items() if k not in VOLATILE_CONFIG}
-    tokenizer_files = [folder / "tokenizer.json"]
-    if not tokenizer_files[0].is_file():
-        tokenizer_files = sorted(p for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ModelUnavailable(f"model {name!r} has no *.safetensors weights in {folder}; pickled ones are not read")
+    tokenizer_files = sorted(p for p in folder.iterdir() if TOKENIZER_FILES.fullmatch(p.name))
+    weights = _weight_files(name)
     digest = "random".ljust(16, "0") if name.startswith(RANDOM) else _digest(weights)
     return Fingerprint(
         config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         weights=digest,
         tokenizer=_digest(tokenizer_files),
     )
+
+
+def _weight_files(name: str) -> list[Path]:
+    """The files the library would read: one, or the shards of an index; a repository may hold others."""
+    folder = folder_of(name.removeprefix(RANDOM))
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ModelUnavailable(f"model {name!r} has no model.safetensors in {folder}; pickled weights are not read")
+    try:
+        files = [folder / file for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: {index.name} is damaged ({error})") from None
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: {missing[0]} is missing from {folder}")
+    return files
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -156,7 +194,7 @@ def predicted_bytes(name: str, dtype: torch.dtype) -> int:
         ModelUnavailable: As ``folder_of``, or a header is damaged.
     """
     total = 0
-    for path in folder_of(name.removeprefix(RANDOM)).glob("*.safetensors"):
+    for path in _weight_files(name):
         try:
             with safe_open(path, framework="pt") as file:
                 total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
@@ -194,19 +232,32 @@ def load_model(name: str, *, device: torch.device | None = None, dtype: torch.dt
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if name.startswith(RANDOM):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=True
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelUnavailable(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    model = model.to(device).eval().requires_grad_(False)
+        model, holes = _untrained(folder) if name.startswith(RANDOM) else _pretrained(folder, dtype)
+    except Exception as error:  # a damaged file surfaces as whatever the library trips over
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
+    if holes:
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: its weights lack {holes[0]}")
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    # Its own defaults (penalties, sampling) would change every answer.
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     return FrozenLM(name, model, tokenizer, fingerprint)
+
+
+def _pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A model, and the weights its files lack, which the library would fill with random numbers."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    model, info = loaded
+    return model, sorted(info["missing_keys"])
+
+
+def _untrained(folder: Path) -> tuple[Any, list[str]]:
+    """A model of the same shape, drawn in float32 so that it is the same one in every dtype."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), []  # type: ignore[no-untyped-call]
 
 
 def check_identity(expected: ModelRef, actual: Fingerprint, role: str) -> None:
@@ -251,7 +302,9 @@ def tokenize_source(lm: FrozenLM, text: str, *, max_tokens: int, truncate: bool 
 
 
 def text_ids(lm: FrozenLM, text: str) -> list[int]:
-    """Ids of a text alone, without special tokens. The library's own length warning is left to our checks.
+    """Ids of a text alone, none of them special: ``</s>`` in a text is four characters, not an end.
+
+    The library's own length warning is left to our checks.
 
     Raises:
         InvalidRequest: The text holds half a surrogate pair, which no tokenizer takes.
@@ -261,7 +314,7 @@ def text_ids(lm: FrozenLM, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         at = error.start
         raise InvalidRequest(f"the text holds {text[at]!r} at character {at}; expected Unicode text") from None
-    return list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(lm.tokenizer(text, **AS_TEXT)["input_ids"])
 
 
 def pad_sources(lm: FrozenLM, sources: Sequence[SourceTokens]) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:

@@ -1,7 +1,7 @@
 """Models in memory, one loaded at a time, never more than the budget.
 
 Sequential loading here is real: a model that would not fit beside the others is loaded only after idle ones
-have been dropped and their memory was seen to come back.
+have been dropped; what came back is measured and logged.
 """
 
 import gc
@@ -33,7 +33,7 @@ class Residency:
     """Holds frozen models by name within ``budget_bytes`` (None: no limit).
 
     ``history`` keeps the last events as (event, model, resident bytes after it), so that an operator, or a
-    test, can see in which order models came and went.
+    test, can see in which order models came and went. ``loading`` names the model being read right now.
     """
 
     budget_bytes: int | None = None
@@ -41,6 +41,7 @@ class Residency:
     dtype: torch.dtype | None = None
     load: Callable[..., FrozenLM] = load_model
     history: list[tuple[str, str, int]] = field(default_factory=list)
+    loading: str | None = None
     _models: OrderedDict[str, _Resident] = field(default_factory=OrderedDict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -71,10 +72,25 @@ class Residency:
             with self._lock:
                 resident.users -= 1
 
-    def _bring_in(self, name: str) -> _Resident:
+    def predict(self, name: str) -> int:
+        """Bytes a model's weights will take here; nothing is loaded.
+
+        Raises:
+            InsufficientMemory: More than the whole budget.
+            ModelUnavailable: As ``predicted_bytes``.
+        """
         need = predicted_bytes(name, self.dtype or default_dtype(self.device))
-        self._make_room(name, need)
-        lm = self.load(name, device=self.device, dtype=self.dtype)
+        if self.budget_bytes is not None and need > self.budget_bytes:
+            raise InsufficientMemory(f"{name!r} needs {need} bytes; the memory budget is {self.budget_bytes}")
+        return need
+
+    def _bring_in(self, name: str) -> _Resident:
+        self._make_room(name, self.predict(name))
+        self.loading = name
+        try:
+            lm = self.load(name, device=self.device, dtype=self.dtype)
+        finally:
+            self.loading = None
         actual = sum(t.nbytes for t in {t.data_ptr(): t for t in lm.model.parameters()}.values())
         resident = self._models[name] = _Resident(lm, actual)
         self._note("load", name)
@@ -83,8 +99,6 @@ class Residency:
     def _make_room(self, name: str, need: int) -> None:
         if self.budget_bytes is None:
             return
-        if need > self.budget_bytes:
-            raise InsufficientMemory(f"{name!r} needs {need} bytes; the memory budget is {self.budget_bytes}")
         while self.resident_bytes + need > self.budget_bytes:
             idle = next((key for key, resident in self._models.items() if resident.users == 0), None)
             if idle is None:

@@ -52,8 +52,8 @@ def choose(logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], posit
     for row, p in enumerate(params):
         if p.temperature > 0:
             kept = _filter((scores[row] - scores[row].max()) / max(p.temperature, COLDEST), p)
-            noise = torch.empty_like(kept, device="cpu").exponential_(generator=_generator(p.seed, position))
-            scores[row] = kept - noise.log().to(kept.device)
+            noise = torch.empty_like(kept).exponential_(generator=_generator(p.seed, position, kept.device))
+            scores[row] = kept - noise.log()
     return scores
 
 
@@ -69,6 +69,6 @@ def _filter(scores: Float[Tensor, " V"], params: SamplingParams) -> Float[Tensor
     return scores
 
 
-def _generator(seed: int, position: int) -> torch.Generator:
+def _generator(seed: int, position: int, device: torch.device) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{position}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

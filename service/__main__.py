@@ -4,6 +4,7 @@ Heavy imports stand inside the commands: ``latentwire --help`` must not wait for
 """
 
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ def train(
     settings = read_config(config, flags)
     started = time.monotonic()
     manifest = run(settings, out, resume=resume, overwrite=overwrite)
-    out.print(f"[bold]{settings.out}[/bold] holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
+    _say(f"{settings.out} holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
 
 
 @app.command()
@@ -95,6 +96,7 @@ def evaluate(
     report = _measure(setting, trained)
     if out_ is not None:
         write_report(out_, report)
+        _say(f"wrote {out_}")
 
 
 @app.command()
@@ -117,7 +119,7 @@ def encode(
     except OSError as error:
         raise InvalidRequest(f"--out {out_}: {error.strerror}", param="out") from None
     K, C = encoded.latent.shape
-    out.print(f"{out_}: {K}×{C} {dtype}, {len(message)} bytes from {encoded.source_tokens} sender tokens")
+    _say(f"{out_}: {K}×{C} {dtype}, {len(message)} bytes from {encoded.source_tokens} sender tokens")
 
 
 @app.command()
@@ -159,9 +161,9 @@ def inspect(checkpoint: Checkpoint) -> None:
     weights = sum(p.numel() for p in bridge.parameters())
     size = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
     out.print_json(dump_manifest(manifest).decode())
-    out.print(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
+    _say(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
     check_models(manifest.bridge)
-    out.print("sender and receivers are the models it was trained with")
+    _say("sender and receivers are the models it was trained with")
 
 
 @app.command()
@@ -200,9 +202,12 @@ def serve(
         raise InvalidRequest(f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    out.print(f"LatentWire listens on {address} (reference: {address}/docs)")
+    _say(f"LatentWire listens on {address} (reference: {address}/docs)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn stops first, then raises the signal again
-    uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
+    patience = math.ceil(settings.request_timeout)  # a client that never finishes its request must not hold the exit
+    uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=patience)).run(
+        sockets=[listener]
+    )
 
 
 @app.command()
@@ -214,10 +219,11 @@ def demo(
     limit: Annotated[int, typer.Option(min=1, help="Held-out examples per condition.")] = 100,
 ) -> None:
     """Train a bridge between the built-in models, measure it, serve it and ask it something."""
-    from service.demo import ask, running
+    from service.demo import ask, check_free, running
     from training.config import demo_config
     from training.loop import train as run
 
+    check_free(port)
     config = demo_config(out_, max_steps)
     started = time.monotonic()
     out.rule("train: two frozen models, a bridge between them")
@@ -234,6 +240,11 @@ def demo(
             server.wait()
 
 
+def _say(line: str) -> None:
+    """Print a line as it is: others read it, and a name in it is no markup."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _named(bridges: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for item in bridges:
@@ -248,6 +259,8 @@ def _check_writable(file: Path) -> None:
     """Refuse before the work what could not be written after it."""
     import tempfile
 
+    if file.is_dir():
+        raise InvalidRequest(f"--out {file}: is a folder; expected a file", param="out")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
@@ -285,6 +298,11 @@ def main() -> None:
         app()
     except LatentWireError as error:
         print(f"latentwire: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"latentwire: {str(error.filename)[:200]!r}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -35,11 +35,13 @@ STATUS: dict[type[errors.LatentWireError], int] = {
     errors.StoreUnavailable: 503,
     errors.InsufficientMemory: 503,
     errors.DeadlineExceeded: 504,
+    errors.CallerLeft: 499,
     errors.InferenceFailed: 500,
     errors.TrainingFailed: 500,
 }
 RETRY_LATER = {429, 503}
 RETRY_SECONDS = 1.0
+MAX_SAID = 500  # characters of a message: what a caller sent is named, not sent back whole
 
 
 def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
@@ -57,7 +59,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         await runtime.stop()
 
     documented: dict[int | str, dict[str, Any]] = {
-        code: {"model": ErrorBody} for code in sorted({400, *STATUS.values()})
+        code: {"model": ErrorBody} for code in sorted({400, 415, *STATUS.values()})
     }
     app = FastAPI(title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented)
     app.state.runtime = runtime
@@ -108,14 +110,15 @@ class Envelope:
             self.runtime.metrics.latency.labels(route).observe(time.perf_counter() - started)
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        limit, taken = self.runtime.settings.max_body, 0
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        limit = self.runtime.settings.max_body
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        taken = int(declared) if declared.isdigit() and int(declared[:20]) > limit else 0
 
         async def receive_within_limit() -> Message:
             nonlocal taken
-            message = await receive()
+            message: Message = {} if taken > limit else await receive()
             taken += len(message.get("body", b""))
-            if taken > limit or (declared.isdigit() and int(declared) > limit):
+            if taken > limit:
                 raise errors.TooLarge(f"the request body is over {int(limit)} bytes", param="body")
             return message
 
@@ -123,11 +126,15 @@ class Envelope:
 
 
 def _body(kind: str, message: str, param: str | None, request_id: str) -> dict[str, Any]:
-    return {"error": {"type": kind, "message": message, "param": param, "request_id": request_id}}
+    param = None if param is None else _short(param)
+    return {"error": {"type": kind, "message": _short(message), "param": param, "request_id": request_id}}
 
 
-def _answer(request: Request, code: int, kind: str, message: str, param: str | None) -> JSONResponse:
-    headers = {"Retry-After": str(math.ceil(RETRY_SECONDS))} if code in RETRY_LATER else None
+def _answer(
+    request: Request, code: int, kind: str, message: str, param: str | None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    if code in RETRY_LATER:
+        headers = {"Retry-After": str(math.ceil(RETRY_SECONDS))}
     return JSONResponse(_body(kind, message, param, request.state.request_id), status_code=code, headers=headers)
 
 
@@ -139,12 +146,16 @@ async def _deliberate(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if isinstance(error.body, bytes):  # FastAPI leaves a body alone that does not call itself JSON
+        sent = request.headers.get("content-type", "none")
+        message = f"the content-type is {sent}; expected application/json"
+        return _answer(request, 415, "UnsupportedMediaType", message, None)
     if first["type"] == "json_invalid":
         where = f"the body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}"
         return _answer(request, 422, "InvalidRequest", where, None)
     path = [str(part) for part in first["loc"] if part not in ("body", "str")]  # "str" and "list[…]" name a
     param = ".".join(part for part in path if not part.startswith("list[")) or None  # type, not a place
-    value = "" if isinstance(first.get("input"), dict | list) else f", got {_short(first.get('input'))}"
+    value = "" if isinstance(first.get("input"), dict | list) else f", got {_short(repr(first.get('input')), 80)}"
     return _answer(request, 422, "InvalidRequest", f"{param or 'body'}: {first['msg']}{value}", param)
 
 
@@ -153,10 +164,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error.__cause__, errors.LatentWireError):  # FastAPI wraps what receiving the body raises
         return await _deliberate(request, error.__cause__)
     kinds = {404: "NotFound", 405: "MethodNotAllowed"}
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return _answer(request, error.status_code, kinds.get(error.status_code, "InvalidRequest"), message, None)
+    why = f" ({errors.first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+    message = f"{request.method} {_short(request.url.path, 80)}: {error.detail}{why}"
+    kind = kinds.get(error.status_code, "InvalidRequest")
+    return _answer(request, error.status_code, kind, message, None, error.headers)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _short(text: str, most: int = MAX_SAID) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -9,11 +9,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from bridge.errors import DeadlineExceeded, InferenceFailed, LatentWireError, Overloaded
+from bridge.errors import InferenceFailed, LatentWireError, Overloaded, TooLarge
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,12 +24,43 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Load:
-    """Rows waiting and the last time anything moved, shared by all batchers of a service."""
+    """What a service has taken on, and the last time anything moved; shared by all its batchers.
+
+    Attributes:
+        limit: Most rows admitted at once.
+        admitted: Rows of requests accepted and not answered yet.
+        waiting: Rows in a queue that somebody still waits for.
+        running: Rows handed to the device.
+        last_progress: ``time.monotonic()`` of the last batch finished or model loaded.
+    """
 
     limit: int
+    admitted: int = 0
     waiting: int = 0
     running: int = 0
     last_progress: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def admit(self, rows: int) -> Iterator[None]:
+        """Keep a place for all rows of a request while it is answered, so that a refusal comes before any work.
+
+        Raises:
+            TooLarge: They could never be admitted.
+            Overloaded: They do not fit beside what was admitted before.
+        """
+        if rows > self.limit:
+            raise TooLarge(f"the request makes {rows} rows; at most {self.limit} can wait", param="inputs")
+        if self.admitted + rows > self.limit:
+            raise Overloaded(f"{self.admitted} rows are being answered, {rows} more exceed {self.limit}")
+        self.admitted += rows
+        try:
+            yield
+        finally:
+            self.admitted -= rows
+
+    def progress(self) -> None:
+        """Something moved."""
+        self.last_progress = time.monotonic()
 
 
 class Batcher(Generic[Item, Result]):
@@ -47,32 +79,26 @@ class Batcher(Generic[Item, Result]):
         self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._arrived = asyncio.Event()
 
-    async def submit(self, items: Sequence[Item], *, timeout: float) -> list[Result]:
-        """Queue all rows of a request, or none, and wait for every result.
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """Queue all rows of a request and wait for every result; cancelled, rows still queued are taken out.
 
         Raises:
-            Overloaded: They do not fit the queue; nothing was queued.
-            DeadlineExceeded: Not all results came within ``timeout`` seconds.
             InferenceFailed: ``run`` raised for a batch one of them was in.
             LatentWireError: What ``run`` returned for one of them.
         """
-        if self._load.waiting + len(items) > self._load.limit:
-            raise Overloaded(f"{self._load.waiting} rows are waiting, {len(items)} more exceed {self._load.limit}")
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
         if not self._load.waiting and not self._load.running:
-            self._load.last_progress = time.monotonic()
+            self._load.progress()
         self._queue.extend(zip(items, answers, strict=True))
         self._load.waiting += len(items)
         self._arrived.set()
         try:
-            async with asyncio.timeout(timeout):
-                return list(await asyncio.gather(*answers))
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer within {timeout:g} s") from None
+            return list(await asyncio.gather(*answers))
         finally:
             for answer in answers:
                 answer.cancel()
+            self._forget_abandoned()
 
     async def serve(self) -> None:
         """Run batches until cancelled; rows still waiting then get an error, not silence."""
@@ -88,6 +114,11 @@ class Batcher(Generic[Item, Result]):
                     answer.set_exception(InferenceFailed("the service is stopping"))
             self._load.waiting -= len(self._queue)
             self._queue.clear()
+
+    def _forget_abandoned(self) -> None:
+        live = deque(row for row in self._queue if not row[1].done())
+        self._load.waiting -= len(self._queue) - len(live)
+        self._queue = live
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
@@ -117,7 +148,7 @@ class Batcher(Generic[Item, Result]):
             results = [_failed(error) for _ in live]
         finally:
             self._load.running -= len(live)
-            self._load.last_progress = time.monotonic()
+            self._load.progress()
         for (_, answer), result in zip(live, results, strict=True):
             if answer.done():
                 continue

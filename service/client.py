@@ -29,8 +29,9 @@ class ServiceError(Exception):
 class Client:
     """A connection to one service; close it, or use it in a ``with``."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_seconds: float = 60.0) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout_seconds)
+    def __init__(self, url: str = DEFAULT_URL, *, timeout_seconds: float = 60.0, trust_env: bool = True) -> None:
+        """``trust_env`` off ignores proxy variables."""
+        self._http = httpx.Client(base_url=url, timeout=timeout_seconds, trust_env=trust_env)
 
     def __enter__(self) -> Self:
         return self
@@ -42,9 +43,13 @@ class Client:
         """Close the connection."""
         self._http.close()
 
-    def encode(self, inputs: Sequence[str], **options: Any) -> dict[str, Any]:
-        """``POST /encode``: latents of texts. Options: bridge, dtype, store, truncate (ServiceError on refusal)."""
-        return self._call("POST", "/encode", {"inputs": list(inputs), **options})
+    def encode(self, inputs: str | Sequence[str], **options: Any) -> dict[str, Any]:
+        """``POST /encode``: latents of one text or several (ServiceError on refusal).
+
+        Options: bridge, dtype, store, truncate.
+        """
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        return self._call("POST", "/encode", {"inputs": texts, **options})
 
     def generate(self, inputs: Sequence[dict[str, str]], prompt: str | Sequence[str], **options: Any) -> dict[str, Any]:
         """``POST /generate``: answers about ``{"text"}``, ``{"latent"}`` or ``{"latent_id"}`` inputs.

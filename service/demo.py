@@ -1,6 +1,7 @@
 """The last act of ``latentwire demo``: a real server, a real request to each endpoint, printed."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -11,12 +12,24 @@ from typing import Any
 
 from rich.console import Console
 
-from bridge.errors import InferenceFailed
+from bridge.errors import InferenceFailed, InvalidRequest
 from bridge.evaluation.tasks import Example
 from bridge.prompt import LATENT
 from service.client import Client
 
 START_SECONDS = 120.0
+
+
+def check_free(port: int) -> None:
+    """Refuse before the work what could not be served after it.
+
+    Raises:
+        InvalidRequest: Something listens on the port already.
+    """
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError) as error:
+        raise InvalidRequest(f"127.0.0.1:{port} cannot be listened on: {error}; give another --port") from None
 
 
 @contextmanager
@@ -30,9 +43,9 @@ def running(checkpoint: Path | str, port: int, log: Path) -> Iterator[subprocess
     with log.open("wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
-        with Client(f"http://127.0.0.1:{port}") as client:
+        with Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
             deadline = time.monotonic() + START_SECONDS
-            while not client.ready():
+            while server.poll() is not None or not client.ready():
                 if server.poll() is not None or time.monotonic() > deadline:
                     last = (log.read_text().strip().splitlines() or ["nothing"])[-1]
                     raise InferenceFailed(f"the service did not start; it said: {last}")
@@ -46,7 +59,7 @@ def running(checkpoint: Path | str, port: int, log: Path) -> Iterator[subprocess
 def ask(console: Console, port: int, example: Example) -> None:
     """Send one ``/encode`` and one ``/generate``, and print both with their latencies."""
     prompt = example.prompt.replace(LATENT, "").lstrip("\n")
-    with Client(f"http://127.0.0.1:{port}") as client:
+    with Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
         client.generate([{"text": example.source}], prompt)  # the first request of a connection warms it up
         sent, encode_ms = _timed(client.encode, [example.source])
         latent = sent["latents"][0]

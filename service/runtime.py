@@ -6,9 +6,11 @@ service answers health checks while one loads.
 
 import asyncio
 import hashlib
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -20,8 +22,8 @@ from bridge import engine, wire
 from bridge.checkpoint import Bridge, check_models, check_receiver, check_sender, load_bridge
 from bridge.config import Manifest
 from bridge.engine import Encoded, Generation
-from bridge.errors import InvalidRequest, LatentWireError, TooLarge, UnknownBridge
-from bridge.models import FrozenLM, tokenize_source
+from bridge.errors import InvalidRequest, LatentWireError, TooLarge, UnknownBridge, at_fault
+from bridge.models import FrozenLM, SourceTokens, tokenize_source
 from bridge.prompt import compose, place
 from bridge.residency import Residency
 from bridge.sampling import SamplingParams
@@ -33,6 +35,8 @@ from service.store import LatentStore, MemoryStore, RedisStore
 Item = TypeVar("Item")
 Ready = TypeVar("Ready")
 Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
 
 WARM_UP_TEXT = "Mara wants a cup of tea."
 
@@ -51,27 +55,24 @@ class Served:
             self.bridge.head(name)
         return name or self.bridge.default_receiver
 
-    def decode(self, message: bytes, at: int) -> NDArray[np.float32]:
+    def decode(self, message: bytes) -> NDArray[np.float32]:
         """A latent of this bridge from its message, checked (InvalidMessage, IncompatibleBridge)."""
         config = self.manifest.bridge
-        try:
-            return wire.decode(
-                message,
-                bridge_id=self.manifest.bridge_id,
-                latent_dim=config.encoder.latent_dim,
-                max_slots=max(config.max_source_tokens, config.encoder.num_latents),
-            ).latent
-        except LatentWireError as error:
-            error.param = f"inputs.{at}.latent"
-            raise
+        return wire.decode(
+            message,
+            bridge_id=self.manifest.bridge_id,
+            latent_dim=config.encoder.latent_dim,
+            max_slots=config.max_slots,
+        ).latent
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A row of an encode batch."""
+    """A row of an encode batch; ``param`` says which field of the request it is."""
 
     text: str
     truncate: bool
+    param: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,13 @@ class Runtime:
         self.bridges = {
             name: Served(name, *load_bridge(path, device=self.residency.device)) for name, path in checkpoints.items()
         }
-        for served in self.bridges.values():
-            check_models(served.manifest.bridge)  # another model under the same name stops the start, not a request
+        for served in self.bridges.values():  # what no request could ever use stops the start
+            check_models(served.manifest.bridge)
+            for model in (served.manifest.bridge.sender.name, *served.manifest.bridge.heads):
+                self.residency.predict(model)
         self.load = Load(settings.max_queue)
         self.ready = False
-        self.failure: LatentWireError | None = None
+        self.failure: str | None = None
         self.metrics = Metrics(self.residency, self.load, lambda: self.ready)
         self.store: LatentStore = (
             RedisStore(settings.redis_url, ttl_seconds=settings.store_ttl)
@@ -136,28 +139,21 @@ class Runtime:
             raise UnknownBridge(f"no bridge is called {name!r}; there are {', '.join(self.bridges)}", param="bridge")
         return self.bridges[name]
 
-    def admit(self, texts: Sequence[str], rows: int) -> None:
-        """Refuse a request over the operator's limits before any work (TooLarge)."""
-        if rows > self.settings.max_queue:
-            raise TooLarge(f"the request makes {rows} rows; at most {self.settings.max_queue} can wait", param="inputs")
-        for text in texts:
-            if len(text) > self.settings.max_text_characters:
-                raise TooLarge(
-                    f"a text has {len(text)} characters; at most {self.settings.max_text_characters} are taken",
-                    param="inputs",
-                )
+    def check_text(self, text: str, param: str) -> None:
+        """Refuse a text over the operator's limit before any work (TooLarge)."""
+        limit = self.settings.max_text_characters
+        if len(text) > limit:
+            raise TooLarge(f"the text has {len(text)} characters; at most {limit} are taken", param=param)
 
-    async def encode(self, served: Served, texts: Sequence[str], *, truncate: bool) -> list[Encoded]:
+    async def encode(self, served: Served, rows: Sequence[Text]) -> list[Encoded]:
         """Latents of texts, batched with whatever else is waiting."""
-        rows = [Text(text, truncate) for text in texts]
-        encoded = await self._encoders[served.name].submit(rows, timeout=self.settings.request_timeout)
+        encoded = await self._encoders[served.name].submit(rows)
         self.metrics.tokens.labels("source").inc(sum(row.source_tokens for row in encoded))
         return encoded
 
     async def generate(self, served: Served, receiver: str, questions: Sequence[Question]) -> list[Generation]:
         """Answers to questions, batched with whatever else is waiting."""
-        batcher = self._generators[served.name, receiver]
-        answers = await batcher.submit(questions, timeout=self.settings.request_timeout)
+        answers = await self._generators[served.name, receiver].submit(questions)
         self.metrics.tokens.labels("soft").inc(sum(len(question.latent) for question in questions))
         self.metrics.tokens.labels("generated").inc(sum(answer.token_count for answer in answers))
         self.metrics.observe_outputs(served.name, [answer.text for answer in answers])
@@ -177,21 +173,21 @@ class Runtime:
 
     def _encode(self, served: Served, rows: Sequence[Text]) -> list[Encoded | LatentWireError]:
         config = served.manifest.bridge
-        with self.residency.use(config.sender.name) as sender:
+        with self._model(config.sender.name) as sender:
             check_sender(config, sender)
-            limit = config.max_source_tokens
-            return _each(
-                rows,
-                lambda row: tokenize_source(sender, row.text, max_tokens=limit, truncate=row.truncate),
-                lambda sources: engine.encode(served.bridge, sender, sources),
-            )
+
+            def prepare(row: Text) -> SourceTokens:
+                with at_fault(row.param):
+                    return tokenize_source(sender, row.text, max_tokens=config.max_source_tokens, truncate=row.truncate)
+
+            return _each(rows, prepare, partial(engine.encode, served.bridge, sender))
 
     def _generate(
         self, served: Served, receiver_name: str, rows: Sequence[Question]
     ) -> list[Generation | LatentWireError]:
         config = served.manifest.bridge
         layout = config.heads[receiver_name].layout
-        with self.residency.use(receiver_name) as receiver:
+        with self._model(receiver_name) as receiver:
             check_receiver(config, receiver_name, receiver)
 
             def prepare(row: Question) -> engine.Asked:
@@ -201,6 +197,12 @@ class Runtime:
                 return engine.Asked(composed, row.latent, row.params)
 
             return _each(rows, prepare, partial(self._ask, served, receiver_name, receiver))
+
+    @contextmanager
+    def _model(self, name: str) -> Iterator[FrozenLM]:
+        with self.residency.use(name) as lm:
+            self.load.progress()  # a large model loads for minutes; that is no stall
+            yield lm
 
     def _ask(
         self, served: Served, receiver_name: str, receiver: FrozenLM, asked: Sequence[engine.Asked]
@@ -212,20 +214,19 @@ class Runtime:
     async def _warm_up(self) -> None:
         try:
             for served in self.bridges.values():
-                encoder, row = self._encoders[served.name], Text(WARM_UP_TEXT, truncate=True)
-                encoded = await encoder.submit([row], timeout=float("inf"))  # a large model loads for minutes
+                encoded = await self._encoders[served.name].submit([Text(WARM_UP_TEXT, True, "inputs")])
                 for receiver in served.manifest.bridge.heads:
                     question = Question(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
-                    batcher = self._generators[served.name, receiver]
-                    await batcher.submit([question], timeout=float("inf"))
+                    await self._generators[served.name, receiver].submit([question])
             self.ready = True
         except LatentWireError as error:
-            self.failure = error
+            log.error("warming up failed: %s", error)
+            self.failure = str(error)
 
     @property
     def stalled(self) -> bool:
-        """Work is waiting or running and nothing has finished for ``stall_timeout`` seconds."""
-        busy = self.load.waiting + self.load.running > 0
+        """Work is there, no model is being loaded, and nothing has finished for ``stall_timeout`` seconds."""
+        busy = self.load.waiting + self.load.running > 0 and self.residency.loading is None
         return busy and time.monotonic() - self.load.last_progress > self.settings.stall_timeout
 
 

@@ -8,18 +8,28 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from bridge.errors import InvalidMessage
 
+MAX_FIELDS = 64
+FAIL_FAST = Field(fail_fast=True)  # a million wrong items make one error, not a million
+
 
 class Strict(BaseModel):
-    """Base of every request body."""
+    """Base of every request body. Types are exact: ``"3"`` and ``true`` are no numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            raise ValueError(f"the object has {len(body)} fields; expected {', '.join(cls.model_fields)}")
+        return body
 
 
 class EncodeRequest(Strict):
     """Texts to turn into latents."""
 
     bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
-    inputs: list[str] = Field(min_length=1, description="Texts, each read by the sender alone.")
+    inputs: Annotated[list[str], FAIL_FAST] = Field(min_length=1, description="Texts, each read by the sender alone.")
     dtype: Literal["float16", "int8", "float32"] = Field("float16", description="What the numbers travel in.")
     store: bool = Field(False, description="Keep the latents and return their ids.")
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
@@ -45,8 +55,8 @@ class GenerateRequest(Strict):
 
     bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
     receiver: str | None = Field(None, description="Which of the bridge's receivers answers; its first when absent.")
-    inputs: list[Input] = Field(min_length=1)
-    prompt: str | list[str] = Field(
+    inputs: Annotated[list[Input], FAIL_FAST] = Field(min_length=1)
+    prompt: str | Annotated[list[str], FAIL_FAST] = Field(
         description="What the receiver is asked: one prompt for all inputs, or one for each. {latent} says where the "
         "soft tokens stand; without it they stand where the bridge was trained to have them."
     )
@@ -195,7 +205,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def message_of(data: str, at: int) -> bytes:
+def message_of(data: str) -> bytes:
     """The bytes of a base64 message.
 
     Raises:
@@ -204,4 +214,4 @@ def message_of(data: str, at: int) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise InvalidMessage("the latent is not base64", param=f"inputs.{at}.latent") from None
+        raise InvalidMessage(f"the latent {data[:40]!r} is not base64") from None

@@ -7,11 +7,12 @@ The prefix is not the Kubernetes Service name: a Service called ``latentwire`` w
 import os
 from typing import Annotated, Self
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "LW_"
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[ByteSize, Field(ge=1)]
 
 
 class Settings(BaseSettings):
@@ -21,11 +22,11 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    memory_budget: ByteSize | None = Field(
+    memory_budget: Bytes | None = Field(
         None, description="Most bytes of model weights in memory at once, e.g. 24GB; models take turns within it."
     )
     max_batch: int = Field(32, ge=1, description="Rows per forward pass.")
-    max_queue: int = Field(256, ge=1, description="Rows waiting before 429.")
+    max_queue: int = Field(256, ge=1, description="Rows being answered before 429.")
     request_timeout: Seconds = Field(60.0, description="Deadline of one request, seconds.")
     stall_timeout: Seconds = Field(
         120.0, description="Work without progress for this long fails /health/live, seconds."
@@ -34,10 +35,17 @@ class Settings(BaseSettings):
     max_samples: int = Field(16, ge=1, description="Largest n.")
     max_tokens: int = Field(512, ge=1, description="Largest max_tokens.")
     max_text_characters: int = Field(100_000, ge=1, description="Longest text or prompt.")
-    max_body: ByteSize = Field(ByteSize(32 << 20), description="Largest request body in bytes.")
+    max_body: Bytes = Field(ByteSize(32 << 20), description="Largest request body in bytes.")
     redis_url: str | None = Field(None, description="Keep stored latents in this Redis instead of in the process.")
-    store_memory: ByteSize = Field(ByteSize(64 << 20), description="Most bytes of latents stored in the process.")
+    store_memory: Bytes = Field(ByteSize(64 << 20), description="Most bytes of latents stored in the process.")
     store_ttl: Seconds = Field(3600.0, description="How long a stored latent is kept, seconds.")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError(f"expected redis://HOST:PORT/DB, rediss://… or unix://PATH, got {url!r}")
+        return url
 
     @model_validator(mode="after")
     def _refuse_unknown_variables(self) -> Self:

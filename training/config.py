@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from bridge.config import RANDOM
 from bridge.errors import InvalidRequest
+from bridge.wire import MAX_SLOTS, MAX_WIDTH
 
 
 class TrainConfig(BaseModel):
@@ -23,9 +24,12 @@ class TrainConfig(BaseModel):
         "pooling", description="Encoder kind; mean and linear are baselines, prompt is a control without a sender."
     )
     ratio: int = Field(4, ge=1, description="Sender tokens per slot (pooling, linear).")
-    num_latents: int = Field(16, ge=1, description="Slots (perceiver, mean, prompt).")
+    num_latents: int = Field(16, ge=1, le=MAX_SLOTS, description="Slots (perceiver, mean, prompt).")
     latent_dim: int | None = Field(
-        None, ge=1, description="Width C of the latent that crosses the wire. Default: the receiver's, at most 512."
+        None,
+        ge=1,
+        le=MAX_WIDTH,
+        description="Width C of the latent that crosses the wire. Default: the receiver's, at most 512.",
     )
     hidden_dim: int | None = Field(
         None,
@@ -53,7 +57,12 @@ class TrainConfig(BaseModel):
     reconstruction_weight: float = Field(1.0, ge=0, description="Weight of repeating the source; 0 turns it off.")
     max_source_tokens: int = Field(512, ge=1, description="Longest source in sender tokens; longer ones are cut.")
     save_every: int = Field(200, ge=1, description="Optimiser steps between saves.")
-    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the data order.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of the initial weights and of the data order.")
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _one_or_several(cls, layer: Any) -> Any:
+        return [layer] if isinstance(layer, int) else layer
 
     @field_validator("sender", "receiver", "task")
     @classmethod

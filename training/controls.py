@@ -7,7 +7,7 @@ from rich.console import Console
 
 from bridge.config import RANDOM
 from bridge.evaluation.conditions import TRAINED, Setting
-from training.config import TrainConfig
+from training.config import TrainConfig, read_config
 from training.loop import train
 
 
@@ -28,8 +28,10 @@ def control_config(name: str, setting: Setting, out: Path) -> TrainConfig:
     ``random_sender`` reads a sender of the same shape with untrained weights: what it reaches needs no
     understanding. ``prompt`` learns as many soft tokens as the bridge sends on average, and reads nothing.
     """
-    config = TrainConfig.model_validate({**setting.bridge.config.provenance.recipe, "out": out})
+    config = read_config(None, {**setting.bridge.config.provenance.recipe, "out": out})
     if name == "random_sender":
-        return config.model_copy(update={"sender": RANDOM + config.sender})
-    slots = [len(latent) for latent in setting.latents(range(min(64, len(setting.examples))))]
-    return config.model_copy(update={"encoder": "prompt", "num_latents": max(1, round(sum(slots) / len(slots)))})
+        return config.model_copy(update={"sender": RANDOM + config.sender.removeprefix(RANDOM)})
+    slots = [len(latent) for latent in setting.recall(range(min(64, len(setting.examples))))]
+    without = {"alignment_steps": None, "alignment_weight": 0.0}  # there are no words to learn
+    count = max(1, round(sum(slots) / len(slots)))
+    return config.model_copy(update={"encoder": "prompt", "num_latents": count, **without})

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bridge.models import FrozenLM
+from bridge.models import AS_TEXT, FrozenLM
 
 
 class Order:
@@ -48,8 +48,8 @@ def covered_words(
     bos = int(sender.tokenizer.bos_token_id is not None)
     owners: list[list[tuple[int, int]]] = []
     for text in texts:
-        mine = sender.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        theirs = receiver.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        mine = sender.tokenizer(text, return_offsets_mapping=True, **AS_TEXT)
+        theirs = receiver.tokenizer(text, return_offsets_mapping=True, **AS_TEXT)
         ends = np.asarray([end for _, end in mine["offset_mapping"]][: max_source_tokens - bos])
         owners.append(
             [

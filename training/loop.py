@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from bridge.checkpoint import CONFIG, Bridge, head_key, make_bridge, save_bridge
-from bridge.config import BridgeConfig, EncoderConfig, Head, Manifest, Provenance
+from bridge.config import WINDOWED, BridgeConfig, EncoderConfig, Head, Manifest, Provenance
 from bridge.engine import answer_logits
 from bridge.errors import InvalidRequest, TrainingFailed
 from bridge.evaluation.tasks import Example, Task, load_task
@@ -35,7 +35,7 @@ from training.muon import Muon
 from training.objectives import alignment_loss, answer_loss, answers_right
 from training.state import STATE, load_state, save_state
 
-WINDOWED = ("pooling", "linear")  # encoders whose slots cover known words
+CHECKED = 2000  # training examples looked at before the first step
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,34 @@ class Run:
 
     @property
     def alignment_steps(self) -> int:
-        """Steps of the warm start; encoders without windows have nothing to align."""
-        if self.config.encoder not in WINDOWED:
-            return 0
+        """Steps of the warm start; encoders without windows, or tokenizers without offsets, have nothing to align."""
         wanted = self.config.alignment_steps
-        return self.config.max_steps // 3 if wanted is None else wanted
+        return 0 if self.not_aligned else self.config.max_steps // 3 if wanted is None else wanted
+
+    @property
+    def not_aligned(self) -> str | None:
+        """Why no soft token can be held against the words it covers, or None where it can."""
+        if self.config.encoder not in WINDOWED:
+            return f"{self.config.encoder} slots cover no words of their own"
+        slow = [lm.name for lm in (self.sender, self.receiver) if not lm.tokenizer.is_fast]
+        return f"the tokenizer of {slow[0]!r} gives no character offsets" if slow else None
 
 
 def train(config: TrainConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Manifest:
     """Train, saving checkpoint and state as it goes; return the last checkpoint's manifest.
 
     Raises:
-        InvalidRequest: ``out`` already holds a checkpoint and neither ``resume`` nor ``overwrite`` is given, or
-            the state to resume is of another configuration.
+        InvalidRequest: ``out`` already holds a checkpoint and neither ``resume`` nor ``overwrite`` is given, the
+            state to resume is missing or of another configuration, or an example does not fit the receiver.
         TrainingFailed: The loss stopped being finite; the last saved checkpoint is kept.
     """
-    if not resume and not overwrite and any((config.out / name).exists() for name in (CONFIG, STATE)):
+    done, resumable = (config.out / CONFIG).exists(), (config.out / STATE).exists()
+    if not resume and not overwrite and (done or resumable):
         raise InvalidRequest(f"{config.out} already holds a checkpoint; give --resume, --overwrite or another --out")
+    if resume and not overwrite and done and not resumable:
+        raise InvalidRequest(f"{config.out} holds a checkpoint but no {STATE} to go on from; --overwrite replaces it")
     run = prepare(config)
+    check_examples(run, console)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +98,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False, overwr
     console.print(
         f"{run.sender.name} layer {','.join(map(str, run.bridge.config.layers))} → {config.encoder} "
         f"({trained:,} trained weights) → {run.receiver.name}, task {run.task.name}"
-        + (f", resumed after step {start}" if start else "")
+        + (f", resumed after step {start}" if start else ""),
+        markup=False,
     )
     with watch(config.out, console, total=config.max_steps, start=start) as monitor:
         for step in range(start, config.max_steps):
@@ -107,6 +118,34 @@ def prepare(config: TrainConfig) -> Run:
     bridge.encoder.to(sender.device)
     bridge.heads.to(receiver.device)
     return Run(config, task, sender, receiver, bridge, optimisers(bridge, config))
+
+
+def check_examples(run: Run, console: Console) -> None:
+    """Refuse before the first step what would stop a later one, and say what will be cut.
+
+    Looks at up to ``CHECKED`` training examples: the one with the longest prompt and answer stands for all.
+
+    Raises:
+        InvalidRequest: It does not fit the receiver beside as many soft tokens as a source can take, or
+            ``alignment_steps`` or ``alignment_weight`` ask for what these models cannot give.
+    """
+    config, described = run.config, run.bridge.config
+    if run.not_aligned and (config.alignment_steps or config.alignment_weight):
+        raise InvalidRequest(f"alignment was asked for, but {run.not_aligned}", param="alignment_steps")
+    examples = [run.task.train[i] for i in range(min(CHECKED, len(run.task.train)))]
+    sources = [
+        tokenize_source(run.sender, e.source, max_tokens=described.max_source_tokens, truncate=True) for e in examples
+    ]
+    longest = max(len(source.ids) for source in sources)
+    slots = -(-longest // described.encoder.ratio) if config.encoder in WINDOWED else config.num_latents
+    worst = max(examples, key=lambda e: len(e.prompt) + len(e.answer))
+    layout = described.heads[run.receiver.name].layout
+    compose(run.receiver, layout, worst.prompt, latent=slots, answer=worst.answer, max_tokens=run.receiver.max_tokens)
+    if cut := sum(source.full_length > len(source.ids) for source in sources):
+        console.print(
+            f"{cut} of the first {len(examples)} sources are longer than {described.max_source_tokens} sender tokens: "
+            "only their start is read"
+        )
 
 
 def optimisers(bridge: Bridge, config: TrainConfig) -> list[Optimizer]:
@@ -134,7 +173,7 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM, receiver: Frozen
         max_source_tokens=min(config.max_source_tokens, sender.max_tokens),
         encoder=EncoderConfig(
             kind=config.encoder,
-            sender_width=sender.width * len(layers),
+            sender_width=sum(sender.state_width(layer) for layer in layers),
             latent_dim=config.latent_dim or min(receiver.width, 512),
             hidden_dim=config.hidden_dim or min(max(sender.width // 32 * 32, 64), 1024),
             depth=config.depth,
@@ -221,7 +260,7 @@ def objectives(
         ]
         losses["reconstruction_loss"] = answer_loss(*_read(run, repeated, soft, slots)).mean()
     losses["loss"] = losses["answer_loss"] + config.reconstruction_weight * losses["reconstruction_loss"]
-    if config.alignment_weight > 0 and config.encoder in WINDOWED:
+    if config.alignment_weight > 0:
         losses["loss"] = losses["loss"] + config.alignment_weight * align(run, examples, soft)
     return losses
 
@@ -263,6 +302,8 @@ def code_version() -> str:
 
 
 def _save(run: Run, step: int) -> Manifest:
-    manifest = save_bridge(run.config.out, run.bridge)
+    """State first: killed between the two, the run goes on from the state and writes the checkpoint again."""
+    if not all(bool(p.isfinite().all()) for p in run.bridge.parameters()):
+        raise TrainingFailed(f"step {step}: a weight is not finite; what was saved before is kept")
     save_state(run.config.out, run.identity, step, run.bridge.parameters(), run.optimizers)
-    return manifest
+    return save_bridge(run.config.out, run.bridge)

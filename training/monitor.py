@@ -10,6 +10,8 @@ from typing import IO, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bridge.checkpoint import replace_file
+
 LOG = "log.jsonl"
 SMOOTHING = 0.95
 PLAIN_LINES = 20  # lines a run prints where there is no terminal
@@ -69,13 +71,20 @@ class Monitor:
             )
 
 
+def _step_of(line: str) -> int:
+    """The step of a log line; 0 for what a killed run left of one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
 @contextmanager
 def watch(folder: Path, console: Console, *, total: int, start: int) -> Iterator[Monitor]:
     """Open a monitor for a run that has done ``start`` of ``total`` steps; later log lines are dropped."""
     path = folder / LOG
-    kept = []
-    if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= start]
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    replace_file(path, "".join(f"{line}\n" for line in lines if 0 < _step_of(line) <= start).encode())
     progress = Progress(
         TextColumn("{task.fields[phase]:6}"),
         BarColumn(),
@@ -87,6 +96,5 @@ def watch(folder: Path, console: Console, *, total: int, start: int) -> Iterator
         console=console,
         disable=not console.is_terminal,
     )
-    with path.open("w", buffering=1) as file, progress:
-        file.writelines(line + "\n" for line in kept)
+    with path.open("a", buffering=1) as file, progress:
         yield Monitor(file, progress, total, start)

@@ -10,13 +10,15 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bridge import engine, wire
 from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
 from bridge.config import Layout, Manifest
 from bridge.errors import InvalidRequest
-from bridge.evaluation.tasks import Example, Task, load_task
+from bridge.evaluation.tasks import Example, Task, load_task, said_after
 from bridge.models import FrozenLM, SourceTokens, load_model, text_ids, tokenize_source
 from bridge.prompt import LATENT, Row, collate, compose
 from bridge.sampling import SamplingParams
@@ -25,6 +27,7 @@ Latent = NDArray[np.float32]
 Reading = Latent | str | None
 """What stands at ``{latent}``: soft tokens of a latent, a text, or nothing."""
 
+SCORED_ROWS = 64  # rows of a classification scored in one pass
 RELAY_TOKENS = 64  # most tokens a sender writes in the relay condition
 
 
@@ -32,6 +35,7 @@ RELAY_TOKENS = 64  # most tokens a sender writes in the relay condition
 class Setting:
     """Everything an evaluation runs on. ``bridge_id`` and ``dtype`` say how latents cross the wire."""
 
+    checkpoint: str
     task: Task
     examples: Sequence[Example]
     bridge: Bridge
@@ -44,7 +48,13 @@ class Setting:
     def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
         """The same measurement of another bridge to the same receiver."""
         sender = load_model(manifest.bridge.sender.name)
-        return replace(self, bridge=load_bridge(checkpoint)[1], bridge_id=manifest.bridge_id, sender=sender)
+        return replace(
+            self,
+            checkpoint=str(checkpoint),
+            bridge=load_bridge(checkpoint)[1],
+            bridge_id=manifest.bridge_id,
+            sender=sender,
+        )
 
     @property
     def layout(self) -> Layout:
@@ -60,7 +70,20 @@ class Setting:
         """Latents of the chosen examples as the receiver's side decodes them, after the wire."""
         sent = engine.encode(self.bridge, self.sender, self.sources(chosen))
         messages = [wire.encode(row.latent, self.bridge_id, self.dtype) for row in sent]
-        return [wire.decode(message, bridge_id=self.bridge_id).latent for message in messages]
+        latents = [wire.decode(message, bridge_id=self.bridge_id).latent for message in messages]
+        self.known.update(zip(chosen, latents, strict=True))
+        return latents
+
+    @cached_property
+    def known(self) -> dict[int, Latent]:
+        """Latents computed so far, by example."""
+        return {}
+
+    def recall(self, chosen: Sequence[int]) -> list[Latent]:
+        """``latents`` without the sender where it ran before: for rivals that need only their number or moments."""
+        if missing := [i for i in chosen if i not in self.known]:
+            self.latents(missing)
+        return [self.known[i] for i in chosen]
 
     def partner(self, index: int) -> int:
         """Another example, with another source: the next but half the set that differs."""
@@ -72,7 +95,7 @@ class Setting:
     @cached_property
     def moments(self) -> tuple[Latent, Latent]:
         """Mean and standard deviation of each latent channel (C), over up to 64 examples."""
-        numbers = np.concatenate(self.latents(range(min(64, len(self.examples)))))
+        numbers = np.concatenate(self.recall(range(min(64, len(self.examples)))))
         return numbers.mean(axis=0), numbers.std(axis=0)
 
     def relay(self, chosen: Sequence[int]) -> list[str]:
@@ -80,21 +103,22 @@ class Setting:
         tokenizer = self.sender.tokenizer
         layout = Layout("", tokenizer.bos_token_id, tokenizer.eos_token_id)
         template = self.task.relay.replace("{source}", LATENT)
-        room = self.sender.max_tokens - RELAY_TOKENS
+        length = min(RELAY_TOKENS, self.sender.max_tokens // 4)
+        room = self.sender.max_tokens - length
         rows = [fit(self.sender, layout, template, self.examples[i].source, room) for i in chosen]
-        params = [SamplingParams(max_tokens=RELAY_TOKENS)] * len(rows)
+        params = [SamplingParams(max_tokens=length)] * len(rows)
         return [g.text.strip() for g in engine.generate(self.sender, rows, None, params)[0]]
 
     def cut(self, chosen: Sequence[int]) -> list[str]:
         """Sources cut to as many receiver tokens as their latent has slots."""
-        slots = [len(latent) for latent in self.latents(chosen)]
+        slots = [len(latent) for latent in self.recall(chosen)]
         return [cut_text(self.receiver, self.examples[i].source, K) for i, K in zip(chosen, slots, strict=True)]
 
     def noise(self, chosen: Sequence[int]) -> list[Latent]:
         """Gaussian latents with the moments of real ones, of the same lengths."""
         mean, std = self.moments
         rows = []
-        for i, latent in zip(chosen, self.latents(chosen), strict=True):
+        for i, latent in zip(chosen, self.recall(chosen), strict=True):
             draw = np.random.default_rng(i).normal(mean, std, latent.shape).astype(np.float32)
             rows.append(draw / np.sqrt(np.square(draw).mean(axis=1, keepdims=True)))
         return rows
@@ -109,17 +133,21 @@ class Setting:
                 made.append(fit(self.receiver, self.layout, prompt, reading, room, said))
             else:
                 slots = None if reading is None else len(reading)
-                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=said))
+                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=said, max_tokens=room))
         return made
 
 
 def fit(lm: FrozenLM, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
-    """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens."""
-    row = compose(lm, layout, template, latent=text, answer=answer)
-    if len(row) <= room:
-        return row
-    kept = text_ids(lm, text)[: room - len(row)]
-    return compose(lm, layout, template, latent=str(lm.tokenizer.decode(kept)), answer=answer)
+    """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens.
+
+    Raises:
+        InvalidRequest: The template alone is longer.
+    """
+    row, kept = compose(lm, layout, template, latent=text, answer=answer), len(text_ids(lm, text))
+    while len(row) > room and kept > 0:  # again where a cut word joins its neighbours otherwise than the whole did
+        kept = max(0, kept - (len(row) - room))
+        row = compose(lm, layout, template, latent=cut_text(lm, text, kept), answer=answer)
+    return row if len(row) <= room else compose(lm, layout, template, latent="", answer=answer, max_tokens=room)
 
 
 def cut_text(lm: FrozenLM, text: str, tokens: int) -> str:
@@ -150,7 +178,7 @@ def open_setting(
             param="task",
         )
     examples = loaded.test[: limit or len(loaded.test)]
-    return Setting(loaded, examples, bridge, manifest.bridge_id, sender, name, answering, dtype)
+    return Setting(str(checkpoint), loaded, examples, bridge, manifest.bridge_id, sender, name, answering, dtype)
 
 
 Condition = Callable[[Setting, Sequence[int]], Sequence[Reading]]
@@ -178,11 +206,15 @@ def answer(setting: Setting, chosen: Sequence[int], readings: Sequence[Reading])
         return [g.text for g in engine.generate(setting.receiver, rows, soft, params)[0]]
     labels, count = setting.task.labels, len(setting.task.labels)
     soft = engine.soften(setting.bridge, setting.receiver_name, setting.receiver, latents)
-    rows = setting.rows(
-        [i for i in chosen for _ in labels], [r for r in readings for _ in labels], list(labels) * len(chosen)
-    )
-    batch = collate(rows, side="left").to(setting.receiver.device)
-    scores = engine.answer_scores(
-        setting.receiver, batch, None if soft is None else soft.repeat_interleave(count, dim=0)
-    )
-    return [labels[best] for best in scores.reshape(len(chosen), count).argmax(dim=1).tolist()]
+    spoken = [said_after(setting.examples[i].prompt, label) for i in chosen for label in labels]
+    rows = setting.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], spoken)
+    scores = torch.cat([_scores(setting, rows, soft, start, count) for start in range(0, len(rows), SCORED_ROWS)])
+    best = scores.reshape(len(chosen), count).argmax(dim=1).tolist()
+    return [spoken[at * count + label] for at, label in enumerate(best)]
+
+
+def _scores(setting: Setting, rows: Sequence[Row], soft: Tensor | None, start: int, count: int) -> Tensor:
+    """Scores of some rows at a time, as memory grows with rows × vocabulary; a soft token serves ``count`` rows."""
+    part = range(start, min(start + SCORED_ROWS, len(rows)))
+    batch = collate([rows[i] for i in part], side="left").to(setting.receiver.device)
+    return engine.answer_scores(setting.receiver, batch, None if soft is None else soft[[i // count for i in part]])

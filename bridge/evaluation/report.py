@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from bridge import engine, wire
@@ -48,19 +49,23 @@ def evaluate(
     Returns:
         The report: ``conditions`` (metric, value, 95 % interval, median milliseconds to first token for one
         request alone, everything that condition needs included), ``bytes`` and ``source_tokens_per_soft_token``
-        (means over the examples), and ``content_share``: the part of the bridge's gain over ``none`` that
-        another example's latent does not give, 0 to 1, null where there is no gain.
+        (means over the examples), ``truncated`` (sources the bridge read only the start of) and ``content_share``:
+        the part of the bridge's gain over ``none`` that another example's latent does not give, 0 to 1, null where
+        there is no gain or no other source; ``mismatched`` is then left out.
     """
     conditions: dict[str, dict[str, Any]] = {}
+    one_source = len({example.source for example in setting.examples}) < 2
     for name, condition in CONDITIONS.items():
-        conditions[name] = _measure(setting, name, condition, progress)
+        if not (name == "mismatched" and one_source):  # there is no other example whose latent could stand in
+            conditions[name] = _measure(setting, name, condition, progress)
     for name, control in (trained or {}).items():
         conditions[name] = _measure(control, name, CONDITIONS["bridge"], progress)
     value = {name: row["value"] for name, row in conditions.items()}
     gain = value["bridge"] - value["none"]
-    share = (value["bridge"] - value["mismatched"]) / gain if gain > 0 else None
+    share = (value["bridge"] - value["mismatched"]) / gain if gain > 0 and "mismatched" in value else None
     return {
-        "checkpoint": setting.bridge_id,
+        "checkpoint": setting.checkpoint,
+        "bridge_id": setting.bridge_id,
         "task": setting.task.name,
         "n": len(setting.examples),
         "conditions": conditions,
@@ -109,10 +114,8 @@ def _first_token_ms(setting: Setting, condition: Condition) -> float:
 
 def _sizes(setting: Setting) -> dict[str, Any]:
     everything = range(len(setting.examples))
-    tokens = [len(source.ids) for source in setting.sources(everything)]
-    slots: list[int] = []
-    for start in everything[::BATCH_ROWS]:
-        slots += [len(latent) for latent in setting.latents(everything[start : start + BATCH_ROWS])]
+    sources = setting.sources(everything)
+    slots = [len(latent) for latent in setting.recall(everything)]
     read = [len(text_ids(setting.receiver, example.source)) for example in setting.examples]
     dim = setting.bridge.config.encoder.latent_dim
     return {
@@ -121,8 +124,9 @@ def _sizes(setting: Setting) -> dict[str, Any]:
             "source": statistics.fmean(len(example.source.encode()) for example in setting.examples),
             "receiver_kv": statistics.fmean(setting.receiver.kv_bytes(n) for n in read),
         },
-        "source_tokens_per_soft_token": sum(tokens) / sum(slots),
+        "source_tokens_per_soft_token": sum(len(source.ids) for source in sources) / sum(slots),
         "receiver_tokens_per_soft_token": sum(read) / sum(slots),
+        "truncated": sum(source.full_length > len(source.ids) for source in sources),
     }
 
 
@@ -147,13 +151,14 @@ def table(report: Mapping[str, Any]) -> Table:
     share = report["content_share"]
     sizes = report["bytes"]
     out = Table(
-        title=f"{report['task']}, {report['n']} held-out examples",
+        title=escape(f"{report['task']}, {report['n']} held-out examples"),
         caption=(
             f"{report['source_tokens_per_soft_token']:.1f} sender tokens "
             f"({report['receiver_tokens_per_soft_token']:.1f} receiver tokens) per soft token · "
             f"bytes: latent {sizes['latent']:.0f}, source {sizes['source']:.0f}, "
             f"receiver KV {sizes['receiver_kv']:.0f} · "
-            f"content share of the gain: {'none gained' if share is None else f'{share:.2f}'}"
+            f"content share of the gain: {'none' if share is None else f'{share:.2f}'}"
+            + (f" · {report['truncated']} sources cut" if report["truncated"] else "")
         ),
     )
     out.add_column("condition")

@@ -4,7 +4,7 @@ A task is ``world`` (generated, ships with the product) or a TOML file:
 
     name = "sst2"
     kind = "classification"                     # or "generation"
-    train = "sst2.train.jsonl.gz"               # relative to this file, or a Hub data set's name
+    train = "sst2.train.jsonl.gz"               # relative to this file, or a Hub data set: NAME[:CONFIGURATION][@SPLIT]
     test = "sst2.test.jsonl.gz"
     source = "{text}"                           # template over a row's fields
     prompt = "Review: {latent}\\nSentiment:"     # {latent} marks where the soft tokens stand
@@ -26,7 +26,7 @@ from typing import Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bridge.errors import InvalidRequest
+from bridge.errors import InvalidRequest, first_line
 from bridge.evaluation import world
 from bridge.prompt import LATENT
 
@@ -57,7 +57,7 @@ class Task:
     """Examples of two splits, and how to score them.
 
     Attributes:
-        labels: Every possible answer of a classification; empty for generation.
+        labels: Every possible answer of a classification, as the task file names them; empty for generation.
         template: The prompt template with its fields unfilled; the checkpoint's layout is made from it.
         reconstruction: Template of the second objective, in which the receiver repeats the source.
         relay: What the sender reads when it writes a summary for the receiver; holds ``{source}``.
@@ -166,7 +166,7 @@ class TaskFile(BaseModel):
 def _file_task(path: Path) -> Task:
     try:
         spec = TaskFile.model_validate(tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: not TOML: {error}", param="task") from None
     except ValidationError as error:
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
@@ -188,7 +188,7 @@ def _file_task(path: Path) -> Task:
         test=splits["test"],
         template=spec.prompt,
         data_sha256=digest.hexdigest(),
-        labels=tuple(_spoken(spec.prompt, label) for label in spec.labels),
+        labels=tuple(spec.labels),
         reconstruction=spec.reconstruction,
         relay=spec.relay,
         max_answer_tokens=spec.max_answer_tokens,
@@ -198,7 +198,7 @@ def _file_task(path: Path) -> Task:
 def _rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dict[str, Any]]:
     """Rows of a JSONL file beside the task file, or of a Hub data set's split."""
     if not where.endswith((".jsonl", ".jsonl.gz")):
-        yield from _hub_rows(where, split, digest)
+        yield from _hub_rows(folder, where, split, digest)
         return
     path = folder / where
     try:
@@ -220,15 +220,19 @@ def _rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dict[st
         yield row
 
 
-def _hub_rows(where: str, split: str, digest: Any) -> Iterator[dict[str, Any]]:
+def _hub_rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dict[str, Any]]:
+    """Rows of ``NAME[:CONFIGURATION][@SPLIT]``; a folder of that name beside the task file comes first."""
     import datasets  # late: it takes a second, and most tasks are files
 
+    rest, _, chosen = where.partition("@")
+    name, _, configuration = rest.partition(":")
+    name = str(folder / name) if (folder / name).is_dir() else name
     try:
-        rows = datasets.load_dataset(where, split=split)
+        rows = datasets.load_dataset(name, configuration or None, split=chosen or split)
     except Exception as error:  # the library's own tree is wide: connection, parsing, configuration, not found
-        reason = str(error).splitlines()[0]
         raise InvalidRequest(
-            f"{split} = {where!r} is neither a .jsonl[.gz] file nor a readable Hub data set ({reason})", param="task"
+            f"{split} = {where!r} is neither a .jsonl[.gz] file nor a readable Hub data set ({first_line(error)})",
+            param="task",
         ) from None
     digest.update(rows._fingerprint.encode())
     yield from (dict(row) for row in rows)
@@ -236,16 +240,18 @@ def _hub_rows(where: str, split: str, digest: Any) -> Iterator[dict[str, Any]]:
 
 def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
     source, prompt = _fill(spec.source, row, where), _fill(spec.prompt, row, where)
+    if prompt.count(LATENT) > spec.prompt.count(LATENT):
+        raise InvalidRequest(f"{where}: a field put a {LATENT} of its own into the prompt", param="task")
     if not source.strip():
         raise InvalidRequest(f"{where}: the source is empty; expected a text", param="task")
     if spec.answer is not None:
         answer = _fill(spec.answer, row, where)
         if not answer.strip():
             raise InvalidRequest(f"{where}: the answer is empty; expected a text", param="task")
-        return Example(source, prompt, _spoken(prompt, answer))
+        return Example(source, prompt, said_after(prompt, answer))
     assert spec.label is not None
     index = _label(spec, _field(row, spec.label, where), where)
-    return Example(source, prompt, _spoken(prompt, spec.labels[index]), index)
+    return Example(source, prompt, said_after(prompt, spec.labels[index]), index)
 
 
 def _label(spec: TaskFile, value: Any, where: str) -> int:
@@ -276,6 +282,6 @@ def _fill(template: str, row: dict[str, Any], where: str) -> str:
     return FIELD.sub(value, template)
 
 
-def _spoken(prompt: str, answer: str) -> str:
+def said_after(prompt: str, answer: str) -> str:
     """The answer as it follows the prompt: one space between them, wherever the task wrote it."""
     return answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"

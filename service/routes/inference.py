@@ -1,18 +1,21 @@
 """``POST /encode`` and ``POST /generate``."""
 
+import asyncio
 import base64
 import secrets
 import time
 import uuid
+from collections.abc import Coroutine
 from dataclasses import asdict
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 
 from bridge import wire
 from bridge.diversity import diversity
-from bridge.errors import TooLarge
+from bridge.errors import CallerLeft, DeadlineExceeded, TooLarge, at_fault
 from bridge.sampling import SamplingParams
-from service.runtime import Question, Runtime, Served, sample_params
+from service.runtime import Question, Runtime, Served, Text, sample_params
 from service.schemas import (
     DiversityOut,
     EncodeRequest,
@@ -27,17 +30,62 @@ from service.schemas import (
 )
 
 router = APIRouter(tags=["inference"])
+Answer = TypeVar("Answer")
 
 
 @router.post("/encode", response_model_exclude_none=True)
 async def encode(body: EncodeRequest, request: Request) -> EncodeResponse:
     """Let the bridge's sender read texts, and return their latents."""
     runtime: Runtime = request.app.state.runtime
-    started = time.perf_counter()
     served = runtime.find(body.bridge)
     _within(("inputs", len(body.inputs), runtime.settings.max_inputs))
-    runtime.admit(body.inputs, len(body.inputs))
-    encoded = await runtime.encode(served, body.inputs, truncate=body.truncate)
+    for at, text in enumerate(body.inputs):
+        runtime.check_text(text, f"inputs.{at}")
+    with runtime.load.admit(len(body.inputs)):
+        return await _attend(request, _encode(runtime, served, body))
+
+
+@router.post("/generate")
+async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
+    """Let a receiver answer from latents, or from texts it will not see."""
+    runtime: Runtime = request.app.state.runtime
+    served = runtime.find(body.bridge)
+    receiver = served.receiver(body.receiver)
+    _check_limits(runtime, body)
+    with runtime.load.admit(len(body.inputs) * body.n):
+        return await _attend(request, _generate(runtime, served, receiver, body))
+
+
+async def _attend(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Do the work of a request while somebody waits for it, and no longer than the operator allows.
+
+    Raises:
+        DeadlineExceeded: It took too long.
+        CallerLeft: The connection was closed.
+    """
+    seconds = request.app.state.runtime.settings.request_timeout
+    task, left = asyncio.create_task(work), asyncio.create_task(_left(request))
+    try:
+        done, _ = await asyncio.wait((task, left), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        if left in done:
+            raise CallerLeft("the caller closed the connection before the answer")
+        raise DeadlineExceeded(f"no answer within {seconds:g} s")
+    finally:
+        task.cancel()
+        left.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _encode(runtime: Runtime, served: Served, body: EncodeRequest) -> EncodeResponse:
+    started = time.perf_counter()
+    rows = [Text(text, body.truncate, f"inputs.{at}") for at, text in enumerate(body.inputs)]
+    encoded = await runtime.encode(served, rows)
     encode_ms = _ms_since(started)
     latents = []
     for text, row in zip(body.inputs, encoded, strict=True):
@@ -59,14 +107,8 @@ async def encode(body: EncodeRequest, request: Request) -> EncodeResponse:
     return EncodeResponse(bridge=served.name, latents=latents, usage=usage, timing=timing)
 
 
-@router.post("/generate")
-async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
-    """Let a receiver answer from latents, or from texts it will not see."""
-    runtime: Runtime = request.app.state.runtime
+async def _generate(runtime: Runtime, served: Served, receiver: str, body: GenerateRequest) -> GenerateResponse:
     started = time.perf_counter()
-    served = runtime.find(body.bridge)
-    receiver = served.receiver(body.receiver)
-    _check_limits(runtime, body)
     usage = Usage()
     latents = await _latents(runtime, served, body, usage)
     encode_ms = _ms_since(started)
@@ -98,8 +140,10 @@ def _check_limits(runtime: Runtime, body: GenerateRequest) -> None:
         ("n", body.n, settings.max_samples),
         ("max_tokens", body.max_tokens, settings.max_tokens),
     )
-    texts = [item.text for item in body.inputs if item.text is not None]
-    runtime.admit([*texts, *body.prompts], len(body.inputs) * body.n)
+    for at, item in enumerate(body.inputs):
+        runtime.check_text(item.text or "", f"inputs.{at}.text")
+    for prompt in set(body.prompts):
+        runtime.check_text(prompt, "prompt")
 
 
 def _within(*limits: tuple[str, int, int]) -> None:
@@ -110,20 +154,25 @@ def _within(*limits: tuple[str, int, int]) -> None:
 
 async def _latents(runtime: Runtime, served: Served, body: GenerateRequest, usage: Usage) -> list[wire.Latent]:
     """The latent of every input. A text crosses the same wire as a message would, so both get the same answer."""
-    texts = [item.text for item in body.inputs if item.text is not None]
-    encoded = iter(await runtime.encode(served, texts, truncate=body.truncate) if texts else [])
+    texts = [
+        Text(item.text, body.truncate, f"inputs.{at}.text")
+        for at, item in enumerate(body.inputs)
+        if item.text is not None
+    ]
+    encoded = iter(await runtime.encode(served, texts) if texts else [])
     latents = []
     for at, item in enumerate(body.inputs):
         if item.text is not None:
             row = next(encoded)
             usage.source_tokens += row.source_tokens
-            message = wire.encode(row.latent, served.manifest.bridge_id)
+            latents.append(served.decode(wire.encode(row.latent, served.manifest.bridge_id)))
         elif item.latent is not None:
-            message = message_of(item.latent, at)
+            with at_fault(f"inputs.{at}.latent"):
+                latents.append(served.decode(message_of(item.latent)))
         else:
             assert item.latent_id is not None
-            message = await runtime.store.get(item.latent_id)
-        latents.append(served.decode(message, at))
+            with at_fault(f"inputs.{at}.latent_id"):
+                latents.append(served.decode(await runtime.store.get(item.latent_id)))
     return latents
 
 

@@ -38,7 +38,7 @@ async def ready(request: Request) -> Health:
     """Whether every bridge has been loaded and has answered once."""
     runtime: Runtime = request.app.state.runtime
     if runtime.failure is not None:
-        raise runtime.failure
+        raise NotReady(runtime.failure)
     if not runtime.ready:
         raise NotReady("the bridges are still loading")
     return Health()

@@ -61,14 +61,15 @@ def sentiment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Set
 def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], setting: Setting) -> None:
     assert set(report) == {
         "checkpoint", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
-        "receiver_tokens_per_soft_token", "content_share",
+        "receiver_tokens_per_soft_token", "content_share", "bridge_id", "truncated",
     }  # fmt: skip
     assert list(report["conditions"]) == EVERY
     for row in report["conditions"].values():
         assert set(row) == {"metric", "value", "low", "high", "ttft_ms", "token_f1"}
         assert row["metric"] == "em" and 0 <= row["low"] <= row["value"] <= row["high"] <= 1 and row["ttft_ms"] > 0
     assert set(report["bytes"]) == {"latent", "source", "receiver_kv"}
-    assert (report["checkpoint"], report["task"], report["n"]) == (setting.bridge_id, "world", 6)
+    assert (report["checkpoint"], report["bridge_id"]) == (setting.checkpoint, setting.bridge_id)
+    assert (report["task"], report["n"], report["truncated"]) == ("world", 6, 0)
 
 
 def test_every_condition_is_explained(report: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ def test_every_condition_is_explained(report: dict[str, Any]) -> None:
     console.print(table(report))
     text = console.export_text()
     assert all(name in text and reporting.MEANING[name] in text for name in EVERY)
-    assert "none gained" in text
+    assert "of the gain: none" in text and "cut" not in text.splitlines()[-1]
 
 
 def test_bytes_are_those_of_the_messages(report: dict[str, Any], setting: Setting) -> None:
@@ -201,8 +202,8 @@ def test_a_label_is_chosen_by_its_likelihood(sentiment: Setting, condition: str)
     readings = CONDITIONS[condition](sentiment, range(4))
     chosen = answer(sentiment, range(4), readings)
     for i, reading in enumerate(readings):
-        scores = [by_hand(sentiment, reading, label) for label in sentiment.task.labels]
-        assert abs(scores[0] - scores[1]) > 1e-3 and chosen[i] == sentiment.task.labels[int(np.argmax(scores))]
+        scores = [by_hand(sentiment, reading, f" {label}") for label in sentiment.task.labels]
+        assert abs(scores[0] - scores[1]) > 1e-3 and chosen[i] == f" {sentiment.task.labels[int(np.argmax(scores))]}"
     assert lm.tokenizer.bos_token_id == 0
 
 

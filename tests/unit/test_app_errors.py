@@ -44,7 +44,7 @@ def raising(app: FastAPI) -> Iterator[Callable[[Exception], TestClient]]:
 
 def test_every_deliberate_error_has_a_status_and_nothing_else_does() -> None:
     assert set(STATUS) == set(EVERY)
-    assert len(EVERY) == 14
+    assert len(EVERY) == 15
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:

@@ -56,7 +56,7 @@ def test_a_classification_reads_labels_by_index_and_by_name(tmp_path: Path) -> N
     task = task_in(tmp_path, SENTIMENT, REVIEWS)
     prompt = "Review: {latent}\nSentiment:"
     assert list(task.train) == [Example("Good.", prompt, " positive", 1), Example("Bad.", prompt, " negative", 0)]
-    assert (task.kind, task.labels, task.template) == ("classification", (" negative", " positive"), prompt)
+    assert (task.kind, task.labels, task.template) == ("classification", ("negative", "positive"), prompt)
 
 
 def test_a_generation_fills_every_template(tmp_path: Path) -> None:
@@ -170,3 +170,23 @@ def test_a_task_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "task.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidRequest, match="not TOML"):
         load_task(str(tmp_path / "task.toml"))
+
+
+def test_a_label_follows_the_prompt_of_its_own_row(tmp_path: Path) -> None:
+    spaced = SENTIMENT.replace("Sentiment:", "Sentiment ({text}): ")
+    task = task_in(tmp_path, spaced, REVIEWS)
+    assert task.train[0].prompt.endswith("(Good.): ") and task.train[0].answer == "positive"
+
+
+def test_a_field_that_holds_a_place_for_the_latent_is_named_with_its_row(tmp_path: Path) -> None:
+    rows = [*FACTS, {**FACTS[0], "question": "What is {latent}?"}]
+    refused(tmp_path, QA, rows, "row 2", "{latent}")
+
+
+def test_a_data_set_may_name_its_configuration_and_split(tmp_path: Path) -> None:
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    rows = [{"text": "Fine.", "label": 1}]
+    (folder / "validation.jsonl").write_bytes(lines(rows))
+    spec = SENTIMENT.replace('"test.jsonl"', '"reviews:default@validation"')
+    assert [e.source for e in task_in(tmp_path, spec, REVIEWS).test] == ["Fine."]

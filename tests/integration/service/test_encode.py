@@ -70,8 +70,8 @@ def test_a_stored_latent_has_the_same_id_every_time(client: TestClient) -> None:
 
 def test_a_text_at_the_limit_is_read_whole_and_one_over_it_is_refused(client: TestClient, refused: Refused) -> None:
     assert encode(client, "a" * (LIMIT - 1))["latents"][0]["source_tokens"] == LIMIT
-    error = refused("/encode", 422, json={"inputs": ["a" * LIMIT]})
-    assert error["param"] == "inputs"
+    error = refused("/encode", 422, json={"inputs": ["b", "a" * LIMIT]})
+    assert error["param"] == "inputs.1"
     assert f"{LIMIT + 1} sender tokens" in error["message"] and f"at most {LIMIT}" in error["message"]
 
 
@@ -94,15 +94,15 @@ def test_a_refused_text_takes_nobody_down_with_it(client: TestClient, refused: R
         ({"inputs": "text"}, 422, "inputs", "list"),
         ({"inputs": [7]}, 422, "inputs.0", "string"),
         ({"inputs": [None]}, 422, "inputs.0", "string"),
-        ({"inputs": [""]}, 422, "inputs", "''"),
-        ({"inputs": [" \n\t "]}, 422, "inputs", "empty"),
+        ({"inputs": ["a", ""]}, 422, "inputs.1", "''"),
+        ({"inputs": [" \n\t "]}, 422, "inputs.0", "empty"),
         ({"inputs": ["a"], "bridge": "other"}, 404, "bridge", "'other'; there are tiny"),
         ({"inputs": ["a"], "dtype": "float64"}, 422, "dtype", "float64"),
         ({"inputs": ["a"], "tuncate": True}, 422, "tuncate", "not permitted"),
-        ({"inputs": ["a"], "store": "perhaps"}, 422, "store", "perhaps"),
+        ({"inputs": ["a"], "store": "yes"}, 422, "store", "yes"),
         ({"inputs": ["a"] * 65}, 413, "inputs", "65; at most 64"),
         ({"inputs": ["a"] * 300}, 413, "inputs", "300; at most 64"),
-        ({"inputs": ["a" * 100_001]}, 413, "inputs", "100001 characters; at most 100000"),
+        ({"inputs": ["a" * 100_001]}, 413, "inputs.0", "100001 characters; at most 100000"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -121,6 +121,55 @@ def test_bad_input_is_refused_and_named(
 )
 def test_a_body_that_is_not_an_object_is_refused(refused: Refused, content: bytes, status: int) -> None:
     assert refused("/encode", status, content=content, headers=JSON)["param"] is None
+
+
+@pytest.mark.parametrize("kind", ["text/plain", None])
+def test_a_body_that_does_not_call_itself_json_is_told_what_to_say(refused: Refused, kind: str | None) -> None:
+    headers = {"content-type": kind} if kind else {}
+    error = refused("/encode", 415, content=b'{"inputs": ["a"]}', headers=headers)
+    assert error["message"] == f"the content-type is {kind or 'none'}; expected application/json"
+
+
+def test_a_body_that_cannot_be_read_is_told_why(refused: Refused) -> None:
+    assert "can't decode byte 0xff" in refused("/encode", 400, content=b"\xff\xfe{", headers=JSON)["message"]
+    assert "recursion" in refused("/encode", 400, content=b"[" * 100_000, headers=JSON)["message"]
+
+
+def test_a_body_declared_too_long_is_refused_before_a_byte_of_it_is_read(client: TestClient) -> None:
+    async def never() -> Any:
+        raise AssertionError("the body was read")
+
+    async def ask() -> list[Any]:
+        sent: list[Any] = []
+        scope = {
+            "type": "http", "method": "POST", "path": "/encode", "raw_path": b"/encode", "query_string": b"",
+            "root_path": "", "headers": [(b"content-length", b"99999999999"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await client.app(scope, never, send)
+        return sent
+
+    assert client.portal is not None
+    assert client.portal.call(ask)[0]["status"] == 413
+
+
+def test_a_million_wrong_items_make_one_short_error(refused: Refused) -> None:
+    error = refused("/encode", 422, json={"inputs": [1] * 200_000})
+    assert (error["param"], error["message"]) == ("inputs.0", "inputs.0: Input should be a valid string, got 1")
+
+
+def test_what_a_caller_sent_is_not_sent_back_whole(client: TestClient) -> None:
+    body = {"inputs": ["a"], "bridge": "b" * 1_000_000, "c" * 1_000_000: 1}
+    assert len(client.post("/encode", json=body).content) < 2000
+    assert len(client.get("/bridges/" + "b" * 60_000).content) < 2000
+
+
+def test_another_method_is_told_which_one_is_meant(client: TestClient) -> None:
+    response = client.get("/encode")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
 
 
 def test_broken_json_is_told_where_it_breaks(refused: Refused) -> None:

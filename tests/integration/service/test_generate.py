@@ -196,9 +196,9 @@ def test_a_crash_of_the_model_fails_its_request_and_the_next_works(
         ({"inputs": [{"text": "a", "latent": "b"}]}, 422, "inputs.0", "exactly one"),
         ({"inputs": [{"text": "a", "url": "b"}]}, 422, "inputs.0.url", "not permitted"),
         ({"inputs": [{"text": 5}]}, 422, "inputs.0.text", "string"),
-        ({"inputs": [{"text": ""}]}, 422, "inputs", "''"),
-        ({"inputs": [{"text": "  \n"}]}, 422, "inputs", "empty"),
-        ({"inputs": [{"text": "a" * 128}]}, 422, "inputs", "129 sender tokens; this bridge reads at most 128"),
+        ({"inputs": [{"text": ""}]}, 422, "inputs.0.text", "''"),
+        ({"inputs": [{"text": "  \n"}]}, 422, "inputs.0.text", "empty"),
+        ({"inputs": [{"text": "a" * 128}]}, 422, "inputs.0.text", "129 sender tokens; this bridge reads at most 128"),
         ({"inputs": [{"text": "a"}] * 65}, 413, "inputs", "65; at most 64"),
         ({"inputs": [{"text": "a"}] * 64, "n": 16}, 413, "inputs", "1024 rows; at most 256"),
         ({"n": 17}, 413, "n", "17; at most 16"),
@@ -209,16 +209,19 @@ def test_a_crash_of_the_model_fails_its_request_and_the_next_works(
         ({"temperature": -1}, 422, "temperature", "got -1"),
         ({"top_p": 0}, 422, "top_p", "got 0"),
         ({"seed": 1.5}, 422, "seed", "1.5"),
+        ({"max_tokens": "3"}, 422, "max_tokens", "'3'"),
+        ({"n": True}, 422, "n", "True"),
+        ({f"f{i}": 1 for i in range(65)}, 422, None, "fields; expected bridge"),
         ({"stop": ""}, 422, "stop.0", "at least 1"),
         ({"prompt": None}, 422, "prompt", "string"),
         ({"prompt": [5]}, 422, "prompt", "string"),
         ({"stop": ["a", ""]}, 422, "stop.1", "at least 1"),
         ({"prompt": ["a", "b"]}, 422, None, "2 prompts for 1 inputs"),
         ({"prompt": "{latent}{latent}"}, 422, "prompt", "2 times"),
-        ({"prompt": "a" * 100_001}, 413, "inputs", "100001 characters"),
+        ({"prompt": "a" * 100_001}, 413, "prompt", "100001 characters"),
         ({"prompt": "a" * 300}, 422, "prompt", "receiver tokens"),
-        ({"inputs": [{"latent_id": "lat_nothing"}]}, 404, "latent_id", "'lat_nothing'"),
-        ({"inputs": [{"latent": "no base64!"}]}, 422, "inputs.0.latent", "base64"),
+        ({"inputs": [{"latent_id": "lat_nothing"}]}, 404, "inputs.0.latent_id", "'lat_nothing'"),
+        ({"inputs": [{"latent": "no base64!"}]}, 422, "inputs.0.latent", "'no base64!' is not base64"),
         ({"inputs": [{"text": "a"}, {"latent": ""}], "prompt": "b"}, 422, "inputs.1.latent", "0 bytes"),
         ({"model": "x"}, 422, "model", "not permitted"),
     ],
@@ -277,8 +280,8 @@ def test_a_latent_of_another_width_is_refused(client: TestClient, refused: Refus
 
 def test_more_slots_than_the_bridge_sends_are_refused(client: TestClient, refused: Refused) -> None:
     decoded = wire.decode(message_of(client))
-    long = wire.encode(np.ones((129, 16), dtype=np.float32), decoded.bridge_id)
-    assert "129 slots" in refused("/generate", 422, json=asked(long))["message"]
+    long = wire.encode(np.ones((33, 16), dtype=np.float32), decoded.bridge_id)
+    assert "33 slots; this bridge sends at most 32" in refused("/generate", 422, json=asked(long))["message"]
 
 
 def test_a_cut_message_is_refused_wherever_it_is_cut(client: TestClient, refused: Refused) -> None:
@@ -313,11 +316,11 @@ def test_numbers_no_encoder_sends_are_refused_under_a_right_checksum_and_leave_n
 def test_a_full_queue_answers_429_at_once_and_says_when_to_come_back(start: Start) -> None:
     client = start(Settings(max_queue=4))
     load = client.app.state.runtime.load  # type: ignore[attr-defined]
-    load.waiting = 4
+    load.admitted = 4
     try:
         response = client.post("/generate", json={"inputs": [{"text": "a"}], **SHORT})
     finally:
-        load.waiting = 0
+        load.admitted = 0
     assert response.status_code == 429
     assert response.json()["error"]["type"] == "Overloaded"
     assert int(response.headers["retry-after"]) >= 1
