@@ -91,7 +91,7 @@ def test_one_prompt_is_for_all_inputs_and_a_list_is_one_for_each() -> None:
 
 
 def test_a_message_is_the_bytes_of_its_base64() -> None:
-    assert message_of("TFdJUg==", 0) == b"LWIR"
+    assert message_of("TFdJUg==") == b"LWIR"
 
 
 @pytest.mark.parametrize("data", ["!!!!", "TFdJUg", "é", "TFdJ\nUg=="])

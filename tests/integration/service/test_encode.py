@@ -131,7 +131,7 @@ def test_a_body_that_does_not_call_itself_json_is_told_what_to_say(refused: Refu
 
 
 def test_a_body_that_cannot_be_read_is_told_why(refused: Refused) -> None:
-    assert "can't decode byte 0xff" in refused("/encode", 400, content=b"\xff\xfe{", headers=JSON)["message"]
+    assert "can't decode byte 0xff" in refused("/encode", 400, content=b'{"inputs": ["\xff"]}', headers=JSON)["message"]
     assert "recursion" in refused("/encode", 400, content=b"[" * 100_000, headers=JSON)["message"]
 
 
