@@ -1,21 +1,19 @@
 """Real text between two pretrained models: SST-2 and AG News, trained and measured with every control.
 
 Models and data are no part of the project: they are looked for in a folder beside the checkout (``--material``).
+What runs is the command line, as a user types it.
 """
 
+import json
+import shlex
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import typer
-from rich.console import Console
 
 from benchmarks.record import record
-from bridge.evaluation.conditions import open_setting
-from bridge.evaluation.report import evaluate, table
-from training.config import TrainConfig
-from training.controls import train_controls
-from training.loop import train
 
 TASKS = {
     "sst2": ("Review", "Sentiment", ["negative", "positive"]),
@@ -32,31 +30,35 @@ labels = {labels}
 """
 MATERIAL = Path(__file__).resolve().parents[2] / "shared"
 SENDER, RECEIVER = "stories260k-llama", "gpt2-mini-2m"
-RECIPE: dict[str, Any] = {
-    "encoder": "pooling", "ratio": 8, "layer": [3, 5], "max_steps": 250, "alignment_steps": 80, "alignment_weight": 1.0,
-    "reconstruction_weight": 0.0, "batch_size": 32,
-}  # fmt: skip
+RECIPE = (
+    "--encoder perceiver --num-latents 8 --layer 0 --layer 3 --max-steps 800 --batch-size 32 "
+    "--matrix-learning-rate 0.005 --first-token-weight 1 --reconstruction-weight 0"
+)
 
 
-def main(material: Path = MATERIAL, limit: int = 500, task: list[str] | None = None) -> None:
+def main(material: Path = MATERIAL, limit: int = 1000, task: list[str] | None = None) -> None:
     """Train a bridge for each TASK and record its report against every condition and control."""
-    console = Console(width=130)
+    models = material.resolve() / "models"
     for name in task or TASKS:
         before, after, labels = TASKS[name]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{name}.toml"
-            data = (material / "data").resolve()
-            file.write_text(TASK.format(name=name, data=data, before=before, after=after, labels=labels))
-            models = {"sender": str(material / "models" / SENDER), "receiver": str(material / "models" / RECEIVER)}
-            config = TrainConfig.model_validate({**models, "task": str(file), "out": Path(folder) / "bridge", **RECIPE})
-            train(config, console)
-            setting = open_setting(str(config.out), str(file), limit=limit, dtype="float16", receiver=None)
-            report = evaluate(setting, trained=train_controls(setting, console))
-        console.print(table(report))
+            data = material.resolve() / "data"
+            file.write_text(TASK.format(name=name, data=data, before=before, after=after, labels=json.dumps(labels)))
+            commands = [
+                f"latentwire train --sender {models}/{SENDER} --receiver {models}/{RECEIVER} "
+                f"--task {file} --out {folder}/bridge {RECIPE}",
+                f"latentwire evaluate {folder}/bridge --task {file} --limit {limit} --controls --out {folder}/report.json",
+            ]
+            for command in commands:
+                arguments = shlex.split(command)[1:]
+                subprocess.run([sys.executable, "-m", "service", *arguments], check=True)
+            report = json.loads((Path(folder) / "report.json").read_text())
+            typed = [line.replace(folder, "runs").replace(str(models), "models") for line in commands]
         record(
             f"real-{name.split('_')[0]}",
             f"python -m benchmarks.real --task {name} --limit {limit}",
-            {"sender": SENDER, "receiver": RECEIVER, "recipe": RECIPE, "report": report},
+            {"sender": SENDER, "receiver": RECEIVER, "typed": typed, "report": {**report, "checkpoint": "runs/bridge"}},
         )
 
 

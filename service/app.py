@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,7 +62,10 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
     documented: dict[int | str, dict[str, Any]] = {
         code: {"model": ErrorBody} for code in sorted({400, 415, *STATUS.values()})
     }
-    app = FastAPI(title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented)
+    # The pages at /docs come with their scripts: a GPU node often reaches no CDN.
+    app = FastAPIOffline(
+        title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented
+    )
     app.state.runtime = runtime
     app.include_router(inference.router)
     app.include_router(status.router)

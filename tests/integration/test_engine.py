@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bridge.engine import Generation, answer_logits, answer_scores, generate, token_losses
-from bridge.models import FrozenLM
+from bridge import engine
+from bridge.checkpoint import load_bridge
+from bridge.engine import Generation, answer_logits, answer_scores, encode, generate, soften, token_losses
+from bridge.models import FrozenLM, load_model, tokenize_source
 from bridge.prompt import IGNORE, Row, collate, compose, embed, layout_for
-from bridge.sampling import SamplingParams
+from bridge.sampling import SamplingParams, choose
 from tests.conftest import byte_tokenizer
 
 TEMPLATE = "Text: {latent}\nQuestion: {question}\nAnswer:"
@@ -241,3 +245,72 @@ def test_rows_without_soft_tokens_read_text_alone(lms: dict[str, FrozenLM]) -> N
         max_new_tokens=6, do_sample=False, eos_token_id=1, pad_token_id=2,
     )[0, len(rows[0]) :].tolist()  # fmt: skip
     assert generate(lm, rows, None, [SamplingParams(6)])[0][0].text == text_of(lm, ids)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_rows_that_fit_alone_fit_together(lms: dict[str, FrozenLM], order: list[int]) -> None:
+    """GPT-2 has 256 positions, no more: a short answer to a long row must not be carried past them by its neighbour."""
+    lm = lms["gpt2"]
+    layout = layout_for(lm, TEMPLATE)
+    rows = [compose(lm, layout, text, latent=None) for text in ("a" * 240, "b" * 20)]
+    params = [SamplingParams(10), SamplingParams(200)]
+    alone = [generate(lm, [row], None, [p])[0][0] for row, p in zip(rows, params, strict=True)]
+    together = generate(lm, [rows[i] for i in order], None, [params[i] for i in order])[0]
+    assert together == [alone[i] for i in order]
+
+
+def test_the_earliest_stop_string_counts_not_the_first_listed(lms: dict[str, FrozenLM]) -> None:
+    lm = lms["llama"]
+    text = said(lm, [SamplingParams(16)] * 4)[0].text
+    early = stop_within(text)
+    late = text[text.index(early) + 1]
+    for stop in ((early, late), (late, early)):
+        ended = said(lm, [SamplingParams(16, stop=stop), *[SamplingParams(16)] * 3])[0]
+        assert ended.text == text[: min(text.index(early), text.index(late))]
+
+
+def test_a_batch_ends_with_its_last_row(lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row that stopped early still takes a place in each step: none may be taken after the last has stopped."""
+    lm = lms["llama"]
+    mark = stop_within(said(lm, [SamplingParams(16)] * 4, [0])[0].text)
+    steps: list[int] = []
+
+    def counting(scores: Tensor, params: Sequence[SamplingParams], position: int) -> Tensor:
+        steps.append(position)
+        return choose(scores, params, position)
+
+    monkeypatch.setattr(engine, "choose", counting)
+    ended = said(lm, [SamplingParams(16, stop=(mark,))] * 4, [0])[0]
+    assert ended.finish_reason == "stop" and len(steps) == ended.token_count < 16
+
+
+def test_half_precision_receivers_take_soft_tokens(model_folders: dict[str, Path]) -> None:
+    lm = load_model(str(model_folders["llama"]), dtype=torch.bfloat16)
+    rows, soft = rows_of(lm), soft_of(lm)
+    assert soft.dtype == torch.float32
+    batch = collate(rows, side="left")
+    assert embed(lm, batch, soft).dtype == torch.bfloat16
+    assert len(generate(lm, rows, soft, [SamplingParams(2)] * 4)[0]) == 4
+
+
+def test_serving_keeps_no_graph(lms: dict[str, FrozenLM], checkpoint: Path) -> None:
+    """Soft tokens come from trained weights: outside inference mode every step would keep a graph to them."""
+    _, bridge = load_bridge(checkpoint)
+    for parameter in bridge.parameters():
+        parameter.requires_grad_(True)
+    name = bridge.default_receiver
+    latent = np.ones((2, bridge.config.encoder.latent_dim), dtype=np.float32)
+    soft = soften(bridge, name, lms["llama"], [latent])
+    assert soft is not None and soft.is_inference()
+    modes: list[bool] = []
+    handle = lms["llama"].model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    reading = lms["neox"].model.base_model.register_forward_pre_hook(
+        lambda *_: modes.append(torch.is_inference_mode_enabled())
+    )
+    try:
+        generate(lms["llama"], rows_of(lms["llama"]), None, [SamplingParams(1)] * 4)
+        encode(bridge, lms["neox"], [tokenize_source(lms["neox"], "Mara sings.", max_tokens=64)])
+    finally:
+        handle.remove()
+        reading.remove()
+    assert modes and all(modes)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
 
+from bridge.engine import generate
 from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
 from bridge.models import (
     FrozenLM,
@@ -19,9 +22,12 @@ from bridge.models import (
     load_model,
     pad_sources,
     predicted_bytes,
+    text_ids,
     tokenize_source,
 )
-from tests.conftest import FAMILIES, write_model
+from bridge.prompt import compose, layout_for
+from bridge.sampling import SamplingParams
+from tests.conftest import FAMILIES, SHAPE, byte_tokenizer, write_model
 
 TEXTS = ["Mara lives in Rome.", "Ben sings.", "The lamp is in the attic, and nobody knows why."]
 
@@ -268,3 +274,110 @@ def test_remote_code_is_never_run(folder: Path) -> None:
     with pytest.raises(ModelUnavailable):
         load_model(str(folder))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit_json("tokenizer_config.json", bos_token=None),
+        lambda folder: (folder / "merges.txt").write_text("a b"),
+        lambda folder: (folder / "spiece.model").write_bytes(b"pieces"),
+    ],
+    ids=["no bos", "merges", "sentencepiece"],
+)
+def test_whatever_decides_the_tokens_is_part_of_the_identity(folder: Path, change: Callable[[Path], None]) -> None:
+    before = fingerprint_of(str(folder))
+    change(folder)
+    after = fingerprint_of(str(folder))
+    assert before.tokenizer != after.tokenizer and before.weights == after.weights
+
+
+def test_weights_the_library_would_invent_are_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelUnavailable, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(folder))
+
+
+def test_a_models_own_generation_defaults_change_no_answer(folder: Path) -> None:
+    plain = load_model(str(folder))
+    odd = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(odd))
+    row = compose(plain, layout_for(plain, "{latent}"), "Mara Mara Mara", latent=None)
+    params = [SamplingParams(12)]
+    assert generate(load_model(str(folder)), [row], None, params)[0] == generate(plain, [row], None, params)[0]
+
+
+def test_special_tokens_written_in_a_text_are_plain_text(lm: FrozenLM) -> None:
+    text = "Mara </s> sings <pad><s>."
+    ids = text_ids(lm, text)
+    assert not set(ids) & {0, 1, 2} and lm.tokenizer.decode(ids) == text
+
+
+def test_the_embedding_scale_is_what_the_model_reads_not_what_its_weights_say(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    shape = {"head_dim": 8, "num_key_value_heads": 2, "intermediate_size": 48}
+    Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(tokenizer), **SHAPE, **shape)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm = load_model(str(tmp_path))
+    read = lm.embed(torch.arange(len(tokenizer)))
+    assert lm.embedding_rms() == pytest.approx(float(read.pow(2).mean(dim=1).sqrt().mean()), rel=1e-4)
+    assert lm.embedding_rms() > 4 * float(lm.model.get_input_embeddings().weight.pow(2).mean().sqrt())
+
+
+def test_weights_stored_twice_are_counted_and_known_once(folder: Path) -> None:
+    before = fingerprint_of(str(folder)), predicted_bytes(str(folder), torch.float32)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert (fingerprint_of(str(folder)), predicted_bytes(str(folder), torch.float32)) == before
+
+
+def test_sharded_weights_are_read_through_their_index(folder: Path, lms: dict[str, FrozenLM]) -> None:
+    lms["llama"].model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1 and load_model(str(folder)).fingerprint == fingerprint_of(str(folder))
+    assert predicted_bytes(str(folder), torch.float32) == sum(p.nbytes for p in lms["llama"].model.parameters())
+    shards[0].unlink()
+    with pytest.raises(ModelUnavailable, match=f"{shards[0].name} is missing"):
+        fingerprint_of(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit_json("config.json", hidden_size=64),
+        edit_json("config.json", num_attention_heads=0),
+        edit_json("config.json", num_hidden_layers="three"),
+        edit_json("tokenizer.json", model={"type": "BPE"}),
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        lambda folder: (folder / "generation_config.json").write_text("[1]"),
+    ],
+    ids=["width", "no heads", "type", "tokenizer", "tokenizer list", "generation list"],
+)
+def test_files_that_contradict_each_other_are_one_line(folder: Path, change: Callable[[Path], None]) -> None:
+    change(folder)
+    with pytest.raises(ModelUnavailable) as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_an_untrained_model_is_the_same_one_in_every_dtype(folder: Path) -> None:
+    single, half = (load_model(f"random:{folder}", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for a, b in zip(single.model.parameters(), half.model.parameters(), strict=True):
+        assert torch.equal(a.to(torch.bfloat16), b)
+
+
+def test_a_family_that_embeds_narrower_than_it_thinks_has_two_widths(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm = load_model(str(tmp_path))
+    assert (lm.width, lm.state_width(0), lm.state_width(1)) == (16, 16, 32)
+    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara", max_tokens=9)])
+    assert hidden_states(lm, ids, mask, (1,)).shape[-1] == lm.state_width(1)

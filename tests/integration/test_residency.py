@@ -132,6 +132,25 @@ def test_bytes_are_counted_in_the_dtype_asked_for(pair: tuple[str, str]) -> None
         assert lm.model.dtype == torch.bfloat16 and residency.resident_bytes == size(pair[0]) // 2
 
 
+def test_a_model_being_read_is_named_until_it_is_there_or_failed(pair: tuple[str, str]) -> None:
+    from bridge.models import FrozenLM, load_model
+
+    seen: list[str | None] = []
+
+    def load(name: str, *, device: torch.device | None, dtype: torch.dtype | None) -> FrozenLM:
+        seen.append(residency.loading)
+        if name == pair[1]:
+            raise ModelUnavailable(name)
+        return load_model(name, device=device, dtype=dtype)
+
+    residency = Residency(None, device=torch.device("cpu"), load=load)
+    with residency.use(pair[0]):
+        seen.append(residency.loading)
+    with pytest.raises(ModelUnavailable), residency.use(pair[1]):
+        pass
+    assert [*seen, residency.loading] == [pair[0], None, pair[1], None]
+
+
 def test_history_is_bounded(pair: tuple[str, str]) -> None:
     residency = Residency(None, device=torch.device("cpu"))
     for i in range(300):
