@@ -31,7 +31,7 @@ labels = {labels}
 MATERIAL = Path(__file__).resolve().parents[2] / "shared"
 SENDER, RECEIVER = "stories260k-llama", "gpt2-mini-2m"
 RECIPE = (
-    "--encoder perceiver --num-latents 8 --layer 0 --layer 3 --max-steps 800 --batch-size 32 "
+    "--encoder perceiver --num-latents 8 --layer 0 --layer 3 --max-steps 600 --batch-size 32 "
     "--matrix-learning-rate 0.005 --first-token-weight 1 --reconstruction-weight 0"
 )
 
@@ -48,7 +48,8 @@ def main(material: Path = MATERIAL, limit: int = 1000, task: list[str] | None = 
             commands = [
                 f"latentwire train --sender {models}/{SENDER} --receiver {models}/{RECEIVER} "
                 f"--task {file} --out {folder}/bridge {RECIPE}",
-                f"latentwire evaluate {folder}/bridge --task {file} --limit {limit} --controls --out {folder}/report.json",
+                f"latentwire evaluate {folder}/bridge --task {file} --limit {limit} --controls "
+                f"--out {folder}/report.json",
             ]
             for command in commands:
                 arguments = shlex.split(command)[1:]

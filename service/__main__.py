@@ -5,6 +5,7 @@ Heavy imports stand inside the commands: ``latentwire --help`` must not wait for
 
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,10 @@ from bridge.errors import InvalidRequest, LatentWireError
 
 if TYPE_CHECKING:
     from bridge.evaluation.conditions import Setting
+
+# Read when torch is loaded, which happens inside the commands. Threads that spin while they wait made training on a
+# busy machine three times slower than threads that sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="latentwire", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,

@@ -90,3 +90,17 @@ def test_the_demo_trains_measures_serves_and_ends(tmp_path: Path) -> None:
 def test_make_demo_is_that_demo() -> None:
     typed = subprocess.run(["make", "-n", "demo", "SERVE=0"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ".venv/bin/latentwire demo --no-serve\n" in typed.stdout
+
+
+def test_the_readme_has_no_blanks_left_to_fill() -> None:
+    assert re.findall(r"@[A-Z]+@", (ROOT / "README.md").read_text()) == []
+
+
+def test_the_readmes_tree_names_every_module_and_nothing_else() -> None:
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## Tree") : text.index("## Limits")]
+    named = set(re.findall(r"[\w_]+\.py", tree))
+    there = {path.name for name in ("bridge", "training", "service") for path in (ROOT / name).glob("*.py")}
+    assert there - {"__init__.py"} <= named
+    everywhere = {path.name for path in ROOT.glob("*/**/*.py") if ".venv" not in path.parts}
+    assert named <= everywhere
