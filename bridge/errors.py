@@ -24,6 +24,8 @@ that was met and the value that was expected.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MAX_SAID = 500
+
 
 class LatentWireError(Exception):
     """Base class: ``except LatentWireError`` catches everything above.
@@ -107,5 +109,10 @@ def at_fault(param: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What a foreign error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error says, in one line of at most ``MAX_SAID`` characters."""
+    return shorten(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def shorten(text: str, most: int = MAX_SAID) -> str:
+    """The start of a text: what somebody sent is named, not sent back whole."""
+    return text if len(text) <= most else text[: most - 3] + "..."

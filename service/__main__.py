@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from bridge.errors import InvalidRequest, LatentWireError
+from bridge.errors import InvalidRequest, LatentWireError, first_line, shorten
 
 if TYPE_CHECKING:
     from bridge.evaluation.conditions import Setting
@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
 out = Console()
+WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
@@ -219,7 +220,7 @@ def serve(
 def demo(
     out_: Annotated[Path, typer.Option("--out", help="Folder of the demo's checkpoint.")] = Path("runs/demo"),
     serve_: Annotated[bool, typer.Option("--serve/--no-serve", help="Stay up after the requests.")] = True,
-    port: Annotated[int, typer.Option(help="Port of the service.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the service.")] = 8000,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps make a quicker, worse bridge.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Held-out examples per condition.")] = 100,
 ) -> None:
@@ -293,7 +294,7 @@ def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any
             trained=trained,
             progress=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
         )
-    out.print(table(report))
+    out.print(table(report, explained=out.width >= WIDE))
     return report
 
 
@@ -302,12 +303,12 @@ def main() -> None:
     try:
         app()
     except LatentWireError as error:
-        print(f"latentwire: {error}", file=sys.stderr)
+        print(f"latentwire: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"latentwire: {str(error.filename)[:200]!r}: {error.strerror}", file=sys.stderr)
+        print(f"latentwire: {shorten(str(error.filename))!r}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

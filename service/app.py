@@ -42,7 +42,6 @@ STATUS: dict[type[errors.LatentWireError], int] = {
 }
 RETRY_LATER = {429, 503}
 RETRY_SECONDS = 1.0
-MAX_SAID = 500  # characters of a message: what a caller sent is named, not sent back whole
 
 
 def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
@@ -130,8 +129,8 @@ class Envelope:
 
 
 def _body(kind: str, message: str, param: str | None, request_id: str) -> dict[str, Any]:
-    param = None if param is None else _short(param)
-    return {"error": {"type": kind, "message": _short(message), "param": param, "request_id": request_id}}
+    param = None if param is None else errors.shorten(param)
+    return {"error": {"type": kind, "message": errors.shorten(message), "param": param, "request_id": request_id}}
 
 
 def _answer(
@@ -159,7 +158,9 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         return _answer(request, 422, "InvalidRequest", where, None)
     path = [str(part) for part in first["loc"] if part not in ("body", "str")]  # "str" and "list[…]" name a
     param = ".".join(part for part in path if not part.startswith("list[")) or None  # type, not a place
-    value = "" if isinstance(first.get("input"), dict | list) else f", got {_short(repr(first.get('input')), 80)}"
+    value = (
+        "" if isinstance(first.get("input"), dict | list) else f", got {errors.shorten(repr(first.get('input')), 80)}"
+    )
     return _answer(request, 422, "InvalidRequest", f"{param or 'body'}: {first['msg']}{value}", param)
 
 
@@ -169,10 +170,6 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         return await _deliberate(request, error.__cause__)
     kinds = {404: "NotFound", 405: "MethodNotAllowed"}
     why = f" ({errors.first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
-    message = f"{request.method} {_short(request.url.path, 80)}: {error.detail}{why}"
+    message = f"{request.method} {errors.shorten(request.url.path, 80)}: {error.detail}{why}"
     kind = kinds.get(error.status_code, "InvalidRequest")
     return _answer(request, error.status_code, kind, message, None, error.headers)
-
-
-def _short(text: str, most: int = MAX_SAID) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."

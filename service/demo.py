@@ -28,7 +28,7 @@ def check_free(port: int) -> None:
     """
     try:
         socket.create_server(("127.0.0.1", port)).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InvalidRequest(f"127.0.0.1:{port} cannot be listened on: {error}; give another --port") from None
 
 

@@ -100,6 +100,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False, overwr
         f"({trained:,} trained weights) → {run.receiver.name}, task {run.task.name}"
         + (f", resumed after step {start}" if start else ""),
         markup=False,
+        soft_wrap=True,
     )
     with watch(config.out, console, total=config.max_steps, start=start) as monitor:
         for step in range(start, config.max_steps):

@@ -67,7 +67,8 @@ class Monitor:
         if not self._progress.console.is_terminal and (record.step % every == 0 or record.step == self._total):
             self._progress.console.print(
                 f"step {record.step}/{self._total}  {record.phase:6}  loss {loss:.3f}  answers right {accuracy:.3f}  "
-                f"gradient {record.gradient_norm:.2f}  {record.seconds * 1000:.0f} ms/step"
+                f"gradient {record.gradient_norm:.2f}  {record.seconds * 1000:.0f} ms/step",
+                soft_wrap=True,
             )
 
 

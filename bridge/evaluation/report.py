@@ -47,9 +47,10 @@ def evaluate(
         progress: Told how far each condition is.
 
     Returns:
-        The report: ``conditions`` (metric, value, 95 % interval, median milliseconds to first token for one
-        request alone, everything that condition needs included), ``bytes`` and ``source_tokens_per_soft_token``
-        (means over the examples), ``truncated`` (sources the bridge read only the start of) and ``content_share``:
+        The report: what was measured (``checkpoint``, ``bridge_id``, ``task``, ``n``), ``conditions`` (metric, value,
+        95 % interval, token F1 of a generation, median milliseconds to first token for one request alone, everything
+        that condition needs included), ``bytes`` and ``source_`` and ``receiver_tokens_per_soft_token`` (means over
+        the examples), ``truncated`` (sources the bridge read only the start of) and ``content_share``:
         the part of the bridge's gain over ``none`` that another example's latent does not give, 0 to 1, null where
         there is no gain or no other source; ``mismatched`` is then left out.
     """
@@ -143,8 +144,8 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
         raise InvalidRequest(f"--out {path}: {error.strerror}", param="out") from None
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """The report as people read it."""
+def table(report: Mapping[str, Any], *, explained: bool = True) -> Table:
+    """The report as people read it; ``explained`` adds what the receiver gets in each condition."""
     conditions: Mapping[str, Mapping[str, Any]] = report["conditions"]
     metric = next(iter(conditions.values()))["metric"]
     f1 = any("token_f1" in row for row in conditions.values())
@@ -162,7 +163,8 @@ def table(report: Mapping[str, Any]) -> Table:
         ),
     )
     out.add_column("condition")
-    out.add_column("the receiver gets")
+    if explained:
+        out.add_column("the receiver gets", no_wrap=True)
     headings: Sequence[str] = [metric.upper() if metric == "em" else metric, "95 % interval"]
     for heading in [*headings, *(["token F1"] if f1 else []), "first token"]:
         out.add_column(heading, justify="right")
@@ -170,5 +172,5 @@ def table(report: Mapping[str, Any]) -> Table:
         cells = [f"{row['value']:.3f}", f"{row['low']:.3f} – {row['high']:.3f}"]
         cells += [f"{row['token_f1']:.3f}"] if f1 else []
         cells += [f"{row['ttft_ms']:.1f} ms"]
-        out.add_row(name, MEANING[name], *cells, style="bold" if name == "bridge" else None)
+        out.add_row(name, *([MEANING[name]] if explained else []), *cells, style="bold" if name == "bridge" else None)
     return out

@@ -5,19 +5,25 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from bridge.checkpoint import load_bridge, make_bridge, save_bridge
+from bridge.checkpoint import load_bridge, make_bridge, read_manifest, save_bridge
+from bridge.models import fingerprint_of
 from service.__main__ import app, main
 from service.client import Client, ServiceError
+from service.demo import check_free
+from training import loop
 
 LATENTWIRE = Path(sys.executable).with_name("latentwire")
 TEXT = "Mara lives in Rome."
@@ -27,14 +33,18 @@ Run = Callable[..., str]
 Refuse = Callable[..., str]
 
 
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["latentwire", *map(str, arguments)])
+    main()
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command in this process; it must succeed. Returns what it printed."""
 
     def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["latentwire", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            main()
+            run_main(monkeypatch, *arguments)
         said = capsys.readouterr()
         assert caught.value.code in (0, None), said.err
         return said.out
@@ -44,12 +54,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Run a command that must end with code 2 and one line on stderr. Returns that line."""
+    """Run a command that must end with code 2 and one line on stderr, and serve nothing. Returns that line."""
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("it was served"))
 
     def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["latentwire", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            main()
+            run_main(monkeypatch, *arguments)
         said = capsys.readouterr().err
         assert caught.value.code == 2
         assert said.startswith("latentwire: ") and said.endswith("\n") and said.count("\n") == 1, said
@@ -68,6 +78,24 @@ def damaged(checkpoint: Path, tmp_path: Path) -> Path:
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     return copy
+
+
+@pytest.fixture
+def changed(
+    request: pytest.FixtureRequest, checkpoint: Path, model_folders: dict[str, Path], tmp_path: Path
+) -> tuple[Path, Path]:
+    """A copy of the checkpoint over copies of its models, and the folder of the one whose weights are others now."""
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    text = (copy / "config.json").read_text()
+    for role, family in (("sender", "neox"), ("receiver", "llama")):
+        shutil.copytree(model_folders[family], tmp_path / role)
+        text = text.replace(str(model_folders[family]), str(tmp_path / role))
+    (copy / "config.json").write_text(text)
+    weights = tmp_path / request.param / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    return copy, weights.parent
 
 
 @pytest.fixture
@@ -125,6 +153,80 @@ def test_a_bridge_is_trained_inspected_measured_and_asked(
     sampled = ["--temperature", 1, "--seed", 3]
     assert run("generate", out, "--text", TEXT, *ask, *sampled) == run("generate", out, "--text", TEXT, *ask, *sampled)
     assert "already holds a checkpoint" in refuse(*training(model_folders, out))
+
+
+def test_an_interrupted_run_ends_with_code_130_and_resumes_to_what_it_would_have_been(
+    run: Run, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, take_step = tmp_path / "bridge", loop.take_step
+
+    def interrupted(state: loop.Run, step: int, monitor: Any) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+        take_step(state, step, monitor)
+
+    command = training(model_folders, out, "--save-every", 1)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as caught:
+        patched.setattr(loop, "take_step", interrupted)
+        run_main(patched, *command)
+    assert caught.value.code == 130
+    assert "resumed after step 1" in " ".join(run(*command, "--resume").split())
+    assert "resumed" not in run(*training(model_folders, tmp_path / "whole"))
+    assert read_manifest(out).bridge_id == read_manifest(tmp_path / "whole").bridge_id
+
+
+def test_a_report_holds_what_its_readers_were_promised(
+    run: Run, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    out, file = tmp_path / "bridge", tmp_path / "reports" / "world.json"
+    run(*training(model_folders, out))
+    said = run("evaluate", out, "--task", "world", "--limit", 3, "--controls", "--out", file)
+    report = json.loads(file.read_text())
+    assert set(report) == {
+        "checkpoint", "bridge_id", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
+        "receiver_tokens_per_soft_token", "truncated", "content_share",
+    }  # fmt: skip
+    assert (report["checkpoint"], report["task"], report["n"]) == (str(out), "world", 3)
+    assert report["bridge_id"] == read_manifest(out).bridge_id
+    assert set(report["bytes"]) == {"latent", "source", "receiver_kv"}
+    assert list(report["conditions"]) == [
+        "bridge", "direct", "relay", "same_budget", "none", "mismatched", "noise", "prompt", "random_sender",
+    ]  # fmt: skip
+    for name, row in report["conditions"].items():
+        assert set(row) == {"metric", "value", "low", "high", "ttft_ms", "token_f1"}
+        assert name in said
+
+
+def test_without_controls_only_the_bridge_asked_about_is_measured(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    run("evaluate", checkpoint, "--task", "world", "--limit", 2, "--out", tmp_path / "report.json")
+    conditions = json.loads((tmp_path / "report.json").read_text())["conditions"]
+    assert "bridge" in conditions and not {"prompt", "random_sender"} & set(conditions)
+
+
+def test_a_task_may_be_called_anything(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"said": "Mara lives in Rome.", "where": "Rome"}\n' * 2)
+    (tmp_path / "task.toml").write_text(
+        'name = "x[/b]"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\nsource = "{said}"\n'
+        'prompt = "{latent}\\nWhere?"\nanswer = "{where}"\nmax_answer_tokens = 4\n'
+    )
+    assert "x[/b], 2 held-out examples" in run("evaluate", checkpoint, "--task", tmp_path / "task.toml")
+
+
+@pytest.mark.parametrize("narrow", [["--top-k", 1], ["--top-p", 1e-6]], ids=str)
+def test_top_k_and_top_p_leave_only_likely_tokens_to_choose_from(
+    run: Run, checkpoint: Path, narrow: list[object]
+) -> None:
+    ask = ["generate", checkpoint, "--text", TEXT, "--prompt", "Where?", "--max-tokens", 8]
+    greedy, hot = run(*ask), ["--temperature", 100, "--seed", 1]
+    assert run(*ask, *hot) != greedy
+    assert run(*ask, *hot, *narrow) == greedy
+
+
+def test_an_answer_ends_before_the_first_stop_string(run: Run, checkpoint: Path) -> None:
+    ask = ["generate", checkpoint, "--text", TEXT, "--prompt", "Where?", "--max-tokens", 24, "--temperature", 1]
+    free = run(*ask, "--seed", 3)
+    stop = next(letter for letter in free[1:] if letter.isascii() and letter.isprintable() and letter != free[0])
+    assert run(*ask, "--seed", 3, "--stop", "never said", "--stop", stop) == free[: free.index(stop)] + "\n"
 
 
 def file_bytes(run: Run, checkpoint: Path, file: Path) -> bytes:
@@ -226,6 +328,51 @@ def test_a_model_that_has_gone_is_named(refuse: Refuse, checkpoint: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("command", "changed"),
+    [
+        (["inspect"], "sender"),
+        (["inspect"], "receiver"),
+        (["encode", "--text", TEXT], "sender"),
+        (["generate", "--text", TEXT, "--prompt", "Where?"], "sender"),
+        (["generate", "--text", TEXT, "--prompt", "Where?"], "receiver"),
+        (["evaluate", "--task", "world", "--limit", 2], "sender"),
+        (["evaluate", "--task", "world", "--limit", 2], "receiver"),
+        (["serve"], "receiver"),
+    ],
+    indirect=["changed"],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_model_that_is_not_the_one_trained_with_is_refused_with_both_digests(
+    refuse: Refuse, checkpoint: Path, changed: tuple[Path, Path], tmp_path: Path, command: list[object]
+) -> None:
+    copy, folder = changed
+    bridge = read_manifest(checkpoint).bridge
+    known = bridge.sender if folder.name == "sender" else next(iter(bridge.heads.values())).receiver
+    name, *options = command
+    where: list[object] = ["--bridge", f"tiny={copy}"] if name == "serve" else [copy]
+    out = ["--out", tmp_path / "out"] if name == "encode" else []
+    said = refuse(name, *where, *options, *out)
+    assert f"{folder.name} {str(folder)!r}" in said
+    assert f"weights is {known.fingerprint.weights}; this one's is {fingerprint_of(str(folder)).weights}" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "encode", "generate", "evaluate", "serve"])
+def test_a_name_longer_than_any_path_is_refused_in_one_short_line(refuse: Refuse, tmp_path: Path, command: str) -> None:
+    name = "a" * 5000
+    arguments: dict[str, list[object]] = {
+        "inspect": [name],
+        "encode": [name, "--text", "a", "--out", tmp_path / "out"],
+        "generate": [name, "--text", "a", "--prompt", "b"],
+        "evaluate": [name, "--task", "world"],
+        "serve": ["--bridge", f"tiny={name}"],
+    }
+    said = refuse(command, *arguments[command])
+    assert name[:100] in said and "File name too long" in said
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--dtype", "float64"], "'float64'"),
@@ -265,6 +412,21 @@ def test_a_truncated_message_is_refused(refuse: Refuse, checkpoint: Path, messag
     assert str(len(whole) - 1) in said and str(len(whole)) in said
 
 
+@pytest.mark.parametrize(
+    ("number", "right_checksum", "said"),
+    [(b"\x00\x3c", False, "it was altered"), (b"\x00\x7e", True, "NaN"), (b"\x00\x7c", True, "infinite")],
+    ids=["altered", "nan", "infinite"],
+)
+def test_a_message_no_encoder_sent_is_refused(
+    refuse: Refuse, checkpoint: Path, message: Path, number: bytes, right_checksum: bool, said: str
+) -> None:
+    whole = message.read_bytes()
+    changed = whole[:36] + number + whole[38:]
+    crc = zlib.crc32(changed[36:], zlib.crc32(changed[:32] + bytes(4)))
+    message.write_bytes(changed[:32] + (struct.pack("<I", crc) if right_checksum else whole[32:36]) + changed[36:])
+    assert said in refuse("generate", checkpoint, "--latent", message, "--prompt", "Where?")
+
+
 def test_a_message_of_another_bridge_is_refused_with_both_ids(
     refuse: Refuse, checkpoint: Path, message: Path, tmp_path: Path
 ) -> None:
@@ -289,12 +451,15 @@ def test_evaluate_refuses_a_bad_value_and_names_it(
     assert named in refuse("evaluate", checkpoint, "--task", "world", "--limit", 2, *options)
 
 
+@pytest.mark.parametrize("place", ["/proc/nowhere/report.json", "."], ids=["unwritable", "folder"])
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
-    refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    refuse: Refuse, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     monkeypatch.setattr("bridge.evaluation.report.evaluate", lambda *_, **__: pytest.fail("it was measured"))
-    said = refuse("evaluate", checkpoint, "--task", "world", "--limit", 2, "--out", "/proc/nowhere/report.json")
-    assert "/proc/nowhere/report.json" in said
+    file = tmp_path / place
+    said = refuse("evaluate", checkpoint, "--task", "world", "--limit", 2, "--out", file)
+    assert f"--out {file}: " in said
+    assert ("is a folder; expected a file" in said) == (place == ".")
 
 
 @pytest.mark.parametrize(
@@ -314,6 +479,37 @@ def test_serve_refuses_a_bad_value_and_names_it(refuse: Refuse, options: list[st
 def test_serve_refuses_a_misspelt_variable_and_names_it(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LW_MEMORY_BUGDET", "24GB")
     assert "LW_MEMORY_BUGDET" in refuse("serve")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("REDIS_URL", "localhost:6379"), ("MEMORY_BUDGET", "0"), ("STORE_TTL", "inf")]
+)
+def test_serve_refuses_a_bad_variable_and_names_it(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"LW_{name}", value)
+    said = refuse("serve")
+    assert name.lower() in said and f"'{value}'" in said
+
+
+def test_the_demo_refuses_a_port_it_could_not_serve_on_before_it_trains(
+    refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("it trained"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened on" in refuse("demo", "--port", port, "--out", tmp_path)
+    check_free(port)
+
+
+def test_an_interrupt_that_reaches_the_entry_point_ends_with_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("service.__main__.app", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # what got out would end pytest itself
+        main()
+    assert isinstance(caught.value, SystemExit) and caught.value.code == 130
 
 
 def test_a_port_in_use_is_named(refuse: Refuse, checkpoint: Path) -> None:
@@ -368,7 +564,7 @@ def test_a_served_bridge_answers_as_the_command_line_does_and_stops_when_told(
     assert run("generate", checkpoint, "--latent", message, *free) == sampled + "\n"
     with pytest.raises(ServiceError) as caught:
         client.encode([" "])
-    assert (caught.value.status, caught.value.type, caught.value.param) == (422, "InvalidRequest", "inputs")
+    assert (caught.value.status, caught.value.type, caught.value.param) == (422, "InvalidRequest", "inputs.0")
     assert caught.value.request_id
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0

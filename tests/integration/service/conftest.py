@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -16,13 +17,19 @@ from service.settings import Settings
 
 Start = Callable[..., TestClient]
 READY_SECONDS = 60.0
+HELD_SECONDS = 20.0
+
+
+def until(condition: Callable[[], Any], seconds: float = HELD_SECONDS) -> None:
+    """Wait for what another thread is about to do; a promise that is broken ends the test."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def wait_until_ready(client: TestClient) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while (answer := client.get("/health/ready")).status_code != 200:
-        assert time.monotonic() < deadline, answer.text
-        time.sleep(0.01)
+    until(lambda: client.get("/health/ready").status_code == 200, READY_SECONDS)
 
 
 @pytest.fixture
@@ -31,15 +38,52 @@ def start(checkpoint: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def run(
-            settings: Settings | None = None, checkpoints: dict[str, str] | None = None, *, ready: bool = True
+            settings: Settings | None = None,
+            checkpoints: dict[str, str] | None = None,
+            *,
+            ready: bool = True,
+            before: Callable[[FastAPI], object] = lambda app: None,
         ) -> TestClient:
             app = create_app(settings or Settings(), checkpoints or {"tiny": str(checkpoint)})
+            before(app)
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             if ready:
                 wait_until_ready(client)
             return client
 
         yield run
+
+
+class Gate:
+    """A function that, while the gate is closed, does not return; ``calls`` holds what it was given."""
+
+    def __init__(self, real: Callable[..., Any], only: object) -> None:
+        self.real, self.only = real, only
+        self.calls: list[tuple[Any, ...]] = []
+        self.entered, self.opened = Event(), Event()
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.calls.append(given)
+        if self.only in (None, given[0]):
+            self.entered.set()
+            assert self.opened.wait(HELD_SECONDS)
+        return self.real(*given, **named)
+
+
+@pytest.fixture
+def hold(start: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Gate]]:
+    """Put a gate before a function that the device's thread calls; it is opened before any service must stop."""
+    gates: list[Gate] = []
+
+    def install(owner: object, name: str, only: object = None) -> Gate:
+        gate = Gate(getattr(owner, name), only)
+        monkeypatch.setattr(owner, name, gate)
+        gates.append(gate)
+        return gate
+
+    yield install
+    for gate in gates:
+        gate.opened.set()
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,28 @@ def test_a_prompt_may_place_the_latent_itself(client: TestClient) -> None:
     assert texts(generate(client, {"text": TEXT}, prompt="Where? {latent}")) != implied
 
 
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}], ids=str)
+def test_top_k_and_top_p_leave_only_likely_tokens_to_choose_from(client: TestClient, narrow: dict[str, Any]) -> None:
+    greedy, hot = texts(generate(client, {"text": TEXT})), {"temperature": 100, "seed": 1}
+    assert texts(generate(client, {"text": TEXT}, **hot)) != greedy
+    assert texts(generate(client, {"text": TEXT}, **hot, **narrow)) == greedy
+
+
+def test_a_text_crosses_the_same_wire_as_a_message(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, read = engine.ask, []
+
+    def spied(*given: Any) -> Any:
+        read.extend(item.latent for item in given[-1])
+        return real(*given)
+
+    rounded, exact = (message_of(client, dtype=dtype) for dtype in ("float16", "float32"))
+    monkeypatch.setattr(engine, "ask", spied)
+    generate(client, {"text": TEXT})
+    (latent,) = read
+    np.testing.assert_array_equal(latent, wire.decode(rounded).latent)
+    assert not np.array_equal(latent, wire.decode(exact).latent)
+
+
 def test_an_output_ends_before_a_stop_string(client: TestClient) -> None:
     free = generate(client, {"text": TEXT}, max_tokens=24, temperature=1.0, seed=3)["outputs"][0]
     stop = next(letter for letter in free["text"][1:] if letter.isascii() and letter != free["text"][0])

