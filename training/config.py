@@ -62,7 +62,7 @@ class TrainConfig(BaseModel):
     @field_validator("layer", mode="before")
     @classmethod
     def _one_or_several(cls, layer: Any) -> Any:
-        return [layer] if isinstance(layer, int) else layer
+        return [layer] if type(layer) is int else layer
 
     @field_validator("sender", "receiver", "task")
     @classmethod

@@ -141,7 +141,9 @@ def check_examples(run: Run, console: Console) -> None:
     slots = -(-longest // described.encoder.ratio) if config.encoder in WINDOWED else config.num_latents
     worst = max(examples, key=lambda e: len(e.prompt) + len(e.answer))
     layout = described.heads[run.receiver.name].layout
-    compose(run.receiver, layout, worst.prompt, latent=slots, answer=worst.answer, max_tokens=run.receiver.max_tokens)
+    asked = [(worst.prompt, worst.answer)] + [(run.task.reconstruction, " x")] * (config.reconstruction_weight > 0)
+    for prompt, answer in asked:
+        compose(run.receiver, layout, prompt, latent=slots, answer=answer, max_tokens=run.receiver.max_tokens)
     if cut := sum(source.full_length > len(source.ids) for source in sources):
         console.print(
             f"{cut} of the first {len(examples)} sources are longer than {described.max_source_tokens} sender tokens: "

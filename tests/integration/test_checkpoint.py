@@ -234,6 +234,17 @@ def test_other_models_are_refused_with_both_digests(checkpoint: Path, lms: dict[
         check_receiver(config, name, lms["qwen"])
 
 
+@pytest.mark.parametrize("token, want, have", [("bos", 7, 0), ("bos", None, 0), ("eos", 7, 1)])
+def test_a_receiver_with_other_special_tokens_is_refused_with_both_ids(
+    checkpoint: Path, lms: dict[str, FrozenLM], token: str, want: int | None, have: int
+) -> None:
+    config, name = read_manifest(checkpoint).bridge, lms["llama"].name
+    head = config.heads[name]
+    other = replace(head, layout=replace(head.layout, **{f"{token}_id": want}))
+    with pytest.raises(IncompatibleBridge, match=f"made with {token} id {want}; .* has {have}"):
+        check_receiver(replace(config, heads={name: other}), name, lms["llama"])
+
+
 def test_a_model_changed_on_disk_is_refused_with_both_digests(tmp_path: Path, lms: dict[str, FrozenLM]) -> None:
     from bridge.models import fingerprint_of, load_model
 
@@ -249,12 +260,47 @@ def test_a_model_changed_on_disk_is_refused_with_both_digests(tmp_path: Path, lm
         check_models(config)
 
 
-SURVIVAL = """
+DYING = """
 import json, os, shutil, signal, sys, torch
 from pathlib import Path
-from bridge.checkpoint import load_bridge, make_bridge, save_bridge
 
 torch.set_num_threads(1)
+os.fsync = lambda file: None  # time saved, no more: what a killed process had written is there, synced or not
+CALLS = {"open", "write", "flush", "close", "rename", "replace", "unlink", "remove"}
+
+def die_at(fatal):  # in the child: SIGKILL before file call number ``fatal``, half-written files included
+    done = 0
+    def hook(frame, event, called):
+        nonlocal done
+        if event == "c_call" and called.__name__ in CALLS:
+            done += 1
+            if done > fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.setprofile(hook)
+
+def survives(folder, pristine, save, look):  # ``save`` in a child that dies at some call, then ``look`` at the folder
+    found, finished = [], False
+    while not finished and len(found) < 200:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(pristine, folder)
+        if (child := os.fork()) == 0:
+            try:
+                die_at(len(found))
+                save()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        finished = os.WIFEXITED(status)
+        assert not finished or os.WEXITSTATUS(status) == 0
+        found.append([finished, look()])
+    return found
+"""
+SURVIVAL = (
+    DYING
+    + """
+from bridge.checkpoint import load_bridge, make_bridge, save_bridge
+
 folder, pristine = Path(sys.argv[1]), Path(sys.argv[2])
 _, old = load_bridge(folder)
 torch.manual_seed(9)
@@ -269,30 +315,7 @@ def state():
     same = [name for name, saved in weights.items() if all(map(torch.equal, left.parameters(), saved))]
     return same[0] if same else "neither"
 
-CALLS = {"open", "write", "flush", "fsync", "close", "rename", "replace", "unlink", "remove"}
-
-def die_at(fatal):  # in the child: SIGKILL before file call number ``fatal``, half-written files included
-    done = 0
-    def hook(frame, event, called):
-        nonlocal done
-        if event == "c_call" and called.__name__ in CALLS:
-            done += 1
-            if done > fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.setprofile(hook)
-    save_bridge(folder, new)
-    os._exit(0)
-
-found, finished = [], False
-while not finished and len(found) < 200:
-    shutil.rmtree(folder)
-    shutil.copytree(pristine, folder)
-    if (child := os.fork()) == 0:
-        die_at(len(found))
-    _, status = os.waitpid(child, 0)
-    finished = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
-    found.append([finished, state()])
-
+found = survives(folder, pristine, lambda: save_bridge(folder, new), state)
 anywhere = []
 for round in range(12):
     reader, writer = os.pipe()
@@ -307,6 +330,45 @@ for round in range(12):
     anywhere.append(state())
 print(json.dumps([found, anywhere]))
 """
+)
+RESUMPTION = (
+    DYING
+    + """
+from functools import cache
+from rich.console import Console
+from bridge.checkpoint import load_bridge
+from training import loop
+from training.config import read_config
+
+loop.CHECKED, loop.load_model, loop.code_version = 1, cache(loop.load_model), lambda: "test"  # time saved, no more
+config, empty, once = read_config(Path(sys.argv[1]), {}), *map(Path, sys.argv[2:])
+folder = config.out
+
+class Silent:
+    def log(self, record):
+        pass
+
+def resumed():
+    try:
+        manifest = loop.train(config, Console(quiet=True), resume=True)
+        same = (manifest, load_bridge(folder)[0]) == (straight, straight)
+        return [same, sorted(path.name.split("-")[0] for path in folder.iterdir())]
+    except Exception as error:
+        return [repr(error), []]
+
+straight = loop.train(config, Console(quiet=True))
+run = loop.prepare(config)
+loop.take_step(run, 0, Silent())
+first = survives(folder, empty, lambda: loop._save(run, 1), resumed)
+shutil.rmtree(folder)
+shutil.copytree(empty, folder)
+loop._save(run, 1)
+shutil.copytree(folder, once)
+loop.take_step(run, 1, Silent())
+later = survives(folder, once, lambda: loop._save(run, 2), resumed)
+print(json.dumps([first, later]))
+"""
+)
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +394,22 @@ def test_killed_at_any_moment_of_repeated_saves_the_checkpoint_still_loads(
     survival: tuple[list[tuple[bool, str]], list[str]],
 ) -> None:
     assert set(survival[1]) <= {"old", "new"} and len(survival[1]) == 12
+
+
+def test_killed_before_any_file_operation_of_saving_state_and_checkpoint_the_run_goes_on_to_the_same_weights(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    values = {
+        "sender": str(model_folders["neox"]), "receiver": str(model_folders["llama"]), "task": "world",
+        "out": str(tmp_path / "run"), "max_steps": 2, "save_every": 1, "batch_size": 2, "max_source_tokens": 48,
+        "latent_dim": 16, "hidden_dim": 32, "depth": 0, "ratio": 8, "reconstruction_weight": 0.0, "alignment_steps": 1,
+    }  # fmt: skip
+    (tmp_path / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    (tmp_path / "empty").mkdir()
+    places = [str(tmp_path / name) for name in ("run.toml", "empty", "once")]
+    command = [sys.executable, "-c", RESUMPTION, *places]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    for saves in json.loads(done.stdout):  # the first save of a run, and one over another
+        assert len(saves) > 30 and saves[-1][0]
+        whole = [True, ["config.json", "encoder", "head", "log.jsonl", "state", "state.json"]]
+        assert [left for _, left in saves] == [whole] * len(saves)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,23 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from bridge.checkpoint import load_bridge, read_manifest
 from bridge.config import Manifest
+from bridge.engine import answer_logits, token_losses
 from bridge.errors import CorruptCheckpoint, InvalidRequest, TrainingFailed
 from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM, fingerprint_of
-from bridge.prompt import IGNORE
+from bridge.models import FrozenLM, fingerprint_of, hidden_states, load_model
+from bridge.prompt import IGNORE, Row, collate, compose
+from tests.conftest import GATED, write_model
 from training import loop
 from training.config import TrainConfig, read_config
 from training.data import Order, covered_words
 from training.loop import Run, objectives, prepare, schedule, soft_tokens, take_step, train
 from training.monitor import Monitor, StepRecord
 from training.objectives import alignment_loss, answer_loss, answers_right
+from training.state import load_state, save_state
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., TrainConfig]
@@ -48,8 +53,9 @@ class Stopped(Exception):
 
 
 @pytest.fixture
-def make(model_folders: dict[str, Path], tmp_path: Path) -> MakeConfig:
+def make(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
     """A tiny run; keyword arguments change it."""
+    monkeypatch.setattr(loop, "CHECKED", 20)  # two thousand scenes take longer than most of these runs
 
     def config(**changes: Any) -> TrainConfig:
         values: dict[str, Any] = {
@@ -65,6 +71,17 @@ def make(model_folders: dict[str, Path], tmp_path: Path) -> MakeConfig:
 
 def quiet() -> Console:
     return Console(file=io.StringIO())
+
+
+def said(console: Console) -> str:
+    """What a quiet console took, in one line."""
+    assert isinstance(console.file, io.StringIO)
+    return " ".join(console.file.getvalue().split())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything a run keeps, by name, but for its log."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.jsonl"}
 
 
 def parts(manifest: Manifest) -> list[str]:
@@ -86,6 +103,29 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, fatal: int) -> None:
         take_step(run, step, monitor)
 
     monkeypatch.setattr(loop, "take_step", stopping)
+
+
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that the runs to come will take, as they take them."""
+    taken: list[int] = []
+
+    def counting(run: Run, step: int, monitor: Monitor) -> None:
+        taken.append(step)
+        take_step(run, step, monitor)
+
+    monkeypatch.setattr(loop, "take_step", counting)
+    return taken
+
+
+def task_of(folder: Path, *rows: tuple[str, str, str]) -> str:
+    """A task whose rows are (source, what follows the latent, answer)."""
+    lines = [json.dumps({"t": source, "q": asked, "a": answer}) for source, asked, answer in rows]
+    (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "task.toml").write_text(
+        'name = "few"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\n'
+        'source = "{t}"\nprompt = "{latent}{q}"\nanswer = "{a}"\n'
+    )
+    return str(folder / "task.toml")
 
 
 def examples_of(run: Run, count: int = 3) -> list[Example]:
@@ -128,7 +168,7 @@ def test_both_models_are_bit_identical_after_training_and_hold_no_gradients(make
 
 @pytest.mark.parametrize("encoder", ["pooling", "linear", "perceiver", "mean", "prompt"])
 def test_every_kind_of_encoder_trains_and_loads(make: MakeConfig, encoder: str) -> None:
-    config = make(encoder=encoder, max_steps=2, num_latents=3)
+    config = make(encoder=encoder, max_steps=2, num_latents=3, alignment_steps=None)
     manifest = train(config, quiet())
     loaded, bridge = load_bridge(config.out)
     assert loaded == manifest == read_manifest(config.out)
@@ -141,8 +181,37 @@ def test_a_checkpoint_says_where_it_comes_from(make: MakeConfig) -> None:
     assert (origin.sender.fingerprint, origin.sender.name) == (fingerprint_of(config.sender), config.sender)
     assert origin.provenance.recipe == config.model_dump(mode="json", exclude={"out"})
     assert (origin.provenance.task, origin.provenance.seed, origin.provenance.steps) == ("world", 0, 1)
-    assert len(origin.provenance.data_sha256) == 64 and origin.provenance.code_version
+    assert origin.provenance.data_sha256 == loop.load_task("world").data_sha256
+    number, _, commit = origin.provenance.code_version.partition("+")
+    assert number == version("latentwire") and bool(commit) == (ROOT / ".git").exists()
     assert origin.layers == (2,) and origin.max_source_tokens == 48
+
+
+def test_the_scale_in_a_checkpoint_is_the_one_measured_on_its_receiver(
+    make: MakeConfig, lms: dict[str, FrozenLM]
+) -> None:
+    config = make(max_steps=1)
+    train(config, quiet())
+    head = load_bridge(config.out)[1].head(config.receiver)
+    rows = lms["llama"].model.get_input_embeddings().weight
+    assert head.embedding_rms == pytest.approx(float(rows.pow(2).mean(dim=1).sqrt().mean()), rel=1e-4)
+    soft = head(torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0)))
+    assert soft.pow(2).mean(dim=-1).sqrt().tolist()[0] == pytest.approx([head.embedding_rms] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("layer", [[1], [3], [3, 1]])
+def test_the_layers_configured_are_the_layers_read(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, layer: list[int]
+) -> None:
+    read: list[list[int]] = []
+
+    def spying(lm: FrozenLM, ids: Tensor, mask: Tensor, layers: Any) -> Tensor:
+        read.append(list(layers))
+        return hidden_states(lm, ids, mask, layers)
+
+    monkeypatch.setattr(loop, "hidden_states", spying)
+    assert train(make(layer=layer, max_steps=2), quiet()).bridge.layers == tuple(layer)
+    assert read == [layer, layer]
 
 
 def test_the_seed_decides_everything(make: MakeConfig, tmp_path: Path) -> None:
@@ -168,6 +237,16 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert parts(resumed) == parts(straight) and resumed.bridge_id == straight.bridge_id
     assert log_of(config.out) == log_of(tmp_path / "straight")
     assert [record["step"] for record in log_of(config.out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_chance_goes_on_where_it_stopped(make: MakeConfig) -> None:
+    run = prepare(make())
+    run.config.out.mkdir()
+    save_state(run.config.out, run.identity, 5, run.bridge.parameters(), run.optimizers)
+    drawn = torch.rand(4)
+    torch.manual_seed(99)
+    assert load_state(run.config.out, run.identity, run.bridge.parameters(), run.optimizers) == 5
+    assert torch.equal(torch.rand(4), drawn)
 
 
 KILLED = """
@@ -204,10 +283,51 @@ def test_a_run_killed_with_signal_9_is_resumed_bit_for_bit(make: MakeConfig, tmp
     assert log_of(config.out) == log_of(tmp_path / "straight")
 
 
-def test_resuming_a_finished_run_changes_nothing(make: MakeConfig) -> None:
+@pytest.mark.parametrize("fatal, left", [(3, [2, 3, 4, 5]), (1, [0, 1, 2, 3, 4, 5])])
+def test_resuming_repeats_no_saved_step(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, fatal: int, left: list[int]
+) -> None:
+    config = make()
+    with monkeypatch.context() as patch:
+        stop_before(patch, fatal)
+        with pytest.raises(Stopped):
+            train(config, quiet())
+    taken, console = steps_taken(monkeypatch), quiet()
+    train(config, console, resume=True)
+    assert taken == left and ("resumed after step 2" in said(console)) == (fatal == 3)
+
+
+def test_a_torn_last_line_of_the_log_stops_no_resuming_and_is_dropped(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(make(out=tmp_path / "straight"), quiet())
+    config = make()
+    with monkeypatch.context() as patch:
+        stop_before(patch, 2)
+        with pytest.raises(Stopped):
+            train(config, quiet())
+    with (config.out / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert parts(train(config, quiet(), resume=True)) == parts(straight)
+    assert log_of(config.out) == log_of(tmp_path / "straight")
+
+
+def test_resuming_a_finished_run_changes_nothing(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(max_steps=2)
     first = train(config, quiet())
+    taken = steps_taken(monkeypatch)
     assert parts(train(config, quiet(), resume=True)) == parts(first) and len(log_of(config.out)) == 2
+    assert not taken
+
+
+def test_a_checkpoint_without_a_state_is_not_resumed_and_not_touched(make: MakeConfig) -> None:
+    config = make(max_steps=2)
+    train(config, quiet())
+    (config.out / "state.json").unlink()
+    before, log = files_of(config.out), log_of(config.out)
+    with pytest.raises(InvalidRequest, match=r"holds a checkpoint but no state\.json to go on from; --overwrite"):
+        train(config, quiet(), resume=True)
+    assert files_of(config.out) == before and log_of(config.out) == log
 
 
 def test_resuming_where_nothing_was_begun_begins(make: MakeConfig) -> None:
@@ -234,6 +354,20 @@ def test_resuming_with_other_data_is_refused_with_both_digests(
     monkeypatch.setattr(loop, "load_task", lambda name: replace(before, data_sha256="f" * 64))
     with pytest.raises(InvalidRequest, match=f"data_sha256 was '{before.data_sha256}', now 'ffff"):
         train(make(max_steps=2), quiet(), resume=True)
+
+
+@pytest.mark.parametrize("role, family", [("sender", "neox"), ("receiver", "llama")])
+def test_resuming_with_another_model_under_the_same_name_is_refused_with_both_fingerprints(
+    make: MakeConfig, tmp_path: Path, role: str, family: str
+) -> None:
+    folder = write_model(tmp_path / "model", family)
+    config = make(max_steps=2, **{role: str(folder)})
+    train(config, quiet())
+    was, files = fingerprint_of(str(folder)), files_of(config.out)
+    now = fingerprint_of(str(write_model(folder, family, seed=1)))
+    with pytest.raises(InvalidRequest, match=f"{role}_fingerprint was '{was}', now '{now}'"):
+        train(config, quiet(), resume=True)
+    assert files_of(config.out) == files
 
 
 def test_saving_more_often_is_no_other_run(make: MakeConfig) -> None:
@@ -282,7 +416,8 @@ def test_a_folder_that_cannot_be_made_is_named(make: MakeConfig, tmp_path: Path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(make: MakeConfig) -> None:
-    config = make(learning_rate=1e25, matrix_learning_rate=1e25, warmup_steps=0, save_every=1, encoder="perceiver")
+    huge = {"learning_rate": 1e25, "matrix_learning_rate": 1e25, "warmup_steps": 0, "alignment_steps": None}
+    config = make(save_every=1, encoder="perceiver", **huge)
     with pytest.raises(TrainingFailed, match=r"step [2-6]: the loss is .* not applied"):
         train(config, quiet())
     _, bridge = load_bridge(config.out)
@@ -290,14 +425,42 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(m
     assert all(math.isfinite(record["loss"]) for record in log_of(config.out))
 
 
+def test_weights_that_are_not_finite_are_not_saved_and_what_was_saved_is_kept(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    kept: dict[str, bytes] = {}
+
+    def poisoning(run: Run, step: int, monitor: Monitor) -> None:
+        take_step(run, step, monitor)
+        if step == 3:  # the update overflowed although loss and gradient were finite
+            kept.update(files_of(config.out))
+            with torch.no_grad():
+                run.bridge.parameters()[-1].view(-1)[0] = math.inf
+
+    monkeypatch.setattr(loop, "take_step", poisoning)
+    with pytest.raises(TrainingFailed, match="step 4: a weight is not finite"):
+        train(config, quiet())
+    assert len(kept) == 5 and files_of(config.out) == kept
+
+
+def test_the_state_is_there_before_the_checkpoint(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(max_steps=1)
+
+    def killed(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_bridge", killed)
+        with pytest.raises(Stopped):
+            train(config, quiet())
+    assert sorted(path.suffix for path in config.out.iterdir()) == [".json", ".jsonl", ".safetensors"]
+    assert train(config, quiet(), resume=True) == read_manifest(config.out)
+
+
 def test_training_on_a_few_examples_brings_the_loss_down(make: MakeConfig, tmp_path: Path) -> None:
-    rows = [{"t": f"Mara has {w}.", "a": w} for w in ("cats", "a dog", "tea", "no idea")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "few.toml").write_text(
-        'name = "few"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\n'
-        'source = "{t}"\nprompt = "{latent} What?"\nanswer = "{a}"\n'
-    )
-    config = make(task=str(tmp_path / "few.toml"), max_steps=30, save_every=100, alignment_steps=0)
+    task = task_of(tmp_path, *((f"Mara has {w}.", " What?", w) for w in ("cats", "a dog", "tea", "no idea")))
+    config = make(task=task, max_steps=30, save_every=100, alignment_steps=0)
     train(config, quiet())
     losses = [record["answer_loss"] for record in log_of(config.out)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -311,11 +474,88 @@ def test_alignment_brings_its_own_loss_down(make: MakeConfig) -> None:
 
 
 @pytest.mark.parametrize("kind, steps", [("pooling", 2), ("linear", 2), ("perceiver", 0), ("mean", 0), ("prompt", 0)])
-def test_only_encoders_with_windows_are_aligned(make: MakeConfig, kind: str, steps: int) -> None:
-    run = prepare(make(encoder=kind))
+def test_encoders_with_windows_are_aligned_for_a_third_of_the_steps_unless_told(
+    make: MakeConfig, kind: str, steps: int
+) -> None:
+    run = prepare(make(encoder=kind, alignment_steps=None))
     assert run.alignment_steps == steps
-    assert replace(run, config=make(encoder=kind, alignment_steps=None)).alignment_steps == (2 if steps else 0)
     assert replace(run, config=make(encoder=kind, alignment_steps=0)).alignment_steps == 0
+    if steps:
+        assert replace(run, config=make(encoder=kind, alignment_steps=5)).alignment_steps == 5
+
+
+@pytest.mark.parametrize("kind", ["perceiver", "mean", "prompt"])
+@pytest.mark.parametrize("asked", [{"alignment_steps": 1}, {"alignment_steps": None, "alignment_weight": 0.5}])
+def test_alignment_asked_for_where_slots_cover_no_words_is_refused(
+    make: MakeConfig, kind: str, asked: dict[str, Any]
+) -> None:
+    config = make(encoder=kind, **asked)
+    with pytest.raises(InvalidRequest, match=f"alignment was asked for, but {kind} slots cover no words") as caught:
+        train(config, quiet())
+    assert caught.value.param == "alignment_steps" and not config.out.exists()
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer is written in Python, and tells no character offsets."""
+    folder, tokenizer = tmp_path_factory.mktemp("slow"), ByT5Tokenizer()
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **GATED)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert not load_model(str(folder)).tokenizer.is_fast
+    return folder
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_tokenizer_without_offsets_trains_without_alignment_and_refuses_it_when_asked(
+    make: MakeConfig, slow: Path, role: str
+) -> None:
+    config = make(max_steps=3, alignment_steps=None, **{role: str(slow)})
+    train(config, quiet())
+    lines = (config.out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["phase"] for line in lines] == ["answer"] * 3
+    for asked in ({"alignment_steps": 1}, {"alignment_steps": None, "alignment_weight": 0.5}):
+        with pytest.raises(InvalidRequest, match=f"tokenizer of '{slow}' gives no character offsets"):
+            train(make(**{role: str(slow), "out": config.out / "other", **asked}), quiet())
+
+
+def test_an_example_that_does_not_fit_the_receiver_is_refused_before_the_first_step(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = steps_taken(monkeypatch)
+    rows = [("Mara sings.", " Q?", "yes"), ("Ben", " " * 100 + "Q?", "y" * 200), ("Mara is no cook.", " Q?", "no")]
+    config = make(task=task_of(tmp_path, *rows), encoder="mean", num_latents=3, alignment_steps=None)
+    # BOS, three slots, 102 bytes of prompt, 201 of answer, EOS
+    with pytest.raises(InvalidRequest, match="takes 308 receiver tokens; 256 fit"):
+        train(config, quiet())
+    assert not taken and not config.out.exists()
+
+
+def test_the_slots_of_the_longest_source_are_counted_before_the_first_step(make: MakeConfig, tmp_path: Path) -> None:
+    rows = [("Mara sings.", " Q?", "yes"), ("s" * 95, " Q?", "y" * 244), ("Ben", " Q?", "no")]
+    task = task_of(tmp_path, *rows)
+    loop.check_examples(prepare(make(task=task)), quiet())  # 48 tokens in 6 slots leave exactly enough
+    with pytest.raises(InvalidRequest, match="takes 257 receiver tokens; 256 fit"):
+        loop.check_examples(prepare(make(task=task, max_source_tokens=56)), quiet())
+
+
+@pytest.mark.parametrize("encoder", ["perceiver", "mean", "prompt"])
+def test_more_slots_than_the_receiver_reads_are_refused_before_the_first_step(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    taken = steps_taken(monkeypatch)
+    with pytest.raises(InvalidRequest, match=r"takes \d+ receiver tokens; 256 fit"):
+        train(make(encoder=encoder, num_latents=257, alignment_steps=None), quiet())
+    assert not taken
+
+
+def test_the_number_of_sources_that_will_be_cut_is_said(make: MakeConfig, tmp_path: Path) -> None:
+    # BOS and 47 characters fit in 48 tokens.
+    task = task_of(tmp_path, *((("s" * length), " Q?", "a") for length in (47, 48, 10, 60)))
+    for limit, line in [(48, "2 of the first 4 sources are longer than 48 sender tokens"), (61, "")]:
+        console = quiet()
+        loop.check_examples(prepare(make(task=task, max_source_tokens=limit)), console)
+        assert said(console).startswith(line) and bool(said(console)) == bool(line)
 
 
 def test_a_row_has_the_loss_and_gradients_it_has_alone(make: MakeConfig) -> None:
@@ -335,6 +575,69 @@ def test_the_loss_is_the_answers_and_the_weighted_reconstruction(make: MakeConfi
     losses, _ = loss_and_gradients(prepare(make(reconstruction_weight=0.5)), examples_of(prepare(make())))
     assert losses["reconstruction_loss"] > 0
     assert losses["loss"] == pytest.approx(losses["answer_loss"] + 0.5 * losses["reconstruction_loss"])
+
+
+def composed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Row]]:
+    """(template, answer, row) of what the receiver will be given."""
+    rows: list[tuple[str, str, Row]] = []
+
+    def spying(lm: FrozenLM, layout: Any, template: str, **rest: Any) -> Row:
+        row = compose(lm, layout, template, **rest)
+        rows.append((template, rest["answer"], row))
+        return row
+
+    monkeypatch.setattr(loop, "compose", spying)
+    return rows
+
+
+def test_reconstruction_repeats_the_source(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, rows = prepare(make(reconstruction_weight=1.0)), composed(monkeypatch)
+    examples = examples_of(run, 2)
+    loss_and_gradients(run, examples)
+    asked = [(e.prompt, e.answer) for e in examples]
+    assert [row[:2] for row in rows] == asked + [(run.task.reconstruction, f" {e.source}") for e in examples]
+    rows.clear()
+    loss_and_gradients(replace(run, config=make(reconstruction_weight=0.0)), examples)
+    assert [row[:2] for row in rows] == asked
+
+
+def test_a_source_too_long_to_be_repeated_is_cut_to_what_the_receiver_has_room_for(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = prepare(make(reconstruction_weight=1.0)), composed(monkeypatch)
+    source = "".join(chr(97 + i % 26) for i in range(600))
+    losses, _ = loss_and_gradients(run, [Example(source, "{latent} Q?", " x")])
+    repeated, row = rows[-1][1:]
+    assert source.startswith(repeated[1:]) and 230 <= len(row) <= run.receiver.max_tokens
+    assert math.isfinite(losses["reconstruction_loss"])
+
+
+def test_the_first_tokens_weight_is_that_of_the_configuration(make: MakeConfig) -> None:
+    run = prepare(make())
+    (example,) = examples_of(run, 1)
+    layout = run.bridge.config.heads[run.receiver.name].layout
+    with torch.no_grad():
+        soft, (slots,) = soft_tokens(run, [example])
+        row = compose(run.receiver, layout, example.prompt, latent=slots, answer=example.answer)
+        losses = token_losses(*answer_logits(run.receiver, collate([row], side="left"), soft))[0]
+        first, *rest = losses[losses > 0].tolist()
+        for weight in (1.0, 8.0):
+            changed = replace(run, config=make(first_token_weight=weight))
+            made = objectives(changed, [example], soft, [slots])["answer_loss"]
+            assert float(made) == pytest.approx((weight * first + sum(rest)) / (weight + len(rest)), rel=1e-4)
+
+
+def test_alignment_may_stay_on_with_its_weight(make: MakeConfig) -> None:
+    run = prepare(make(alignment_steps=0))
+    examples = examples_of(run)
+    plain, _ = loss_and_gradients(run, examples)
+    both, gradient = loss_and_gradients(replace(run, config=make(alignment_weight=0.5)), examples)
+    with torch.no_grad():
+        aligned = float(loop.align(run, examples, soft_tokens(run, examples)[0]))
+    assert aligned > 0.1 and both["loss"] == pytest.approx(plain["loss"] + 0.5 * aligned, rel=1e-5)
+    assert both["answer_loss"] == pytest.approx(plain["answer_loss"])
+    unaligned = loss_and_gradients(run, examples)[1]
+    assert not all(torch.allclose(a, b) for a, b in zip(gradient, unaligned, strict=True))
 
 
 @pytest.mark.parametrize("alignment", [0, 1])
@@ -386,6 +689,20 @@ def test_every_trained_weight_belongs_to_exactly_one_optimiser(make: MakeConfig)
     run = prepare(make())
     held = [id(p) for o in run.optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in run.bridge.parameters())
+
+
+def test_weight_decay_reaches_each_optimiser(make: MakeConfig) -> None:
+    def size(decay: float) -> list[float]:
+        run = prepare(make(weight_decay=decay, warmup_steps=0, learning_rate=0.1, matrix_learning_rate=0.1))
+        for parameter in run.bridge.parameters():
+            torch.nn.init.ones_(parameter)
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in run.optimizers:
+            optimizer.step()
+        return [float(p.detach().mean()) for o in run.optimizers for p in o.param_groups[0]["params"]]
+
+    assert size(0.0) == pytest.approx([1.0] * len(size(0.0)))
+    assert size(0.5) == pytest.approx([0.95] * len(size(0.0)))
 
 
 def labelled(*rows: list[int]) -> Tensor:
@@ -478,6 +795,9 @@ def test_every_key_is_a_flag_and_every_flag_a_key() -> None:
         ('encoder = "vq"', "encoder.*'vq'"),
         ("max_steps = 1.5", "max_steps.*1.5"),
         ("batch_size = 0", "batch_size.*0"),
+        ("latent_dim = 17000", "latent_dim.*17000"),
+        ("num_latents = 70000", "num_latents.*70000"),
+        (f"seed = {2**70}", f"seed.*{2**70}"),
         ("x = ", "run.toml"),
     ],
 )
@@ -485,6 +805,11 @@ def test_a_wrong_key_is_named_with_its_value(tmp_path: Path, line: str, words: s
     (tmp_path / "run.toml").write_text(f'sender = "a"\nreceiver = "b"\ntask = "world"\nout = "c"\n{line}\n')
     with pytest.raises(InvalidRequest, match=words):
         read_config(tmp_path / "run.toml", {})
+
+
+def test_one_layer_needs_no_list(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('sender = "a"\nreceiver = "b"\ntask = "world"\nout = "c"\nlayer = 2\n')
+    assert read_config(tmp_path / "run.toml", {}).layer == [2]
 
 
 def test_a_missing_key_or_file_is_named(tmp_path: Path) -> None:
