@@ -308,7 +308,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"latentwire: {shorten(str(error.filename))!r}: {error.strerror}", file=sys.stderr)
+        print(f"latentwire: {shorten(str(error.filename), 200)!r}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
