@@ -115,7 +115,7 @@ class Envelope:
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         limit = self.runtime.settings.max_body
         declared = dict(scope["headers"]).get(b"content-length", b"")
-        taken = int(declared) if declared.isdigit() and int(declared[:20]) > limit else 0
+        taken = limit + 1 if declared.isdigit() and int(declared[:20]) > limit else 0
 
         async def receive_within_limit() -> Message:
             nonlocal taken
