@@ -65,11 +65,20 @@ def ask(console: Console, port: int, example: Example) -> None:
         latent = sent["latents"][0]
         said, generate_ms = _timed(client.generate, [{"latent": latent["data"]}], prompt)
     shown = {**latent, "data": latent["data"][:24] + "…"}
-    console.print("\n[bold]POST /encode[/bold] — the sender reads", f"[cyan]{example.source}[/cyan]", highlight=False)
-    console.print(f"  {json.dumps(shown, ensure_ascii=False)}", highlight=False, markup=False)
+    console.print(
+        "\n[bold]POST /encode[/bold] — the sender reads",
+        f"[cyan]{example.source}[/cyan]",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"  {json.dumps(shown, ensure_ascii=False)}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"  {encode_ms:.1f} ms")
-    console.print("[bold]POST /generate[/bold] — the receiver gets that latent and", repr(prompt), highlight=False)
-    console.print(f"  {json.dumps(said['outputs'][0], ensure_ascii=False)}", highlight=False, markup=False)
+    console.print(
+        "[bold]POST /generate[/bold] — the receiver gets that latent and", repr(prompt), highlight=False, soft_wrap=True
+    )
+    console.print(
+        f"  {json.dumps(said['outputs'][0], ensure_ascii=False)}", highlight=False, markup=False, soft_wrap=True
+    )
     console.print(f"  {generate_ms:.1f} ms; together {encode_ms + generate_ms:.1f} ms")
     right = said["outputs"][0]["text"].strip() == example.answer.strip()
     console.print(f"  expected {example.answer.strip()!r}: {'right' if right else 'wrong'}")

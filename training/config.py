@@ -77,10 +77,15 @@ def _absolute(name: str) -> str:
 
 
 def demo_config(out: Path, max_steps: int | None = None) -> TrainConfig:
-    """The run of ``latentwire demo``: the built-in pair, in minutes on two cores."""
+    """The run of ``latentwire demo``: the built-in pair, in minutes on two cores.
+
+    Without the second objective, whose long answers double the time of a step: 0.83 against 0.59 exact match after
+    the same three minutes. A longer run is better with it.
+    """
     pair = {"sender": "builtin:neox", "receiver": "builtin:llama", "task": "world"}
-    steps = max_steps or 360
-    return TrainConfig.model_validate({**pair, "out": out, "max_steps": steps, "alignment_steps": steps // 4})
+    steps = max_steps or 440
+    quick = {"alignment_steps": steps * 2 // 5, "reconstruction_weight": 0.0}
+    return TrainConfig.model_validate({**pair, "out": out, "max_steps": steps, **quick})
 
 
 def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
