@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -239,8 +240,9 @@ def demo(
     with running(out_, port, out_ / "serve.log") as server:
         ask(out, port, setting.examples[0])
         if serve_:
-            out.print(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
-            server.wait()
+            _say(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
+            with suppress(KeyboardInterrupt):
+                server.wait()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,8 +1,10 @@
 """What the README says to type works as written; only numbers that take minutes are made small."""
 
+import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from typer.main import get_command
 
 from service.__main__ import app
+from service.client import Client
 from service.demo import running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +88,20 @@ def test_the_demo_trains_measures_serves_and_ends(tmp_path: Path) -> None:
     shown = latentwire("demo", "--no-serve", "--max-steps", "3", "--limit", "4", "--port", port, cwd=tmp_path)
     for expected in ("step 3/3", "mismatched", "POST /encode", "POST /generate", "together"):
         assert expected in shown
+
+
+def test_the_demo_stays_up_until_interrupted_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "service", "demo", "--max-steps", "2", "--limit", "2", "--port", str(port)]
+    started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with started, Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
+        assert started.stdout is not None
+        assert any("Ctrl-C ends it" in line for line in started.stdout)
+        assert client.ready()
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to all of them
+        assert started.wait(timeout=60) == 0
+        assert not client.ready()
 
 
 def test_make_demo_is_that_demo() -> None:
