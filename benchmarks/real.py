@@ -36,15 +36,20 @@ RECIPE = (
 )
 
 
+def task_file(name: str, material: Path, folder: Path) -> Path:
+    """Write the task file of one of ``TASKS`` into ``folder``."""
+    before, after, labels = TASKS[name]
+    file, data = folder / f"{name}.toml", material.resolve() / "data"
+    file.write_text(TASK.format(name=name, data=data, before=before, after=after, labels=json.dumps(labels)))
+    return file
+
+
 def main(material: Path = MATERIAL, limit: int = 1000, task: list[str] | None = None) -> None:
     """Train a bridge for each TASK and record its report against every condition and control."""
     models = material.resolve() / "models"
     for name in task or TASKS:
-        before, after, labels = TASKS[name]
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{name}.toml"
-            data = material.resolve() / "data"
-            file.write_text(TASK.format(name=name, data=data, before=before, after=after, labels=json.dumps(labels)))
+            file = task_file(name, material, Path(folder))
             commands = [
                 f"latentwire train --sender {models}/{SENDER} --receiver {models}/{RECEIVER} "
                 f"--task {file} --out {folder}/bridge {RECIPE}",

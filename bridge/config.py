@@ -81,15 +81,6 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Head:
-    """One receiver's head: the receiver, its layout, and the measured RMS of its embedding rows (unitless)."""
-
-    receiver: ModelRef
-    layout: Layout
-    embedding_rms: float
-
-
-@dataclass(frozen=True, config=STRICT)
 class Provenance:
     """Where the weights come from, so that a number can be traced to what produced it.
 
@@ -101,7 +92,20 @@ class Provenance:
     seed: int
     steps: int
     code_version: str
-    recipe: dict[str, bool | int | float | str | list[int] | None]
+    recipe: dict[str, bool | int | float | str | list[int] | list[str] | None]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Head:
+    """One receiver's head: the receiver, its layout, and the measured RMS of its embedding rows (unitless).
+
+    ``provenance`` is set where the head was added later to an encoder that was frozen by then.
+    """
+
+    receiver: ModelRef
+    layout: Layout
+    embedding_rms: float
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -124,8 +128,12 @@ class BridgeConfig:
     @property
     def max_slots(self) -> int:
         """Most slots K a source can take."""
+        return self.slots_of(self.max_source_tokens)
+
+    def slots_of(self, tokens: int) -> int:
+        """Slots K that a source of so many sender tokens takes."""
         windowed = self.encoder.kind in WINDOWED
-        return -(-self.max_source_tokens // self.encoder.ratio) if windowed else self.encoder.num_latents
+        return -(-tokens // self.encoder.ratio) if windowed else self.encoder.num_latents
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -155,15 +155,16 @@ def _generate(
 
 
 def answer_logits(
-    receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None
+    receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None, *, multiple: int = 1
 ) -> tuple[Float[Tensor, "B A V"], Int[Tensor, "B A"]]:
     """Logits and (unshifted) labels of the last A columns: from one before the first label to the end.
 
-    Memory grows with answer × V, not with input × V. Differentiable in ``soft_tokens``.
+    Memory grows with answer × V, not with input × V. Differentiable in ``soft_tokens``. A is rounded up to a
+    ``multiple``, so that a compiled receiver meets few shapes.
     """
-    labelled = (batch.labels != IGNORE).any(dim=0)
-    first = int(labelled.int().argmax()) if bool(labelled.any()) else batch.labels.shape[1] - 1
-    keep = batch.labels.shape[1] - max(first - 1, 0)
+    labelled, T = (batch.labels != IGNORE).any(dim=0), batch.labels.shape[1]
+    first = int(labelled.int().argmax()) if bool(labelled.any()) else T - 1
+    keep = min(-(-(T - max(first - 1, 0)) // multiple) * multiple, T)
     # A row of padding only still needs one position to attend to.
     empty = ~batch.mask.any(dim=1, keepdim=True)
     logits: Tensor = receiver.model(

@@ -6,6 +6,7 @@ Dimensions used in this file:
 
 import hashlib
 import json
+import logging
 import math
 import re
 import sys
@@ -29,10 +30,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as library_logging
 
 from bridge.config import RANDOM, Fingerprint, ModelRef
 from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable, first_line
+
+log = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
@@ -44,12 +47,18 @@ VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtyp
 
 
 @dataclass(frozen=True)
-class FrozenLM:
-    """A causal language model that will not be trained, with its tokenizer and identity."""
+class Reader:
+    """The side of a language model that turns text into tokens: all that composing needs, weights freed or not."""
 
     name: str
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class FrozenLM(Reader):
+    """A causal language model that will not be trained, with its tokenizer and identity."""
+
+    model: PreTrainedModel
     fingerprint: Fingerprint
 
     @property
@@ -208,12 +217,34 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+@cache
 def default_device() -> torch.device:
-    """The accelerator where there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The accelerator where there is one; Apple's only if it computes what we need."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type == "mps" and (why := _unusable(device)):
+        log.warning("MPS cannot be used (%s): computing on the CPU", why)
+        return torch.device("cpu")
+    return device
 
 
-def load_model(name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> FrozenLM:
+def _unusable(device: torch.device) -> str | None:
+    """Why attention and its gradient do not work on a device, tried in small; None where they do."""
+    try:
+        query = torch.randn(1, 1, 4, 8, device=device, dtype=default_dtype(device), requires_grad=True)
+        out = nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum()
+        (gradient,) = torch.autograd.grad(out, query)
+        return None if bool(gradient.isfinite().all()) else "attention has no finite gradient"
+    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
+        return first_line(error)
+
+
+def load_model(
+    name: str,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | None = None,
+) -> FrozenLM:
     """Load a frozen model: evaluation mode, no gradients, safetensors only, never remote code.
 
     Args:
@@ -221,6 +252,7 @@ def load_model(name: str, *, device: torch.device | None = None, dtype: torch.dt
             the same shape with untrained weights (seeded, so that it has one identity).
         device: Default: the accelerator where there is one.
         dtype: Default: ``default_dtype(device)``.
+        device_map: ``auto`` spreads a model that one accelerator cannot hold over all of them.
 
     Raises:
         ModelUnavailable: Not found, not a causal language model, or its files are damaged.
@@ -229,24 +261,29 @@ def load_model(name: str, *, device: torch.device | None = None, dtype: torch.dt
     dtype = dtype or default_dtype(device)
     fingerprint, folder = fingerprint_of(name), folder_of(name.removeprefix(RANDOM))
     shown = predicted_bytes(name, dtype) >= LARGE_BYTES and sys.stderr.isatty()
-    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
+    (library_logging.enable_progress_bar if shown else library_logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, holes = _untrained(folder) if name.startswith(RANDOM) else _pretrained(folder, dtype)
+        model, holes = _untrained(folder) if name.startswith(RANDOM) else _pretrained(folder, dtype, device_map)
     except Exception as error:  # a damaged file surfaces as whatever the library trips over
         raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     if holes:
         raise ModelUnavailable(f"model {name!r} cannot be loaded: its weights lack {holes[0]}")
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = (model if device_map else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
     # Its own defaults (penalties, sampling) would change every answer.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    return FrozenLM(name, model, tokenizer, fingerprint)
+    return FrozenLM(name, tokenizer, model, fingerprint)
 
 
-def _pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _pretrained(folder: Path, dtype: torch.dtype, device_map: str | None) -> tuple[Any, list[str]]:
     """A model, and the weights its files lack, which the library would fill with random numbers."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        device_map=device_map,
     )
     model, info = loaded
     return model, sorted(info["missing_keys"])
@@ -282,7 +319,7 @@ class SourceTokens:
     full_length: int
 
 
-def tokenize_source(lm: FrozenLM, text: str, *, max_tokens: int, truncate: bool = False) -> SourceTokens:
+def tokenize_source(lm: Reader, text: str, *, max_tokens: int, truncate: bool = False) -> SourceTokens:
     """Sender tokens of one text: BOS once where the tokenizer has one.
 
     Raises:
@@ -301,7 +338,7 @@ def tokenize_source(lm: FrozenLM, text: str, *, max_tokens: int, truncate: bool 
     return SourceTokens(ids[:max_tokens], len(ids))
 
 
-def text_ids(lm: FrozenLM, text: str) -> list[int]:
+def text_ids(lm: Reader, text: str) -> list[int]:
     """Ids of a text alone, none of them special: ``</s>`` in a text is four characters, not an end.
 
     The library's own length warning is left to our checks.
@@ -317,9 +354,11 @@ def text_ids(lm: FrozenLM, text: str) -> list[int]:
     return list(lm.tokenizer(text, **AS_TEXT)["input_ids"])
 
 
-def pad_sources(lm: FrozenLM, sources: Sequence[SourceTokens]) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
-    """Ids and mask (True at real tokens) of a batch, right-padded, on the sender's device."""
-    width = max(len(source.ids) for source in sources)
+def pad_sources(
+    lm: FrozenLM, sources: Sequence[SourceTokens], *, multiple: int = 1
+) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
+    """Ids and mask (True at real tokens) of a batch, right-padded to a multiple, on the sender's device."""
+    width = -(-max(len(source.ids) for source in sources) // multiple) * multiple
     ids = torch.zeros(len(sources), width, dtype=torch.long)
     mask = torch.zeros(len(sources), width, dtype=torch.bool)
     for i, source in enumerate(sources):
@@ -365,7 +404,7 @@ def hidden_states(
 
         return hook
 
-    modules = [lm.model.get_input_embeddings(), *_blocks(lm)]
+    modules = [lm.model.get_input_embeddings(), *blocks_of(lm)]
     handles = [modules[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
     # A row of padding only (an empty slot of a batch) still needs one position to attend to.
     seen = mask | ((~mask).all(dim=1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
@@ -384,7 +423,7 @@ def hidden_states(
     return torch.cat([found[layer] for layer in layers], dim=-1)
 
 
-def _blocks(lm: FrozenLM) -> list[nn.Module]:
+def blocks_of(lm: FrozenLM) -> list[nn.Module]:
     """The decoder blocks, whatever the family calls them: the one list as long as the model is deep."""
     for module in lm.model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == lm.layers:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bridge.config import Layout
 from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.models import FrozenLM, text_ids
+from bridge.models import FrozenLM, Reader, text_ids
 
 LATENT, PROMPT = "{latent}", "{prompt}"
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
@@ -43,6 +43,19 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def with_slots(self, count: int) -> "Row":
+        """The same row around ``count`` soft tokens: what it would be with another example's latent."""
+        first, had = self.slots.index(0), sum(slot != TEXT for slot in self.slots)
+
+        def around(values: list[int], middle: list[int]) -> list[int]:
+            return values[:first] + middle + values[first + had :]
+
+        return Row(
+            around(self.ids, [0] * count),
+            around(self.slots, list(range(count))),
+            around(self.labels, [IGNORE] * count),
+        )
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,7 +72,7 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in ("ids", "slots", "mask", "positions", "labels")))
 
 
-def layout_for(lm: FrozenLM, template: str) -> Layout:
+def layout_for(lm: Reader, template: str) -> Layout:
     """The layout a checkpoint keeps for this receiver and a task's prompt template.
 
     ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``: a later prompt that does not
@@ -75,7 +88,7 @@ def layout_for(lm: FrozenLM, template: str) -> Layout:
     )
 
 
-def check_layout(layout: Layout, lm: FrozenLM) -> None:
+def check_layout(layout: Layout, lm: Reader) -> None:
     """Refuse a receiver whose special tokens are not those of the layout.
 
     Raises:
@@ -105,7 +118,7 @@ def split_template(template: str) -> tuple[str, str]:
 
 
 def compose(
-    lm: FrozenLM,
+    lm: Reader,
     layout: Layout,
     template: str,
     *,
@@ -157,7 +170,7 @@ def compose(
     return Row(ids + said, slots + [TEXT] * len(said), [IGNORE] * len(ids) + said)
 
 
-def continuation(lm: FrozenLM, text: str, before: str = "") -> list[int]:
+def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
     """Tokens of ``text`` where something already stands before it.
 
     Tried with the real text before it, then with neutral anchors; a tokenizer that merges across every one
@@ -171,9 +184,9 @@ def continuation(lm: FrozenLM, text: str, before: str = "") -> list[int]:
     return text_ids(lm, text)
 
 
-def collate(rows: Sequence[Row], *, side: Literal["left", "right"]) -> Batch:
-    """Pad rows to one length. Generation pads left, so every row ends in the same column."""
-    B, T = len(rows), max(len(row) for row in rows)
+def collate(rows: Sequence[Row], *, side: Literal["left", "right"], multiple: int = 1) -> Batch:
+    """Pad rows to one length, a ``multiple``. Generation pads left, so every row ends in the same column."""
+    B, T = len(rows), -(-max(len(row) for row in rows) // multiple) * multiple
     ids, slots = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), TEXT)
     mask, labels = torch.zeros(B, T, dtype=torch.bool), torch.full((B, T), IGNORE)
     for i, row in enumerate(rows):

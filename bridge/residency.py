@@ -72,6 +72,12 @@ class Residency:
             with self._lock:
                 resident.users -= 1
 
+    def release(self, name: str) -> None:
+        """Drop a model that will not be needed soon, whatever the budget says; nothing happens while it is lent."""
+        with self._lock:
+            if name in self._models and self._models[name].users == 0:
+                self._drop(name)
+
     def predict(self, name: str) -> int:
         """Bytes a model's weights will take here; nothing is loaded.
 

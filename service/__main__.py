@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 
 from bridge.errors import InvalidRequest, LatentWireError, first_line, shorten
+from service.flags import flags_of
+from training.config import TrainConfig, read_config
 
 if TYPE_CHECKING:
     from bridge.evaluation.conditions import Setting
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # Read when torch is loaded, which happens inside the commands. Threads that spin while they wait made training on a
 # busy machine three times slower than threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Segments that grow keep the memory of mixed lengths from falling to pieces; read before the first CUDA call.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 app = typer.Typer(
     name="latentwire", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -33,52 +37,80 @@ out = Console()
 WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
 
 
 @app.command()
+@flags_of(TrainConfig)
 def train(
-    config: Annotated[Path | None, typer.Option(help="TOML file with these flags as keys; flags win.")] = None,
-    sender: Annotated[str | None, typer.Option(help="Model that reads: builtin:NAME, a folder, or a Hub name.")] = None,
-    receiver: Annotated[str | None, typer.Option(help="Model that answers, named the same way.")] = None,
-    task: Annotated[str | None, typer.Option(help="'world' or a task file (.toml).")] = None,
-    out_: Annotated[Path | None, typer.Option("--out", help="Folder of checkpoint, state and log.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="pooling, perceiver, mean, linear or prompt. [pooling]")] = None,
-    ratio: Annotated[int | None, typer.Option(help="Sender tokens per slot (pooling, linear). [4]")] = None,
-    num_latents: Annotated[int | None, typer.Option(help="Slots (perceiver, mean, prompt). [16]")] = None,
-    latent_dim: Annotated[int | None, typer.Option(help="Width C on the wire. [receiver width, up to 512]")] = None,
-    hidden_dim: Annotated[int | None, typer.Option(help="Width inside the encoder. [near the sender width]")] = None,
-    depth: Annotated[int | None, typer.Option(help="Transformer blocks over the slots. [2]")] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Sender layer to read; repeat for several. [2/3 up]")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps. [1000]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per forward pass. [32]")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimiser step. [1]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of vectors (AdamW). [0.003]")] = None,
-    matrix_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of matrices (Muon). [0.02]")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up. [20]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay. [0.01]")] = None,
-    clip_norm: Annotated[float | None, typer.Option(help="Largest gradient norm. [1.0]")] = None,
-    first_token_weight: Annotated[float | None, typer.Option(help="Weight of an answer's first token. [4]")] = None,
-    alignment_steps: Annotated[
-        int | None, typer.Option(help="Steps of the warm start. [a third; pooling, linear]")
-    ] = None,
-    alignment_weight: Annotated[float | None, typer.Option(help="Weight of that objective afterwards. [0]")] = None,
-    reconstruction_weight: Annotated[float | None, typer.Option(help="Weight of repeating the source. [1]")] = None,
-    max_source_tokens: Annotated[int | None, typer.Option(help="Longer sources are cut. [512]")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between saves. [200]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order. [0]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out, if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
+    debug: Debug = False,
+    **flags: Any,
 ) -> None:
     """Train a bridge between two frozen models."""
-    flags = {key.rstrip("_"): value for key, value in locals().items() if key not in ("config", "resume", "overwrite")}
-    from training.config import read_config
     from training.loop import train as run
 
-    settings = read_config(config, flags)
+    file = flags.pop("config", None)
+    settings = read_config(file, ({"debug_print_first": 3, "debug_topk": 5} if debug else {}) | _given(flags))
     started = time.monotonic()
     manifest = run(settings, out, resume=resume, overwrite=overwrite)
     _say(f"{settings.out} holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
+
+
+@app.command()
+@flags_of(TrainConfig)
+def plan(
+    source_tokens: Annotated[int | None, typer.Option(min=1, help="Longest source. [--max-source-tokens]")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in receiver tokens.")] = 32,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in receiver tokens.")] = 32,
+    device_memory: Annotated[str | None, typer.Option(help="Memory of the device, e.g. 80GB. [this one's]")] = None,
+    **flags: Any,
+) -> None:
+    """Predict the peak memory of a training run, and what would fit; reads configurations only."""
+    from bridge.models import default_device
+    from training.machine import memory_of
+    from training.plan import plan as predict
+    from training.plan import table
+
+    file = flags.pop("config", None)
+    settings = read_config(file, ({} if file else {"task": "world", "out": Path("unused")}) | _given(flags))
+    device = _bytes(device_memory) if device_memory else memory_of(default_device()).device_bytes
+    source = source_tokens or settings.max_source_tokens
+    made = predict(
+        settings, source_tokens=source, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens,
+        device_bytes=device, compare=True,
+    )  # fmt: skip
+    out.print(table(made))
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --out folder of a training run.")],
+    out_: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures. [RUN]")] = None,
+) -> None:
+    """Draw a run's curves, as curves.png and as a page curves.html."""
+    from training.plot import plot as draw
+
+    for path in draw(run, out_):
+        _say(str(path))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --out folder of a training run.")],
+    out_: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.")],
+    best: Annotated[bool, typer.Option("--best", help="The best one by validation, not the last.")] = False,
+) -> None:
+    """Write a run's checkpoint without its resumable state."""
+    from training.export import export as export_run
+
+    done = export_run(run, out_, best=best)
+    _say(
+        f"{out_}: {done.checkpoint_bytes:,} bytes, bridge {done.manifest.bridge_id}; "
+        f"the resumable states of {run} take {done.state_bytes:,} bytes"
+    )
 
 
 @app.command()
@@ -92,14 +124,21 @@ def evaluate(
     controls: Annotated[
         bool, typer.Option("--controls", help="Also train and measure the 'prompt' and 'random_sender' controls.")
     ] = False,
+    debug: Debug = False,
+    debug_print_first: Annotated[int, typer.Option(min=0, help="Print the first N answers from latents.")] = 0,
+    debug_topk: Annotated[int, typer.Option(min=0, help="Print the N likeliest first answer tokens.")] = 0,
 ) -> None:
     """Measure a bridge against every condition, and print one table."""
+    from bridge.evaluation.debug import shown
     from bridge.evaluation.report import write_report
     from training.controls import train_controls
 
     if out_ is not None:
         _check_writable(out_)
     setting = _open(checkpoint, task, limit, dtype, receiver)
+    first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
+    for line in shown(setting, setting.latents(range(min(max(first, 1), len(setting.examples)))), first, topk):
+        _say(line)
     trained = train_controls(setting, out) if controls else {}
     report = _measure(setting, trained)
     if out_ is not None:
@@ -264,6 +303,19 @@ def _listen(host: str, port: int) -> socket.socket:
 def _say(line: str) -> None:
     """Print a line as it is: others read it, and a name in it is no markup."""
     out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise InvalidRequest(f"--device-memory {text!r}: expected a size like 80GB", param="device_memory") from None
 
 
 def _named(bridges: list[str]) -> dict[str, str]:

@@ -1,14 +1,21 @@
-"""What a run is: every flag of ``latentwire train``, and every key of its TOML file, by the same names."""
+"""What a run is: every flag of ``latentwire train``, and every key of its TOML file, by the same names.
+
+Importing this module needs no torch: the command line makes its flags from it.
+"""
 
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bridge.config import RANDOM
+from bridge.config import RANDOM, WINDOWED
 from bridge.errors import InvalidRequest
 from bridge.wire import MAX_SLOTS, MAX_WIDTH
+
+CACHE = Path("~/.cache/latentwire")
+Precision = Literal["bf16", "fp16", "fp32"]
+Metric = Literal["em", "accuracy", "token_f1", "loss"]
 
 
 class TrainConfig(BaseModel):
@@ -16,10 +23,16 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sender: str = Field(description="Model that reads the source: builtin:…, a folder, or a Hub name.")
-    receiver: str = Field(description="Model that answers: builtin:…, a folder, or a Hub name.")
+    sender: str = Field("", description="Model that reads the source: builtin:…, a folder, or a Hub name.")
+    receiver: list[str] = Field([], description="Model that answers, named the same way; repeat for several.")
     task: str = Field(description="'world' or the path of a task file (.toml).")
-    out: Path = Field(description="Folder of the checkpoint, the resumable state and the log.")
+    out: Path = Field(description="Folder of the checkpoint, the resumable state and the logs.")
+    add_receiver: str | None = Field(
+        None,
+        description="Model that gets a head on the frozen encoder of --bridge; nothing else is trained.",
+    )
+    bridge: str | None = Field(None, description="Checkpoint that --add-receiver extends.")
+    # the bridge
     encoder: Literal["pooling", "perceiver", "mean", "linear", "prompt"] = Field(
         "pooling", description="Encoder kind; mean and linear are baselines, prompt is a control without a sender."
     )
@@ -29,45 +42,114 @@ class TrainConfig(BaseModel):
         None,
         ge=1,
         le=MAX_WIDTH,
-        description="Width C of the latent that crosses the wire. Default: the receiver's, at most 512.",
+        description="Width C of the latent that crosses the wire. [the receiver's, at most 512]",
     )
     hidden_dim: int | None = Field(
-        None,
-        ge=32,
-        multiple_of=32,
-        description="Width inside the encoder. Default: near the sender's, 64 to 1024.",
+        None, ge=32, multiple_of=32, description="Width inside the encoder. [near the sender's, 64 to 1024]"
     )
     depth: int = Field(2, ge=0, description="Transformer blocks over the slots.")
-    layer: list[int] | None = Field(None, description="Sender layer to read, from 1; repeat to read several.")
+    layer: list[int] | None = Field(
+        None, description="Sender layer to read, from 1; repeat to read several. [two thirds up]"
+    )
+    # the steps
     max_steps: int = Field(1000, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(32, ge=1, description="Examples per forward pass.")
+    batch_size: int = Field(32, ge=1, description="Examples per forward pass, in each process.")
     accumulate: int = Field(1, ge=1, description="Forward passes per optimiser step.")
     learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate of vectors (AdamW).")
     matrix_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of matrices (Muon).")
     warmup_steps: int = Field(20, ge=0, description="Optimiser steps of linear warm-up, before the cosine.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm over all trained weights.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of the initial weights and of the data order.")
+    # the objectives
+    answer_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy of the whole answer.")
     first_token_weight: float = Field(4.0, gt=0, description="Weight of an answer's first token; the others have 1.")
+    first_k: int = Field(4, ge=1, description="Answer tokens that the first-k objective looks at.")
+    first_k_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy of the first k answer tokens.")
     alignment_steps: int | None = Field(
         None,
         ge=0,
-        description="First steps, in which soft tokens learn the words they cover. Default: a third (pooling, linear).",
+        description="First steps, in which soft tokens learn the words they cover. [a third; pooling, linear]",
     )
     alignment_weight: float = Field(0.0, ge=0, description="Weight of that objective after the first steps.")
-    reconstruction_weight: float = Field(1.0, ge=0, description="Weight of repeating the source; 0 turns it off.")
+    reconstruction_weight: float = Field(1.0, ge=0, description="Weight of repeating the source.")
+    continuation_weight: float = Field(0.0, ge=0, description="Weight of going on where half of the source ends.")
+    mode_tokens: int = Field(0, ge=0, description="Learned tokens that tell each of these two from answering.")
+    kd_weight: float = Field(0.0, ge=0, description="Weight of distillation from the receiver reading the source.")
+    kd_chunk: int | None = Field(None, ge=1, description="Rows the teacher reads at once. [a whole forward pass]")
+    margin_weight: float = Field(0.0, ge=0, description="Weight of the margin to another example's latent.")
+    margin: float = Field(1.0, gt=0, description="Nats by which another example's latent should be worse.")
+    diversity_weight: float = Field(0.0, ge=0, description="Weight of answers that differ from example to example.")
+    # the data
     max_source_tokens: int = Field(512, ge=1, description="Longest source in sender tokens; longer ones are cut.")
+    max_examples: int | None = Field(None, ge=1, description="Train on a seeded subset, stratified by label. [all]")
+    group_by_length: bool = Field(True, description="Put sources of like length into one batch.")
+    cache: Path = Field(CACHE, description="Folder of tokenised data and sender features.")
+    cache_features: bool = Field(False, description="Run the sender once, keep its states on disk, and free it.")
+    # the machine
+    precision: Precision | None = Field(
+        None, description="What the frozen models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute the receiver's blocks instead of keeping them.")
+    compile: bool = Field(False, description="Compile the receiver; lengths are padded to a few sizes.")
+    memory_budget: ByteSize | None = Field(
+        None, description="Most bytes of model weights in memory, e.g. 24GB; models take turns within it."
+    )
+    receiver_block: int = Field(1, ge=1, description="Steps until another of several receivers has its turn.")
+    device_map: Literal["auto"] | None = Field(None, description="auto: spread a model over several GPUs.")
+    fsdp: bool = Field(False, description="Shard the blocks of the frozen models over all processes.")
+    # saving and watching
     save_every: int = Field(200, ge=1, description="Optimiser steps between saves.")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of the initial weights and of the data order.")
+    keep_last: int = Field(2, ge=1, description="Resumable states kept.")
+    validate_every: int = Field(200, ge=0, description="Optimiser steps between validations; 0 turns them off.")
+    validation_examples: int = Field(64, ge=1, description="Training examples held out for validation.")
+    metric: Metric | None = Field(
+        None, description="What the best checkpoint is best in: em, accuracy, token_f1 or loss. [em, or accuracy]"
+    )
+    probe_every: int = Field(20, ge=0, description="Steps between measurements of loss(mismatched) - loss(matched).")
+    on_collapse: Literal["warn", "stop"] = Field("warn", description="What an alarm does: warn or stop.")
+    log_with: list[Literal["tensorboard", "wandb"]] = Field([], description="Tracker to log to; repeat for several.")
+    debug_print_first: int = Field(0, ge=0, description="Print the first N generations at each validation.")
+    debug_topk: int = Field(0, ge=0, description="Print the N likeliest first answer tokens at each validation.")
 
-    @field_validator("layer", mode="before")
+    @field_validator("layer", "receiver", "log_with", mode="before")
     @classmethod
-    def _one_or_several(cls, layer: Any) -> Any:
-        return [layer] if type(layer) is int else layer
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if type(value) in (int, str) else value
 
-    @field_validator("sender", "receiver", "task")
+    @field_validator("sender", "receiver", "task", "add_receiver", "bridge")
     @classmethod
-    def _found_from_anywhere(cls, name: str) -> str:
-        return name if name == "world" else _absolute(name)
+    def _found_from_anywhere(cls, name: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(name, list):
+            return [_absolute(each) for each in name]
+        return name if name in (None, "", "world", "builtin") else _absolute(name)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TrainConfig":
+        if self.add_receiver is not None:
+            if self.bridge is None or self.sender or self.receiver:
+                raise ValueError("--add-receiver needs --bridge, and neither --sender nor --receiver")
+        elif self.bridge is not None:
+            raise ValueError("--bridge needs --add-receiver")
+        elif not self.sender or not self.receiver:
+            raise ValueError("sender and receiver are needed")
+        if len(set(self.receiver)) < len(self.receiver):
+            raise ValueError(f"receivers must differ, got {self.receiver}")
+        if not any((self.answer_weight, self.first_k_weight, self.kd_weight)):
+            raise ValueError("one of answer_weight, first_k_weight and kd_weight must be above 0")
+        if self.batch_size < 2 and (self.margin_weight or self.diversity_weight):
+            raise ValueError("margin_weight and diversity_weight compare examples: batch_size must be 2 or more")
+        return self
+
+    @property
+    def receivers(self) -> list[str]:
+        """Names of the receivers trained for."""
+        return self.receiver if self.add_receiver is None else [self.add_receiver]
+
+    @property
+    def windowed(self) -> bool:
+        """Whether each slot covers a window of the source."""
+        return self.encoder in WINDOWED
 
 
 def _absolute(name: str) -> str:
@@ -106,5 +188,7 @@ def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
+        if not name:
+            raise InvalidRequest(first["msg"].removeprefix("Value error, ")) from None
         got = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise InvalidRequest(f"{name}: {first['msg']}{got}", param=name) from None

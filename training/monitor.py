@@ -1,101 +1,263 @@
-"""Watching a run: a live line on a terminal, plain lines elsewhere, JSON lines in the folder."""
+"""Watching a run: a live view on a terminal, plain lines elsewhere, JSON lines in the folder, trackers when asked.
+
+Dimensions used in this file:
+    B batch    A answer columns    V vocabulary
+"""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
-from rich.console import Console
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
 
 from bridge.checkpoint import replace_file
+from training.objectives import answer_mask, answers_right, first_logits
 
-LOG = "log.jsonl"
+LOG, EVENTS = "log.jsonl", "events.jsonl"
 SMOOTHING = 0.95
 PLAIN_LINES = 20  # lines a run prints where there is no terminal
+TOP = 5  # first-token accuracy is also counted among so many
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimiser step.
+    """One optimiser step. Measures of the answers are None in the warm start, which has none.
 
     Attributes:
         phase: ``align`` in the warm start, then ``answer``.
-        loss: What was minimised: 1 - cosine while aligning, then nats.
-        answer_loss: Cross-entropy of the answers, nats per token, first token weighted.
-        reconstruction_loss: Cross-entropy of the repeated sources, nats per token; 0 when off.
+        loss: What was minimised: 1 - cosine while aligning, then weighted nats.
+        losses: The objectives that are on, unweighted, means over the step's rows.
         accuracy: Share of answers whose every token was the likeliest (teacher-forced), 0 to 1.
+        first_token_top1: Share of answers whose first token was the likeliest; ``top5``: among the five likeliest.
+        entropy_nats: Entropy of the first answer token's distribution, averaged over the rows first.
+        wanted_entropy_nats: The same of the tokens wanted there: what a perfect receiver would show.
+        distinct_ratio: Different outputs / rows, teacher-forced.
+        top_share: Share of the commonest output; ``wanted_top_share``: of the commonest answer.
+        delta_nats: loss(mismatched latent) - loss(matched), on steps where it was probed.
         gradient_norm: Before clipping.
-        learning_rate: Of this step.
-        seconds: Wall time of this step.
+        seconds: Wall time, waiting for data included; ``data_wait_seconds`` is that part.
+        tokens: Sender and receiver tokens that were read, padding not counted.
+        refused: The step was not finite and changed no weight.
     """
 
     step: int
     phase: Literal["align", "answer"]
+    receiver: str
     loss: float
-    answer_loss: float
-    reconstruction_loss: float
-    accuracy: float
+    losses: dict[str, float]
+    accuracy: float | None
+    first_token_top1: float | None
+    first_token_top5: float | None
+    entropy_nats: float | None
+    wanted_entropy_nats: float | None
+    distinct_ratio: float | None
+    top_share: float | None
+    wanted_top_share: float | None
+    delta_nats: float | None
     gradient_norm: float
     learning_rate: float
     seconds: float
+    data_wait_seconds: float
+    tokens: int
+    allocated_bytes: int
+    reserved_bytes: int
+    inactive_bytes: int
+    peak_bytes: int
+    device_bytes: int
+    micro_batch: int
+    out_of_memory_count: int
+    refused: bool
+
+
+@dataclass
+class AnswerStats:
+    """Collects what the answers of a step look like, over all of its forward passes."""
+
+    rows: int = 0
+    right: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    first: Tensor | None = None
+    outputs: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    wanted: Counter[tuple[int, ...]] = field(default_factory=Counter)
+
+    def add(self, logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> None:
+        """Count the rows of one forward pass."""
+        first, wanted = first_logits(logits, labels)
+        best = first.topk(min(TOP, first.shape[-1]), dim=-1).indices == wanted[:, None]
+        said, mask = logits[:, :-1].argmax(dim=-1), answer_mask(labels)
+        self.rows += len(labels)
+        self.right += float(answers_right(logits, labels).sum())
+        self.top1, self.top5 = self.top1 + int(best[:, 0].sum()), self.top5 + int(best.sum())
+        mean = first.float().softmax(dim=-1).sum(dim=0)
+        self.first = mean if self.first is None else self.first + mean
+        for row, target, real in zip(said.tolist(), labels[:, 1:].tolist(), mask.tolist(), strict=True):
+            self.outputs[tuple(token for token, is_real in zip(row, real, strict=True) if is_real)] += 1
+            self.wanted[tuple(token for token, is_real in zip(target, real, strict=True) if is_real)] += 1
+
+    def summary(self) -> dict[str, float | None]:
+        """The record's fields, None each where there were no answers."""
+        if self.first is None:
+            return dict.fromkeys(ANSWER_FIELDS)
+        starts = Counter(answer[:1] for answer in self.wanted.elements())
+        p = self.first / self.rows
+        values = (
+            self.right / self.rows,
+            self.top1 / self.rows,
+            self.top5 / self.rows,
+            float(torch.special.entr(p).sum()),
+            -sum(n / self.rows * math.log(n / self.rows) for n in starts.values()) + 0.0,
+            len(self.outputs) / self.rows,
+            max(self.outputs.values()) / self.rows,
+            max(self.wanted.values()) / self.rows,
+        )
+        return dict(zip(ANSWER_FIELDS, values, strict=True))
+
+
+ANSWER_FIELDS = [f.name for f in fields(StepRecord)][5:13]
 
 
 class Monitor:
-    """Takes a record per step; shows a smoothed loss and accuracy, writes every record."""
+    """Takes a record per step and the events between them; shows a smoothed loss and accuracy, writes everything."""
 
-    def __init__(self, file: IO[str], progress: Progress, total: int, start: int) -> None:
-        self._file, self._progress, self._total = file, progress, total
-        self._bar = progress.add_task(
-            "training", total=total, completed=start, phase="", loss=float("nan"), accuracy=0.0
-        )
+    def __init__(self, log: IO[str], events: IO[str], view: "View", *, total: int, trackers: Any = None) -> None:
+        self._log, self._events, self._view, self._total, self._trackers = log, events, view, total, trackers
         self._smooth: tuple[float, float] | None = None
         self._phase = ""
 
     def log(self, record: StepRecord) -> None:
         """Write and show one step."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
-        new = (record.loss, record.accuracy)
+        self._log.write(json.dumps(asdict(record)) + "\n")
+        if self._trackers is not None:
+            self._trackers.log(_numbers(record), step=record.step)
+        new = (record.loss, record.accuracy or 0.0)
         old = self._smooth if self._smooth and record.phase == self._phase else new
         self._phase = record.phase
         loss, accuracy = (SMOOTHING * o + (1 - SMOOTHING) * n for o, n in zip(old, new, strict=True))
-        self._smooth = (loss, accuracy)
-        self._progress.update(self._bar, completed=record.step, phase=record.phase, loss=loss, accuracy=accuracy)
+        if not record.refused:
+            self._smooth = (loss, accuracy)
+        self._view.show(record, loss, accuracy)
         every = max(1, self._total // PLAIN_LINES)
-        if not self._progress.console.is_terminal and (record.step % every == 0 or record.step == self._total):
-            self._progress.console.print(
+        if not self._view.console.is_terminal and (record.step % every == 0 or record.step == self._total):
+            self._view.console.print(
                 f"step {record.step}/{self._total}  {record.phase:6}  loss {loss:.3f}  answers right {accuracy:.3f}  "
                 f"gradient {record.gradient_norm:.2f}  {record.seconds * 1000:.0f} ms/step",
                 soft_wrap=True,
             )
 
+    def event(self, step: int, event: str, **values: Any) -> None:
+        """Write what happened beside the steps: a validation, an alarm, a save, a lack of memory."""
+        self._events.write(json.dumps({"step": step, "event": event, **values}) + "\n")
+        if self._trackers is not None and event == "validation":
+            self._trackers.log({f"validation/{values['metric']}": values["value"]}, step=step)
 
-def _step_of(line: str) -> int:
-    """The step of a log line; 0 for what a killed run left of one."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 0
+    def say(self, line: str) -> None:
+        """Print a line above the live view."""
+        self._view.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _numbers(record: StepRecord) -> dict[str, float]:
+    flat = {**asdict(record), **{f"loss/{name}": value for name, value in record.losses.items()}}
+    return {name: value for name, value in flat.items() if type(value) in (int, float)}
+
+
+class View:
+    """What a terminal shows while a run goes on: a bar, and the numbers that tell a live run from a dead one."""
+
+    def __init__(self, console: Console, *, total: int, start: int) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.fields[phase]:6}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("answers right {task.fields[accuracy]:.3f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar = self._progress.add_task(
+            "training", total=total, completed=start, phase="", loss=float("nan"), accuracy=0.0
+        )
+        self._delta: float | None = None
+        self.live = Live(self._progress, console=console, refresh_per_second=4, transient=False)
+
+    def show(self, record: StepRecord, loss: float, accuracy: float) -> None:
+        """Bring the view to a step."""
+        self._progress.update(self._bar, completed=record.step, phase=record.phase, loss=loss, accuracy=accuracy)
+        self._delta = self._delta if record.delta_nats is None else record.delta_nats
+        if self.console.is_terminal:
+            self.live.update(Group(self._progress, self._numbers(record)))
+
+    def _numbers(self, record: StepRecord) -> Table:
+        table = Table.grid(padding=(0, 3))
+        wait = record.data_wait_seconds / max(record.seconds, 1e-9)
+        cells = {
+            **{name: f"{value:.3f}" for name, value in record.losses.items()},
+            "Δ": _or_dash(self._delta, "{:+.2f}"),
+            "first token": _or_dash(record.first_token_top1, "{:.2f}"),
+            "entropy": _or_dash(record.entropy_nats, "{:.1f}"),
+            "distinct": _or_dash(record.distinct_ratio, "{:.2f}"),
+            "gradient": f"{record.gradient_norm:.2f}",
+            "tokens/s": f"{record.tokens / max(record.seconds, 1e-9):,.0f}",
+            "waiting": f"{wait:.0%}",
+            "memory": f"{record.peak_bytes / 1e9:.1f} GB",
+        }
+        for name in cells:
+            table.add_column(name, no_wrap=True)
+        table.add_row(*[f"[dim]{name}[/dim]" for name in cells])
+        table.add_row(*cells.values())
+        return table
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines; what a killed run left of a line is left out."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            yield found
 
 
 @contextmanager
-def watch(folder: Path, console: Console, *, total: int, start: int) -> Iterator[Monitor]:
-    """Open a monitor for a run that has done ``start`` of ``total`` steps; later log lines are dropped."""
-    path = folder / LOG
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    replace_file(path, "".join(f"{line}\n" for line in lines if 0 < _step_of(line) <= start).encode())
-    progress = Progress(
-        TextColumn("{task.fields[phase]:6}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("answers right {task.fields[accuracy]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with path.open("a", buffering=1) as file, progress:
-        yield Monitor(file, progress, total, start)
+def watch(folder: Path | None, console: Console, *, total: int, start: int, trackers: Any = None) -> Iterator[Monitor]:
+    """Open a monitor for a run that has done ``start`` of ``total`` steps; later lines are dropped.
+
+    Without a folder nothing is written: of several processes one keeps the logs.
+    """
+    for name in (LOG, EVENTS) if folder else ():
+        assert folder is not None
+        kept: Iterable[dict[str, Any]] = (line for line in read_jsonl(folder / name) if line["step"] <= start)
+        replace_file(folder / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    view = View(console, total=total, start=start)
+    paths = [folder / name if folder else Path(os.devnull) for name in (LOG, EVENTS)]
+    with ExitStack() as stack:
+        log, events = (stack.enter_context(path.open("a", buffering=1)) for path in paths)
+        if console.is_terminal:
+            stack.enter_context(view.live)
+        yield Monitor(log, events, view, total=total, trackers=trackers)
+
+
+def records_of(folder: Path) -> Iterator[StepRecord]:
+    """The records of a run's log, from its first step."""
+    names = {f.name for f in fields(StepRecord)}
+    return (StepRecord(**line) for line in read_jsonl(folder / LOG) if line.keys() == names)

@@ -1,5 +1,7 @@
 """What a bridge is trained for. Small pure functions; each row's loss is its own, whatever its batch.
 
+The exceptions say so: ``diversity_loss`` and ``margin_loss`` compare rows on purpose.
+
 Dimensions used in this file:
     B batch    K slots    D receiver width    A answer columns    V vocabulary
 """
@@ -27,11 +29,56 @@ def answer_loss(
         labels: Unshifted; ``token_losses`` shifts them.
         first_token_weight: The other tokens have 1.
     """
-    losses = token_losses(logits, labels)
-    weights = (labels[:, 1:] != IGNORE).to(losses.dtype)
-    first = (weights.cumsum(dim=1) == 1) & (weights > 0)
-    weights = torch.where(first, first_token_weight, weights)
-    return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-8)
+    losses, weights = token_losses(logits, labels), answer_mask(labels).to(torch.float32)
+    return _mean(losses, torch.where(_ordinal(labels) == 1, first_token_weight, weights))
+
+
+def first_k_loss(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"], *, k: int) -> Float[Tensor, " B"]:
+    """Cross-entropy of the first ``k`` tokens of each row's answer, nats per token; a row without labels has 0.
+
+    What the answer's start cannot say the rest of it mostly repeats: all weight goes where the latent decides.
+    Source: ours, swept over k in ``benchmarks/results/first-k-*.json``.
+    """
+    return _mean(token_losses(logits, labels), (answer_mask(labels) & (_ordinal(labels) <= k)).to(torch.float32))
+
+
+def distillation_loss(
+    logits: Float[Tensor, "B A V"], teacher: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]
+) -> Float[Tensor, " B"]:
+    """KL(teacher ‖ student) in nats per answer token; the teacher is the same receiver reading the source.
+
+    Both logits stand at the answer's columns only, so memory grows with answer × V, not with source × V.
+    Source: Hinton et al. 2015, arXiv:1503.02531 §2, at temperature 1; for soft tokens PISCO, arXiv:2501.16075 §3.
+    """
+    student = logits[:, :-1].float().log_softmax(dim=-1)
+    wanted = teacher[:, :-1].float().log_softmax(dim=-1)
+    apart = F.kl_div(student, wanted, log_target=True, reduction="none").sum(dim=-1)
+    # Padding columns of a row of padding may hold anything.
+    return _mean(apart.masked_fill(~answer_mask(labels), 0.0), answer_mask(labels).to(torch.float32))
+
+
+def margin_loss(matched: Float[Tensor, " B"], mismatched: Float[Tensor, " B"], *, margin: float) -> Float[Tensor, " B"]:
+    """max(0, margin + matched - mismatched): another example's latent must be worse by ``margin`` nats.
+
+    Keeps the channel open: a receiver that ignores the latent pays the whole margin.
+    Source: the mismatch margin of Interlat, arXiv:2511.09149 §3.2.
+    """
+    return F.relu(margin + matched - mismatched)
+
+
+def diversity_loss(first: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
+    """-KL(row's first-token distribution ‖ the batch's mean): 0 when all rows say the same, at least -log B.
+
+    Its mean is minus the mutual information between example and first token, so it rewards answers that differ
+    from example to example and not answers that are merely unsure. Gradients flow through the mean too.
+    Source: Krause et al. 2010, "Discriminative clustering by regularized information maximization" §2.
+
+    Args:
+        first: Logits of each row's first answer token.
+    """
+    log_p = first.float().log_softmax(dim=-1)
+    mean = log_p.logsumexp(dim=0, keepdim=True) - torch.log(torch.tensor(float(len(first)), device=first.device))
+    return -(log_p.exp() * (log_p - mean)).sum(dim=-1)
 
 
 def alignment_loss(
@@ -49,6 +96,29 @@ def alignment_loss(
 
 def answers_right(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, " B"]:
     """1 for each row whose every labelled token is the likeliest one, else 0; a measure, not an objective."""
-    wanted = labels[:, 1:]
-    wrong = (logits[:, :-1].argmax(dim=-1) != wanted) & (wanted != IGNORE)
+    wrong = (logits[:, :-1].argmax(dim=-1) != labels[:, 1:]) & answer_mask(labels)
     return (~wrong.any(dim=1)).float()
+
+
+def first_logits(
+    logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]
+) -> tuple[Float[Tensor, "B V"], Int[Tensor, " B"]]:
+    """Logits of each row's first answer token and the token wanted there; a row without labels wants ``IGNORE``."""
+    at = answer_mask(labels).int().argmax(dim=1)
+    rows = torch.arange(len(labels), device=labels.device)
+    return logits[rows, at], labels[rows, at + 1]
+
+
+def answer_mask(labels: Int[Tensor, "B A"]) -> Bool[Tensor, "B A-1"]:
+    """Columns of ``token_losses`` that stand for a labelled token."""
+    return labels[:, 1:] != IGNORE
+
+
+def _ordinal(labels: Int[Tensor, "B A"]) -> Int[Tensor, "B A-1"]:
+    """1 at each row's first labelled token, 2 at its second, …; 0 where nothing is labelled."""
+    mask = answer_mask(labels)
+    return mask.long().cumsum(dim=1) * mask
+
+
+def _mean(losses: Float[Tensor, "B N"], weights: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-8)

@@ -19,7 +19,7 @@ from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
 from bridge.config import Layout, Manifest
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task, said_after
-from bridge.models import FrozenLM, SourceTokens, load_model, text_ids, tokenize_source
+from bridge.models import FrozenLM, Reader, SourceTokens, load_model, text_ids, tokenize_source
 from bridge.prompt import LATENT, Row, collate, compose
 from bridge.sampling import SamplingParams
 
@@ -31,18 +31,41 @@ SCORED_ROWS = 64  # rows of a classification scored in one pass
 RELAY_TOKENS = 64  # most tokens a sender writes in the relay condition
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Everything an evaluation runs on. ``bridge_id`` and ``dtype`` say how latents cross the wire."""
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """What it takes to ask a receiver about examples, whatever it reads of them."""
 
-    checkpoint: str
     task: Task
     examples: Sequence[Example]
     bridge: Bridge
-    bridge_id: str
-    sender: FrozenLM
     receiver_name: str
     receiver: FrozenLM
+
+    @property
+    def layout(self) -> Layout:
+        return self.bridge.config.heads[self.receiver_name].layout
+
+    def rows(self, chosen: Sequence[int], readings: Sequence[Reading], answers: Sequence[str | None]) -> list[Row]:
+        """Receiver inputs with each reading at ``{latent}``; a text over the receiver's context is cut at its end."""
+        room = self.receiver.max_tokens - self.task.max_answer_tokens
+        made = []
+        for i, reading, said in zip(chosen, readings, answers, strict=True):
+            prompt = self.examples[i].prompt
+            if isinstance(reading, str):
+                made.append(fit(self.receiver, self.layout, prompt, reading, room, said))
+            else:
+                slots = None if reading is None else len(reading)
+                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=said, max_tokens=room))
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Asking):
+    """Everything an evaluation runs on. ``bridge_id`` and ``dtype`` say how latents cross the wire."""
+
+    checkpoint: str
+    bridge_id: str
+    sender: FrozenLM
     dtype: wire.DType = "float16"
 
     def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
@@ -55,10 +78,6 @@ class Setting:
             bridge_id=manifest.bridge_id,
             sender=sender,
         )
-
-    @property
-    def layout(self) -> Layout:
-        return self.bridge.config.heads[self.receiver_name].layout
 
     def sources(self, chosen: Sequence[int]) -> list[SourceTokens]:
         """Sender tokens of the chosen examples, cut to what the bridge reads."""
@@ -123,21 +142,8 @@ class Setting:
             rows.append(draw / np.sqrt(np.square(draw).mean(axis=1, keepdims=True)))
         return rows
 
-    def rows(self, chosen: Sequence[int], readings: Sequence[Reading], answers: Sequence[str | None]) -> list[Row]:
-        """Receiver inputs with each reading at ``{latent}``; a text over the receiver's context is cut at its end."""
-        room = self.receiver.max_tokens - self.task.max_answer_tokens
-        made = []
-        for i, reading, said in zip(chosen, readings, answers, strict=True):
-            prompt = self.examples[i].prompt
-            if isinstance(reading, str):
-                made.append(fit(self.receiver, self.layout, prompt, reading, room, said))
-            else:
-                slots = None if reading is None else len(reading)
-                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=said, max_tokens=room))
-        return made
 
-
-def fit(lm: FrozenLM, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
+def fit(lm: Reader, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
     """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens.
 
     Raises:
@@ -150,7 +156,7 @@ def fit(lm: FrozenLM, layout: Layout, template: str, text: str, room: int, answe
     return row if len(row) <= room else compose(lm, layout, template, latent="", answer=answer, max_tokens=room)
 
 
-def cut_text(lm: FrozenLM, text: str, tokens: int) -> str:
+def cut_text(lm: Reader, text: str, tokens: int) -> str:
     """The start of ``text`` that the model reads as at most ``tokens`` tokens; half a character can read as more."""
     ids = text_ids(lm, text)
     starts = (str(lm.tokenizer.decode(ids[:kept])) for kept in range(min(tokens, len(ids)), 0, -1))
@@ -178,7 +184,17 @@ def open_setting(
             param="task",
         )
     examples = loaded.test[: limit or len(loaded.test)]
-    return Setting(str(checkpoint), loaded, examples, bridge, manifest.bridge_id, sender, name, answering, dtype)
+    return Setting(
+        checkpoint=str(checkpoint),
+        task=loaded,
+        examples=examples,
+        bridge=bridge,
+        bridge_id=manifest.bridge_id,
+        sender=sender,
+        receiver_name=name,
+        receiver=answering,
+        dtype=dtype,
+    )
 
 
 Condition = Callable[[Setting, Sequence[int]], Sequence[Reading]]
@@ -196,7 +212,7 @@ TRAINED = ("prompt", "random_sender")
 """Conditions that are bridges of their own, trained like the one measured: run when asked for."""
 
 
-def answer(setting: Setting, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+def answer(setting: Asking, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
     """What the receiver answers: the likeliest label of a classification, else greedy text."""
     latents = [reading if isinstance(reading, np.ndarray) else None for reading in readings]
     if setting.task.kind == "generation":
@@ -213,7 +229,7 @@ def answer(setting: Setting, chosen: Sequence[int], readings: Sequence[Reading])
     return [spoken[at * count + label] for at, label in enumerate(best)]
 
 
-def _scores(setting: Setting, rows: Sequence[Row], soft: Tensor | None, start: int, count: int) -> Tensor:
+def _scores(setting: Asking, rows: Sequence[Row], soft: Tensor | None, start: int, count: int) -> Tensor:
     """Scores of some rows at a time, as memory grows with rows × vocabulary; a soft token serves ``count`` rows."""
     part = range(start, min(start + SCORED_ROWS, len(rows)))
     batch = collate([rows[i] for i in part], side="left").to(setting.receiver.device)

@@ -76,6 +76,11 @@ class Task:
     relay: str = SUMMARY
     max_answer_tokens: int = 32
 
+    @property
+    def generated(self) -> bool:
+        """Whether examples are made as they are read, and hardly ever repeat."""
+        return isinstance(self.train, World)
+
 
 def load_task(name: str) -> Task:
     """``world``, or the path of a task file.

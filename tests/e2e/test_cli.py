@@ -23,7 +23,7 @@ from bridge.models import fingerprint_of
 from service.__main__ import _listen, app, main
 from service.client import Client, ServiceError
 from service.demo import check_free
-from training import loop
+from training import loop, prepare
 
 LATENTWIRE = Path(sys.executable).with_name("latentwire")
 TEXT = "Mara lives in Rome."
@@ -31,6 +31,12 @@ START_SECONDS = 120.0
 
 Run = Callable[..., str]
 Refuse = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def few_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thousand scenes take longer to look at than these runs."""
+    monkeypatch.setattr(prepare, "CHECKED", 20)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -109,11 +115,14 @@ def message(checkpoint: Path, tmp_path: Path, run: Run) -> Path:
 def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[object]:
     return [
         "train", "--sender", model_folders["neox"], "--receiver", model_folders["llama"], "--task", "world",
-        "--out", out, "--max-steps", 2, "--batch-size", 2, "--latent-dim", 16, "--hidden-dim", 32, "--depth", 1, *more,
+        "--out", out, "--max-steps", 2, "--batch-size", 2, "--latent-dim", 16, "--hidden-dim", 32, "--depth", 1,
+        "--validation-examples", 2, *more,
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", [[], *([c] for c in ("train", "evaluate", "encode", "generate", "inspect"))])
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "inspect"))]
+)
 def test_every_command_explains_itself(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -130,7 +139,7 @@ def test_help_lists_every_command_and_needs_no_torch() -> None:
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "evaluate", "encode", "generate", "inspect", "serve", "demo"):
+    for command in ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "inspect", "serve", "demo"):
         assert command in done.stdout
 
 
@@ -160,10 +169,10 @@ def test_an_interrupted_run_ends_with_code_130_and_resumes_to_what_it_would_have
 ) -> None:
     out, take_step = tmp_path / "bridge", loop.take_step
 
-    def interrupted(state: loop.Run, step: int, monitor: Any) -> None:
+    def interrupted(state: Any, step: int, rows: Any, **rest: Any) -> Any:
         if step == 1:
             raise KeyboardInterrupt
-        take_step(state, step, monitor)
+        return take_step(state, step, rows, **rest)
 
     command = training(model_folders, out, "--save-every", 1)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as caught:
@@ -270,7 +279,7 @@ def test_training_refuses_a_bad_value_and_names_it(
 
 
 def test_training_needs_a_sender(refuse: Refuse, tmp_path: Path) -> None:
-    assert "sender: Field required" in refuse("train", "--task", "world", "--out", tmp_path)
+    assert "sender and receiver are needed" in refuse("train", "--task", "world", "--out", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -337,35 +337,44 @@ RESUMPTION = (
 from functools import cache
 from rich.console import Console
 from bridge.checkpoint import load_bridge
-from training import loop
+from training import loop, prepare
 from training.config import read_config
+from training.step import take_step
 
-loop.CHECKED, loop.load_model, loop.code_version = 1, cache(loop.load_model), lambda: "test"  # time saved, no more
+# Time saved, no more.
+prepare.CHECKED, prepare.load_model, prepare.code_version = 1, cache(prepare.load_model), lambda: "test"
 config, empty, once = read_config(Path(sys.argv[1]), {}), *map(Path, sys.argv[2:])
-folder = config.out
+folder, quiet = config.out, Console(quiet=True)
 
 class Silent:
-    def log(self, record):
+    def event(self, step, event, **values):
         pass
+
+def save(step):
+    loop._save(run, step, Silent())
+
+def step(number):
+    name = run.receiver_of(number)
+    take_step(run, number, [run.sample(name, i) for i in prepare.order_of(run).batch(number)])
 
 def resumed():
     try:
-        manifest = loop.train(config, Console(quiet=True), resume=True)
+        manifest = loop.train(config, quiet, resume=True)
         same = (manifest, load_bridge(folder)[0]) == (straight, straight)
         return [same, sorted(path.name.split("-")[0] for path in folder.iterdir())]
     except Exception as error:
         return [repr(error), []]
 
-straight = loop.train(config, Console(quiet=True))
-run = loop.prepare(config)
-loop.take_step(run, 0, Silent())
-first = survives(folder, empty, lambda: loop._save(run, 1), resumed)
+straight = loop.train(config, quiet)
+run = prepare.prepare(config, quiet)
+step(0)
+first = survives(folder, empty, lambda: save(1), resumed)
 shutil.rmtree(folder)
 shutil.copytree(empty, folder)
-loop._save(run, 1)
+save(1)
 shutil.copytree(folder, once)
-loop.take_step(run, 1, Silent())
-later = survives(folder, once, lambda: loop._save(run, 2), resumed)
+step(1)
+later = survives(folder, once, lambda: save(2), resumed)
 print(json.dumps([first, later]))
 """
 )
@@ -403,6 +412,7 @@ def test_killed_before_any_file_operation_of_saving_state_and_checkpoint_the_run
         "sender": str(model_folders["neox"]), "receiver": str(model_folders["llama"]), "task": "world",
         "out": str(tmp_path / "run"), "max_steps": 2, "save_every": 1, "batch_size": 2, "max_source_tokens": 48,
         "latent_dim": 16, "hidden_dim": 32, "depth": 0, "ratio": 8, "reconstruction_weight": 0.0, "alignment_steps": 1,
+        "validate_every": 0, "keep_last": 1,
     }  # fmt: skip
     (tmp_path / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     (tmp_path / "empty").mkdir()
@@ -411,5 +421,5 @@ def test_killed_before_any_file_operation_of_saving_state_and_checkpoint_the_run
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     for saves in json.loads(done.stdout):  # the first save of a run, and one over another
         assert len(saves) > 30 and saves[-1][0]
-        whole = [True, ["config.json", "encoder", "head", "log.jsonl", "state", "state.json"]]
+        whole = [True, ["config.json", "encoder", "events.jsonl", "head", "log.jsonl", "state", "state"]]
         assert [left for _, left in saves] == [whole] * len(saves)

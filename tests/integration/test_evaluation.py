@@ -20,14 +20,15 @@ from bridge.evaluation import report as reporting
 from bridge.evaluation.conditions import CONDITIONS, RELAY_TOKENS, TRAINED, Reading, Setting, answer, fit, open_setting
 from bridge.evaluation.metrics import bootstrap
 from bridge.evaluation.report import evaluate, table, write_report
-from bridge.evaluation.tasks import Example, load_task
+from bridge.evaluation.tasks import Example
 from bridge.models import FrozenLM, load_model, text_ids
 from bridge.prompt import IGNORE, LATENT, TEXT, Row
 from bridge.sampling import SamplingParams
 from tests.conftest import bridge_config, write_model
 from training.config import TrainConfig
 from training.controls import control_config
-from training.loop import describe, train
+from training.loop import train
+from training.prepare import prepare
 
 EVERY = ["bridge", "direct", "relay", "same_budget", "none", "mismatched", "noise"]
 SENTIMENT = """
@@ -499,12 +500,13 @@ def trained(lms: dict[str, FrozenLM], tmp_path_factory: pytest.TempPathFactory) 
     """A recipe, and the bridge of that recipe, untrained."""
     folder = tmp_path_factory.mktemp("recipe")
     config = TrainConfig(
-        sender=lms["neox"].name, receiver=lms["llama"].name, task="world", out=folder / "run", ratio=8, latent_dim=16,
-        hidden_dim=32, depth=1, max_steps=1, batch_size=2, max_source_tokens=48, reconstruction_weight=0,
-        alignment_steps=1, alignment_weight=0.5,
+        sender=lms["neox"].name, receiver=[lms["llama"].name], task="world", out=folder / "run", ratio=8,
+        latent_dim=16, hidden_dim=32, depth=1, max_steps=1, batch_size=2, max_source_tokens=48,
+        reconstruction_weight=0, alignment_steps=1, alignment_weight=0.5, validate_every=0,
     )  # fmt: skip
-    bridge = make_bridge(describe(config, load_task("world"), lms["neox"], lms["llama"]))
-    save_bridge(config.out, bridge)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.prepare.CHECKED", 20)
+        save_bridge(config.out, prepare(config, Console(quiet=True)).bridge)
     return config, open_setting(config.out, "world", limit=4, dtype="float16", receiver=None)
 
 

@@ -45,13 +45,15 @@ def numbers(value: Any) -> list[float]:
     return [float(value)] if isinstance(value, int | float) else []
 
 
-def test_a_bridge_between_pretrained_models_is_trained_and_measured_beside_every_condition(tmp_path: Path) -> None:
+def test_a_bridge_between_pretrained_models_is_trained_and_measured_beside_every_condition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where tokens are kept
     task = some_rows(tmp_path)
-    models = {"sender": "stories260k-llama", "receiver": "gpt2-mini-2m"}
     config = TrainConfig(
-        **{role: str(MATERIAL / "models" / name) for role, name in models.items()},
+        sender=str(MATERIAL / "models" / "stories260k-llama"), receiver=[str(MATERIAL / "models" / "gpt2-mini-2m")],
         task=task, out=tmp_path / "bridge", ratio=8, layer=[3, 5], max_steps=2, batch_size=4, alignment_steps=1,
-        reconstruction_weight=0.5,
+        reconstruction_weight=0.5, validation_examples=4,
     )  # fmt: skip
     console = Console(quiet=True)
     manifest = train(config, console)

@@ -1,0 +1,49 @@
+"""What a receiver really says: the first generations of an evaluation, and how sure of its first token it was."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bridge import engine
+from bridge.evaluation.conditions import Asking, Reading, answer
+from bridge.prompt import collate, embed
+
+
+def shown(asking: Asking, readings: Sequence[Reading], first: int, topk: int) -> Iterator[str]:
+    """The first answers, then the ``topk`` likeliest first tokens of as many examples; 0 leaves either out."""
+    if first:
+        yield from generations(asking, readings, first)
+    if topk:
+        yield from first_tokens(asking, readings, max(first, 1), topk)
+
+
+def generations(asking: Asking, readings: Sequence[Reading], count: int) -> Iterator[str]:
+    """Lines with the wanted and the given answer of the first ``count`` examples, as ``repr``: blanks matter."""
+    chosen = range(min(count, len(readings)))
+    said = answer(asking, chosen, readings[: len(chosen)])
+    for i, text in zip(chosen, said, strict=True):
+        yield f"example {i + 1}: wanted {asking.examples[i].answer!r}, said {text!r}"
+
+
+@torch.inference_mode()
+def first_tokens(asking: Asking, readings: Sequence[Reading], count: int, topk: int) -> Iterator[str]:
+    """Lines with the ``topk`` likeliest first answer tokens of the first ``count`` examples, with probabilities."""
+    chosen = range(min(count, len(readings)))
+    latents = [None if isinstance(reading, str) else reading for reading in readings[: len(chosen)]]
+    soft = engine.soften(asking.bridge, asking.receiver_name, asking.receiver, latents)
+    batch = collate(asking.rows(chosen, readings[: len(chosen)], [None] * len(chosen)), side="left")
+    batch = batch.to(asking.receiver.device)
+    logits = asking.receiver.model(
+        inputs_embeds=embed(asking.receiver, batch, soft),
+        attention_mask=batch.mask.long(),
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    best = logits.float().softmax(dim=-1).topk(min(topk, logits.shape[-1]), dim=-1)
+    for i, tokens, shares in zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True):
+        shown = (
+            f"{asking.receiver.tokenizer.decode([token])!r} {share:.3f}"
+            for token, share in zip(tokens, shares, strict=True)
+        )
+        yield f"example {i + 1}: first token {', '.join(shown)}"

@@ -1,0 +1,121 @@
+"""The plan against the step it predicts: real tensors, full depth, and every family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig
+
+from bridge.errors import ModelUnavailable
+from training import prepare as preparing
+from training import simulate
+from training.config import TrainConfig
+from training.plan import largest_batch, plan, table
+from training.prepare import prepare
+from training.simulate import Ledger, Lengths, tokens_of
+from training.step import take_step
+
+LENGTHS = {"source_tokens": 40, "prompt_tokens": 6, "answer_tokens": 5}
+
+
+def config_of(sender: Path | str, receiver: Path | str, out: Path, **settings: Any) -> TrainConfig:
+    wanted = {"sender": str(sender), "receiver": str(receiver), "task": "world", "out": out, "precision": "fp32",
+              "batch_size": 4, "alignment_steps": 0, "probe_every": 1, "max_source_tokens": 64,
+              "validate_every": 0, **settings}  # fmt: skip
+    return TrainConfig.model_validate(wanted)
+
+
+def write_llama(folder: Path, **shape: Any) -> Path:
+    """Only a configuration: there is no weight to read."""
+    small = {"hidden_size": 64, "num_hidden_layers": 9, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 96, "vocab_size": 500, "max_position_embeddings": 4096}  # fmt: skip
+    LlamaConfig(architectures=["LlamaForCausalLM"], **{**small, **shape}).save_pretrained(folder)
+    return folder
+
+
+class Watched(Ledger):
+    """The same ledger on tensors that exist, with the most it ever held."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_checkpointing": True}, {"kd_weight": 1.0, "margin_weight": 1.0}], ids=str
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_the_plan_is_what_a_real_step_holds(
+    model_folders: dict[str, Path], tmp_path: Path, family: str, settings: dict[str, Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(preparing, "CHECKED", 1)
+    config = config_of(model_folders["neox"], model_folders[family], tmp_path, **settings)
+    run = prepare(config, Console(quiet=True))
+    rows = [tokens_of(run, Lengths(40, 6, 5), i) for i in range(config.batch_size)]
+    take_step(run, 0, rows)  # the optimisers' state exists from here on
+    with Watched() as ledger:
+        for name in (config.sender, *config.receivers):
+            with run.residency.use(name) as lm:
+                for tensor in (*lm.model.parameters(), *lm.model.buffers()):
+                    ledger.hold(tensor, "weights")
+        for p in run.parameters:
+            ledger.hold(p, "trained")
+        for state in [s for optimizer in run.optimizers for s in optimizer.state.values()]:
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    ledger.hold(value, "state")
+        take_step(run, 0, rows)
+    assert plan(config, **LENGTHS).peak_bytes() == pytest.approx(ledger.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_few_blocks_stand_exactly_for_many(tmp_path: Path, recomputed: bool, monkeypatch: Any) -> None:
+    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
+    config = config_of(sender, receiver, tmp_path, gradient_checkpointing=recomputed, kd_weight=1.0)
+    short = plan(config, **LENGTHS)
+    monkeypatch.setattr(simulate, "DEPTHS", (99, 99))  # deeper than the model: every block runs
+    whole = plan(config, **LENGTHS)
+    assert [short.peak_bytes(rows) for rows in (1, 4, 64)] == [whole.peak_bytes(rows) for rows in (1, 4, 64)]
+
+
+def test_no_weight_costs_anything_per_row(tmp_path: Path) -> None:
+    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
+    made = plan(config_of(sender, receiver, tmp_path, gradient_checkpointing=True), **LENGTHS)
+    for moment in made.moments:
+        for part in (simulate.SENDER, simulate.RECEIVER, simulate.TRAINED):
+            assert moment[part][0] > 0 and moment[part][1] == 0, part
+
+
+def test_the_largest_batch_fits_and_one_more_row_does_not(tmp_path: Path) -> None:
+    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
+    made = plan(config_of(sender, receiver, tmp_path), **LENGTHS)
+    for budget in (made.peak_bytes(1), made.peak_bytes(7), made.peak_bytes(300) + 1):
+        most = largest_batch(made, budget)
+        assert made.peak_bytes(most) <= budget < made.peak_bytes(most + 1)
+    assert largest_batch(made, made.peak_bytes(1) - 1) == 0
+
+
+def test_settings_that_save_memory_let_more_rows_fit(tmp_path: Path) -> None:
+    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
+    made = plan(config_of(sender, receiver, tmp_path), **LENGTHS, device_bytes=10**9, compare=True)
+    fits = {name: largest_batch(other, 10**9) for name, other in made.others.items()}
+    assert fits["with --gradient-checkpointing"] > largest_batch(made, 10**9)
+    assert fits["with --cache-features"] >= largest_batch(made, 10**9) >= fits["with distillation"]
+    console = Console(width=120, record=True, quiet=False, file=(tmp_path / "shown").open("w"))
+    console.print(table(made))
+    shown = console.export_text()
+    assert "receiver weights" in shown and "fits" in shown and all(name in shown for name in made.others)
+
+
+def test_a_folder_that_holds_no_causal_model_is_named(tmp_path: Path) -> None:
+    receiver = write_llama(tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ModelUnavailable, match="cannot be planned"):
+        plan(config_of(tmp_path / "a", receiver, tmp_path), **LENGTHS)

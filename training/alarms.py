@@ -1,0 +1,242 @@
+"""When a run goes wrong without stopping, say so: which number, which limit, what to try.
+
+Each condition is judged on means, because a single batch lies: a small one has few answers, and any one can be odd.
+Answers are judged only after the warm-up and once a window of steps has passed: an untrained bridge makes every
+receiver say the same thing.
+
+Two limits follow the task. A receiver that always says the same word has an entropy near 0, but so has a perfect one
+where every answer is "yes". With two labels the entropy of the *wanted* answers is at most ln 2 = 0.69 nat, below any
+limit that would notice a collapse over a whole vocabulary; and where 60 % of the answers are "no", an output with a
+share of 60 % is right. So a batch is compared with its own answers: entropy with half of theirs where that is less
+than 1 nat, the commonest output with one and a half times the share of the commonest answer where that is more than
+50 %, up to 95 %.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.monitor import StepRecord
+
+GRADIENT_NORM = 10.0  # before clipping
+FIRST_TOKEN_TOP1 = 0.10
+ENTROPY_NATS = 1.0
+WANTED_ENTROPY_PART = 0.5
+TOP_SHARE = 0.50
+WANTED_SHARE_TIMES = 1.5
+MOST_TOP_SHARE = 0.95
+DELTA_NATS = 0.01
+LEAST_PROGRESS = 0.001  # of the mean loss, from PLATEAU steps to the next
+TINY_LOSS = 0.01  # what is solved need not fall further
+MEMORY_SHARE = 0.94  # 75 of 80 GB
+WINDOW = 50  # steps of a mean, and for how long a condition must have cleared before it can alarm again
+PLATEAU = 200
+PROBES = 5
+LEAST_ROWS = 4  # with fewer, shares and entropies of a batch say nothing
+
+LENGTHS = {
+    "first_token_top1": WINDOW,
+    "entropy_nats": WINDOW,
+    "wanted_entropy_nats": WINDOW,
+    "top_share": WINDOW,
+    "wanted_top_share": WINDOW,
+    "delta_nats": PROBES,
+    "loss": 2 * PLATEAU,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """The beginning of something wrong.
+
+    Attributes:
+        step: The optimiser step at which it began, from 1.
+        name: Of its condition, one of ``CONDITIONS``.
+        message: One sentence: the measured value, the limit, and what to try.
+        collapse: Whether the bridge carries nothing, or the receiver says one thing to everything: a dead run.
+    """
+
+    step: int
+    name: str
+    message: str
+    collapse: bool
+
+
+@dataclass
+class History:
+    """What is known about one receiver: its latest step, and the last finite values of what is judged as a mean.
+
+    ``last_held`` is, by condition, the step of this receiver at which it was last met.
+    """
+
+    rows: int
+    warm_up_steps: int
+    record: "StepRecord" = field(init=False)
+    steps: int = 0
+    answer_steps: int = 0
+    last_held: dict[str, int] = field(default_factory=dict)
+    values: dict[str, deque[float]] = field(
+        default_factory=lambda: {name: deque(maxlen=length) for name, length in LENGTHS.items()}
+    )
+
+    def add(self, record: "StepRecord") -> None:
+        """Take a step. Those of the warm start, of the warm-up, and refused ones belong to no mean."""
+        self.record, self.steps = record, self.steps + 1
+        if record.phase != "answer" or record.refused:
+            return
+        self.answer_steps += 1
+        if self.answer_steps <= self.warm_up_steps:
+            return
+        for name, values in self.values.items():
+            value: float | None = getattr(record, name)
+            if value is not None and math.isfinite(value):
+                values.append(value)
+
+    def mean(self, name: str) -> float | None:
+        """Mean over the window, None while it is not full."""
+        values = self.values[name]
+        return fmean(values) if len(values) == LENGTHS[name] else None
+
+
+def _gradient_norm(history: History) -> str | None:
+    norm = history.record.gradient_norm
+    if history.record.refused or norm <= GRADIENT_NORM:
+        return None
+    return f"the gradient norm before clipping is {norm:.2f}, above {GRADIENT_NORM:g}"
+
+
+def _first_token(history: History) -> str | None:
+    share = history.mean("first_token_top1")
+    if share is None or share >= FIRST_TOKEN_TOP1:
+        return None
+    return (
+        f"the first token of only {share:.1%} of the answers is the likeliest (mean of {WINDOW} steps), "
+        f"below {FIRST_TOKEN_TOP1:.0%}"
+    )
+
+
+def _low_entropy(history: History) -> str | None:
+    entropy, wanted = history.mean("entropy_nats"), history.mean("wanted_entropy_nats")
+    if entropy is None or wanted is None or history.rows < LEAST_ROWS:
+        return None
+    limit = min(ENTROPY_NATS, WANTED_ENTROPY_PART * wanted)
+    if entropy >= limit:
+        return None
+    return (
+        f"the entropy of the first answer token is {entropy:.2f} nat (mean of {WINDOW} steps), below {limit:.2f} "
+        f"(the wanted answers have {wanted:.2f})"
+    )
+
+
+def _one_output(history: History) -> str | None:
+    share, wanted = history.mean("top_share"), history.mean("wanted_top_share")
+    if share is None or wanted is None or history.rows < LEAST_ROWS:
+        return None
+    # Where nearly every answer is the same, saying it as often as it is wanted is right.
+    limit = max(TOP_SHARE, min(MOST_TOP_SHARE, WANTED_SHARE_TIMES * wanted), wanted)
+    if share <= limit:
+        return None
+    return (
+        f"{share:.1%} of a batch get the same output (mean of {WINDOW} steps), above {limit:.1%} "
+        f"(the commonest answer has {wanted:.1%})"
+    )
+
+
+def _flat_delta(history: History) -> str | None:
+    delta = history.mean("delta_nats")
+    if delta is None or delta >= DELTA_NATS or history.answer_steps < history.warm_up_steps + WINDOW:
+        return None
+    return (
+        f"another text's latent costs the receiver only {delta:.3f} nat (Δ, mean of {PROBES} probes), "
+        f"below {DELTA_NATS:g}: nothing crosses"
+    )
+
+
+def _loss_plateau(history: History) -> str | None:
+    losses = list(history.values["loss"])
+    if len(losses) < 2 * PLATEAU:
+        return None
+    before, after = fmean(losses[:PLATEAU]), fmean(losses[PLATEAU:])
+    if abs(after) < TINY_LOSS or before - after >= LEAST_PROGRESS * abs(before):
+        return None
+    return (
+        f"the mean loss of the last {PLATEAU} steps is {after:.4f}, after {before:.4f} in the {PLATEAU} before: "
+        f"not {LEAST_PROGRESS:.1%} less"
+    )
+
+
+def _memory(history: History) -> str | None:
+    peak, device = history.record.peak_bytes, history.record.device_bytes
+    if device <= 0 or peak <= MEMORY_SHARE * device:
+        return None
+    return (
+        f"the memory peak is {peak / 1e9:.1f} of {device / 1e9:.1f} GB ({peak / device:.1%}), above {MEMORY_SHARE:.0%}"
+    )
+
+
+def _non_finite(history: History) -> str | None:
+    record = history.record
+    if not record.refused:
+        return None
+    return f"the loss is {record.loss} and its gradient norm {record.gradient_norm}, not finite: the step was refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What may go wrong: ``holds`` says what was measured while it does, ``advice`` what to try."""
+
+    name: str
+    holds: Callable[[History], str | None]
+    advice: str
+    collapse: bool = False
+
+
+CONDITIONS = (
+    Condition("gradient_norm", _gradient_norm, "lower the learning rates or lengthen --warmup-steps"),
+    Condition("first_token", _first_token, "raise --first-token-weight, or lengthen --alignment-steps", collapse=True),
+    Condition("low_entropy", _low_entropy, "lower --first-token-weight, or set --diversity-weight", collapse=True),
+    Condition("one_output", _one_output, "set --margin-weight or --diversity-weight", collapse=True),
+    Condition("flat_delta", _flat_delta, "set --margin-weight, or read another --layer", collapse=True),
+    Condition("loss_plateau", _loss_plateau, "change the learning rates, or stop here"),
+    Condition("memory", _memory, "lower --batch-size and raise --accumulate, or lower --max-source-tokens"),
+    Condition("non_finite", _non_finite, "if more follow, lower the learning rates or use --precision bf16"),
+)
+
+
+class Alarms:
+    """Judges every step of a run; a condition alarms when it begins, not at every step while it lasts.
+
+    It alarms again only after it had cleared for at least ``WINDOW`` steps, so that a value around its limit alarms
+    once. Receivers are judged apart: a dead head must not hide behind the mean of a live one. All state comes from
+    the records, so a resumed run replays its log instead of saving any.
+    """
+
+    def __init__(self, *, rows: int, warm_up_steps: int) -> None:
+        """Judge records of ``rows`` answers each; answers not before ``warm_up_steps`` steps of the answer phase."""
+        self._rows, self._warm_up_steps = rows, warm_up_steps
+        self._histories: dict[str, History] = {}
+
+    def observe(self, record: "StepRecord") -> list[Alarm]:
+        """Alarms that begin with this step, in the order of ``CONDITIONS``."""
+        history = self._histories.setdefault(record.receiver, History(self._rows, self._warm_up_steps))
+        history.add(record)
+        alarms = []
+        for condition in CONDITIONS:
+            if (said := condition.holds(history)) is None:
+                continue
+            last = history.last_held.get(condition.name, -math.inf)
+            if history.steps - last > WINDOW:
+                whose = f"{record.receiver}: " if len(self._histories) > 1 else ""
+                message = f"{whose}{said}; {condition.advice}"
+                alarms.append(Alarm(record.step, condition.name, message, condition.collapse))
+            history.last_held[condition.name] = history.steps
+        return alarms
+
+    def replay(self, records: Iterable["StepRecord"]) -> None:
+        """Take the steps a run has done before, whose alarms were raised then."""
+        for record in records:
+            self.observe(record)

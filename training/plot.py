@@ -1,0 +1,278 @@
+"""``latentwire plot``: the curves of a run, finished or not, as one picture and as one page. No display, no network."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from statistics import median
+from textwrap import fill
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from bridge.config import parse_manifest
+from bridge.errors import CorruptCheckpoint, InvalidRequest
+from training.alarms import DELTA_NATS, FIRST_TOKEN_TOP1, GRADIENT_NORM, MEMORY_SHARE
+from training.curves import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    STYLE,
+    Line,
+    Panel,
+    Record,
+    RunLog,
+    best_of,
+    draw_panel,
+    mark_answers,
+    mark_loss,
+    mark_memory,
+    mark_refused,
+    mark_zero,
+)
+
+LOG, EVENTS, CONFIG = "log.jsonl", "events.jsonl", "config.json"  # not imported: what writes them needs torch
+PICTURE, PAGE = "curves.png", "curves.html"
+PARTS = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED)
+PAIR, SINGLE = (6.2, 2.6), (4.6, 2.8)  # inches of a panel: two in a row of the picture; alone, as wide as a phone
+METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # the same log gives the same page
+
+
+def plot(run: Path, out: Path | None = None) -> list[Path]:
+    """Draw a run into ``out``, its own folder when None; returns the two files written.
+
+    ``curves.png`` is one picture. ``curves.html`` is one page with the same panels under the run's facts, alarms and
+    configuration; it needs no network, and its panels stand one below the other on a phone.
+
+    Raises:
+        InvalidRequest: ``run`` holds no log with a finished step, or ``out`` cannot be written.
+    """
+    log, out = read_run(run), out or run
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with rc_context(STYLE):
+            picture(log).savefig(out / PICTURE, dpi=150)
+            (out / PAGE).write_text(page(log), encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"--out {out}: {error.strerror}", param="out") from None
+    return [out / PICTURE, out / PAGE]
+
+
+def read_run(folder: Path) -> RunLog:
+    """Read a run's logs; what a killed run left of a line is left out.
+
+    Raises:
+        InvalidRequest: There is no log, or no step in it.
+    """
+    records = [line for line in _lines(folder / LOG) if isinstance(line.get("loss"), float | int)]
+    if not records:
+        raise InvalidRequest(f"{folder} holds no {LOG} with a finished step: expected the folder of a run", param="run")
+    events = [line for line in _lines(folder / EVENTS) if isinstance(line.get("event"), str)]
+    manifest = None
+    with suppress(OSError, CorruptCheckpoint):  # a run is drawn before its first checkpoint, or beside a damaged one
+        manifest = parse_manifest((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    return RunLog(folder.resolve().name, records, events, manifest)
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                yield found
+
+
+def _key(name: str, scale: float = 1.0) -> Callable[[Record], float | None]:
+    def read(record: Record) -> float | None:
+        value: float | None = record.get(name)
+        return None if value is None else value * scale
+
+    return read
+
+
+def _part(name: str) -> Callable[[Record], float | None]:
+    return lambda record: record.get("losses", {}).get(name)
+
+
+def _of_seconds(name: str) -> Callable[[Record], float | None]:
+    return lambda record: record[name] / max(record["seconds"], 1e-9) if name in record else None
+
+
+PANELS = (
+    Panel(
+        "Right answers, teacher-forced",
+        (
+            Line("first token in top 5", SKY, _key("first_token_top5")),
+            Line("first token", ORANGE, _key("first_token_top1")),
+            Line("whole answer", BLUE, _key("accuracy")),
+        ),
+        ("first_token",), limit=FIRST_TOKEN_TOP1, percent=True, top=1.0, marks=mark_answers,
+    ),
+    Panel(
+        "Entropy of the first answer token, nats",
+        (
+            Line("said", BLUE, _key("entropy_nats")),
+            Line("wanted", GREY, _key("wanted_entropy_nats"), dashed=True),
+        ),
+        ("low_entropy",), bottom=0.0,
+    ),
+    Panel(
+        "Outputs of a batch",
+        (
+            Line("distinct", GREEN, _key("distinct_ratio")),
+            Line("commonest", BLUE, _key("top_share")),
+            Line("commonest wanted", GREY, _key("wanted_top_share"), dashed=True),
+        ),
+        ("one_output",), percent=True, top=1.0,
+    ),
+    Panel(
+        "Δ: cost of another text's latent, nats", (Line("Δ", BLUE, _key("delta_nats")),),
+        ("flat_delta",), limit=DELTA_NATS, bottom=0.0, marks=mark_zero,
+    ),
+    Panel(
+        "Gradient norm before clipping", (Line("norm", BLUE, _key("gradient_norm")),),
+        ("gradient_norm",), limit=GRADIENT_NORM, marks=mark_refused,
+    ),
+    Panel("Learning rate", (Line("rate", BLUE, _key("learning_rate"), exact=True),), bottom=0.0),
+    Panel("Throughput, tokens/s", (Line("tokens/s", BLUE, _of_seconds("tokens")),), bottom=0.0),
+    Panel(
+        "Time spent waiting for data", (Line("share", BLUE, _of_seconds("data_wait_seconds")),),
+        percent=True, bottom=0.0,
+    ),
+)  # fmt: skip
+
+
+def panels_of(log: RunLog) -> list[Panel]:
+    """What is drawn, in reading order; the parts of the loss are those that were on."""
+    parts = dict.fromkeys(name for record in log.records[::-1] for name in record.get("losses", {}))  # answers first
+    device = max(record.get("device_bytes", 0) for record in log.records) / 1e9
+    known = {name for panel in PANELS for name in panel.alarms} | {"memory"}
+    rest = sorted({alarm["name"] for alarm in log.of("alarm")} - known)
+    lines = [Line(name, PARTS[i % len(PARTS)], _part(name)) for i, name in enumerate(parts)]
+    minimised = Line("minimised", INK, _key("loss"), width=2.4)
+    loss = Panel("Loss, nats", (minimised, *lines), ("loss_plateau", "non_finite", *rest), marks=mark_loss)
+    memory = Panel(
+        "Memory, GB" + (f" (the device has {device:.3g})" if device else ""),
+        (
+            Line("peak", INK, _key("peak_bytes", 1e-9), exact=True),
+            Line("reserved", BLUE, _key("reserved_bytes", 1e-9)),
+            Line("allocated", SKY, _key("allocated_bytes", 1e-9)),
+        ),
+        ("memory",), limit=MEMORY_SHARE * device or None, bottom=0.0, marks=mark_memory,
+    )  # fmt: skip
+    return [loss, *PANELS, memory]
+
+
+def picture(log: RunLog) -> Figure:
+    """All panels in one figure, two in a row."""
+    panels = panels_of(log)
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(2 * PAIR[0], rows * PAIR[1] + 0.7), layout="constrained")
+    axes = figure.subplots(rows, 2, gridspec_kw={"wspace": 0.06, "hspace": 0.04}).flatten()
+    for panel, ax in zip(panels, axes, strict=True):
+        draw_panel(ax, panel, log, PAIR[0])
+    for ax in axes[-2:]:
+        ax.set_xlabel("optimiser step")
+    said = fill(" · ".join(f"{name}\N{NO-BREAK SPACE}{value}" for name, value in facts(log).items()), 130)
+    figure.suptitle(f"{log.name}\n{said}", x=0.01, ha="left", fontsize=11, linespacing=1.6)
+    return figure
+
+
+def facts(log: RunLog) -> dict[str, str]:
+    """The run in a few words, for a heading."""
+    steps, seconds = f"{log.records[-1]['step']:,}", sum(record.get("seconds", 0.0) for record in log.records)
+    planned = "" if log.manifest is None else f" of {log.manifest.bridge.provenance.steps:,}"
+    losses = [record["loss"] for record in log.records if math.isfinite(record["loss"])]
+    rates = [rate for record in log.records if (rate := _of_seconds("tokens")(record)) is not None]
+    validations = log.of("validation")
+    found = {
+        "steps": steps + planned,
+        "time": f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min",
+        "last loss": f"{losses[-1]:.4g}" if losses else "",
+        "last validation": _validation(validations[-1]) if validations else "",
+        "best validation": _validation(best_of(validations)) if validations else "",
+        "tokens/s": f"{median(rates):,.0f}" if rates else "",
+    }
+    counts: dict[str, list[Any]] = {
+        "alarms": log.of("alarm"),
+        "refused steps": log.refused,
+        "out of memory": log.out_of_memory,
+    }
+    return {**{k: said for k, said in found.items() if said}, **{k: str(len(of)) for k, of in counts.items() if of}}
+
+
+def _validation(event: Record) -> str:
+    return f"{event['metric']} {event['value']:.3f} at {event['step']:,}"
+
+
+def page(log: RunLog) -> str:
+    """The panels as one HTML page that fetches nothing."""
+    figures = []
+    for panel in panels_of(log):
+        figure = Figure(figsize=SINGLE, layout="constrained")
+        ax = figure.subplots()
+        draw_panel(ax, panel, log, SINGLE[0])
+        ax.set_xlabel("optimiser step")
+        figures.append(f'<figure role="img" aria-label="{escape(panel.title)}">{_svg(figure)}</figure>')
+    rows = [(f"{a['step']:,}", a["name"], a.get("message", "")) for a in log.of("alarm")]
+    alarms = "".join(f"<tr><td>{step}<td>{escape(name)}<td>{escape(said)}" for step, name, said in rows)
+    provenance = log.manifest.bridge.provenance if log.manifest else None
+    recipe = {} if provenance is None else {**provenance.recipe, "code_version": provenance.code_version}
+    settings = {name: value for name, value in recipe.items() if value is not None}
+    return TEMPLATE.format(
+        name=escape(log.name),
+        facts=_terms(facts(log)),
+        alarms=f"<h2>Alarms</h2><div class=wide><table>{alarms}</table></div>" if rows else "",
+        panels="\n".join(figures),
+        recipe=f"<details><summary>Configuration</summary><dl>{_terms(settings)}</dl></details>" if settings else "",
+    )
+
+
+def _terms(values: Mapping[str, object]) -> str:
+    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values.items())
+
+
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=METADATA)
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}: curves</title>
+<style>
+body {{ max-width: 84rem; margin: 0 auto; padding: 1rem; background: #fff }}
+body {{ color: #222; font: 15px/1.45 system-ui, sans-serif }}
+h1 {{ margin: 0 0 .6rem; font-size: 1.4rem; overflow-wrap: anywhere }} h2 {{ font-size: 1rem }}
+dl {{ display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; margin: 0 0 1rem }}
+dt {{ color: #666; font-size: .8rem }} dd {{ margin: 0; overflow-wrap: anywhere }}
+table {{ border-collapse: collapse }}
+td {{ padding: .25rem .8rem .25rem 0; vertical-align: top; border-top: 1px solid #e5e5e5 }}
+td:first-child {{ text-align: right }} td:nth-child(2) {{ color: #b34e00; white-space: nowrap }}
+.wide {{ max-height: 22rem; font-size: .9em; overflow: auto; margin-bottom: 1rem }}
+summary {{ margin: .5rem 0; cursor: pointer }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .6rem }}
+figure {{ margin: 0 }} svg {{ width: 100%; height: auto }}
+</style>
+<h1>{name}</h1>
+<dl>{facts}</dl>
+{alarms}
+<div class="panels">
+{panels}
+</div>
+{recipe}
+</html>
+"""

@@ -1,0 +1,378 @@
+"""Before the first step: load the task and both models, make the bridge, and refuse what would stop a later step."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import AdamW, Optimizer
+
+from bridge.checkpoint import Bridge, check_sender, head_key, load_bridge, make_bridge, read_manifest
+from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
+from bridge.errors import InvalidRequest
+from bridge.evaluation.tasks import Example, Task, load_task
+from bridge.models import FrozenLM, default_device, fingerprint_of, load_model, tokenize_source
+from bridge.prompt import layout_for
+from bridge.residency import Residency
+from training.config import TrainConfig
+from training.data import Order, split_off
+from training.features import CachedStates, LiveStates, build, features_key, open_cache
+from training.machine import DTYPES, Ranks, compile_model, join_ranks, recompute, shard
+from training.muon import Muon
+from training.step import Run
+from training.tokens import Side, Tokeniser, Tokens, tokenise, unflatten
+
+CHECKED = 2000  # examples of a generated task that are looked at before the first step
+OBJECTIVES = ("reconstruction", "continuation")  # those with learned mode tokens
+Sample = Callable[[str, int], Tokens]
+
+
+def completed(config: TrainConfig) -> TrainConfig:
+    """The configuration with what the launcher and an extended checkpoint decide."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        config = config.model_copy(update={"fsdp": True})
+    if config.add_receiver is None:
+        return config
+    assert config.bridge is not None
+    base = read_manifest(config.bridge).bridge
+    if config.add_receiver in base.heads:
+        raise InvalidRequest(f"{config.bridge} already has a head for {config.add_receiver!r}", param="add_receiver")
+    encoder = base.encoder
+    decided = {name: getattr(encoder, name) for name in ("ratio", "num_latents", "latent_dim", "hidden_dim", "depth")}
+    return config.model_copy(
+        update={
+            **decided,
+            "encoder": encoder.kind,
+            "sender": base.sender.name,
+            "layer": list(base.layers),
+            "max_source_tokens": base.max_source_tokens,
+        }
+    )
+
+
+def prepare(config: TrainConfig, console: Console) -> Run:
+    """Everything a step needs, checked.
+
+    Raises:
+        InvalidRequest: A model cannot play its part, or an example does not fit.
+    """
+    ranks, task, device = join_ranks(), load_task(config.task), default_device()
+    console = console if ranks.first else Console(quiet=True)
+    check_writable(config.out)
+    residency = Residency(
+        config.memory_budget, device, DTYPES[config.precision] if config.precision else None, partial(_load, config)
+    )
+    sides, described = _meet(config, task, residency)
+    torch.manual_seed(config.seed)
+    bridge = _bridge(config, described, residency)
+    bridge.encoder.to(device)
+    bridge.heads.to(device)
+    modes = _modes(config, bridge, device)
+    parameters = [p for p in bridge.parameters() if p.requires_grad] + list(modes.parameters())
+    train, validation = split_off(task.train, validation=_held(config), limit=config.max_examples, seed=config.seed)
+    unaligned = not_aligned(config, sides)
+    if unaligned and (config.alignment_steps or config.alignment_weight):
+        raise InvalidRequest(f"alignment was asked for, but {unaligned}", param="alignment_steps")
+    wanted = config.max_steps // 3 if config.alignment_steps is None else config.alignment_steps
+    alignment_steps = 0 if unaligned or config.add_receiver else wanted
+    aligned = bool(alignment_steps or config.alignment_weight)
+    tokenisers = {
+        name: Tokeniser(config, described, task.reconstruction, sides[config.sender], sides[name], aligned)
+        for name in config.receivers
+    }
+    console.print(f"{len(train)} training examples, {len(validation)} of the training split held out for validation")
+    sample = _samples(config, task, tokenisers, train, ranks, console)
+    run = Run(
+        config=config,
+        task=task,
+        train=train,
+        validation=validation,
+        bridge=bridge,
+        modes=modes,
+        states=LiveStates(residency, config.sender, described.layers),
+        residency=residency,
+        tokenisers=tokenisers,
+        sample=sample,
+        parameters=parameters,
+        optimizers=optimisers(bridge, modes, config),
+        scaler=GradScaler(device.type, enabled=config.precision == "fp16"),
+        ranks=ranks,
+        identity=identity_of(config, described, task, ranks),
+        alignment_steps=alignment_steps,
+        micro_batch=config.batch_size,
+    )
+    if config.cache_features:
+        run.states = _cached(run, console)
+    return run
+
+
+def check_writable(out: Path) -> None:
+    """Refuse before the work a folder that could not be written after it; nothing is left behind."""
+    there = next(path for path in (out, *out.resolve().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InvalidRequest(f"--out {out}: {error.strerror}", param="out") from None
+
+
+def _held(config: TrainConfig) -> int:
+    return config.validation_examples if config.validate_every else 0
+
+
+def _load(config: TrainConfig, name: str, **where: Any) -> FrozenLM:
+    lm = load_model(name, device_map=config.device_map, **where)
+    if config.gradient_checkpointing and name != config.sender:
+        lm = recompute(lm)
+    if config.fsdp and not (config.cache_features and name == config.sender):  # one process alone fills the cache
+        lm = shard(lm)
+    return compile_model(lm) if config.compile and name != config.sender else lm
+
+
+def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[str, Side], BridgeConfig]:
+    """Load each model in turn, look at it, and describe the bridge between them."""
+    sides: dict[str, Side] = {}
+    heads: dict[str, Head] = {}
+    with residency.use(config.sender) as lm:
+        sides[lm.name] = Side(lm.name, lm.tokenizer, lm.max_tokens)
+        described = _describe(config, task, lm)
+        if config.bridge is not None:
+            check_sender(described, lm)
+    for name in config.receivers:
+        if _same(config.sender, name):
+            raise InvalidRequest(
+                f"sender and receiver are the same model, {name!r}; a bridge needs two", param="receiver"
+            )
+        with residency.use(name) as lm:
+            if lm.tokenizer.eos_token_id is None:
+                raise InvalidRequest(
+                    f"the tokenizer of receiver {name!r} has no end-of-text token: its answers could not end",
+                    param="receiver",
+                )
+            sides[name] = Side(name, lm.tokenizer, lm.max_tokens)
+            layout, width = layout_for(lm, task.template), lm.width
+            heads[name] = Head(lm.ref, layout, lm.embedding_rms(), _provenance(config, task) if config.bridge else None)
+    encoder = described.encoder
+    if not encoder.latent_dim:
+        encoder = EncoderConfig(**{**vars(encoder), "latent_dim": min(width, 512)})
+    return sides, BridgeConfig(**{**vars(described), "encoder": encoder, "heads": {**described.heads, **heads}})
+
+
+def _same(sender: str, receiver: str) -> bool:
+    """Whether both names stand for one model: the same configuration and weights."""
+    mine, theirs = fingerprint_of(sender), fingerprint_of(receiver)
+    return (mine.config, mine.weights) == (theirs.config, theirs.weights)
+
+
+def _describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
+    """The bridge that ``config`` asks for, still without the receivers' side; or the one that is extended."""
+    if config.bridge is not None:
+        return read_manifest(config.bridge).bridge
+    layers = tuple(config.layer or (round(sender.layers * 2 / 3),))
+    if bad := [layer for layer in layers if not 0 <= layer <= sender.layers]:
+        raise InvalidRequest(f"--layer {bad[0]}: {sender.name!r} has layers 0 to {sender.layers}", param="layer")
+    return BridgeConfig(
+        sender=sender.ref,
+        layers=layers,
+        max_source_tokens=min(config.max_source_tokens, sender.max_tokens),
+        encoder=EncoderConfig(
+            kind=config.encoder,
+            sender_width=sum(sender.state_width(layer) for layer in layers),
+            latent_dim=config.latent_dim or 0,  # decided by the receiver, which is not loaded yet
+            hidden_dim=config.hidden_dim or min(max(sender.width // 32 * 32, 64), 1024),
+            depth=config.depth,
+            ratio=config.ratio,
+            num_latents=config.num_latents,
+        ),
+        heads={},
+        provenance=_provenance(config, task),
+    )
+
+
+def _provenance(config: TrainConfig, task: Task) -> Provenance:
+    return Provenance(
+        task=task.name,
+        data_sha256=task.data_sha256,
+        seed=config.seed,
+        steps=config.max_steps,
+        code_version=code_version(),
+        recipe=config.model_dump(mode="json", exclude={"out", "cache"}),
+    )
+
+
+def _bridge(config: TrainConfig, described: BridgeConfig, residency: Residency) -> Bridge:
+    """A fresh bridge; or the extended one, frozen but for its new head."""
+    fresh = make_bridge(described)
+    if config.bridge is None:
+        return fresh
+    _, base = load_bridge(config.bridge, device=torch.device("cpu"))
+    fresh.encoder.load_state_dict(base.encoder.state_dict())
+    for name in base.config.heads:
+        fresh.head(name).load_state_dict(base.head(name).state_dict())
+    for module in (fresh.encoder, *(fresh.head(name) for name in base.config.heads)):
+        module.requires_grad_(False)
+    return fresh
+
+
+def _modes(config: TrainConfig, bridge: Bridge, device: torch.device) -> nn.ParameterDict:
+    """Learned tokens that tell each long objective from answering; part of the run, not of the checkpoint."""
+    wanted = [name for name in OBJECTIVES if getattr(config, f"{name}_weight") > 0]
+    return nn.ParameterDict(
+        {
+            f"{head_key(receiver)}·{name}": nn.Parameter(
+                torch.randn(config.mode_tokens, bridge.config.heads[receiver].receiver.width)
+            )
+            for receiver in config.receivers
+            for name in wanted
+            if config.mode_tokens
+        }
+    ).to(device)
+
+
+def not_aligned(config: TrainConfig, sides: dict[str, Side]) -> str | None:
+    """Why no soft token can be held against the words it covers, or None where it can."""
+    if not config.windowed:
+        return f"{config.encoder} slots cover no words of their own"
+    slow = [side.name for side in sides.values() if not side.tokenizer.is_fast]
+    return f"the tokenizer of {slow[0]!r} gives no character offsets" if slow else None
+
+
+def optimisers(bridge: Bridge, modes: nn.ParameterDict, config: TrainConfig) -> list[Optimizer]:
+    """Muon for the matrices, AdamW for the rest.
+
+    AdamW alone lost on the world task what the warm start had built (0.03 against 0.82 after the same steps).
+    """
+    trained = [p for p in bridge.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim == 2]
+    others = [p for p in trained if p.ndim != 2] + list(modes.parameters())
+    return [
+        Muon(matrices, lr=config.matrix_learning_rate, decay=config.weight_decay),
+        AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay),
+    ]
+
+
+def identity_of(config: TrainConfig, described: BridgeConfig, task: Task, ranks: Ranks) -> dict[str, Any]:
+    """Everything that decides the result: the settings, and what the models and the data were."""
+    return {
+        **config.model_dump(mode="json"),
+        "sender_fingerprint": str(described.sender.fingerprint),
+        "receiver_fingerprint": ", ".join(str(described.heads[r].receiver.fingerprint) for r in config.receivers),
+        "data_sha256": task.data_sha256,
+        "processes": ranks.count,
+    }
+
+
+def _samples(
+    config: TrainConfig, task: Task, tokenisers: dict[str, Tokeniser], train: Sequence[Example], ranks: Ranks,
+    console: Console,
+) -> Sample:  # fmt: skip
+    """How to get an example's tokens; what is cut is counted, and what does not fit is refused.
+
+    A data set is tokenised whole; of a generated task the first ``CHECKED`` examples stand for all.
+    """
+    if task.generated:
+        looked = [tokeniser(train[i]) for tokeniser in tokenisers.values() for i in range(min(CHECKED, len(train)))]
+        _say_cut(console, [t.source.full_length - len(t.source.ids) for t in looked], "the first ")
+        return lambda name, i: tokenisers[name](train[i])
+    tables: dict[str, Any] = {}
+    for name, tokeniser in tokenisers.items():
+        refs = (tokeniser.bridge.sender, tokeniser.bridge.heads[name].receiver)
+        key = tokeniser.key(task.data_sha256, task.template, [str(ref.fingerprint) for ref in refs])
+        if not ranks.first:
+            ranks.wait()
+        tables[name] = tokenise(tokeniser, train, key, config.cache)
+        if ranks.first:
+            ranks.wait()
+    table = tables[config.receivers[0]]
+    _say_cut(
+        console, [full - len(ids) for ids, (full, _) in zip(table["source"], table["lengths"], strict=True)], "all "
+    )
+    return lambda name, i: unflatten(tables[name][i])
+
+
+def _say_cut(console: Console, missing: Sequence[int], of: str) -> None:
+    """Nothing is cut silently."""
+    if cut := sum(tokens > 0 for tokens in missing):
+        console.print(f"{cut} of {of}{len(missing)} sources exceed --max-source-tokens: only their start is read")
+
+
+def order_of(run: Run) -> Order:
+    """The order in which a run sees its examples."""
+    return Order(
+        len(run.train),
+        batch_size=run.rows_per_step,
+        seed=run.config.seed,
+        length=(lambda index: len(run.train[index].source)) if run.config.group_by_length else None,
+    )
+
+
+def _cached(run: Run, console: Console) -> CachedStates:
+    """The sender's states of every example the run will see, and no sender in memory any more."""
+    config, described = run.config, run.bridge.config
+    order = order_of(run)
+    seen = sorted({i for step in range(config.max_steps) for i in order.batch(step)})
+    side = run.tokenisers[config.receivers[0]].sender
+    texts = [run.train[i].source for i in seen] + [example.source for example in run.validation]
+    sources = [tokenize_source(side, text, max_tokens=described.max_source_tokens, truncate=True) for text in texts]
+    key = features_key(
+        sender=str(described.sender.fingerprint),
+        layers=described.layers,
+        data=run.task.data_sha256,
+        template=run.task.template,
+        longest=described.max_source_tokens,
+        precision=config.precision,
+        device=str(default_device()),
+    )
+    folder = config.cache.expanduser() / "features" / key
+    if run.ranks.first:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("the sender reads", total=len(sources))
+            with run.residency.use(config.sender) as lm:
+                states = build(
+                    lm, described.layers, sources, folder,
+                    progress=lambda done, total: progress.update(bar, completed=done, total=total),
+                )  # fmt: skip
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        console.print(f"sender states of {len(states.rows)} sources: {size:,} bytes in {folder}", soft_wrap=True)
+    run.ranks.wait()
+    run.residency.release(config.sender)
+    return states if run.ranks.first else open_cache(folder, default_device())
+
+
+def open_trackers(run: Run) -> Any:
+    """Accelerate's trackers, in the first process, or None where none is asked for.
+
+    Raises:
+        InvalidRequest: A tracker's package is not installed.
+    """
+    config = run.config
+    if not config.log_with or not run.ranks.first:
+        return None
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    there = {str(name) for name in get_available_trackers()}
+    if missing := [name for name in config.log_with if name not in there]:
+        raise InvalidRequest(f"--log-with {missing[0]}: its package is not installed", param="log_with")
+    accelerator = Accelerator(cpu=default_device().type == "cpu", log_with=config.log_with, project_dir=str(config.out))
+    plain = {k: v if type(v) in (int, float, str, bool) else str(v) for k, v in config.model_dump(mode="json").items()}
+    accelerator.init_trackers("latentwire", config=plain)
+    return accelerator
+
+
+def code_version() -> str:
+    """The package's version, with the commit where the code runs from a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    commit = done.stdout.strip() if (root / ".git").exists() and done.returncode == 0 else ""
+    return version("latentwire") + (f"+{commit}" if commit else "")

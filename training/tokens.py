@@ -1,0 +1,213 @@
+"""Examples as tokens: everything about an example that stays the same during a run, made once.
+
+A data set is tokenised before the first step and kept on disk under a key of everything that decides the tokens; a
+generated task, whose examples never repeat, is tokenised as it is drawn, on the prefetch thread.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge import prompt as composer
+from bridge.config import BridgeConfig, Layout
+from bridge.evaluation.conditions import fit
+from bridge.evaluation.tasks import Example
+from bridge.models import AS_TEXT, Reader, SourceTokens, text_ids, tokenize_source
+from bridge.prompt import IGNORE, LATENT, TEXT, Row, compose
+from training.config import TrainConfig
+
+SPARE = 8  # receiver tokens left free beside a repeated source, whose tokens can join otherwise than counted
+
+
+@dataclass(frozen=True)
+class Side(Reader):
+    """A model's tokenizer with the longest input its positions allow."""
+
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One example for one receiver.
+
+    Attributes:
+        half: Sender tokens of the source's first half, for the continuation objective.
+        words: Pairs (window, receiver token that ends in it), for the warm start.
+        answer: The row that is answered from soft tokens.
+        reconstruction: The row that repeats the source, or None when that objective is off.
+        continuation: The row that goes on after the first half.
+        teacher: The row in which the receiver reads the source itself.
+    """
+
+    source: SourceTokens
+    half: int
+    words: list[tuple[int, int]]
+    answer: Row
+    reconstruction: Row | None = None
+    continuation: Row | None = None
+    teacher: Row | None = None
+
+
+ROWS = [field.name for field in fields(Tokens) if "Row" in str(field.type)]
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """Makes ``Tokens`` for one receiver; a pure function of the example and of what is held here."""
+
+    config: TrainConfig
+    bridge: BridgeConfig
+    reconstruction: str
+    sender: Side
+    receiver: Side
+    aligned: bool
+
+    @property
+    def layout(self) -> Layout:
+        return self.bridge.heads[self.receiver.name].layout
+
+    def __call__(self, example: Example) -> Tokens:
+        """Raises InvalidRequest when the prompt and answer do not fit the receiver beside the soft tokens."""
+        config, limit = self.config, self.bridge.max_source_tokens
+        source = tokenize_source(self.sender, example.source, max_tokens=limit, truncate=True)
+        slots = self.bridge.slots_of(len(source.ids))
+        answer = self._compose(example.prompt, slots, example.answer)
+        half, rest = self._halves(example.source, source)
+        modes = config.mode_tokens
+        return Tokens(
+            source=source,
+            half=half,
+            words=self._words(example.source, len(source.ids)) if self.aligned else [],
+            answer=answer,
+            reconstruction=self._spoken(self.reconstruction, slots + modes, f" {example.source}")
+            if config.reconstruction_weight
+            else None,
+            continuation=self._spoken(LATENT, self.bridge.slots_of(half) + modes, rest)
+            if config.continuation_weight
+            else None,
+            teacher=self._teacher(example, answer) if config.kd_weight else None,
+        )
+
+    def _compose(self, template: str, slots: int, answer: str | None) -> Row:
+        room = self.receiver.max_tokens
+        return compose(self.receiver, self.layout, template, latent=slots, answer=answer, max_tokens=room)
+
+    def _spoken(self, template: str, slots: int, answer: str) -> Row:
+        """A row whose answer is a text of any length, cut to the room beside soft tokens and template."""
+        if not answer.strip():
+            return self._compose(template, slots, None)
+        room = self.receiver.max_tokens - slots - len(text_ids(self.receiver, template.replace(LATENT, ""))) - SPARE
+        ids = text_ids(self.receiver, answer)
+        said = answer if len(ids) <= room else str(self.receiver.tokenizer.decode(ids[: max(room, 1)]))
+        return self._compose(template, slots, said)
+
+    def _halves(self, text: str, source: SourceTokens) -> tuple[int, str]:
+        """Sender tokens of the words up to the middle, and the text after them; no text where there is one word.
+
+        A causal sender's states of a text's start are those of the whole text's start, so the first half needs no
+        pass of its own.
+        """
+        space = text.find(" ", len(text) // 2)
+        if space < 0 or not self.config.continuation_weight:
+            return len(source.ids), ""
+        bos = int(self.sender.tokenizer.bos_token_id is not None)
+        start = text_ids(self.sender, text[:space])
+        kept = next((i for i, (a, b) in enumerate(zip(start, source.ids[bos:], strict=False)) if a != b), None)
+        kept = min(len(start), len(source.ids) - bos) if kept is None else kept
+        return (kept + bos, text[space:]) if kept else (len(source.ids), "")
+
+    def _teacher(self, example: Example, answer: Row) -> Row:
+        """The receiver reads the source where the soft tokens stood, and says the student's very tokens."""
+        said = [label for label in answer.labels if label != IGNORE]
+        read = fit(self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(said))
+        return Row(read.ids + said, read.slots + [TEXT] * len(said), read.labels + said)
+
+    def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
+        """The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned."""
+        bos = int(self.sender.tokenizer.bos_token_id is not None)
+        mine = self.sender.tokenizer(text, return_offsets_mapping=True, **AS_TEXT)
+        theirs = self.receiver.tokenizer(text, return_offsets_mapping=True, **AS_TEXT)
+        ends = np.asarray([end for _, end in mine["offset_mapping"]][: source_tokens - bos])
+        return [
+            ((int(np.searchsorted(ends, end)) + bos) // self.config.ratio, token)
+            for token, (_, end) in zip(theirs["input_ids"], theirs["offset_mapping"], strict=True)
+            if len(ends) and end <= ends[-1]
+        ]
+
+    def key(self, data_sha256: str, template: str, fingerprints: Sequence[str]) -> str:
+        """Digest of everything that decides the tokens, this code included: another one is another cache."""
+        code = b"".join(Path(module).read_bytes() for module in (__file__, composer.__file__))
+        objectives = {name: getattr(self.config, name) > 0 for name in ("reconstruction_weight", "continuation_weight")}
+        described = {
+            **objectives,
+            "data": [data_sha256, template, self.reconstruction],
+            "models": list(fingerprints),
+            "layout": repr(self.layout),
+            "slots": repr((self.bridge.encoder.kind, self.bridge.encoder.ratio, self.bridge.encoder.num_latents)),
+            "limits": [self.bridge.max_source_tokens, self.receiver.max_tokens, self.config.mode_tokens],
+            "wanted": [self.aligned, self.config.kd_weight > 0],
+            "code": hashlib.sha256(code).hexdigest(),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tokenise(tokeniser: Tokeniser, examples: Sequence[Example], key: str, cache: Path) -> Any:
+    """Every example's tokens as flat records of a ``datasets.Dataset``, read from ``cache`` where it has them."""
+    import datasets  # late: it takes a second, and a generated task does not need it
+
+    (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
+
+    def records() -> Iterator[dict[str, Any]]:
+        for example in examples:
+            yield flatten(tokeniser(example))
+
+    chosen = hashlib.sha256("\0".join(e.source + "\1" + e.prompt + "\1" + e.answer for e in examples).encode())
+    name = hashlib.sha256((key + chosen.hexdigest()).encode()).hexdigest()[:32]
+    return datasets.Dataset.from_generator(
+        records, cache_dir=str(cache.expanduser() / "tokens"), fingerprint=name
+    )
+
+
+def flatten(tokens: Tokens) -> dict[str, Any]:
+    """A record of plain lists; ``unflatten`` makes the same ``Tokens`` of it."""
+    record: dict[str, Any] = {
+        "source": tokens.source.ids,
+        "lengths": [tokens.source.full_length, tokens.half],
+        "windows": [window for window, _ in tokens.words],
+        "words": [word for _, word in tokens.words],
+    }
+    for name in ROWS:
+        row: Row | None = getattr(tokens, name)
+        record[name] = [] if row is None else row.ids
+        record[f"{name}_shape"] = [] if row is None else _shape(row)
+    return record
+
+
+def _shape(row: Row) -> list[int]:
+    """(first slot's place, slots, labelled tokens at the end): all that a row is beside its ids."""
+    slots = sum(slot != TEXT for slot in row.slots)
+    return [row.slots.index(0) if slots else 0, slots, sum(label != IGNORE for label in row.labels)]
+
+
+def unflatten(record: dict[str, Any]) -> Tokens:
+    """``Tokens`` of a record."""
+    rows = {name: _row(record[name], record[f"{name}_shape"]) for name in ROWS}
+    assert rows["answer"] is not None
+    full, half = record["lengths"]
+    words = list(zip(record["windows"], record["words"], strict=True))
+    return Tokens(SourceTokens(record["source"], full), half, words, **rows)  # type: ignore[arg-type]
+
+
+def _row(ids: list[int], shape: list[int]) -> Row | None:
+    if not shape:
+        return None
+    first, slots, labelled = shape
+    places = [i - first if first <= i < first + slots else TEXT for i in range(len(ids))]
+    start = len(ids) - labelled
+    return Row(list(ids), places, [IGNORE] * start + list(ids[start:]))

@@ -1,0 +1,80 @@
+"""How good a bridge is by now, on examples held out of the training split."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge import engine
+from bridge.evaluation.conditions import Asking, answer
+from bridge.evaluation.debug import shown
+from bridge.evaluation.metrics import exact_match, token_f1
+from bridge.models import tokenize_source
+from bridge.prompt import collate
+from training.config import Metric
+from training.data import chunks
+from training.objectives import answer_loss
+from training.step import Run
+
+SCORES: dict[str, Callable[[str, str], float]] = {
+    "em": exact_match,
+    "token_f1": token_f1,
+    "accuracy": lambda said, wanted: float(said == wanted),
+}
+
+
+def is_better(metric: Metric, value: float, than: float) -> bool:
+    """Whether ``value`` beats ``than``: a loss is better when it is smaller."""
+    return value < than if metric == "loss" else value > than
+
+
+def metric_of(run: Run) -> Metric:
+    """The metric asked for, or the task's own."""
+    return run.config.metric or ("accuracy" if run.task.kind == "classification" else "em")
+
+
+@torch.inference_mode()
+def validate(run: Run, say: Callable[[str], None] = print) -> tuple[Metric, float]:
+    """Name and value of the validation metric, averaged over receivers; prints generations when asked to."""
+    metric, latents, values = metric_of(run), _latents(run), []
+    for name in run.config.receivers:
+        with run.residency.use(name) as receiver:
+            asking = Asking(
+                task=run.task, examples=run.validation, bridge=run.bridge, receiver_name=name, receiver=receiver
+            )
+            for line in shown(asking, latents, run.config.debug_print_first, run.config.debug_topk):
+                say(line)
+            values.append(_loss(run, asking, latents) if metric == "loss" else _score(run, metric, asking, latents))
+    return metric, statistics.fmean(values)
+
+
+def _latents(run: Run) -> list[NDArray[np.float32]]:
+    limit, side = run.bridge.config.max_source_tokens, run.tokenisers[run.config.receivers[0]].sender
+    found: list[NDArray[np.float32]] = []
+    for part in chunks(list(run.validation), run.micro_batch):
+        sources = [tokenize_source(side, e.source, max_tokens=limit, truncate=True) for e in part]
+        latents, slots = run.bridge.encoder(*run.states.read(sources))
+        found += [row[real].float().cpu().numpy() for row, real in zip(latents, slots, strict=True)]
+    return found
+
+
+def _score(run: Run, metric: Metric, asking: Asking, latents: Sequence[NDArray[np.float32]]) -> float:
+    said: list[str] = []
+    for chosen in chunks(range(len(latents)), run.micro_batch):
+        said += answer(asking, chosen, [latents[i] for i in chosen])
+    wanted = [example.answer for example in asking.examples]
+    score = SCORES[metric]
+    return statistics.fmean(score(have, want) for have, want in zip(said, wanted, strict=True))
+
+
+def _loss(run: Run, asking: Asking, latents: Sequence[NDArray[np.float32]]) -> float:
+    losses: list[float] = []
+    for chosen in chunks(range(len(latents)), run.micro_batch):
+        read = [latents[i] for i in chosen]
+        soft = engine.soften(run.bridge, asking.receiver_name, asking.receiver, read)
+        rows = asking.rows(chosen, read, [asking.examples[i].answer for i in chosen])
+        batch = collate(rows, side="left").to(asking.receiver.device)
+        losses += answer_loss(*engine.answer_logits(asking.receiver, batch, soft)).tolist()
+    return statistics.fmean(losses)
