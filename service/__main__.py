@@ -3,13 +3,12 @@
 Heavy imports stand inside the commands: ``latentwire --help`` must not wait for torch.
 """
 
-import logging
 import math
 import os
-import socket
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,9 @@ from rich.console import Console
 
 from bridge.errors import InvalidRequest, LatentWireError, first_line, shorten
 from service.flags import flags_of
+from service.logs import configure
 from training.config import TrainConfig, read_config
+from training.slurm import app as slurm
 
 if TYPE_CHECKING:
     from bridge.evaluation.conditions import Setting
@@ -33,11 +34,13 @@ app = typer.Typer(
     name="latentwire", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
-out = Console()
+app.add_typer(slurm, name="slurm")
+out, errors = Console(), Console(stderr=True)
 WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
+LogLevel = Annotated[str, typer.Option(help="Least that is logged: debug, info, warning or error.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
 
 
@@ -47,6 +50,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out, if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
     debug: Debug = False,
+    log_level: LogLevel = "warning",
     **flags: Any,
 ) -> None:
     """Train a bridge between two frozen models."""
@@ -54,8 +58,10 @@ def train(
 
     file = flags.pop("config", None)
     settings = read_config(file, ({"debug_print_first": 3, "debug_topk": 5} if debug else {}) | _given(flags))
-    started = time.monotonic()
-    manifest = run(settings, out, resume=resume, overwrite=overwrite)
+    started, level = time.monotonic(), "debug" if debug else log_level
+    configure(level, console=errors)
+    keep_log = partial(configure, level, file=settings.out / "run.log", console=errors)
+    manifest = run(settings, out, resume=resume, overwrite=overwrite, ready=keep_log)
     _say(f"{settings.out} holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
 
 
@@ -125,6 +131,7 @@ def evaluate(
         bool, typer.Option("--controls", help="Also train and measure the 'prompt' and 'random_sender' controls.")
     ] = False,
     debug: Debug = False,
+    log_level: LogLevel = "warning",
     debug_print_first: Annotated[int, typer.Option(min=0, help="Print the first N answers from latents.")] = 0,
     debug_topk: Annotated[int, typer.Option(min=0, help="Print the N likeliest first answer tokens.")] = 0,
 ) -> None:
@@ -133,6 +140,7 @@ def evaluate(
     from bridge.evaluation.report import write_report
     from training.controls import train_controls
 
+    configure("debug" if debug else log_level, console=errors)
     if out_ is not None:
         _check_writable(out_)
     setting = _open(checkpoint, task, limit, dtype, receiver)
@@ -231,6 +239,7 @@ def serve(
     from pydantic import ValidationError
 
     from service.app import create_app
+    from service.demo import listen
     from service.settings import Settings
 
     flags: dict[str, Any] = {"host": host, "port": port, "memory_budget": memory_budget}
@@ -242,15 +251,15 @@ def serve(
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
     application = create_app(settings, _named(bridge or ["builtin=builtin"]))
-    listener = _listen(settings.host, settings.port)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    listener = listen(settings.host, settings.port)
+    configure("info", console=sys.stderr)
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
     _say(f"LatentWire listens on {address} (reference: {address}/docs)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn stops first, then raises the signal again
     patience = math.ceil(settings.request_timeout)  # a client that never finishes its request must not hold the exit
-    uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=patience)).run(
-        sockets=[listener]
-    )
+    uvicorn.Server(
+        uvicorn.Config(application, log_config=None, log_level="warning", timeout_graceful_shutdown=patience)
+    ).run(sockets=[listener])
 
 
 @app.command()
@@ -282,22 +291,6 @@ def demo(
             _say(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
             with suppress(KeyboardInterrupt):
                 server.wait()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections send without delay.
-
-    asyncio sees to that for sockets of its own making only; without it every answer waits 40 ms for an acknowledgement.
-
-    Raises:
-        InvalidRequest: The address cannot be had.
-    """
-    try:
-        listener = socket.create_server((host, port), backlog=2048)
-    except OSError as error:
-        raise InvalidRequest(f"{host}:{port} cannot be listened on: {error.strerror}") from None
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 def _say(line: str) -> None:

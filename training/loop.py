@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -26,8 +26,17 @@ log = logging.getLogger(__name__)
 BEST = "best"  # folder of the best checkpoint so far, inside the run's
 
 
-def train(config: TrainConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Manifest:
+def train(
+    config: TrainConfig,
+    console: Console,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    ready: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Train, saving checkpoint and state as it goes; return the last checkpoint's manifest.
+
+    ``ready`` is called once nothing is refused any more and the folder is there, in the process that writes.
 
     Raises:
         InvalidRequest: ``out`` already holds a checkpoint and neither ``resume`` nor ``overwrite`` is given, the
@@ -41,6 +50,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False, overwr
         stack.callback(run.ranks.leave)
         console = console if run.ranks.first else Console(quiet=True)
         config.out.mkdir(parents=True, exist_ok=True)
+        if run.ranks.first:
+            ready()
         if overwrite and run.ranks.first:
             for path in states_in(config.out):
                 path.unlink()  # a state of the run that is replaced must never be taken for one of this run

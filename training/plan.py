@@ -45,12 +45,12 @@ class Plan:
         return _bytes(self.fullest(rows), rows)
 
 
-def largest_batch(plan: Plan, budget_bytes: float) -> int:
+def largest_batch(plan: Plan, budget_bytes: int) -> int:
     """Most rows of a forward pass within a budget; 0 when not even one fits."""
     fits = []
     for moment in plan.moments:
         fixed, row = (sum(cost[i] for cost in moment.values()) for i in (0, 1))
-        fits.append(int((budget_bytes - fixed) // max(row, 1)))
+        fits.append((budget_bytes - fixed) // max(row, 1))
     return max(0, min(fits))
 
 
@@ -105,7 +105,7 @@ def _changes(config: TrainConfig) -> dict[str, dict[str, bool | float]]:
 
 def table(made: Plan) -> Table:
     """A plan for people: each term, the total, and what would fit."""
-    rows, budget = made.batch_size, USABLE * (made.device_bytes or 0)
+    rows, budget = made.batch_size, int(USABLE * (made.device_bytes or 0))
     shown = Table(title=f"peak memory of a step with {rows} rows in a forward pass")
     for name in ("", "fixed GB", "GB per row", f"GB at {rows}"):
         shown.add_column(name, justify="right" if name else "left")

@@ -16,8 +16,9 @@ import tempfile
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bridge.errors import InvalidRequest, first_line
@@ -285,3 +286,27 @@ def _ask(tool: str, *arguments: str) -> list[str]:
     except subprocess.TimeoutExpired:
         raise InvalidRequest(f"{tool} did not answer within {PATIENCE_SECONDS} seconds") from None
     return done.stdout.splitlines()
+
+
+app = typer.Typer(no_args_is_help=True, help="Training runs as SLURM jobs.")
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="Account, partition, GPUs, time, and the run.")]
+
+
+@app.command("render")
+def render_command(
+    job: JobFile, out: Annotated[Path | None, typer.Option(help="File for the script. [printed]")] = None
+) -> None:
+    """Write the batch script of a job that saves when it is told to end, and goes on when it is started again."""
+    script = render(read_job(job))
+    if out is None:
+        typer.echo(script, nl=False)
+        return
+    out.write_text(script)
+    typer.echo(f"wrote {out}")
+
+
+@app.command("check")
+def check_command(job: JobFile) -> None:
+    """Refuse, before it is submitted, a job whose account, partition, time or folder this cluster does not have."""
+    check(read_job(job))
+    typer.echo(f"{job}: account, partition, time and working directory are right")

@@ -1,6 +1,8 @@
 """The plan against the step it predicts: real tensors, full depth, and every family."""
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from bridge.errors import ModelUnavailable
 from training import prepare as preparing
 from training import simulate
 from training.config import TrainConfig
-from training.plan import largest_batch, plan, table
+from training.plan import USABLE, Plan, largest_batch, plan, table
 from training.prepare import prepare
 from training.simulate import Ledger, Lengths, tokens_of
 from training.step import take_step
 
 LENGTHS = {"source_tokens": 40, "prompt_tokens": 6, "answer_tokens": 5}
+DEVICE = 10**9
 
 
 def config_of(sender: Path | str, receiver: Path | str, out: Path, **settings: Any) -> TrainConfig:
@@ -48,11 +51,19 @@ class Watched(Ledger):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gradient_checkpointing": True}, {"kd_weight": 1.0, "margin_weight": 1.0}], ids=str
+    ("family", "settings"),
+    [
+        ("llama", {"gradient_checkpointing": True}),
+        ("gpt2", {}),
+        ("mistral", {"kd_weight": 1.0, "margin_weight": 1.0}),
+    ],
 )
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_the_plan_is_what_a_real_step_holds(
-    model_folders: dict[str, Path], tmp_path: Path, family: str, settings: dict[str, Any], monkeypatch: Any
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    family: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(preparing, "CHECKED", 1)
     config = config_of(model_folders["neox"], model_folders[family], tmp_path, **settings)
@@ -74,43 +85,50 @@ def test_the_plan_is_what_a_real_step_holds(
     assert plan(config, **LENGTHS).peak_bytes() == pytest.approx(ledger.peak, rel=0.03)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_few_blocks_stand_exactly_for_many(tmp_path: Path, recomputed: bool, monkeypatch: Any) -> None:
+def test_few_blocks_stand_exactly_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
-    config = config_of(sender, receiver, tmp_path, gradient_checkpointing=recomputed, kd_weight=1.0)
+    config = config_of(sender, receiver, tmp_path, gradient_checkpointing=True, kd_weight=1.0)
     short = plan(config, **LENGTHS)
     monkeypatch.setattr(simulate, "DEPTHS", (99, 99))  # deeper than the model: every block runs
     whole = plan(config, **LENGTHS)
     assert [short.peak_bytes(rows) for rows in (1, 4, 64)] == [whole.peak_bytes(rows) for rows in (1, 4, 64)]
 
 
-def test_no_weight_costs_anything_per_row(tmp_path: Path) -> None:
-    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
-    made = plan(config_of(sender, receiver, tmp_path, gradient_checkpointing=True), **LENGTHS)
-    for moment in made.moments:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan with its alternatives."""
+    root = tmp_path_factory.mktemp("planned")
+    sender, receiver = write_llama(root / "a"), write_llama(root / "b", vocab_size=700)
+    return plan(config_of(sender, receiver, root), **LENGTHS, device_bytes=DEVICE, compare=True)
+
+
+def test_no_weight_costs_anything_per_row(made: Plan) -> None:
+    recomputed = made.others["with --gradient-checkpointing"]
+    for moment in (*made.moments, *recomputed.moments):
         for part in (simulate.SENDER, simulate.RECEIVER, simulate.TRAINED):
             assert moment[part][0] > 0 and moment[part][1] == 0, part
 
 
-def test_the_largest_batch_fits_and_one_more_row_does_not(tmp_path: Path) -> None:
-    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
-    made = plan(config_of(sender, receiver, tmp_path), **LENGTHS)
+def test_the_largest_batch_fits_and_one_more_row_does_not(made: Plan) -> None:
     for budget in (made.peak_bytes(1), made.peak_bytes(7), made.peak_bytes(300) + 1):
         most = largest_batch(made, budget)
         assert made.peak_bytes(most) <= budget < made.peak_bytes(most + 1)
     assert largest_batch(made, made.peak_bytes(1) - 1) == 0
 
 
-def test_settings_that_save_memory_let_more_rows_fit(tmp_path: Path) -> None:
-    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
-    made = plan(config_of(sender, receiver, tmp_path), **LENGTHS, device_bytes=10**9, compare=True)
-    fits = {name: largest_batch(other, 10**9) for name, other in made.others.items()}
-    assert fits["with --gradient-checkpointing"] > largest_batch(made, 10**9)
-    assert fits["with --cache-features"] >= largest_batch(made, 10**9) >= fits["with distillation"]
-    console = Console(width=120, record=True, quiet=False, file=(tmp_path / "shown").open("w"))
+def test_settings_that_save_memory_let_more_rows_fit(made: Plan) -> None:
+    fits = {name: largest_batch(other, DEVICE) for name, other in made.others.items()}
+    assert fits["with --gradient-checkpointing"] > largest_batch(made, DEVICE)
+    assert fits["with --cache-features"] >= largest_batch(made, DEVICE) >= fits["with distillation"]
+
+
+def test_the_table_shows_each_part_and_what_would_fit(made: Plan) -> None:
+    console = Console(width=120, file=io.StringIO(), record=True)
     console.print(table(made))
     shown = console.export_text()
-    assert "receiver weights" in shown and "fits" in shown and all(name in shown for name in made.others)
+    assert "receiver weights" in shown and ": fits" in shown
+    for name, other in made.others.items():
+        assert re.search(rf"{re.escape(name)} .* {largest_batch(other, int(USABLE * DEVICE))} ", shown), name
 
 
 def test_a_folder_that_holds_no_causal_model_is_named(tmp_path: Path) -> None:

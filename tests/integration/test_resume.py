@@ -1,10 +1,12 @@
 """A run that was interrupted, killed or told to stop goes on as if nothing had happened; another one is not resumed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,29 +150,33 @@ def dying_at(patch: pytest.MonkeyPatch, fatal: int) -> list[str]:
     return made
 
 
-def test_a_run_killed_at_any_write_of_its_saves_is_resumed_bit_for_bit(
+def test_a_run_killed_at_any_write_of_a_save_is_resumed_bit_for_bit(
     make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "code_version", lambda: "test")  # time saved, no more
-    shape = {"max_steps": 2, "save_every": 1, "alignment_steps": 1, "batch_size": 2, "keep_last": 1}
+    # Time saved, no more.
+    monkeypatch.setattr(prepare, "CHECKED", 1)
+    monkeypatch.setattr(prepare, "load_model", cache(prepare.load_model))
+    monkeypatch.setattr(prepare, "code_version", lambda: "test")
+    shape = {"max_steps": 2, "save_every": 1, "alignment_steps": 1, "batch_size": 2, "keep_last": 1, "depth": 0}
     straight = train(make(out=tmp_path / "straight", **shape), quiet())
-    points = 0
+    once, config, points = make(out=tmp_path / "once", **shape), make(**shape), 0
+    interrupted(once, 1)
     while True:
-        config = make(out=tmp_path / f"killed-{points}", **shape)
+        shutil.copytree(once.out, config.out)
         try:
             with pytest.MonkeyPatch.context() as patch:
                 made = dying_at(patch, points)
-                train(config, quiet())
+                train(config, quiet(), resume=True)
             break
         except Killed:
-            pass
-        assert len(made) == points
+            assert len(made) == points
         assert parts(train(config, quiet(), resume=True)) == parts(straight)
         assert len(log_of(config.out)) == 2 and states_of(config.out) == ["state-00000002.json"]
         assert not list(config.out.glob(".*")) and len(list(config.out.glob("*.safetensors"))) == 3
+        shutil.rmtree(config.out)
         points += 1
-    # Two logs, then two saves of state, its name, encoder, head and config; each is synced, renamed, and synced.
-    assert points == 2 * 3 + 2 * 5 * 3
+    # Two logs, then state, its name, encoder, head and config; each is synced, renamed, and its folder synced.
+    assert points == (2 + 5) * 3
 
 
 @pytest.mark.parametrize("fatal, left", [(3, [2, 3, 4, 5]), (1, [0, 1, 2, 3, 4, 5])])

@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.loop import train
 from training.slurm import SlurmJob, render
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 SCONTROL = """\
 #!/bin/bash
 case "$*" in
@@ -85,7 +85,7 @@ def slurm(tmp_path: Path) -> Scheduler:
 def long_run(make: MakeConfig, folder: Path, **changes: Any) -> TrainConfig:
     """A run that is far from its end when it has taken a few steps; it saves at its end only."""
     task = task_of(folder, *((f"item {n} is {n * 7}", f" What is item {n}?", f" {n * 7}") for n in range(16)))
-    return make(task=task, max_steps=150, save_every=1000, **changes)
+    return make(task=task, max_steps=100, save_every=1000, **changes)
 
 
 def steps_in(folder: Path) -> int:

@@ -1,156 +1,270 @@
-"""Validation on held-out examples, and the best checkpoint, which is never worse than the last one saved."""
+"""Validation during a run: held-out examples, the task's own measure, and the numbers an evaluation would give."""
 
-import statistics
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bridge.checkpoint import load_bridge
-from bridge.engine import answer_logits
-from bridge.evaluation.conditions import Asking, answer
-from bridge.evaluation.metrics import exact_match
+from bridge import engine
+from bridge.checkpoint import save_bridge
+from bridge.evaluation import report
+from bridge.evaluation.conditions import CONDITIONS, Setting, answer, open_setting
+from bridge.evaluation.debug import shown
+from bridge.evaluation.tasks import Example
 from bridge.prompt import collate
 from tests.integration.conftest import MakeConfig
-from tests.integration.runs import (
-    events_of,
-    files_of,
-    interrupted,
-    prepared,
-    quiet,
-    receiver_of,
-    said,
-    same,
-    task_of,
-)
-from training import loop
-from training.config import Metric
+from tests.integration.runs import events_of, prepared, quiet, said, step_of, task_of
 from training.loop import BEST, train
 from training.objectives import answer_loss
 from training.step import Run
 from training.validation import is_better, metric_of, validate
 
-FEW = [(f"Mara has {w}.", " What?", w) for w in ("cats", "a dog", "tea", "no idea", "one", "two")]
-Validate = Callable[[Run, Any], tuple[Metric, float]]
+ROWS = [(f"Number {n}{' and so on' * n}.", f"\nWhich of {n}?", f" {n}") for n in range(1, 13)]
 
 
-def validating(patch: pytest.MonkeyPatch, *values: float, metric: Metric = "em") -> None:
-    """Let the validations to come find these values."""
-    found = iter(values)
-    patch.setattr(loop, "validate", lambda run, say: (metric, next(found)))
+def labelled(folder: Path) -> str:
+    """A task of two labels, one of them rarer."""
+    rows = [{"t": f"Review {n}: {'good' if n % 3 else 'bad'} film.", "y": int(n % 3 > 0)} for n in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.toml").write_text(
+        'name = "reviews"\nkind = "classification"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\n'
+        'source = "{t}"\nprompt = "{latent}\\nSentiment:"\nlabel = "y"\nlabels = ["negative", "positive"]\n'
+    )
+    return str(folder / "task.toml")
 
 
-def test_a_metric_is_better_upwards_and_a_loss_downwards() -> None:
-    assert is_better("em", 0.2, 0.1) and not is_better("em", 0.1, 0.1) and not is_better("accuracy", 0.1, 0.2)
-    assert is_better("loss", 0.1, 0.2) and not is_better("loss", 0.2, 0.2) and not is_better("loss", 0.3, 0.2)
+def trained(config: Any) -> Run:
+    run = prepared(config)
+    for step in range(3):
+        step_of(run, step)
+    return run
 
 
-def test_the_best_checkpoint_is_the_one_with_the_best_value_of_the_events(make: MakeConfig, tmp_path: Path) -> None:
-    config = make(
-        task=task_of(tmp_path, *FEW), max_steps=6, alignment_steps=0, validate_every=1, metric="loss",
-        matrix_learning_rate=0.5, learning_rate=0.5,
-    )  # fmt: skip
+def setting_of(run: Run) -> Setting:
+    """The same bridge, as an evaluation would open it, asked about the run's validation examples."""
+    save_bridge(run.config.out / "as-is", run.bridge)
+    setting = open_setting(run.config.out / "as-is", run.config.task, limit=None, dtype="float32", receiver=None)
+    return replace(setting, examples=list(run.validation))
+
+
+def losses_of(setting: Setting) -> list[float]:
+    """Cross-entropy of each example's answer, one row at a time."""
+    found = []
+    for i, latent in enumerate(setting.latents(range(len(setting.examples)))):
+        soft = engine.soften(setting.bridge, setting.receiver_name, setting.receiver, [latent])
+        batch = collate(setting.rows([i], [latent], [setting.examples[i].answer]), side="left")
+        found.append(float(answer_loss(*engine.answer_logits(setting.receiver, batch, soft))))
+    return found
+
+
+def reported(run: Run) -> dict[str, Any]:
+    """What an evaluation reports of the bridge; of its rivals only one, for they take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "CONDITIONS", {name: CONDITIONS[name] for name in ("bridge", "none")})
+        patch.setattr(report, "TIMED_EXAMPLES", 1)
+        return dict(report.evaluate(setting_of(run))["conditions"]["bridge"])
+
+
+def said_by(run: Run) -> list[str]:
+    setting = setting_of(run)
+    everyone = range(len(setting.examples))
+    return answer(setting, everyone, setting.latents(everyone))
+
+
+def test_the_measure_is_the_tasks_own_unless_another_is_asked_for(make: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "labelled").mkdir()
+    generation = prepared(make(task=task_of(tmp_path, *ROWS), validate_every=1))
+    labels = prepared(make(task=labelled(tmp_path / "labelled"), validate_every=1))
+    assert (metric_of(generation), metric_of(labels)) == ("em", "accuracy")
+    generation.config = generation.config.model_copy(update={"metric": "token_f1"})
+    assert metric_of(generation) == "token_f1"
+
+
+def test_a_loss_is_better_when_it_is_smaller_and_a_score_when_it_is_larger() -> None:
+    assert is_better("loss", 0.5, 0.6) and not is_better("loss", 0.6, 0.5) and not is_better("loss", 0.5, 0.5)
+    for metric in ("em", "accuracy", "token_f1"):
+        assert is_better(metric, 0.6, 0.5) and not is_better(metric, 0.5, 0.6) and not is_better(metric, 0.5, 0.5)
+
+
+def test_exact_match_is_that_of_the_evaluation(make: MakeConfig, tmp_path: Path) -> None:
+    run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=4))
+    # An untrained pair is never right: half of the examples get as their answer what the receiver says to them.
+    texts = said_by(run)
+    run.validation = [
+        replace(example, answer=text if i % 2 else example.answer)
+        for i, (example, text) in enumerate(zip(run.validation, texts, strict=True))
+    ]
+    metric, value = validate(run, lambda _: None)
+    wanted = reported(run)
+    assert (metric, value) == (wanted["metric"], wanted["value"]) and 0.5 <= value < 1
+
+
+def test_token_f1_is_that_of_the_evaluation(make: MakeConfig, tmp_path: Path) -> None:
+    changes = {"metric": "token_f1", "validate_every": 1, "validation_examples": 4, "batch_size": 3}
+    run = trained(make(task=task_of(tmp_path, *ROWS), **changes))
+    texts = said_by(run)
+    run.validation = [
+        replace(example, answer=f"{text} and more" if i % 2 else " nothing like it")
+        for i, (example, text) in enumerate(zip(run.validation, texts, strict=True))
+    ]
+    metric, value = validate(run, lambda _: None)
+    assert metric == "token_f1" and 0 < value < 1
+    assert value == pytest.approx(reported(run)["token_f1"])
+
+
+def test_accuracy_is_that_of_the_evaluation(make: MakeConfig, tmp_path: Path) -> None:
+    run = trained(make(task=labelled(tmp_path), validate_every=1, validation_examples=6))
+    labels = [example.label for example in run.validation]
+    assert sorted(labels, key=str) == [0, 0, 1, 1, 1, 1], "stratified"
+    metric, value = validate(run, lambda _: None)
+    wanted = reported(run)
+    assert (metric, value) == (wanted["metric"], wanted["value"])
+    # Its complement, so that no constant passes.
+    other = {" negative": " positive", " positive": " negative"}
+    run.validation = [replace(e, answer=other[e.answer], label=1 - (e.label or 0)) for e in run.validation]
+    assert validate(run, lambda _: None)[1] == pytest.approx(1 - value)
+
+
+def test_the_validation_loss_is_the_unweighted_loss_of_the_answers(make: MakeConfig, tmp_path: Path) -> None:
+    changes = {"metric": "loss", "first_token_weight": 9.0, "validate_every": 1, "validation_examples": 5}
+    run = trained(make(task=task_of(tmp_path, *ROWS), **changes, batch_size=2))
+    metric, value = validate(run, lambda _: None)
+    assert metric == "loss"
+    assert value == pytest.approx(np.mean(losses_of(setting_of(run))), rel=1e-5)
+
+
+def test_validation_is_the_mean_over_receivers_and_changes_nothing(
+    make: MakeConfig, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    receivers = [str(model_folders["llama"]), str(model_folders["gpt2"])]
+    changes = {"metric": "loss", "validate_every": 1, "validation_examples": 3, "alignment_steps": 0}
+    run = prepared(make(task=task_of(tmp_path, *ROWS), receiver=receivers, **changes))
+    before, chance = [p.detach().clone() for p in run.parameters], torch.get_rng_state()
+    _, value = validate(run, lambda _: None)
+    assert torch.equal(torch.get_rng_state(), chance)
+    whole = setting_of(run)
+    other = open_setting(run.config.out / "as-is", run.config.task, limit=None, dtype="float32", receiver=receivers[1])
+    apart = [np.mean(losses_of(setting)) for setting in (whole, replace(other, examples=whole.examples))]
+    assert value == pytest.approx(np.mean(apart), rel=1e-5) and apart[0] != pytest.approx(apart[1])
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, run.parameters, strict=True))
+
+
+def texts_of(examples: Sequence[Example]) -> list[str]:
+    return [example.source for example in examples]
+
+
+def test_no_example_is_both_trained_on_and_validated_on(make: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "labelled").mkdir()
+    for task, count in ((task_of(tmp_path, *ROWS), 5), (labelled(tmp_path / "labelled"), 6)):
+        run = prepared(make(task=task, validate_every=1, validation_examples=count))
+        held, kept = texts_of(run.validation), texts_of(run.train)
+        assert len(held) == count and not set(held) & set(kept)
+        assert sorted(held + kept) == sorted(texts_of(run.task.train))
+    without = prepared(make(task=task_of(tmp_path, *ROWS), validate_every=0))
+    assert not without.validation and len(without.train) == len(ROWS)
+
+
+@pytest.mark.parametrize("metric, sign", [("loss", -1), ("token_f1", 1)])
+def test_the_best_checkpoint_is_the_one_of_the_best_validation(
+    make: MakeConfig, tmp_path: Path, metric: str, sign: int
+) -> None:
+    changes = {"metric": metric, "validate_every": 1, "validation_examples": 3, "max_steps": 4, "alignment_steps": 0}
+    config = make(task=task_of(tmp_path, *ROWS), **changes, learning_rate=0.05)
     train(config, quiet())
     events = events_of(config.out, "validation")
-    values = [event["value"] for event in events]
-    assert [event["step"] for event in events] == [1, 2, 3, 4, 5, 6] and len(set(values)) == 6
-    assert [event["best"] for event in events] == [all(v < w for w in values[:i]) for i, v in enumerate(values)]
-    assert {event["metric"] for event in events} == {"loss"}
-    run = prepared(config)
-    _, best = load_bridge(config.out / BEST)
-    run.bridge.encoder.load_state_dict(best.encoder.state_dict())
-    run.bridge.heads.load_state_dict(best.heads.state_dict())
-    assert validate(run, print) == ("loss", pytest.approx(min(values), rel=1e-5))
+    assert [event["step"] for event in events] == [1, 2, 3, 4] and {event["metric"] for event in events} == {metric}
+    best = -np.inf
+    for event in events:
+        assert event["best"] is bool(sign * event["value"] > best)
+        best = max(best, sign * event["value"])
+    setting = open_setting(config.out / BEST, config.task, limit=None, dtype="float32", receiver=None)
+    setting = replace(setting, examples=list(prepared(config.model_copy(update={"out": tmp_path / "x"})).validation))
+    if metric == "loss":
+        assert np.mean(losses_of(setting)) == pytest.approx(-best, rel=1e-5)
 
 
-@pytest.mark.parametrize("metric, values, best", [("em", [0.1, 0.5, 0.3], 2), ("loss", [2.0, 2.5, 1.0], 3)])
-def test_only_a_better_value_replaces_the_best_checkpoint(
-    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, metric: Metric, values: list[float], best: int
+GENERATION = re.compile(r"example (\d+): wanted ('.*?'|\".*?\"), said ")
+TOKENS = re.compile(r"example (\d+): first token (.*)")
+SHARE = re.compile(r" (\d\.\d{3})(?:, |$)")
+
+
+def shares(line: str) -> list[float]:
+    """The probabilities of a line of likeliest tokens."""
+    found = TOKENS.fullmatch(line)
+    assert found is not None, line
+    return [float(share) for share in SHARE.findall(found[2])]
+
+
+@pytest.mark.parametrize("first, topk", [(0, 0), (3, 0), (0, 4), (2, 5)])
+def test_a_validation_prints_exactly_the_generations_and_tokens_asked_for(
+    make: MakeConfig, tmp_path: Path, first: int, topk: int
 ) -> None:
-    config = make(max_steps=3, validate_every=1, alignment_steps=0, metric=metric)
-    validating(monkeypatch, *values, metric=metric)
-    train(config, quiet())
-    shorter = make(
-        out=tmp_path / "shorter", max_steps=3, validate_every=1, alignment_steps=0, metric=metric, save_every=1
-    )
-    validating(monkeypatch, *values, metric=metric)
-    interrupted(shorter, best) if best < 3 else train(shorter, quiet())
-    weights = [[p.detach() for p in load_bridge(folder)[1].parameters()] for folder in (config.out / BEST, shorter.out)]
-    assert same(*weights)
-
-
-def test_the_best_value_outlives_a_resume(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make(max_steps=4, save_every=2, validate_every=1, alignment_steps=0)
-    validating(monkeypatch, 0.1, 0.5, 0.4, 0.3)
-    interrupted(config, 2)
-    best = files_of(config.out / BEST)
-    validating(monkeypatch, 0.4, 0.3)
-    train(config, quiet(), resume=True)
-    assert [event["best"] for event in events_of(config.out, "validation")] == [True, True, False, False]
-    assert files_of(config.out / BEST) == best
-
-
-@pytest.mark.xfail(strict=True, reason="the folder of the best checkpoint is left as it was")
-def test_overwriting_a_run_leaves_no_best_checkpoint_of_the_one_before(make: MakeConfig) -> None:
-    config = make(max_steps=1, validate_every=1, alignment_steps=0, validation_examples=2)
-    train(config, quiet())
-    assert load_bridge(config.out / BEST)
-    train(make(max_steps=1, alignment_steps=0), quiet(), overwrite=True)
-    assert not (config.out / BEST / "config.json").exists()
-
-
-def test_the_last_step_is_validated_whenever_any_is(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    validating(monkeypatch, 0.1, 0.2)
-    config = make(max_steps=3, validate_every=2, alignment_steps=0)
-    train(config, quiet())
-    assert [event["step"] for event in events_of(config.out, "validation")] == [2, 3]
-
-
-def test_a_generation_is_scored_by_exact_match_of_what_the_receiver_says(make: MakeConfig, tmp_path: Path) -> None:
-    run = prepared(make(task=task_of(tmp_path, *FEW), validate_every=1, validation_examples=3))
-    name, receiver = run.config.receivers[0], receiver_of(run)
-    asking = Asking(task=run.task, examples=run.validation, bridge=run.bridge, receiver_name=name, receiver=receiver)
-    with torch.no_grad():
-        latents = []
-        for example in run.validation:
-            made, slots = run.bridge.encoder(*run.states.read([run.tokenisers[name](example).source]))
-            latents.append(made[0][slots[0]].numpy())
-    answers = [answer(asking, [i], [latent])[0] for i, latent in enumerate(latents)]
-    assert validate(run, print) == (
-        "em",
-        statistics.fmean(map(exact_match, answers, [e.answer for e in run.validation])),
-    )
-    wanted = [type(e)(e.source, e.prompt, said_, e.label) for e, said_ in zip(run.validation, answers, strict=True)]
-    run.validation = [*wanted[:2], run.validation[2]]
-    assert validate(run, print) == ("em", pytest.approx(2 / 3))
-
-
-def test_the_loss_of_held_out_answers_is_that_of_training_without_weights(make: MakeConfig, tmp_path: Path) -> None:
-    run = prepared(make(task=task_of(tmp_path, *FEW), validate_every=1, metric="loss"))
-    name, receiver = run.config.receivers[0], receiver_of(run)
-    losses = []
-    with torch.no_grad():
-        for example in run.validation:
-            row = run.tokenisers[name](example)
-            latents, _ = run.bridge.encoder(*run.states.read([row.source]))
-            soft = run.bridge.head(name)(latents)
-            losses.append(float(answer_loss(*answer_logits(receiver, collate([row.answer], side="left"), soft))))
-    assert validate(run, print) == ("loss", pytest.approx(statistics.fmean(losses), rel=1e-4))
-
-
-def test_a_classification_is_scored_by_accuracy_unless_told(make: MakeConfig) -> None:
-    run = prepared(make())
-    assert metric_of(run) == "em"
-    run.config = make(metric="token_f1")
-    assert metric_of(run) == "token_f1"
-
-
-def test_generations_are_printed_when_asked_for(make: MakeConfig, tmp_path: Path) -> None:
+    debug = {"debug_print_first": first, "debug_topk": topk}
+    config = make(task=task_of(tmp_path, *ROWS), validate_every=2, validation_examples=4, max_steps=4, **debug)
     console = quiet()
-    config = make(task=task_of(tmp_path, *FEW), max_steps=1, validate_every=1, debug_print_first=2, debug_topk=3)
     train(config, console)
-    held = prepared(config).validation
-    assert all(repr(e.answer)[1:-1] in said(console) for e in held[:2])
-    assert "validation em" in said(console) and "(best so far)" in said(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line for line in text.split("\n") if line.startswith("example ")]
+    assert len([line for line in lines if GENERATION.match(line)]) == 2 * first
+    told = [line for line in lines if TOKENS.fullmatch(line)]
+    assert len(told) == (2 * max(first, 1) if topk else 0)
+    assert len(lines) == 2 * first + len(told)
+    for line in told:
+        found = shares(line)
+        assert len(found) == topk and found == sorted(found, reverse=True) and sum(found) <= 1.005
+    assert "validation em" in said(console)
+
+
+def test_what_a_run_prints_is_what_an_evaluation_prints(make: MakeConfig, tmp_path: Path) -> None:
+    debug = {"debug_print_first": 3, "debug_topk": 6}
+    run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=4, **debug))
+    lines: list[str] = []
+    validate(run, lines.append)
+    setting = setting_of(run)
+    latents = setting.latents(range(4))
+    assert list(shown(setting, latents, 3, 6)) == lines and len(lines) == 6
+    texts = answer(setting, range(3), latents[:3])
+    expected = [f"example {i + 1}: wanted {setting.examples[i].answer!r}, said {texts[i]!r}" for i in range(3)]
+    assert lines[:3] == expected
+    assert [line for line in shown(setting, latents, 0, 0)] == []
+
+
+def test_the_likeliest_tokens_are_those_of_a_row_alone(make: MakeConfig, tmp_path: Path) -> None:
+    run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=3))
+    setting = setting_of(run)
+    latents = setting.latents(range(3))
+    lines = list(shown(setting, latents, 3, 4))[3:]
+    for i, line in enumerate(lines):
+        soft = engine.soften(setting.bridge, setting.receiver_name, setting.receiver, [latents[i]])
+        batch = collate(setting.rows([i], [latents[i]], [None]), side="left")
+        logits, _ = engine.answer_logits(setting.receiver, batch, soft)
+        best = logits[0, -1].softmax(dim=-1).topk(4)
+        assert shares(line) == pytest.approx(best.values.tolist(), abs=6e-4)
+        first = setting.receiver.tokenizer.decode([int(best.indices[0])])
+        assert line.startswith(f"example {i + 1}: first token {first!r} ")
+
+
+def test_more_tokens_than_there_are_and_more_examples_than_there_are_are_all(make: MakeConfig, tmp_path: Path) -> None:
+    run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=2))
+    setting = setting_of(run)
+    lines = list(shown(setting, setting.latents(range(2)), 5, 10_000))
+    assert len(lines) == 4
+    assert sum(shares(lines[-1])) == pytest.approx(1, abs=0.2)  # hundreds of rounded shares
+
+
+def test_an_evaluation_without_latents_shows_what_the_receiver_says_on_its_own(
+    make: MakeConfig, tmp_path: Path
+) -> None:
+    run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=2))
+    setting = setting_of(run)
+    readings = [setting.examples[0].source, setting.examples[1].source]
+    lines = list(shown(setting, readings, 2, 3))
+    assert len(lines) == 4 and all(len(shares(line)) == 3 for line in lines[2:])
+    none = list(shown(setting, [None, None], 1, 3))
+    assert len(none) == 2 and none[0] != lines[0]

@@ -91,11 +91,13 @@ def test_distillation_is_the_teachers_divergence_averaged_over_the_answers_colum
 
 def test_a_row_of_padding_is_no_distance_from_a_teacher_that_may_hold_anything_there() -> None:
     student, teacher = drawn(2, 3, 8).requires_grad_(), -drawn(2, 3, 8)
-    teacher[0, :, 0] = 1e30
+    teacher[0, :, 0] = 1e30  # far, and finite: gradients flow past it
     losses = distillation_loss(student, teacher, labelled([IGNORE] * 3, [IGNORE, 1, 2]))
     losses.sum().backward()  # type: ignore[no-untyped-call]
     assert losses.tolist()[0] == 0 < losses.tolist()[1] < math.inf
     assert student.grad is not None and student.grad.isfinite().all() and not student.grad[0].any()
+    teacher[0] = math.inf
+    assert float(distillation_loss(student, teacher, labelled([IGNORE] * 3, [IGNORE, 1, 2]))[0]) == 0
 
 
 def test_distillation_draws_the_student_towards_the_teacher() -> None:

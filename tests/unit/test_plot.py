@@ -86,12 +86,16 @@ def test_a_run_becomes_one_picture_and_one_page(tmp_path: Path) -> None:
 
 
 def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
-    run = run_in(tmp_path / "<run>", [record(step) for step in range(1, 41)], [alarm(30, "memory")])
+    run = run_in(tmp_path / "<run>", [record(step) for step in range(1, 41)], [alarm(30, "memory"), alarm(31, "a<b")])
     shutil.copy(BUILTIN_BRIDGE / CONFIG, run)
     with rc_context(STYLE):
         text = page(read_run(run))
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\([^#]|<script|<link""", text)
-    assert 'name="viewport"' in text and "<h1>&lt;run&gt;</h1>" in text and "memory &lt;&amp;&gt; said" in text
+    assert (
+        'name="viewport"' in text
+        and "<h1>&lt;run&gt;</h1>" in text
+        and "<td>a&lt;b<td>a&lt;b &lt;&amp;&gt; said" in text
+    )
     assert "<dt>matrix_learning_rate</dt>" in text and "<dt>code_version</dt>" in text
     figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(figures) == len(panels_of(read_run(run))) == 10
