@@ -98,7 +98,7 @@ CASES = [
 
 def main() -> None:
     """Measure every case in a process of its own and record the errors."""
-    environment = {**os.environ, **GLIBC, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, **GLIBC, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         weights = {name: _write(name, Path(folder)) for name in MODELS}
         measured = []

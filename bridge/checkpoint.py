@@ -16,10 +16,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bridge.config import BridgeConfig, Manifest, ModelRef, Part, dump_manifest, parse_manifest
+from bridge.devices import default_device
 from bridge.encoder import Encoder, make_encoder
 from bridge.errors import CorruptCheckpoint, UnknownBridge
 from bridge.heads import SoftTokenHead
-from bridge.models import BUILTIN, FrozenLM, check_identity, default_device, fingerprint_of
+from bridge.models import BUILTIN, FrozenLM, check_identity, fingerprint_of
 from bridge.prompt import check_layout
 
 CONFIG = "config.json"

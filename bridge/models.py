@@ -6,7 +6,6 @@ Dimensions used in this file:
 
 import hashlib
 import json
-import logging
 import math
 import re
 import sys
@@ -30,12 +29,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as library_logging
+from transformers.utils import logging
 
 from bridge.config import RANDOM, Fingerprint, ModelRef
+from bridge.devices import default_device, default_dtype
 from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable, first_line
-
-log = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
@@ -212,32 +210,6 @@ def predicted_bytes(name: str, dtype: torch.dtype) -> int:
     return total * dtype.itemsize
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where half precision is slow; bfloat16 on an accelerator."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-@cache
-def default_device() -> torch.device:
-    """The accelerator where there is one; Apple's only if it computes what we need."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device.type == "mps" and (why := _unusable(device)):
-        log.warning("MPS cannot be used (%s): computing on the CPU", why)
-        return torch.device("cpu")
-    return device
-
-
-def _unusable(device: torch.device) -> str | None:
-    """Why attention and its gradient do not work on a device, tried in small; None where they do."""
-    try:
-        query = torch.randn(1, 1, 4, 8, device=device, dtype=default_dtype(device), requires_grad=True)
-        out = nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum()
-        (gradient,) = torch.autograd.grad(out, query)
-        return None if bool(gradient.isfinite().all()) else "attention has no finite gradient"
-    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
-        return first_line(error)
-
-
 def load_model(
     name: str,
     *,
@@ -261,7 +233,7 @@ def load_model(
     dtype = dtype or default_dtype(device)
     fingerprint, folder = fingerprint_of(name), folder_of(name.removeprefix(RANDOM))
     shown = predicted_bytes(name, dtype) >= LARGE_BYTES and sys.stderr.isatty()
-    (library_logging.enable_progress_bar if shown else library_logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, holes = _untrained(folder) if name.startswith(RANDOM) else _pretrained(folder, dtype, device_map)
@@ -277,14 +249,8 @@ def load_model(
 
 def _pretrained(folder: Path, dtype: torch.dtype, device_map: str | None) -> tuple[Any, list[str]]:
     """A model, and the weights its files lack, which the library would fill with random numbers."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        device_map=device_map,
-    )
+    fixed = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **fixed)
     model, info = loaded
     return model, sorted(info["missing_keys"])
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 import psutil
 import torch
+from torch.distributed.tensor import DTensor
 
+from bridge.devices import default_device, default_dtype
 from bridge.errors import InsufficientMemory
-from bridge.models import FrozenLM, default_device, default_dtype, load_model, predicted_bytes
+from bridge.models import FrozenLM, load_model, predicted_bytes
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ class Residency:
             lm = self.load(name, device=self.device, dtype=self.dtype)
         finally:
             self.loading = None
-        actual = sum(t.nbytes for t in {t.data_ptr(): t for t in lm.model.parameters()}.values())
+        held = [t.to_local() if isinstance(t, DTensor) else t for t in lm.model.parameters()]  # a shard counts alone
+        actual = sum(t.nbytes for t in {t.data_ptr(): t for t in held}.values())
         resident = self._models[name] = _Resident(lm, actual)
         self._note("load", name)
         return resident

@@ -75,7 +75,7 @@ def plan(
     **flags: Any,
 ) -> None:
     """Predict the peak memory of a training run, and what would fit; reads configurations only."""
-    from bridge.models import default_device
+    from bridge.devices import default_device
     from training.machine import memory_of
     from training.plan import plan as predict
     from training.plan import table

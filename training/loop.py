@@ -67,9 +67,12 @@ def train(
                 trackers=open_trackers(run),
             )
         )
-        alarms = _alarms(run)
+        alarms, known = _alarms(run), run.out_of_memory_count
         for step, rows, waited in _steps(run, start, stack):
             record = take_step(run, step, rows, waited=waited)
+            if record.out_of_memory_count > known:
+                known = record.out_of_memory_count
+                monitor.event(step + 1, "out_of_memory", message="the same rows again", micro_batch=record.micro_batch)
             monitor.log(record)
             collapsed = [alarm for alarm in _observe(alarms, record, monitor) if alarm.collapse]
             _after(run, step + 1, monitor)

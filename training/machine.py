@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bridge.devices import default_device
 from bridge.errors import InvalidRequest
-from bridge.models import FrozenLM, blocks_of, default_device
+from bridge.models import FrozenLM, blocks_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
@@ -153,7 +154,7 @@ def memory_of(device: torch.device) -> Memory:
         )
     resident = psutil.Process().memory_info().rss
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Memory(resident, resident, 0, peak, psutil.virtual_memory().total)
+    return Memory(resident, resident, 0, max(peak, resident), psutil.virtual_memory().total)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

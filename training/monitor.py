@@ -144,10 +144,9 @@ class Monitor:
             self._trackers.log(_numbers(record), step=record.step)
         new = (record.loss, record.accuracy or 0.0)
         old = self._smooth if self._smooth and record.phase == self._phase else new
-        self._phase = record.phase
         loss, accuracy = (SMOOTHING * o + (1 - SMOOTHING) * n for o, n in zip(old, new, strict=True))
         if not record.refused:
-            self._smooth = (loss, accuracy)
+            self._smooth, self._phase = (loss, accuracy), record.phase
         self._view.show(record, loss, accuracy)
         every = max(1, self._total // PLAIN_LINES)
         if not self._view.console.is_terminal and (record.step % every == 0 or record.step == self._total):
@@ -168,7 +167,7 @@ class Monitor:
         self._view.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _numbers(record: StepRecord) -> dict[str, float]:
+def _numbers(record: StepRecord) -> dict[str, int | float]:
     flat = {**asdict(record), **{f"loss/{name}": value for name, value in record.losses.items()}}
     return {name: value for name, value in flat.items() if type(value) in (int, float)}
 

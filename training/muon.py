@@ -16,7 +16,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):  # others wait for their turn
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), matrices in shapes.items():
                 moved = orthogonal(torch.stack([self._ahead(p, group["momentum"]) for p in matrices]))

@@ -126,7 +126,7 @@ def table(made: Plan) -> Table:
     return shown
 
 
-def _gb(count: float) -> str:
+def _gb(count: int) -> str:
     return f"{count / 1e9:.3f}"
 
 

@@ -18,9 +18,10 @@ from torch.optim import AdamW, Optimizer
 
 from bridge.checkpoint import Bridge, check_sender, head_key, load_bridge, make_bridge, read_manifest
 from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
+from bridge.devices import default_device
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.models import FrozenLM, default_device, fingerprint_of, load_model, tokenize_source
+from bridge.models import FrozenLM, fingerprint_of, load_model, tokenize_source
 from bridge.prompt import layout_for
 from bridge.residency import Residency
 from training.config import TrainConfig
@@ -83,7 +84,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     if unaligned and (config.alignment_steps or config.alignment_weight):
         raise InvalidRequest(f"alignment was asked for, but {unaligned}", param="alignment_steps")
     wanted = config.max_steps // 3 if config.alignment_steps is None else config.alignment_steps
-    alignment_steps = 0 if unaligned or config.add_receiver else wanted
+    alignment_steps = 0 if unaligned else wanted
     aligned = bool(alignment_steps or config.alignment_weight)
     tokenisers = {
         name: Tokeniser(config, described, task.reconstruction, sides[config.sender], sides[name], aligned)
@@ -267,6 +268,7 @@ def identity_of(config: TrainConfig, described: BridgeConfig, task: Task, ranks:
         "receiver_fingerprint": ", ".join(str(described.heads[r].receiver.fingerprint) for r in config.receivers),
         "data_sha256": task.data_sha256,
         "processes": ranks.count,
+        "bridge_extended": read_manifest(config.bridge).bridge_id if config.bridge else None,
     }
 
 
@@ -372,7 +374,10 @@ def code_version() -> str:
     """The package's version, with the commit where the code runs from a checkout."""
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     commit = done.stdout.strip() if (root / ".git").exists() and done.returncode == 0 else ""
     return version("latentwire") + (f"+{commit}" if commit else "")

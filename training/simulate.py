@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from bridge.checkpoint import Bridge, make_bridge
 from bridge.config import RANDOM, BridgeConfig, EncoderConfig, Fingerprint, Head
+from bridge.devices import default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
-from bridge.models import FrozenLM, SourceTokens, default_device, default_dtype, folder_of
+from bridge.models import FrozenLM, SourceTokens, folder_of
 from bridge.prompt import IGNORE, TEXT, Row, layout_for
 from bridge.residency import Residency
 from training.config import TrainConfig

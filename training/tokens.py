@@ -169,9 +169,7 @@ def tokenise(tokeniser: Tokeniser, examples: Sequence[Example], key: str, cache:
 
     chosen = hashlib.sha256("\0".join(e.source + "\1" + e.prompt + "\1" + e.answer for e in examples).encode())
     name = hashlib.sha256((key + chosen.hexdigest()).encode()).hexdigest()[:32]
-    return datasets.Dataset.from_generator(
-        records, cache_dir=str(cache.expanduser() / "tokens"), fingerprint=name
-    )
+    return datasets.Dataset.from_generator(records, cache_dir=str(cache.expanduser() / "tokens"), fingerprint=name)
 
 
 def flatten(tokens: Tokens) -> dict[str, Any]:

@@ -32,6 +32,8 @@ WEIGHTS = {
 }  # fmt: skip
 """A weight of its own for every objective there is."""
 
+LOGS = {".jsonl", ".log"}
+
 
 class Stopped(Exception):
     """The run was interrupted on purpose."""
@@ -154,7 +156,7 @@ def parts(manifest: Manifest) -> list[str]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Everything a run keeps, by name, but for its logs."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".jsonl"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix not in LOGS}
 
 
 def log_of(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:

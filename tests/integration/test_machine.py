@@ -19,9 +19,10 @@ from torch._dynamo.utils import counters
 from torch.amp.grad_scaler import GradScaler
 from torch.autograd.graph import saved_tensors_hooks
 
-from bridge import models
+from bridge import devices
+from bridge.devices import default_device
 from bridge.engine import answer_logits, token_losses
-from bridge.models import FrozenLM, default_device, load_model
+from bridge.models import FrozenLM, blocks_of, load_model
 from bridge.prompt import Batch, collate, compose, layout_for
 from tests.conftest import FAMILIES
 from tests.integration.conftest import MakeConfig
@@ -95,7 +96,7 @@ def test_a_run_that_recomputes_has_the_weights_of_one_that_does_not(make: MakeCo
         for step in range(1, 5):
             step_of(run, step)
     assert same(weights_of_run(runs[0]), weights_of_run(runs[1]))
-    forwards = [models.blocks_of(lm_of(run))[0].forward.__name__ for run in runs]
+    forwards = [blocks_of(lm_of(run))[0].forward.__name__ for run in runs]
     assert forwards[0] != forwards[1], "the second run did recompute"
 
 
@@ -243,12 +244,12 @@ def test_an_accelerator_that_computes_what_is_needed_is_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
-    monkeypatch.setattr(models, "_unusable", lambda _: None)
+    monkeypatch.setattr(devices, "_unusable", lambda _: None)
     assert default_device() == torch.device("mps") and not caplog.records
 
 
 def test_the_probe_of_a_device_that_works_finds_nothing() -> None:
-    assert models._unusable(torch.device("cpu")) is None
+    assert devices._unusable(torch.device("cpu")) is None
 
 
 def test_memory_is_what_this_process_holds() -> None:

@@ -22,6 +22,7 @@ from training.step import take_step
 
 LENGTHS = {"source_tokens": 40, "prompt_tokens": 6, "answer_tokens": 5}
 DEVICE = 10**9
+LEAN = {"depth": 0, "reconstruction_weight": 0.0, "probe_every": 0}  # few operations, where they do not matter
 
 
 def config_of(sender: Path | str, receiver: Path | str, out: Path, **settings: Any) -> TrainConfig:
@@ -87,7 +88,7 @@ def test_the_plan_is_what_a_real_step_holds(
 
 def test_few_blocks_stand_exactly_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
-    config = config_of(sender, receiver, tmp_path, gradient_checkpointing=True, kd_weight=1.0)
+    config = config_of(sender, receiver, tmp_path, **LEAN | {"gradient_checkpointing": True, "kd_weight": 1.0})
     short = plan(config, **LENGTHS)
     monkeypatch.setattr(simulate, "DEPTHS", (99, 99))  # deeper than the model: every block runs
     whole = plan(config, **LENGTHS)
@@ -99,7 +100,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan with its alternatives."""
     root = tmp_path_factory.mktemp("planned")
     sender, receiver = write_llama(root / "a"), write_llama(root / "b", vocab_size=700)
-    return plan(config_of(sender, receiver, root), **LENGTHS, device_bytes=DEVICE, compare=True)
+    return plan(config_of(sender, receiver, root, **LEAN), **LENGTHS, device_bytes=DEVICE, compare=True)
 
 
 def test_no_weight_costs_anything_per_row(made: Plan) -> None:

@@ -23,8 +23,6 @@ from training.loop import train
 from training.prepare import completed
 from training.step import Run
 
-TURNS = pytest.mark.xfail(raises=AssertionError, reason="Muon wants a gradient of every matrix, its turn or not")
-
 
 @pytest.fixture
 def names(model_folders: dict[str, Path]) -> list[str]:
@@ -46,7 +44,6 @@ def residents(run: Run) -> list[set[str]]:
     return found
 
 
-@TURNS
 def test_receivers_have_their_turns_and_each_its_own_head(make: MakeConfig, names: list[str]) -> None:
     manifest = train(make(receiver=names, receiver_block=2, max_steps=7), quiet())
     llama, gpt2 = names
@@ -58,7 +55,6 @@ def test_receivers_have_their_turns_and_each_its_own_head(make: MakeConfig, name
         assert len(said) == 2 and all(said)
 
 
-@TURNS
 def test_a_turn_moves_the_encoder_and_its_own_head_alone(make: MakeConfig, names: list[str]) -> None:
     run = prepared(make(receiver=names, alignment_steps=0))
     for step in range(3):
@@ -70,7 +66,6 @@ def test_a_turn_moves_the_encoder_and_its_own_head_alone(make: MakeConfig, names
         assert not same([p.detach().clone() for p in run.bridge.encoder.parameters()], before[2])
 
 
-@TURNS
 @pytest.mark.parametrize("cached", [False, True], ids=["sender and one receiver", "one receiver"])
 def test_in_a_small_budget_one_receiver_is_held_at_a_time_and_the_weights_are_the_same(
     make: MakeConfig, names: list[str], tmp_path: Path, cached: bool
@@ -92,7 +87,6 @@ def test_in_a_small_budget_one_receiver_is_held_at_a_time_and_the_weights_are_th
     assert {name for held in residents(runs[1]) for name in held} == {config.sender, *names}
 
 
-@TURNS
 def test_an_interrupted_run_of_two_receivers_goes_on_as_if_nothing_had_happened(
     make: MakeConfig, names: list[str], tmp_path: Path
 ) -> None:
@@ -171,7 +165,7 @@ def test_only_the_head_that_is_added_is_trained(extend: Any, names: list[str]) -
     run = prepared_extension(extend(batch_size=2))
     new = run.bridge.heads[head_key(names[1])]
     assert {id(p) for p in run.parameters} == {id(p) for p in new.parameters()}
-    assert run.alignment_steps == 0
+    assert run.alignment_steps == 2  # words of its own receiver are what a new head learns first too
     old = [p.detach().clone() for p in (*run.bridge.encoder.parameters(), *run.bridge.head(names[0]).parameters())]
     before = head_of(run, names[1])
     for step in range(2):
@@ -197,7 +191,6 @@ def test_an_interrupted_extension_goes_on_as_if_nothing_had_happened(extend: Any
     assert parts(train(extend(max_steps=4, save_every=1), quiet(), resume=True)) == parts(whole)
 
 
-@pytest.mark.xfail(reason="the run's identity holds the path of --bridge, and not what is there")
 def test_an_extension_is_not_resumed_on_another_encoder(make: MakeConfig, extend: Any, tmp_path: Path) -> None:
     interrupted(extend(max_steps=4, save_every=1), 2)
     train(make(out=tmp_path / "base", max_steps=3, seed=9), quiet(), overwrite=True)

@@ -23,6 +23,7 @@ from tests.integration.runs import (
     quiet,
     said,
     states_of,
+    task_of,
     write_toml,
 )
 from training.loop import train
@@ -167,8 +168,9 @@ def full_disk(room: int) -> Callable[[], None]:
 def test_a_full_disk_is_one_line_that_names_the_folder_and_the_last_state_is_kept(
     make: MakeConfig, tmp_path: Path, room: int, more: dict[str, object]
 ) -> None:
-    straight = train(make(out=tmp_path / "straight", **more), quiet())
-    config = make(**more)
+    task = task_of(tmp_path, *((f"Mara has {w}.", " What?", w) for w in ("cats", "a dog", "tea", "no idea")))
+    straight = train(make(out=tmp_path / "straight", task=task, **more), quiet())
+    config = make(task=task, **more)
     interrupted(config, 2)
     kept = files_of(config.out)
     assert newest(config.out, "safetensors").stat().st_size > room
@@ -184,13 +186,8 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_the_last_state_is_kep
 
 def test_a_folder_that_cannot_be_made_is_named(make: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for out, named in (
-        (tmp_path / "file" / "run", r"--out .*file/run"),
-        (tmp_path / ("a" * 300), "File name too long"),
-    ):
-        with pytest.raises(InvalidRequest, match=named) as caught:
-            train(make(out=out), quiet())
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    with pytest.raises(InvalidRequest, match=r"--out .*file/run"):
+        train(make(out=tmp_path / "file" / "run"), quiet())
 
 
 @pytest.mark.parametrize("out", ["/proc/run", "/dev/null/run", "/dev/null"])

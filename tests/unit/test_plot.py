@@ -121,7 +121,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     assert ([r["step"] for r in log.records], len(log.events)) == ([1, 2], 1)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"step": 1', "[1]\n{}\n"])
+@pytest.mark.parametrize("content", [None, "", '{"step": 1', '[1]\n{"loss": 1.0}\n{"step": 1}\n'])
 def test_a_folder_without_a_step_is_refused_by_name(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / LOG).write_text(content)
@@ -140,12 +140,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_is_a_gap_with_a_mark(tmp_path: Path) -> None:
     records = [record(step) for step in range(1, 41)]
     records[19] |= {"loss": math.nan, "losses": {"answer": math.inf, "kd": 1.0}, "refused": True}
+    records[24] |= {"loss": math.nan}
+    records[29] |= {"refused": True}
     log = read_run(run_in(tmp_path, records))
     loss = drawn(log, "Loss")
-    assert curve(loss, "refused step")[0] == [20]
+    assert curve(loss, "refused step")[0] == [20, 25, 30]
     steps, values = curve(loss, "answer")
     assert [step for step, value in zip(steps, values, strict=True) if math.isnan(value)] == [20]
-    assert curve(drawn(log, "Gradient"), "refused step")[0] == [20] and facts(log)["refused steps"] == "1"
+    assert curve(drawn(log, "Gradient"), "refused step")[0] == [20, 25, 30] and facts(log)["refused steps"] == "3"
 
 
 def test_a_long_curve_is_smoothed_over_its_raw_values_but_keeps_gaps_and_spikes(tmp_path: Path) -> None:
@@ -180,10 +182,10 @@ def test_validations_stand_with_what_they_measure_and_the_best_is_said(tmp_path:
     assert curve(drawn(log, "Right"), "validation em (best 0.700)") == ([10, 20, 30], [0.2, 0.7, 0.6])
     assert facts(log)["best validation"] == "em 0.700 at 20" and facts(log)["last validation"] == "em 0.600 at 30"
     assert best_of([validation(1, 2.0, best=False)])["step"] == 1
-    of_loss = [validation(20, 2.0, best=True, metric="loss")]
-    log = read_run(run_in(tmp_path, records, of_loss))
+    both = [validation(20, 2.0, best=True, metric="loss"), validation(30, 0.5, best=True)]
+    log = read_run(run_in(tmp_path, records, both))
     assert curve(drawn(log, "Loss"), "validation loss (best 2.000)") == ([20], [2.0])
-    assert not any("validation" in str(line.get_label()) for line in drawn(log, "Right").get_lines())
+    assert curve(drawn(log, "Right"), "validation em (best 0.500)") == ([30], [0.5])
 
 
 def test_every_alarm_is_named_in_one_panel_and_marked_in_all(tmp_path: Path) -> None:
@@ -195,6 +197,18 @@ def test_every_alarm_is_named_in_one_panel_and_marked_in_all(tmp_path: Path) -> 
     for ax in axes:
         vertical = [x[0] for line in ax.get_lines() if len(x := np.asarray(line.get_xdata())) == 2 and x[0] == x[1]]
         assert vertical == [event["step"] for event in events]
+
+
+def test_names_of_alarms_stand_above_the_curves_and_within_the_axis(tmp_path: Path) -> None:
+    events = [alarm(12, "one_output"), alarm(40, "one_output")]
+    ax = drawn(read_run(run_in(tmp_path, [record(step) for step in range(1, 41)], events)), "Outputs")
+    assert [text.get_horizontalalignment() for text in ax.texts] == ["left", "right"] and ax.get_ylim()[1] > 1.1
+
+
+def test_the_phases_are_not_joined_and_named_once(tmp_path: Path) -> None:
+    ax = drawn(read_run(run_in(tmp_path, [record(step) for step in range(1, 41)])), "Loss")
+    assert curve(ax, "minimised")[0] == list(range(1, 11))
+    assert list(range(11, 41)) in [np.asarray(line.get_xdata()).tolist() for line in ax.get_lines()]
 
 
 def test_limits_of_alarms_are_drawn_where_they_are_near(tmp_path: Path) -> None:
@@ -217,8 +231,8 @@ def test_running_out_of_memory_is_marked(tmp_path: Path, logged: bool, event: bo
 def test_a_loss_over_decades_has_a_logarithmic_axis_and_another_has_not(tmp_path: Path) -> None:
     falls = [record(step, align=0) for step in range(1, 41)]
     flat = [record(step, align=0, loss=2.0, losses={"answer": 1.5}) for step in range(1, 41)]
-    negative = [record(step, align=0, losses={"diversity": -1.0}) for step in range(1, 41)]
-    scales = [drawn(read_run(run_in(tmp_path, run)), "Loss").get_yscale() for run in (falls, flat, negative)]
+    zero = [record(step, align=0, losses={"margin": 0.0}) for step in range(1, 41)]
+    scales = [drawn(read_run(run_in(tmp_path, run)), "Loss").get_yscale() for run in (falls, flat, zero)]
     assert scales == ["log", "linear", "linear"]
 
 
