@@ -63,7 +63,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of the initial weights and of the data order.")
     # the objectives
     answer_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy of the whole answer.")
-    first_token_weight: float = Field(4.0, gt=0, description="Weight of an answer's first token; the others have 1.")
+    first_token_weight: float = Field(1.0, gt=0, description="Weight of an answer's first token; the others have 1.")
     first_k: int = Field(4, ge=1, description="Answer tokens that the first-k objective looks at.")
     first_k_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy of the first k answer tokens.")
     alignment_steps: int | None = Field(

@@ -1,9 +1,11 @@
 """A run from its first line to its last: prepare, check, step by step, validate, save, stop when asked."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -45,34 +47,21 @@ def train(
         SystemExit: SIGTERM or SIGUSR1 came; the state was saved, and the code is 0 so that a scheduler can requeue.
     """
     _check_folder(config, resume=resume, overwrite=overwrite)
-    with stop_requests() as asked, ExitStack() as stack:
+    with stop_requests() as asked, disk_errors(config.out), ExitStack() as stack:
         run = prepare(completed(config), console)
         stack.callback(run.ranks.leave)
+        start = _begin(run, ready, resume=resume, overwrite=overwrite)
         console = console if run.ranks.first else Console(quiet=True)
-        config.out.mkdir(parents=True, exist_ok=True)
-        if run.ranks.first:
-            ready()
-        if overwrite and run.ranks.first:
-            for path in states_in(config.out):
-                path.unlink()  # a state of the run that is replaced must never be taken for one of this run
-        start = _resume(run) if resume else 0
-        run.ranks.wait()
         console.print(headline(run, start), markup=False, soft_wrap=True)
-        monitor = stack.enter_context(
-            watch(
-                config.out if run.ranks.first else None,
-                console,
-                total=config.max_steps,
-                start=start,
-                trackers=open_trackers(run),
-            )
-        )
-        alarms, known = _alarms(run), run.out_of_memory_count
+        folder, trackers = (config.out if run.ranks.first else None), open_trackers(run)
+        monitor = stack.enter_context(watch(folder, console, total=config.max_steps, start=start, trackers=trackers))
+        alarms = _alarms(run)
         for step, rows, waited in _steps(run, start, stack):
+            before = run.out_of_memory_count
             record = take_step(run, step, rows, waited=waited)
-            if record.out_of_memory_count > known:
-                known = record.out_of_memory_count
-                monitor.event(step + 1, "out_of_memory", message="the same rows again", micro_batch=record.micro_batch)
+            if record.out_of_memory_count > before:
+                said = f"out of memory: the same rows again in passes of {record.micro_batch}"
+                monitor.event(step + 1, "out_of_memory", message=said, micro_batch=record.micro_batch)
             monitor.log(record)
             collapsed = [alarm for alarm in _observe(alarms, record, monitor) if alarm.collapse]
             _after(run, step + 1, monitor)
@@ -84,6 +73,30 @@ def train(
                 monitor.say(f"{asked.name or 'a signal'}: saved after step {step + 1}; --resume goes on from there")
                 raise SystemExit(0)
         return _save(run, config.max_steps, monitor)
+
+
+def _begin(run: Run, ready: Callable[[], None], *, resume: bool, overwrite: bool) -> int:
+    """Take possession of the run's folder, and return the steps that were done in it."""
+    run.config.out.mkdir(parents=True, exist_ok=True)
+    if run.ranks.first:
+        ready()
+        if overwrite:  # nothing of the run that is replaced must ever be taken for this one's
+            for path in states_in(run.config.out):
+                path.unlink()
+            shutil.rmtree(run.config.out / BEST, ignore_errors=True)
+    start = _resume(run) if resume else 0
+    run.ranks.wait()
+    return start
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """A disk that is full or gone ends a run with one sentence: what was saved whole is still there."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or out
+        raise TrainingFailed(f"{where}: {error.strerror or error}; what was saved in {out} before is kept") from None
 
 
 def _steps(run: Run, start: int, stack: ExitStack) -> Iterator[tuple[int, list[Tokens], float]]:
@@ -184,15 +197,10 @@ def _save(run: Run, step: int, monitor: Monitor) -> Manifest:
             "micro_batch": run.micro_batch,
             "out_of_memory_count": run.out_of_memory_count,
         }
-        try:
-            state_bytes = save_state(
-                run.config.out, run.identity, step, _trained(run), keep=run.config.keep_last, **numbers
-            )
-            manifest = save_bridge(run.config.out, run.bridge)
-        except OSError as error:
-            raise TrainingFailed(
-                f"step {step}: {run.config.out} cannot be written ({error.strerror}); what was saved before is kept"
-            ) from None
+        state_bytes = save_state(
+            run.config.out, run.identity, step, _trained(run), keep=run.config.keep_last, **numbers
+        )
+        manifest = save_bridge(run.config.out, run.bridge)
         checkpoint_bytes = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
         seconds = time.perf_counter() - started
         monitor.event(step, "save", state_bytes=state_bytes, checkpoint_bytes=checkpoint_bytes, seconds=seconds)

@@ -70,7 +70,7 @@ def diversity_loss(first: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
     """-KL(row's first-token distribution ‖ the batch's mean): 0 when all rows say the same, at least -log B.
 
     Its mean is minus the mutual information between example and first token, so it rewards answers that differ
-    from example to example and not answers that are merely unsure. Gradients flow through the mean too.
+    from example to example and not answers that are merely unsure.
     Source: Krause et al. 2010, "Discriminative clustering by regularized information maximization" §2.
 
     Args:

@@ -22,7 +22,7 @@ from bridge.devices import default_device
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task
 from bridge.models import FrozenLM, fingerprint_of, load_model, tokenize_source
-from bridge.prompt import layout_for
+from bridge.prompt import compose, layout_for
 from bridge.residency import Residency
 from training.config import TrainConfig
 from training.data import Order, split_off
@@ -90,6 +90,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
         name: Tokeniser(config, described, task.reconstruction, sides[config.sender], sides[name], aligned)
         for name in config.receivers
     }
+    _check_validation(config, task, tokenisers, validation)
     console.print(f"{len(train)} training examples, {len(validation)} of the training split held out for validation")
     sample = _samples(config, task, tokenisers, train, ranks, console)
     run = Run(
@@ -298,6 +299,22 @@ def _samples(
         console, [full - len(ids) for ids, (full, _) in zip(table["source"], table["lengths"], strict=True)], "all "
     )
     return lambda name, i: unflatten(tables[name][i])
+
+
+def _check_validation(
+    config: TrainConfig, task: Task, tokenisers: dict[str, Tokeniser], validation: Sequence[Example]
+) -> None:
+    """Refuse now what the first validation would trip over."""
+    if config.validate_every and not validation:
+        raise InvalidRequest(
+            f"{len(task.train)} training example is too few to hold one out; --validate-every 0 does without",
+            param="validate_every",
+        )
+    for tokeniser in tokenisers.values():
+        room = tokeniser.receiver.max_tokens - task.max_answer_tokens
+        for example in validation:
+            slots = tokeniser.bridge.slots_of(len(tokeniser(example).source.ids))
+            compose(tokeniser.receiver, tokeniser.layout, example.prompt, latent=slots, max_tokens=room)
 
 
 def _say_cut(console: Console, missing: Sequence[int], of: str) -> None:

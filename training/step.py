@@ -237,9 +237,11 @@ def _against_others(
     with torch.set_grad_enabled(run.config.margin_weight > 0):
         mismatched = answer_loss(*_read(run, receiver, answers, soft.roll(1, dims=0), sums))
         matched = answer_loss(logits, labels)
-        different = torch.tensor([row.source.ids != rows[i - 1].source.ids for i, row in enumerate(rows)])
-    sums.delta = float((mismatched - matched).detach().mean())
-    return {"margin": margin_loss(matched, mismatched, margin=run.config.margin) * different.to(soft.device)}
+    other = [row.source.ids != rows[i - 1].source.ids for i, row in enumerate(rows)]
+    different = torch.tensor(other, device=soft.device)
+    if any(other):
+        sums.delta = float((mismatched - matched).detach()[different].mean())
+    return {"margin": margin_loss(matched, mismatched, margin=run.config.margin) * different}
 
 
 def _spoken(

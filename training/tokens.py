@@ -16,6 +16,7 @@ import numpy as np
 
 from bridge import prompt as composer
 from bridge.config import BridgeConfig, Layout
+from bridge.errors import LatentWireError
 from bridge.evaluation.conditions import fit
 from bridge.evaluation.tasks import Example
 from bridge.models import AS_TEXT, Reader, SourceTokens, text_ids, tokenize_source
@@ -169,7 +170,13 @@ def tokenise(tokeniser: Tokeniser, examples: Sequence[Example], key: str, cache:
 
     chosen = hashlib.sha256("\0".join(e.source + "\1" + e.prompt + "\1" + e.answer for e in examples).encode())
     name = hashlib.sha256((key + chosen.hexdigest()).encode()).hexdigest()[:32]
-    return datasets.Dataset.from_generator(records, cache_dir=str(cache.expanduser() / "tokens"), fingerprint=name)
+    folder = str(cache.expanduser() / "tokens")
+    try:
+        return datasets.Dataset.from_generator(records, cache_dir=folder, fingerprint=name)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, LatentWireError | OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def flatten(tokens: Tokens) -> dict[str, Any]:

@@ -45,7 +45,6 @@ def test_the_best_value_outlives_a_resume(make: MakeConfig, monkeypatch: pytest.
     assert files_of(config.out / BEST) == best
 
 
-@pytest.mark.xfail(strict=True, reason="the folder of the best checkpoint is left as it was")
 def test_overwriting_a_run_leaves_no_best_checkpoint_of_the_one_before(make: MakeConfig) -> None:
     config = make(max_steps=1, validate_every=1, alignment_steps=0, validation_examples=2)
     train(config, quiet())

@@ -191,7 +191,6 @@ def test_the_same_rows_are_read_again_after_running_out_of_memory(
     assert record.losses == step_of(again, 0).losses and same(weights_of_run(run), weights_of_run(again))
 
 
-@pytest.mark.xfail(strict=True, reason="only the log says so, no event is written")
 def test_running_out_of_memory_is_an_event(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(alignment_steps=0, max_steps=2)
     passes(monkeypatch, only_at(1))

@@ -158,10 +158,9 @@ def full_disk(room: int) -> Callable[[], None]:
         pytest.param(16 << 10, {}, id="state"),
         pytest.param(
             16 << 10, {"validate_every": 1, "validation_examples": 2, "metric": "loss"}, id="best",
-            marks=pytest.mark.xfail(strict=True, reason="an error of the best checkpoint's files is not ours"),
         ),
         pytest.param(
-            2500, {}, id="log", marks=pytest.mark.xfail(strict=True, reason="an error of the log is not ours"),
+            2500, {}, id="log",
         ),
     ],
 )  # fmt: skip

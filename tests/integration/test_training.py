@@ -4,12 +4,10 @@ import json
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from statistics import StatisticsError
 from typing import Any
 
 import pytest
 import torch
-from datasets.exceptions import DatasetGenerationError
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -110,7 +108,7 @@ def test_the_seed_decides_everything(make: MakeConfig, tmp_path: Path) -> None:
 
 
 def test_training_on_a_few_examples_brings_the_loss_down(make: MakeConfig, tmp_path: Path) -> None:
-    config = make(task=task_of(tmp_path, *FEW), max_steps=30, save_every=100, alignment_steps=0)
+    config = make(task=task_of(tmp_path, *FEW), max_steps=60, save_every=100, alignment_steps=0)
     train(config, quiet())
     losses = [record["losses"]["answer"] for record in log_of(config.out)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -179,7 +177,6 @@ def test_a_tokenizer_without_offsets_trains_without_alignment_and_refuses_it_whe
             train(make(**{role: str(slow), "out": config.out / "other", **asked}), quiet())
 
 
-@pytest.mark.xfail(strict=True, raises=DatasetGenerationError, reason="the library's error covers ours")
 def test_an_example_that_does_not_fit_the_receiver_is_refused_before_the_first_step(
     make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,9 +189,6 @@ def test_an_example_that_does_not_fit_the_receiver_is_refused_before_the_first_s
     assert not taken and not config.out.exists()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="validation examples are looked at when they are first validated"
-)
 def test_a_held_out_example_that_does_not_fit_is_refused_before_the_first_step(
     make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +200,6 @@ def test_a_held_out_example_that_does_not_fit_is_refused_before_the_first_step(
     assert not taken
 
 
-@pytest.mark.xfail(strict=True, raises=DatasetGenerationError, reason="the library's error covers ours")
 def test_the_slots_of_the_longest_source_are_counted_before_the_first_step(make: MakeConfig, tmp_path: Path) -> None:
     rows = [("Mara sings.", " Q?", "yes"), ("s" * 95, " Q?", "y" * 244), ("Ben", " Q?", "no")]
     task = task_of(tmp_path, *rows)
@@ -279,7 +272,6 @@ def test_an_empty_split_is_refused_in_one_sentence(make: MakeConfig, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=StatisticsError, reason="a mean over no examples")
 def test_a_split_too_small_to_hold_anything_out_is_refused_or_not_validated(make: MakeConfig, tmp_path: Path) -> None:
     config = make(task=task_of(tmp_path, FEW[0]), max_steps=1, validate_every=1)
     try:
