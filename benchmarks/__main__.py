@@ -1,7 +1,10 @@
 """Run every benchmark: ``python -m benchmarks``."""
 
-from benchmarks import real, service, world
+from benchmarks import ablation, memory, real, service, training, world
 
 world.main()
 service.main()
+training.main()
+memory.main()
 real.main()
+ablation.main()

@@ -93,21 +93,36 @@ CASES = [
     Case("llama", "neox", 8, 256, {"margin_weight": 1.0, "continuation_weight": 1.0}),
     Case("llama", "gpt2", 4, 256),
     Case("gpt2", "llama", 2, 512, {"encoder": "perceiver", "layer": [4, 8, 12]}),
+    Case("neox", "llama", 4, 512, SHORT, answer=16),
+    Case("neox", "llama", 4, 512, {**SHORT, **TAUGHT}, answer=16),
 ]
+
+
+def distillation_ratio(folder: Path) -> dict[str, float]:
+    """Peak of a step with distillation over the same step without: answer 16, source 512, vocabulary 32,000."""
+    for name in ("neox", "llama"):
+        _write(name, folder)
+    without, taught = (_measured(str(folder), number)["peak_bytes"] for number in (len(CASES) - 2, len(CASES) - 1))
+    return {"peak_bytes": without, "peak_bytes_with_kd": taught, "ratio": taught / without}
+
+
+def _measured(folder: str, number: int) -> dict[str, Any]:
+    """A case's figures, from a process of its own."""
+    environment = {**os.environ, **GLIBC, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.memory", folder, str(number)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
     """Measure every case in a process of its own and record the errors."""
-    environment = {**os.environ, **GLIBC, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         weights = {name: _write(name, Path(folder)) for name in MODELS}
         measured = []
         for number, case in enumerate(CASES):
-            command = [sys.executable, "-m", "benchmarks.memory", folder, str(number)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr[-2000:])
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = _measured(folder, number)
             predicted = plan(case.config(Path(folder)), **case.lengths()).peak_bytes()
             error = predicted / found["peak_bytes"] - 1
             print(f"{case}: measured {found['peak_bytes'] / 1e9:.3f} GB, predicted {predicted / 1e9:.3f}, {error:+.1%}")

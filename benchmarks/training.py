@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory import distillation_ratio
 from benchmarks.record import record
 from bridge.engine import answer_logits
 from bridge.models import BUILTIN
@@ -158,6 +159,7 @@ def main(steps: int = 300, long: int = 2000, count: int = 20) -> None:
                 "larger_pair": throughput(larger_pair(folder), folder / "b", batch_size=16),
                 "run": of_a_run(folder, steps),
                 "memory": flat_memory(folder, long),
+                "distillation": distillation_ratio(folder / "kd"),
                 "resume": kills(folder, count),
             },
         )

@@ -240,7 +240,7 @@ def _against_others(
     other = [row.source.ids != rows[i - 1].source.ids for i, row in enumerate(rows)]
     different = torch.tensor(other, device=soft.device)
     if any(other):
-        sums.delta = float((mismatched - matched).detach()[different].mean())
+        sums.delta = float(((mismatched - matched).detach() * different).sum()) / sum(other)
     return {"margin": margin_loss(matched, mismatched, margin=run.config.margin) * different}
 
 
