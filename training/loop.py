@@ -54,6 +54,8 @@ def train(
         console = console if run.ranks.first else Console(quiet=True)
         console.print(headline(run, start), markup=False, soft_wrap=True)
         folder, trackers = (config.out if run.ranks.first else None), open_trackers(run)
+        if trackers is not None:
+            stack.callback(trackers.end_training)
         monitor = stack.enter_context(watch(folder, console, total=config.max_steps, start=start, trackers=trackers))
         alarms = _alarms(run)
         for step, rows, waited in _steps(run, start, stack):
