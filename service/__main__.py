@@ -84,10 +84,11 @@ def plan(
     settings = read_config(file, ({} if file else {"task": "world", "out": Path("unused")}) | _given(flags))
     device = _bytes(device_memory) if device_memory else memory_of(default_device()).device_bytes
     source = source_tokens or settings.max_source_tokens
-    made = predict(
-        settings, source_tokens=source, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens,
-        device_bytes=device, compare=True,
-    )  # fmt: skip
+    with out.status("simulating a step, and what would change it"):
+        made = predict(
+            settings, source_tokens=source, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens,
+            device_bytes=device, compare=True,
+        )  # fmt: skip
     out.print(table(made))
 
 
