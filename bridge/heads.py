@@ -14,9 +14,9 @@ from bridge.config import Head
 class SoftTokenHead(nn.Module):
     """Widens a latent to the receiver's width and puts it at the receiver's scale.
 
-    Every soft token leaves with exactly the RMS measured on the receiver's embedding rows: language models
-    read anything far from that scale as noise, and their scales differ by 100× between families. A norm that
-    cannot be left also bounds what a hostile latent can do.
+    Every soft token leaves with the RMS measured on the receiver's embedding rows, for any latent that float32 can
+    square: language models read anything far from that scale as noise, and their scales differ by 100× between
+    families. A norm that cannot be left also bounds what a hostile latent can do.
     """
 
     def __init__(self, latent_dim: int, head: Head) -> None:

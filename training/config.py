@@ -186,9 +186,15 @@ def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if not name:
-            raise InvalidRequest(first["msg"].removeprefix("Value error, ")) from None
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        raise InvalidRequest(f"{name}: {first['msg']}{got}", param=name) from None
+        raise in_one_sentence(error) from None
+
+
+def in_one_sentence(error: ValidationError) -> InvalidRequest:
+    """The first mistake of a file or of flags: its key, what was expected, and what was met."""
+    first = error.errors()[0]
+    name, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    if not name:
+        return InvalidRequest(message)
+    met = first["input"] if isinstance(first["input"], str | int | float | list) else str(first["input"])
+    got = "" if first["type"] == "missing" else f", got {met!r}"
+    return InvalidRequest(f"{name}: {message}{got}", param=name)

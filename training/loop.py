@@ -1,6 +1,5 @@
 """A run from its first line to its last: prepare, check, step by step, validate, save, stop when asked."""
 
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +15,12 @@ from training.alarms import Alarm, Alarms
 from training.config import TrainConfig
 from training.data import Prefetch
 from training.machine import graphs, stop_requests
-from training.monitor import Monitor, StepRecord, records_of, watch
-from training.prepare import completed, open_trackers, order_of, prepare
+from training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
+from training.prepare import completed, order_of, prepare
 from training.state import Trained, load_state, save_state, states_in
 from training.step import Run, take_step
 from training.tokens import Tokens
 from training.validation import is_better, validate
-
-log = logging.getLogger(__name__)
 
 BEST = "best"  # folder of the best checkpoint so far, inside the run's
 
@@ -53,7 +50,7 @@ def train(
         start = _begin(run, ready, resume=resume, overwrite=overwrite)
         console = console if run.ranks.first else Console(quiet=True)
         console.print(headline(run, start), markup=False, soft_wrap=True)
-        folder, trackers = (config.out if run.ranks.first else None), open_trackers(run)
+        folder, trackers = (config.out, open_trackers(config)) if run.ranks.first else (None, None)
         if trackers is not None:
             stack.callback(trackers.end_training)
         monitor = stack.enter_context(watch(folder, console, total=config.max_steps, start=start, trackers=trackers))

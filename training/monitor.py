@@ -23,9 +23,12 @@ from rich.table import Table
 from torch import Tensor
 
 from bridge.checkpoint import replace_file
+from bridge.devices import default_device
+from bridge.errors import InvalidRequest
+from training.config import TrainConfig
+from training.journal import EVENTS, LOG, read_jsonl
 from training.objectives import answer_mask, answers_right, first_logits
 
-LOG, EVENTS = "log.jsonl", "events.jsonl"
 SMOOTHING = 0.95
 PLAIN_LINES = 20  # lines a run prints where there is no terminal
 TOP = 5  # first-token accuracy is also counted among so many
@@ -225,18 +228,6 @@ def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file of JSON lines; what a killed run left of a line is left out."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            yield found
-
-
 @contextmanager
 def watch(folder: Path | None, console: Console, *, total: int, start: int, trackers: Any = None) -> Iterator[Monitor]:
     """Open a monitor for a run that has done ``start`` of ``total`` steps; later lines are dropped.
@@ -260,3 +251,23 @@ def records_of(folder: Path) -> Iterator[StepRecord]:
     """The records of a run's log, from its first step."""
     names = {f.name for f in fields(StepRecord)}
     return (StepRecord(**line) for line in read_jsonl(folder / LOG) if line.keys() == names)
+
+
+def open_trackers(config: TrainConfig) -> Any:
+    """Accelerate's trackers, or None where none is asked for.
+
+    Raises:
+        InvalidRequest: A tracker's package is not installed.
+    """
+    if not config.log_with:
+        return None
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    there = {str(name) for name in get_available_trackers()}
+    if missing := [name for name in config.log_with if name not in there]:
+        raise InvalidRequest(f"--log-with {missing[0]}: its package is not installed", param="log_with")
+    accelerator = Accelerator(cpu=default_device().type == "cpu", log_with=config.log_with, project_dir=str(config.out))
+    plain = {k: v if type(v) in (int, float, str, bool) else str(v) for k, v in config.model_dump(mode="json").items()}
+    accelerator.init_trackers("latentwire", config=plain)
+    return accelerator

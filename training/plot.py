@@ -1,9 +1,8 @@
 """``latentwire plot``: the curves of a run, finished or not, as one picture and as one page. No display, no network."""
 
 import io
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -39,8 +38,9 @@ from training.curves import (
     mark_refused,
     mark_zero,
 )
+from training.journal import EVENTS, LOG, read_jsonl
 
-LOG, EVENTS, CONFIG = "log.jsonl", "events.jsonl", "config.json"  # not imported: what writes them needs torch
+CONFIG = "config.json"  # not imported: what writes it needs torch
 PICTURE, PAGE = "curves.png", "curves.html"
 PARTS = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED)
 PAIR, SINGLE = (6.2, 2.6), (4.6, 2.8)  # inches of a panel: two in a row of the picture; alone, as wide as a phone
@@ -73,22 +73,14 @@ def read_run(folder: Path) -> RunLog:
     Raises:
         InvalidRequest: There is no log, or no step in it.
     """
-    records = [line for line in _lines(folder / LOG) if isinstance(line.get("loss"), float | int)]
+    records = [line for line in read_jsonl(folder / LOG) if isinstance(line.get("loss"), float | int)]
     if not records:
         raise InvalidRequest(f"{folder} holds no {LOG} with a finished step: expected the folder of a run", param="run")
-    events = [line for line in _lines(folder / EVENTS) if isinstance(line.get("event"), str)]
+    events = [line for line in read_jsonl(folder / EVENTS) if isinstance(line.get("event"), str)]
     manifest = None
     with suppress(OSError, CorruptCheckpoint):  # a run is drawn before its first checkpoint, or beside a damaged one
         manifest = parse_manifest((folder / CONFIG).read_bytes(), str(folder / CONFIG))
     return RunLog(folder.resolve().name, records, events, manifest)
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError):
-            found = json.loads(line)
-            if isinstance(found, dict) and isinstance(found.get("step"), int):
-                yield found
 
 
 def _key(name: str, scale: float = 1.0) -> Callable[[Record], float | None]:

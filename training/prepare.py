@@ -4,6 +4,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -74,10 +75,10 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     )
     sides, described = _meet(config, task, residency)
     torch.manual_seed(config.seed)
-    bridge = _bridge(config, described, residency)
+    bridge = _bridge(config, described)
     bridge.encoder.to(device)
     bridge.heads.to(device)
-    modes = _modes(config, bridge, device)
+    modes = learned_modes(config, bridge, device)
     parameters = [p for p in bridge.parameters() if p.requires_grad] + list(modes.parameters())
     train, validation = split_off(task.train, validation=_held(config), limit=config.max_examples, seed=config.seed)
     unaligned = not_aligned(config, sides)
@@ -145,7 +146,7 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
     heads: dict[str, Head] = {}
     with residency.use(config.sender) as lm:
         sides[lm.name] = Side(lm.name, lm.tokenizer, lm.max_tokens)
-        described = _describe(config, task, lm)
+        described = describe(config, task, lm)
         if config.bridge is not None:
             check_sender(described, lm)
     for name in config.receivers:
@@ -160,12 +161,17 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
                     param="receiver",
                 )
             sides[name] = Side(name, lm.tokenizer, lm.max_tokens)
-            layout, width = layout_for(lm, task.template), lm.width
+            layout = layout_for(lm, task.template)
             heads[name] = Head(lm.ref, layout, lm.embedding_rms(), _provenance(config, task) if config.bridge else None)
-    encoder = described.encoder
+    return sides, with_heads(described, heads)
+
+
+def with_heads(described: BridgeConfig, heads: dict[str, Head]) -> BridgeConfig:
+    """The description completed by its receivers' side, which decides the latent's width unless asked for."""
+    encoder, width = described.encoder, list(heads.values())[-1].receiver.width
     if not encoder.latent_dim:
-        encoder = EncoderConfig(**{**vars(encoder), "latent_dim": min(width, 512)})
-    return sides, BridgeConfig(**{**vars(described), "encoder": encoder, "heads": {**described.heads, **heads}})
+        encoder = replace(encoder, latent_dim=min(width, 512))
+    return replace(described, encoder=encoder, heads={**described.heads, **heads})
 
 
 def _same(sender: str, receiver: str) -> bool:
@@ -174,7 +180,7 @@ def _same(sender: str, receiver: str) -> bool:
     return (mine.config, mine.weights) == (theirs.config, theirs.weights)
 
 
-def _describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
+def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
     """The bridge that ``config`` asks for, still without the receivers' side; or the one that is extended."""
     if config.bridge is not None:
         return read_manifest(config.bridge).bridge
@@ -210,7 +216,7 @@ def _provenance(config: TrainConfig, task: Task) -> Provenance:
     )
 
 
-def _bridge(config: TrainConfig, described: BridgeConfig, residency: Residency) -> Bridge:
+def _bridge(config: TrainConfig, described: BridgeConfig) -> Bridge:
     """A fresh bridge; or the extended one, frozen but for its new head."""
     fresh = make_bridge(described)
     if config.bridge is None:
@@ -224,7 +230,7 @@ def _bridge(config: TrainConfig, described: BridgeConfig, residency: Residency) 
     return fresh
 
 
-def _modes(config: TrainConfig, bridge: Bridge, device: torch.device) -> nn.ParameterDict:
+def learned_modes(config: TrainConfig, bridge: Bridge, device: torch.device) -> nn.ParameterDict:
     """Learned tokens that tell each long objective from answering; part of the run, not of the checkpoint."""
     wanted = [name for name in OBJECTIVES if getattr(config, f"{name}_weight") > 0]
     return nn.ParameterDict(
@@ -364,27 +370,6 @@ def _cached(run: Run, console: Console) -> CachedStates:
     run.ranks.wait()
     run.residency.release(config.sender)
     return states if run.ranks.first else open_cache(folder, default_device())
-
-
-def open_trackers(run: Run) -> Any:
-    """Accelerate's trackers, in the first process, or None where none is asked for.
-
-    Raises:
-        InvalidRequest: A tracker's package is not installed.
-    """
-    config = run.config
-    if not config.log_with or not run.ranks.first:
-        return None
-    from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
-
-    there = {str(name) for name in get_available_trackers()}
-    if missing := [name for name in config.log_with if name not in there]:
-        raise InvalidRequest(f"--log-with {missing[0]}: its package is not installed", param="log_with")
-    accelerator = Accelerator(cpu=default_device().type == "cpu", log_with=config.log_with, project_dir=str(config.out))
-    plain = {k: v if type(v) in (int, float, str, bool) else str(v) for k, v in config.model_dump(mode="json").items()}
-    accelerator.init_trackers("latentwire", config=plain)
-    return accelerator
 
 
 def code_version() -> str:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bridge.checkpoint import Bridge, make_bridge
-from bridge.config import RANDOM, BridgeConfig, EncoderConfig, Fingerprint, Head
+from bridge.config import RANDOM, Fingerprint, Head
 from bridge.devices import default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
@@ -31,7 +31,7 @@ from bridge.residency import Residency
 from training.config import TrainConfig
 from training.features import CachedStates, LiveStates, States
 from training.machine import DTYPES, Ranks, recompute
-from training.prepare import _describe, _modes, completed, optimisers
+from training.prepare import completed, describe, learned_modes, optimisers, with_heads
 from training.step import Run, take_step
 from training.tokens import Tokens
 
@@ -144,12 +144,12 @@ def _simulate(config: TrainConfig, name: str, lengths: Lengths) -> list[Cost]:
         for part, model in held:
             for tensor in (*model.parameters(), *model.buffers()):
                 ledger.hold(tensor, part)
-        run = _prepare(config, sender, receiver, lms, ledger, mode)
+        run = _prepare(config, sender, receiver, lms, ledger, mode, lengths)
         runs: list[dict[int, Moments]] = []
         for blocks in sorted(depths, reverse=True):
             del stack[blocks:]
             receiver.model.config.get_text_config().num_hidden_layers = blocks
-            runs.append({rows: _step(run, ledger, lengths, rows) for rows in ROWS})
+            runs.append({rows: _step(run, ledger, rows) for rows in ROWS})
     assert len(whole) == depth
     return _extend(runs, sorted(depths, reverse=True), depth)
 
@@ -270,19 +270,17 @@ class _Kept(CachedStates):
 
 def _prepare(
     config: TrainConfig, sender: FrozenLM, receiver: FrozenLM, lms: dict[str, FrozenLM], ledger: Ledger,
-    mode: FakeTensorMode,
+    mode: FakeTensorMode, lengths: Lengths,
 ) -> Run:  # fmt: skip
     """What ``prepare`` makes, from shapes, after some steps: with optimiser state, and gradients where they add up."""
     task = Task("plan", "generation", [], [], "{latent}\n{question}", "0" * 64)
-    described = _describe(config, task, sender)
-    encoder = described.encoder
-    if not encoder.latent_dim:
-        encoder = EncoderConfig(**{**vars(encoder), "latent_dim": min(receiver.width, 512)})
+    described = describe(config, task, sender)
     heads = {name: Head(lm.ref, layout_for(lm, task.template), 1.0) for name, lm in lms.items()}
-    described = BridgeConfig(**{**vars(described), "encoder": encoder, "heads": {**described.heads, **heads}})
+    described = with_heads(described, heads)
+    encoder = described.encoder
     with mode:
         bridge = make_bridge(described)
-        modes = _modes(config, bridge, torch.device("cpu"))
+        modes = learned_modes(config, bridge, torch.device("cpu"))
     if config.add_receiver is not None:
         bridge.encoder.requires_grad_(False)
         for name in set(described.heads) - set(lms):
@@ -313,7 +311,7 @@ def _prepare(
         states=LiveStates(residency, config.sender, _nearer(described.layers)),
         residency=residency,
         tokenisers={},
-        sample=_no_sample,
+        sample=lambda _name, index: tokens_of(run, lengths, index),
         parameters=parameters,
         optimizers=optimizers,
         scaler=GradScaler("cpu", enabled=False),
@@ -337,10 +335,6 @@ def _nearer(layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(made[layer] for layer in layers)
 
 
-def _no_sample(_name: str, _index: int) -> Tokens:
-    raise NotImplementedError("a plan draws no examples")
-
-
 def _blank(mode: FakeTensorMode, width: int, dtype: torch.dtype, rows: int, tokens: int) -> Tensor:
     with mode:
         return torch.zeros(rows, tokens, width, dtype=dtype)
@@ -361,7 +355,7 @@ def _charge(ledger: Ledger, bridge: Bridge, sender: FrozenLM) -> None:
             module.register_forward_hook(lambda *_: setattr(ledger, "part", WORKING), always_call=True)
 
 
-def _step(run: Run, ledger: Ledger, lengths: Lengths, rows: int) -> Moments:
+def _step(run: Run, ledger: Ledger, rows: int) -> Moments:
     """The moments of one step with so many rows."""
     for p in run.parameters:
         if run.config.accumulate == 1:
@@ -372,7 +366,7 @@ def _step(run: Run, ledger: Ledger, lengths: Lengths, rows: int) -> Moments:
     gc.collect()
     ledger.restart()
     run.micro_batch = rows
-    take_step(run, 0, [tokens_of(run, lengths, i) for i in range(rows)])
+    take_step(run, 0, [run.sample(run.config.receiver[0], i) for i in range(rows)])
     ledger.enter(None)
     return ledger.moments
 

@@ -22,6 +22,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bridge.errors import InvalidRequest, first_line
+from training.config import in_one_sentence
 
 WORD = r"^[\w.+-]+$"  # what SLURM's own names are made of
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<of_day>\d+(?::\d\d){0,2})|(?P<clock>\d+(?::\d\d){0,2}))", re.ASCII)
@@ -111,13 +112,7 @@ def read_job(file: Path) -> SlurmJob:
     try:
         return SlurmJob.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if not name:
-            raise InvalidRequest(message) from None
-        got = "" if first["type"] == "missing" else f", got {str(first['input'])!r}"
-        raise InvalidRequest(f"{name}: {message}{got}", param=name) from None
+        raise in_one_sentence(error) from None
 
 
 SCRIPT = """\

@@ -123,9 +123,9 @@ def test_a_time_is_read_as_slurm_reads_it(time: str, seconds: int | None) -> Non
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("gpu = 2", "gpu: .*not permitted.*'2'"),
-        ("gpus = -1", "gpus: .*'-1'"),
-        ("nodes = 0", "nodes: .*'0'"),
+        ("gpu = 2", "gpu: .*not permitted, got 2$"),
+        ("gpus = -1", "gpus: .*, got -1$"),
+        ("nodes = 0", "nodes: .*, got 0$"),
         ('time = "soon"', "time: expected HH:MM:SS, D-HH:MM:SS or minutes, above 0, got 'soon'"),
         ('time = "00:00:00"', "time: .*above 0, got '00:00:00'"),
         ("time = 08:00:00", "time: .*string, got '08:00:00'"),
