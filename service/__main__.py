@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bridge.errors import InvalidRequest, LatentWireError, first_line, shorten
 from service.flags import flags_of
-from service.logs import configure
+from service.logs import configure, restore
 from training.config import TrainConfig, read_config
 from training.slurm import app as slurm
 
@@ -42,6 +42,11 @@ Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpo
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
 LogLevel = Annotated[str, typer.Option(help="Least that is logged: debug, info, warning or error.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
+
+
+@app.callback()
+def _start(context: typer.Context) -> None:
+    context.call_on_close(restore)
 
 
 @app.command()
