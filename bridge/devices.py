@@ -35,3 +35,8 @@ def _unusable(device: torch.device) -> str | None:
         return None if bool(gradient.isfinite().all()) else "attention has no finite gradient"
     except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
         return first_line(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on an accelerator or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

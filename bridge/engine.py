@@ -7,9 +7,10 @@ Dimensions used in this file:
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,12 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from bridge.answer import Answer, Generation, TokenLogprob, logprobs_of
 from bridge.checkpoint import Bridge
 from bridge.models import FrozenLM, SourceTokens, hidden_states, pad_sources
 from bridge.prompt import IGNORE, Batch, Row, collate, embed
 from bridge.sampling import SamplingParams, choose
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +34,6 @@ class Encoded:
     latent: NDArray[np.float32]
     source_tokens: int
     truncated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What a receiver said. ``finish_reason`` is ``stop`` at EOS or a stop string, ``length`` at the limit."""
-
-    text: str
-    finish_reason: FinishReason
-    token_count: int
 
 
 @torch.inference_mode()
@@ -90,7 +81,6 @@ def ask(
     return generate(receiver, [item.row for item in asked], soft, [item.params for item in asked])
 
 
-@torch.inference_mode()
 def generate(
     receiver: FrozenLM,
     rows: Sequence[Row],
@@ -105,23 +95,43 @@ def generate(
     Returns:
         Generations in order, and the seconds until the first token of the first batch was chosen.
     """
-    said: dict[int, Generation] = {}
+    answers = [Answer(receiver, p) for p in params]
+    first_token_seconds = run(receiver, rows, soft_tokens, answers)
+    return [answer.finish() for answer in answers], first_token_seconds
+
+
+@torch.inference_mode()
+def run(
+    receiver: FrozenLM,
+    rows: Sequence[Row],
+    soft_tokens: Float[Tensor, "B K D"] | None,
+    answers: Sequence[Answer],
+    on_token: Callable[[int], None] = lambda row: None,
+) -> float:
+    """Bring answers to their end; one that has begun goes on where it was, one that is ended meanwhile is left alone.
+
+    ``on_token`` is called with a row's number after each of its tokens.
+
+    Returns:
+        Seconds until the first token of the first batch was chosen.
+    """
     seconds: list[float] = []
-    for group in _within_context(rows, params, receiver.max_tokens):
+    rows = [row.after(answer.ids) for row, answer in zip(rows, answers, strict=True)]
+    for group in _within_context(rows, answers, receiver.max_tokens):
         soft = None if soft_tokens is None else soft_tokens[group]
-        answers, first_token_seconds = _generate(receiver, [rows[i] for i in group], soft, [params[i] for i in group])
-        said |= zip(group, answers, strict=True)
-        seconds.append(first_token_seconds)
-    return [said[i] for i in range(len(rows))], seconds[0]
+        watch = _Watch([answers[i] for i in group], [partial(on_token, i) for i in group])
+        _generate(receiver, [rows[i] for i in group], soft, watch)
+        seconds.append(watch.first_token_seconds)
+    return seconds[0]
 
 
-def _within_context(rows: Sequence[Row], params: Sequence[SamplingParams], limit: int) -> list[list[int]]:
+def _within_context(rows: Sequence[Row], answers: Sequence[Answer], limit: int) -> list[list[int]]:
     """Rows that can share a batch, nearly always all: its longest row and its longest answer must fit together,
     since a finished row goes on taking positions until the batch ends."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: params[i].max_tokens):
+    for i in sorted(range(len(rows)), key=lambda i: answers[i].left):
         for group in groups:
-            if max(len(rows[j]) for j in [*group, i]) + params[i].max_tokens <= limit:
+            if max(len(rows[j]) for j in [*group, i]) + answers[i].left <= limit:
                 group.append(i)
                 break
         else:
@@ -130,19 +140,15 @@ def _within_context(rows: Sequence[Row], params: Sequence[SamplingParams], limit
 
 
 def _generate(
-    receiver: FrozenLM,
-    rows: Sequence[Row],
-    soft_tokens: Float[Tensor, "B K D"] | None,
-    params: Sequence[SamplingParams],
-) -> tuple[list[Generation], float]:
+    receiver: FrozenLM, rows: Sequence[Row], soft_tokens: Float[Tensor, "B K D"] | None, watch: "_Watch"
+) -> None:
     batch = collate(rows, side="left").to(receiver.device)
-    watch = _Watch(receiver, params)
     tokenizer = receiver.tokenizer
-    out = cast(Any, receiver.model).generate(
+    cast(Any, receiver.model).generate(
         inputs_embeds=embed(receiver, batch, soft_tokens),
         attention_mask=batch.mask.long(),
         position_ids=batch.positions,
-        max_new_tokens=max(p.max_tokens for p in params),
+        max_new_tokens=max(answer.left for answer in watch.answers),
         do_sample=False,
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id,
@@ -150,8 +156,6 @@ def _generate(
         logits_processor=LogitsProcessorList([watch]),
         stopping_criteria=StoppingCriteriaList([_Stop(watch)]),
     )
-    assert isinstance(out, Tensor)
-    return [watch.finish(i, ids) for i, ids in enumerate(out.tolist())], watch.first_token_seconds
 
 
 def answer_logits(
@@ -193,57 +197,34 @@ def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> 
 
 
 class _Watch(LogitsProcessor):
-    """Chooses each row's token, and knows what each row has said so far."""
+    """Chooses each row's next token, and times the first."""
 
-    def __init__(self, receiver: FrozenLM, params: Sequence[SamplingParams]) -> None:
-        self.receiver, self.params = receiver, params
-        self.stopped_at: dict[int, int] = {}  # tokens said when a row's stop string appeared
+    def __init__(self, answers: Sequence[Answer], on_token: Sequence[Callable[[], None]]) -> None:
+        self.answers, self.on_token = answers, on_token
+        self.params = [answer.params for answer in answers]
+        self.logprobs: list[TokenLogprob | None] = []
         self.started = time.perf_counter()
         self.first_token_seconds = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1]
-        chosen = choose(scores, self.params, position)
-        if position == 0:
+        chosen = choose(scores, self.params, [len(answer.ids) for answer in self.answers])
+        self.logprobs = logprobs_of(self.answers, scores, chosen)
+        if not self.first_token_seconds:
             chosen.argmax(dim=-1).tolist()  # wait for the device: this is the moment a user sees a token
             self.first_token_seconds = time.perf_counter() - self.started
         return chosen
 
-    def finish(self, row: int, ids: list[int]) -> Generation:
-        """Cut one row at its EOS, stop string or limit, whichever comes first."""
-        p, eos = self.params[row], self.receiver.tokenizer.eos_token_id
-        ids = ids[: p.max_tokens]
-        ended = eos in ids
-        # A row that stopped before its neighbours goes on with padding, which is neither said nor counted.
-        said = (ids[: ids.index(eos)] if ended else ids)[: self.stopped_at.get(row)]
-        text = self.text(said)
-        found = [text.index(stop) for stop in p.stop if stop in text]
-        if found:
-            return Generation(text[: min(found)], "stop", len(said))
-        return Generation(text, "stop" if ended else "length", len(said) + ended)
-
-    def text(self, ids: list[int]) -> str:
-        """What ``ids`` say."""
-        return str(self.receiver.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def note_stops(self, input_ids: Int[Tensor, "B T"]) -> None:
-        """Remember the rows whose newest token completed a stop string; looks at no more than that takes."""
-        for row, params in enumerate(self.params):
-            if params.stop and row not in self.stopped_at:
-                tail = 4 * max(map(len, params.stop)) + 8  # a character takes four bytes, a byte takes a token
-                text = self.text(input_ids[row, -tail:].tolist())
-                if any(stop in text for stop in params.stop):
-                    self.stopped_at[row] = input_ids.shape[1]
-
 
 class _Stop(StoppingCriteria):
-    """Ends a row at its own limit or stop string, so that the batch ends when its last row does."""
+    """Hands each row its token, and ends the batch when its last row has ended."""
 
     def __init__(self, watch: _Watch) -> None:
         self.watch = watch
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
-        self.watch.note_stops(input_ids)
-        length = input_ids.shape[1]
-        done = [length >= p.max_tokens or row in self.watch.stopped_at for row, p in enumerate(self.watch.params)]
-        return torch.tensor(done, device=input_ids.device)
+        tokens = input_ids[:, -1].tolist()
+        for row, (answer, token) in enumerate(zip(self.watch.answers, tokens, strict=True)):
+            if answer.ended_by is None:
+                answer.add(token, self.watch.logprobs[row])
+                self.watch.on_token[row]()
+        return torch.tensor([answer.ended_by is not None for answer in self.watch.answers], device=input_ids.device)

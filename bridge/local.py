@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import engine, wire
+from bridge.answer import Generation
 from bridge.checkpoint import check_receiver, check_sender, load_bridge, read_manifest
 from bridge.config import Manifest
-from bridge.engine import Encoded, Generation
+from bridge.engine import Encoded
 from bridge.errors import InvalidMessage
 from bridge.models import load_model, tokenize_source
 from bridge.prompt import compose, place

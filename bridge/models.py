@@ -9,8 +9,10 @@ import json
 import math
 import re
 import sys
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +60,9 @@ class FrozenLM(Reader):
 
     model: PreTrainedModel
     fingerprint: Fingerprint
+    turn: AbstractContextManager[object] = field(default_factory=threading.RLock, repr=False, compare=False)
+    """Held by whoever runs the model in a way that another thread's pass must not meet: the library keeps state of a
+    pass in the model's configuration, and hooks see every pass."""
 
     @property
     def device(self) -> torch.device:
@@ -371,21 +376,17 @@ def hidden_states(
         return hook
 
     modules = [lm.model.get_input_embeddings(), *blocks_of(lm)]
-    handles = [modules[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
     # A row of padding only (an empty slot of a batch) still needs one position to attend to.
     seen = mask | ((~mask).all(dim=1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
-    try:
+    with lm.turn, ExitStack() as hooks, suppress(_Reached):
+        for layer in set(layers):
+            hooks.callback(modules[layer].register_forward_hook(keep(layer)).remove)
         lm.model.base_model(
             input_ids=ids,
             attention_mask=seen.long(),
             position_ids=(seen.long().cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         )
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.cat([found[layer] for layer in layers], dim=-1)
 
 

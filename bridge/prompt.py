@@ -43,6 +43,10 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def after(self, said: list[int]) -> "Row":
+        """The same row with tokens said after it, to go on from there."""
+        return Row(self.ids + said, self.slots + [TEXT] * len(said), self.labels + [IGNORE] * len(said))
+
     def with_slots(self, count: int) -> "Row":
         """The same row around ``count`` soft tokens: what it would be with another example's latent."""
         first, had = self.slots.index(0), sum(slot != TEXT for slot in self.slots)

@@ -29,6 +29,8 @@ class SamplingParams:
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
         seed: Same seed, same request, same text.
         stop: Generation ends before the first of these strings.
+        stop_ids: Generation ends at any of these tokens, as at EOS.
+        logprobs: Report each token's log-probability and that of so many of the likeliest; None reports nothing.
     """
 
     max_tokens: int = 32
@@ -37,10 +39,14 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
 
-def choose(logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], position: int) -> Float[Tensor, "B V"]:
-    """Scores whose argmax is each row's choice at ``position`` (tokens generated so far).
+def choose(
+    logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], positions: Sequence[int]
+) -> Float[Tensor, "B V"]:
+    """Scores whose argmax is each row's choice at its position (tokens it has generated so far).
 
     Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise comes from a generator
     seeded by (seed, position), so batch-mates and order of arrival cannot change it. Top-k applies before
@@ -49,7 +55,7 @@ def choose(logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], posit
     Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; counter-based noise: ours.
     """
     scores = logits.float().clone()
-    for row, p in enumerate(params):
+    for row, (p, position) in enumerate(zip(params, positions, strict=True)):
         if p.temperature > 0:
             kept = _filter((scores[row] - scores[row].max()) / max(p.temperature, COLDEST), p)
             noise = torch.empty_like(kept).exponential_(generator=_generator(p.seed, position, kept.device))

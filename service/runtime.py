@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import engine, wire
+from bridge.answer import Generation
 from bridge.checkpoint import Bridge, check_models, check_receiver, check_sender, load_bridge
 from bridge.config import Manifest
-from bridge.engine import Encoded, Generation
+from bridge.engine import Encoded
 from bridge.errors import InvalidRequest, LatentWireError, TooLarge, UnknownBridge, at_fault
 from bridge.models import FrozenLM, SourceTokens, tokenize_source
 from bridge.prompt import compose, place

@@ -157,11 +157,6 @@ def memory_of(device: torch.device) -> Memory:
     return Memory(resident, resident, 0, max(peak, resident), psutil.virtual_memory().total)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on an accelerator or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 @dataclass
 class StopRequest:
     """The signal that asked the run to end, if one has."""

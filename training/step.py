@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from bridge.devices import is_out_of_memory
 from bridge.checkpoint import Bridge, head_key
 from bridge.engine import answer_logits
 from bridge.errors import TrainingFailed
@@ -32,7 +33,7 @@ from bridge.residency import Residency
 from training.config import TrainConfig
 from training.data import chunks, word_targets
 from training.features import CachedStates, LiveStates
-from training.machine import Ranks, clear_gradients, is_out_of_memory, memory_of
+from training.machine import Ranks, clear_gradients, memory_of
 from training.monitor import AnswerStats, StepRecord
 from training.objectives import (
     alignment_loss,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bridge import engine
+from bridge.answer import Generation
 from bridge.checkpoint import load_bridge
-from bridge.engine import Generation, answer_logits, answer_scores, encode, generate, soften, token_losses
+from bridge.engine import answer_logits, answer_scores, encode, generate, soften, token_losses
 from bridge.models import FrozenLM, load_model, tokenize_source
 from bridge.prompt import IGNORE, Row, collate, compose, embed, layout_for
 from bridge.sampling import SamplingParams, choose
@@ -275,9 +276,9 @@ def test_a_batch_ends_with_its_last_row(lms: dict[str, FrozenLM], monkeypatch: p
     mark = stop_within(said(lm, [SamplingParams(16)] * 4, [0])[0].text)
     steps: list[int] = []
 
-    def counting(scores: Tensor, params: Sequence[SamplingParams], position: int) -> Tensor:
-        steps.append(position)
-        return choose(scores, params, position)
+    def counting(scores: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+        steps.append(positions[0])
+        return choose(scores, params, positions)
 
     monkeypatch.setattr(engine, "choose", counting)
     ended = said(lm, [SamplingParams(16, stop=(mark,))] * 4, [0])[0]

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from bridge.answer import Generation
 from bridge.checkpoint import Bridge, load_bridge, make_bridge, read_manifest, save_bridge
 from bridge.config import EncoderConfig
 from bridge.encoder import KINDS, make_encoder
-from bridge.engine import Generation, answer_logits, encode, generate, token_losses
+from bridge.engine import answer_logits, encode, generate, token_losses
 from bridge.errors import UnknownBridge
 from bridge.models import FrozenLM, SourceTokens, hidden_states, load_model, tokenize_source
 from bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose, layout_for, place

@@ -14,7 +14,7 @@ LOGITS = torch.tensor([0.2, 2.0, 1.0, -1.0, 1.9])
 
 
 def drawn(logits: Tensor, params: SamplingParams, position: int = 0) -> int:
-    return int(choose(logits[None], [params], position).argmax())
+    return int(choose(logits[None], [params], [position]).argmax())
 
 
 def with_params(seed: int, **changes: float) -> SamplingParams:
@@ -24,18 +24,18 @@ def with_params(seed: int, **changes: float) -> SamplingParams:
 def shares(draws: int = 2000, **changes: float) -> Tensor:
     """How often each token is drawn over many seeds."""
     rows = [with_params(seed, **changes) for seed in range(draws)]
-    picks = choose(LOGITS.expand(draws, -1), rows, 0).argmax(dim=1)
+    picks = choose(LOGITS.expand(draws, -1), rows, [0] * draws).argmax(dim=1)
     return torch.bincount(picks, minlength=len(LOGITS)) / draws
 
 
 def test_temperature_zero_takes_the_likeliest_token_and_changes_no_score() -> None:
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(choose(logits, [SamplingParams(seed=s) for s in range(3)], 0), logits)
+    assert torch.equal(choose(logits, [SamplingParams(seed=s) for s in range(3)], [0] * 3), logits)
 
 
 def test_the_logits_given_are_left_alone() -> None:
     logits = LOGITS[None].clone()
-    choose(logits, [with_params(0, top_k=1, top_p=0.5)], 0)
+    choose(logits, [with_params(0, top_k=1, top_p=0.5)], [0])
     assert torch.equal(logits[0], LOGITS)
 
 
@@ -93,7 +93,7 @@ def test_batch_mates_and_their_order_change_no_draw(order: list[int], seed: int,
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3))
     params = [with_params(seed + i, temperature=i / 2, top_k=10 * i, top_p=1 - i / 9) for i in range(5)]
     alone = [drawn(logits[i], params[i], position) for i in order]
-    together = choose(logits[list(order)], [params[i] for i in order], position).argmax(dim=1).tolist()
+    together = choose(logits[list(order)], [params[i] for i in order], [position] * len(order)).argmax(dim=1).tolist()
     assert together == alone
 
 
@@ -107,7 +107,7 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
 
 
 def test_half_precision_logits_are_drawn_from_in_full_precision() -> None:
-    assert choose(LOGITS[None].bfloat16(), [with_params(0)], 0).dtype == torch.float32
+    assert choose(LOGITS[None].bfloat16(), [with_params(0)], [0]).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_half_precision_logits_are_drawn_from_in_full_precision() -> None:
 )
 def test_the_coldest_settings_take_the_likeliest_token(params: dict[str, float]) -> None:
     logits = torch.tensor([[1.0, 9.0, -3.0, 4.0]])
-    assert choose(logits, [SamplingParams(**params, seed=3)], 0).argmax(dim=-1).tolist() == [1]  # type: ignore[arg-type]
+    assert choose(logits, [SamplingParams(**params, seed=3)], [0]).argmax(dim=-1).tolist() == [1]  # type: ignore[arg-type]

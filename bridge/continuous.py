@@ -1,0 +1,287 @@
+"""Continuous batching: requests join and leave the running batch at every step.
+
+The steps, the paged key/value cache and its blocks are transformers' ``ContinuousBatchingManager``. Ours is what lets
+soft tokens through it (``bridge.softids``), what makes a draw depend on nothing but its request, and what happens to
+requests that end early or meet an error.
+
+Dimensions used in this file:
+    B rows of a step    V vocabulary
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+
+from bridge.answer import TokenLogprob, logprobs_of
+from bridge.devices import is_out_of_memory
+from bridge.errors import InferenceFailed, InsufficientMemory, first_line
+from bridge.models import FrozenLM
+from bridge.prompt import TEXT
+from bridge.running import Engine, Running, failed
+from bridge.sampling import choose
+from bridge.softids import SoftIds
+
+log = logging.getLogger(__name__)
+
+PAGE_TOKENS = 16  # a latent is a few dozen soft tokens: larger pages would share none of them
+KEPT_SOFT_TOKENS = 4096  # of latents nobody asks right now
+SMALLEST_STEP_TOKENS = 32
+POLL_SECONDS = 0.25  # how often a thread that died without a word is looked for
+
+
+class ContinuousEngine(Engine):
+    """See the module. Greedy output is that of ``generate(inputs_embeds=…)``, token for token.
+
+    An error inside a step ends the library's thread. Out of memory, the engine goes on with half as large steps: every
+    request continues where it was. Any other error leaves it dead.
+    """
+
+    kind = "continuous"
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        *,
+        max_rows: int = 32,
+        kv_tokens: int = 8192,
+        step_tokens: int = 512,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            lm: The receiver; its embedding understands soft ids until ``close``.
+            max_rows: Most requests in one step.
+            kv_tokens: Room of the key/value cache, allocated now, in tokens.
+            step_tokens: Most tokens of one step; a longer prompt is read over several.
+            on_death: Called after an error that leaves the engine dead.
+        """
+        super().__init__(lm, max_rows=max_rows, on_death=on_death)
+        self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
+        vocabulary = len(cast(Any, lm.model.get_input_embeddings()).weight)
+        self.soft_ids = SoftIds(lm.model.get_input_embeddings(), vocabulary, kept_tokens=KEPT_SOFT_TOKENS)
+        self._hooks = _exclusive(lm)
+        self._logprobs: dict[str, TokenLogprob | None] = {}
+        self._trouble = threading.Event()
+        self._closed = False
+        self._manager = self._new_manager()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True, name="engine-supervisor")
+        self._supervisor.start()
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Most tokens of one request, its answer included."""
+        return min(self.lm.max_tokens, self._kv_tokens - PAGE_TOKENS)
+
+    @property
+    def blocks_in_use(self) -> int:
+        """Blocks of the cache that running requests hold."""
+        processor = self._manager.batch_processor
+        tables = [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
+        return sum(len(blocks) for table in tables for blocks in list(table.values()))
+
+    def close(self) -> None:
+        """End the thread, free the cache, leave the embedding as it was; requests still running fail."""
+        with self._lock:
+            self._closed = True
+        self._trouble.set()
+        self._supervisor.join()
+        self._stop_manager()
+        self._die(InferenceFailed("the service is stopping"))
+        self.soft_ids.close()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _new_manager(self) -> ContinuousBatchingManager:
+        eos = self.lm.tokenizer.eos_token_id
+        manager = cast(Any, self.lm.model).init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1 if eos is None else eos),  # type: ignore[no-untyped-call]
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE_TOKENS,
+                num_blocks=-(-self._kv_tokens // PAGE_TOKENS),
+                max_batch_tokens=max(self._step_tokens, self.max_rows),
+                max_requests_per_batch=self.max_rows,
+                use_cuda_graph=False,  # our processor runs Python at every step
+                use_async_batching=False,
+                auto_switch_to_flash=False,  # would fetch kernels from the network
+            ),
+        )
+        # One processor of ours in place of the library's: those have no seed, and leave logprobs after sampling.
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choose(self)]))
+        processors.tensors_required = 1  # counted by the library for processors it converted itself
+        manager.logit_processor = processors
+        manager.output_router = _Router(self)
+        manager.start()
+        return cast(ContinuousBatchingManager, manager)
+
+    def _stop_manager(self) -> None:
+        if self._manager.is_running() or self._manager.batch_processor is not None:
+            self._manager.stop(hard_stop=True)
+
+    def _prepare(self, running: Running) -> None:
+        if running.soft is None:
+            return
+        if self.soft_ids.hold(running.soft.key, running.soft.make) is None:
+            log.info("soft ids are used up: beginning again with an empty cache")
+            self._trouble.set()
+            while self.soft_ids.hold(running.soft.key, running.soft.make) is None:
+                time.sleep(POLL_SECONDS / 10)
+
+    def _discard(self, running: Running) -> None:
+        if running.soft is not None:
+            self.soft_ids.release(running.soft.key)
+
+    def _begin(self, running: Running) -> None:
+        ids = running.row.ids
+        if running.soft is not None:
+            soft = self.soft_ids.ids(running.soft.key)
+            ids = [i if slot == TEXT else soft[slot] for i, slot in zip(ids, running.row.slots, strict=True)]
+        said = running.answer.ids
+        self._manager.add_request(
+            ids + said,  # what was said before the cache was lost is read again
+            request_id=running.name,
+            max_new_tokens=running.answer.params.max_tokens - len(said),
+            streaming=True,
+            eos_token_id=running.answer.end_ids or -1,
+            request=running.name,
+        )
+
+    def _stop(self, running: Running) -> None:
+        self._manager.cancel_request(running.name)
+
+    def _rows(self, names: Sequence[str]) -> list[Running | None]:
+        return [self._running.get(name) for name in names]
+
+    def _take(self, output: GenerationOutput) -> None:
+        """A token, or the failure of one request, from the library's thread."""
+        running = self._running.get(output.request_id)
+        if running is None:
+            return
+        if output.error is not None:
+            if self._manager.background_thread_status.can_accept_new_requests() is None:  # its own, not the thread's
+                self._end(running, InferenceFailed(f"the engine refused the request: {output.error}"))
+            return
+        try:
+            ended = running.answer.add(output.generated_tokens[-1], self._logprobs.pop(running.name, None))
+            if ended and not output.is_finished():
+                self._stop(running)
+            self._advance(running, ended)
+        except Exception as error:  # of one request's reading: no reason to end the others
+            log.exception("a request failed while its answer was read")
+            self._stop(running)
+            self._end(running, failed(error))
+
+    def _supervise(self) -> None:
+        """Wait for the library's thread to die, and bring the requests to a new one or to an end."""
+        while True:
+            self._trouble.wait(POLL_SECONDS)
+            if self._closed:
+                return
+            if self._trouble.is_set() or not self._manager.is_running():
+                self._recover()
+
+    def _recover(self) -> None:
+        self._stop_manager()
+        self._trouble.clear()
+        error = self._manager.background_thread_status.fatal_error
+        if error is not None and not self._make_smaller(error):
+            log.error("the generation engine died: %s", first_line(error), exc_info=error)
+            self._die(failed(error))
+            self.on_death()
+            return
+        with self._lock:
+            self.soft_ids.renumber()
+            self._manager = self._new_manager()
+            for running in list(self._running.values()):
+                self._begin(running)
+
+    def _make_smaller(self, error: Exception) -> bool:
+        """Whether trying again makes sense: steps are half as large, or the one request that cannot fit is refused."""
+        if not is_out_of_memory(error):
+            return False
+        self.out_of_memory += 1
+        with self._lock:
+            first = next(iter(self._running.values()), None)
+        if self.max_rows > 1 or self._step_tokens > SMALLEST_STEP_TOKENS:
+            self.max_rows = max(1, self.max_rows // 2)
+            self._step_tokens = max(SMALLEST_STEP_TOKENS, self._step_tokens // 2)
+            log.warning("out of memory: on with steps of %d rows, %d tokens", self.max_rows, self._step_tokens)
+        elif first is not None:
+            self._end(first, InsufficientMemory(f"the request does not fit in memory ({first_line(error)})"))
+        return True
+
+
+def _exclusive(lm: FrozenLM) -> list[RemovableHandle]:
+    """Passes of the model, whoever makes them, one after the other while an engine runs it.
+
+    The library writes ``is_causal = False`` into the configuration for as long as a step with a paged cache lasts; a
+    pass of another thread would read it, and could leave it there for good.
+    """
+    turn = cast(Any, lm.turn)
+    base = lm.model.base_model
+    return [
+        base.register_forward_pre_hook(lambda *_: (turn.acquire(), None)[1]),
+        base.register_forward_hook(lambda *_: turn.release(), always_call=True),
+    ]
+
+
+class _Choose(ContinuousBatchingLogitsProcessor):
+    """Chooses each row's token by its own parameters, seed and position; the library then takes the argmax."""
+
+    def __init__(self, engine: ContinuousEngine) -> None:
+        self.supported_kwargs, self.ignored_kwargs = {"request": str}, ()
+        self._engine = engine
+        self._names: list[str] = []
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        self._engine.last_step = time.monotonic()
+        self._names = [future.state.request_id for future in requests_with_new_token]
+        return torch.zeros(len(self._names), dtype=torch.int32)
+
+    def __call__(self, scores: Float[Tensor, "B V"], tensor_arg: Tensor) -> Float[Tensor, "B V"]:
+        rows = self._engine._rows(self._names)
+        live = [i for i, running in enumerate(rows) if running is not None]
+        answers = [running.answer for running in rows if running is not None]
+        if all(answer.params.temperature == 0 and answer.params.logprobs is None for answer in answers):
+            return scores
+        logits = scores[: len(rows)][live]
+        chosen = choose(logits, [a.params for a in answers], [len(a.ids) for a in answers])
+        for i, logprob in zip(live, logprobs_of(answers, logits, chosen), strict=True):
+            self._engine._logprobs[self._names[i]] = logprob
+        return scores.index_copy(0, torch.tensor(live, device=scores.device), chosen)
+
+
+class _Router(OutputRouter):
+    """Takes what the library's thread delivers, on that thread."""
+
+    def __init__(self, engine: ContinuousEngine) -> None:
+        super().__init__()
+        self._engine = engine
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._engine._take(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self._engine._take(output)
+
+    def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
+        super().fail_and_deliver(state, error)
+        self._engine._trouble.set()

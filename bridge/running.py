@@ -1,0 +1,176 @@
+"""The life of a request in a generation engine: submitted, running, then ended once, with an answer or an error.
+
+``ContinuousEngine`` and ``PaddedEngine`` differ in how steps are made; what is here they have in common.
+"""
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from bridge.answer import Answer, Generation
+from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError
+from bridge.models import FrozenLM
+from bridge.prompt import Row
+from bridge.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Soft:
+    """Soft tokens of one latent for one receiver: what tells them apart from all others, and how they are made."""
+
+    key: Hashable
+    make: Callable[[], Float[Tensor, "K D"]]
+
+
+@dataclass(eq=False)
+class Running:
+    """A request in an engine.
+
+    Attributes:
+        on_end: Called once, on the engine's thread, with the answer or the error.
+        on_news: Called there after each token, when given; ``answer.news()`` then has what may be shown.
+        first_token_at: ``time.monotonic()`` when the first token was there.
+    """
+
+    name: str
+    row: Row
+    soft: Soft | None
+    answer: Answer
+    on_end: Callable[[Generation | LatentWireError], None]
+    on_news: Callable[[str], None] | None = None
+    first_token_at: float | None = None
+
+
+class Engine(ABC):
+    """Generates for many requests at once with one receiver, on a thread of its own.
+
+    Attributes:
+        kind: How steps are made; shown by ``GET /bridges``.
+        last_step: ``time.monotonic()`` of the last sign of progress.
+        failure: Why the engine is dead, when it is: every request then fails with it.
+        out_of_memory: How often a step did not fit.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, lm: FrozenLM, *, max_rows: int, on_death: Callable[[], None] = lambda: None) -> None:
+        self.lm, self.max_rows = lm, max_rows
+        self.last_step = time.monotonic()
+        self.failure: LatentWireError | None = None
+        self.out_of_memory = 0
+        self.on_death = on_death
+        self._count = 0
+        self._running: dict[str, Running] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._running)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Most tokens of one request, its answer included."""
+        return self.lm.max_tokens
+
+    def submit(
+        self,
+        row: Row,
+        params: SamplingParams,
+        soft: Soft | None,
+        on_end: Callable[[Generation | LatentWireError], None],
+        on_news: Callable[[str], None] | None = None,
+    ) -> Running:
+        """Take a request; it joins the running batch at the next step.
+
+        Raises:
+            InvalidRequest: It could never fit.
+            LatentWireError: The engine is dead or closed.
+        """
+        if len(row) + params.max_tokens > self.capacity_tokens:
+            raise InvalidRequest(
+                f"the input takes {len(row)} tokens and the answer up to {params.max_tokens}; "
+                f"this receiver has room for {self.capacity_tokens}",
+                param="max_tokens",
+            )
+        with self._lock:
+            self._count += 1
+            running = Running(f"r{self._count}", row, soft, Answer(self.lm, params), on_end, on_news)
+        self._prepare(running)
+        with self._lock:
+            if self.failure is not None:
+                self._discard(running)
+                raise type(self.failure)(str(self.failure)) from self.failure.__cause__
+            if not self._running:
+                self.last_step = time.monotonic()
+            self._running[running.name] = running
+            self._begin(running)
+        return running
+
+    def cancel(self, running: Running) -> None:
+        """Give a request up: it ends at the next step, its memory is free, and nobody is called any more."""
+        with self._lock:
+            if self._running.pop(running.name, None) is not None:
+                self._stop(running)
+                self._discard(running)
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the thread and free what it holds; requests still running fail."""
+
+    @abstractmethod
+    def _begin(self, running: Running) -> None:
+        """Hand a request to the thread."""
+
+    @abstractmethod
+    def _prepare(self, running: Running) -> None:
+        """What can be done before it is handed over, on the caller's thread."""
+
+    @abstractmethod
+    def _stop(self, running: Running) -> None:
+        """Tell the thread that a request is over before its time."""
+
+    @abstractmethod
+    def _discard(self, running: Running) -> None:
+        """Let go of what a request held."""
+
+    def _advance(self, running: Running, ended: bool) -> None:
+        """After a token: show what is new, and end the request where it ended."""
+        if running.first_token_at is None:
+            running.first_token_at = time.monotonic()
+        if running.on_news is not None and (news := running.answer.news()):
+            running.on_news(news)
+        if ended:
+            self._end(running, running.answer.finish())
+
+    def _end(self, running: Running, result: Generation | LatentWireError) -> None:
+        with self._lock:
+            if self._running.pop(running.name, None) is None:
+                return
+            self._discard(running)
+        running.on_end(result)
+
+    def _die(self, failure: LatentWireError) -> None:
+        """No request will be served any more; those that run fail."""
+        with self._lock:
+            self.failure = failure
+            lost = list(self._running.values())
+        for running in lost:
+            self._stop(running)
+            self._end(running, failure)
+
+
+def failed(error: BaseException) -> InferenceFailed:
+    """What callers are told of an error that no request caused."""
+    failure = InferenceFailed(f"the model failed with {type(error).__name__}")
+    failure.__cause__ = error
+    return failure

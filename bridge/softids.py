@@ -1,0 +1,142 @@
+"""Soft tokens under ids of their own, beyond the vocabulary, for engines that take ids and no embeddings.
+
+An engine that shares cached blocks between requests finds them by their ids. So an id must never come to mean another
+soft token while a block made with it could be found: ids are handed out in ascending order and not again. A latent that
+is asked again keeps its ids, on purpose, and then shares its blocks.
+
+Dimensions used in this file:
+    K soft tokens    D model width    T tokens
+"""
+
+import threading
+from bisect import bisect_right, insort
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+LARGEST_ID = (1 << 31) - 1  # engines keep ids in 32 bits
+
+
+@dataclass
+class _Held:
+    first: int
+    soft: Float[Tensor, "K D"]
+    users: int = 0
+
+
+class SoftIds:
+    """Gives soft tokens ids that ``embedding`` then understands; transparent to everybody else's ids.
+
+    Soft tokens nobody uses are kept, least recently used first out, up to ``kept_tokens`` of them.
+    """
+
+    def __init__(self, embedding: nn.Module, vocabulary: int, *, kept_tokens: int) -> None:
+        self.vocabulary, self._kept_tokens = vocabulary, kept_tokens
+        self._embedding, self._embed = embedding, embedding.forward
+        self._next = vocabulary
+        self._held: OrderedDict[Hashable, _Held] = OrderedDict()
+        self._by_first: dict[int, _Held] = {}
+        self._firsts: list[int] = []
+        self._lock = threading.Lock()
+        embedding.forward = self._forward
+
+    def close(self) -> None:
+        """Leave the embedding as it was found."""
+        del self._embedding.forward
+
+    @property
+    def tokens(self) -> int:
+        """Soft tokens held."""
+        return sum(len(held.soft) for held in self._held.values())
+
+    def hold(self, key: Hashable, make: Callable[[], Float[Tensor, "K D"]]) -> range | None:
+        """The ids of the soft tokens of ``key``, made where they are not there yet; they stay until released.
+
+        None when no ids are left: see ``renumber``.
+        """
+        with self._lock:
+            held = self._held.get(key)
+        soft = make() if held is None else held.soft
+        with self._lock:
+            held = self._held.get(key)
+            if held is None:
+                if self._next + len(soft) > LARGEST_ID:
+                    return None
+                held = self._held[key] = self._number(soft)
+            held.users += 1
+            self._held.move_to_end(key)
+            return range(held.first, held.first + len(held.soft))
+
+    def ids(self, key: Hashable) -> range:
+        """The ids now of soft tokens that are held."""
+        with self._lock:
+            held = self._held[key]
+            return range(held.first, held.first + len(held.soft))
+
+    def release(self, key: Hashable) -> None:
+        """One user less; what nobody uses may be dropped from now on."""
+        with self._lock:
+            self._held[key].users -= 1
+            surplus = self.tokens - self._kept_tokens
+            for idle in [key for key, held in self._held.items() if held.users == 0]:
+                if surplus <= 0:
+                    break
+                surplus -= len(self._held[idle].soft)
+                self._drop(idle)
+
+    def renumber(self) -> None:
+        """Begin again with the first id; only when no block made with the old ids is left anywhere."""
+        with self._lock:
+            for key in [key for key, held in self._held.items() if held.users == 0]:
+                self._drop(key)
+            self._by_first, self._firsts, self._next = {}, [], self.vocabulary
+            for key, held in self._held.items():
+                users = held.users
+                self._held[key] = self._number(held.soft)
+                self._held[key].users = users
+
+    def _number(self, soft: Float[Tensor, "K D"]) -> _Held:
+        held = _Held(self._next, soft)
+        self._next += len(soft)
+        self._by_first[held.first] = held
+        insort(self._firsts, held.first)
+        return held
+
+    def _drop(self, key: Hashable) -> None:
+        held = self._held.pop(key)
+        del self._by_first[held.first]
+        self._firsts.remove(held.first)
+
+    def _forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
+        soft = ids >= self.vocabulary
+        if not bool(soft.any()):
+            plain: Tensor = self._embed(ids)
+            return plain
+        embeds: Tensor = self._embed(ids.masked_fill(soft, 0)).clone()
+        embeds[soft] = self._rows(ids[soft].tolist(), embeds)
+        return embeds
+
+    def _rows(self, ids: list[int], like: Float[Tensor, "*shape D"]) -> Float[Tensor, "T D"]:
+        """The soft tokens of ids, run by run."""
+        runs: list[Tensor] = []
+        at = 0
+        with self._lock:
+            while at < len(ids):
+                place = bisect_right(self._firsts, ids[at]) - 1
+                held = self._by_first[self._firsts[place]] if place >= 0 else None
+                start = ids[at] - held.first if held else 0
+                if held is None or start >= len(held.soft):
+                    # Dropped between a request's end and the step that was already under way: nobody reads the result.
+                    runs.append(like.new_zeros(1, like.shape[-1]))
+                    at += 1
+                    continue
+                most, count = min(len(held.soft) - start, len(ids) - at), 1
+                while count < most and ids[at + count] == ids[at] + count:
+                    count += 1
+                runs.append(held.soft[start : start + count].to(like.dtype))
+                at += count
+        return torch.cat(runs)

@@ -1,0 +1,438 @@
+"""The generation engines: requests come and go at every step, and each gets what it would get alone."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridge import continuous, softids
+from bridge.answer import Generation
+from bridge.continuous import PAGE_TOKENS, ContinuousEngine
+from bridge.engine import generate
+from bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError
+from bridge.models import FrozenLM, load_model
+from bridge.padded import PaddedEngine
+from bridge.probe import open_engine
+from bridge.prompt import IGNORE, TEXT, Row
+from bridge.running import Engine, Running, Soft
+from bridge.sampling import SamplingParams
+from tests.integration.test_engine import rows_of, soft_of
+
+PATIENCE = 60.0
+MIXED = [
+    SamplingParams(12),
+    SamplingParams(20, 1.0, seed=3, logprobs=2),
+    SamplingParams(7, stop=("e",)),
+    SamplingParams(16, 0.7, 0.9, 20, seed=5),
+]
+
+
+class Asked:
+    """A request in an engine, and what came of it."""
+
+    def __init__(self, made: Engine, row: Row, params: SamplingParams, soft: Soft | None) -> None:
+        self.ended, self.pieces, self.ends = threading.Event(), list[str](), 0
+        self.running: Running = made.submit(row, params, soft, self._end, self.pieces.append)
+
+    def _end(self, result: Generation | LatentWireError) -> None:
+        self.result, self.ends = result, self.ends + 1
+        self.ended.set()
+
+    def answer(self) -> Generation:
+        assert self.ended.wait(PATIENCE), "nobody was told how the request ended"
+        if isinstance(self.result, LatentWireError):
+            raise self.result
+        return self.result
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Any]]:
+    """Opens engines, and closes them."""
+    made: list[Engine] = []
+
+    def open_(kind: type[Engine], lm: FrozenLM, **options: Any) -> Engine:
+        made.append(kind(lm, **options))
+        return made[-1]
+
+    yield open_
+    for one in made:
+        one.close()
+
+
+def soft(lm: FrozenLM, number: int, count: int | None = None) -> Soft:
+    """The soft tokens of one of the four rows."""
+    return Soft(("row", number), lambda: soft_of(lm)[number][:count])
+
+
+def ask(made: Engine, numbers: Sequence[int], params: Sequence[SamplingParams]) -> list[Asked]:
+    rows = rows_of(made.lm)
+    return [Asked(made, rows[n], p, soft(made.lm, n)) for n, p in zip(numbers, params, strict=True)]
+
+
+def told(generation: Generation) -> tuple[str, str, int]:
+    return generation.text, generation.finish_reason, generation.token_count
+
+
+def alone(lm: FrozenLM, number: int, params: SamplingParams) -> Generation:
+    """The reference: one row through the library's own ``generate(inputs_embeds=…)``."""
+    return generate(lm, [rows_of(lm)[number]], soft_of(lm)[number : number + 1], [params])[0][0]
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_every_request_gets_the_references_answer_whoever_runs_beside_it(
+    lm: FrozenLM, opened: Callable[..., Engine], kind: type[Engine]
+) -> None:
+    made = opened(kind, lm, max_rows=3)
+    order = [(i, replace(p, seed=p.seed + i)) for p in MIXED for i in range(4)]
+    random.Random(0).shuffle(order)
+    asked = ask(made, [i for i, _ in order], [p for _, p in order])
+    for (i, p), one in zip(order, asked, strict=True):
+        said, wanted = one.answer(), alone(lm, i, p)
+        assert told(said) == told(wanted)
+        assert "".join(one.pieces) == said.text and one.ends == 1
+        if wanted.logprobs is not None and said.logprobs is not None:
+            assert [t.token for t in said.logprobs] == [t.token for t in wanted.logprobs]
+            assert [t.logprob for t in said.logprobs] == pytest.approx([t.logprob for t in wanted.logprobs], abs=1e-4)
+    assert made.running == 0
+
+
+def test_greedy_output_is_the_references_token_for_token(lm: FrozenLM, opened: Callable[..., Engine]) -> None:
+    made = opened(ContinuousEngine, lm)
+    params = SamplingParams(24)
+    for i, one in enumerate(ask(made, range(4), [params] * 4)):
+        one.answer()
+        reference = alone(lm, i, params)
+        assert told(one.answer()) == told(reference)
+        assert one.running.answer.text == reference.text and len(one.running.answer.ids) >= reference.token_count - 1
+
+
+def test_a_request_joins_while_others_run_and_leaves_before_them(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+) -> None:
+    made = opened(ContinuousEngine, lms["llama"])
+    (long,) = ask(made, [0], [SamplingParams(200, 1.0, seed=1, stop_ids=())])
+    while not long.pieces:
+        pass
+    (short,) = ask(made, [1], [SamplingParams(2)])
+    short.answer()
+    assert not long.ended.is_set()
+    made.cancel(long.running)
+
+
+def test_a_stop_id_ends_an_answer_and_is_no_part_of_it(lms: dict[str, FrozenLM], opened: Callable[..., Engine]) -> None:
+    lm = lms["llama"]
+    (free,) = ask(opened(ContinuousEngine, lm), [0], [SamplingParams(12)])
+    said = free.answer()
+    ids = free.running.answer.ids
+    at = next(i for i in range(3, len(ids)) if ids[i] not in ids[:i])
+    params = SamplingParams(12, stop_ids=(ids[at],))
+    (cut,) = ask(opened(PaddedEngine, lm), [0], [params])
+    (also,) = ask(opened(ContinuousEngine, lm), [0], [params])
+    assert told(cut.answer()) == told(also.answer()) == told(alone(lm, 0, params))
+    assert cut.running.answer.ids == also.running.answer.ids == ids[:at] and said.text.startswith(cut.answer().text)
+    assert (cut.answer().finish_reason, cut.answer().token_count) == ("stop", at + 1)
+
+
+def test_a_long_prompt_is_read_over_several_steps(lms: dict[str, FrozenLM], opened: Callable[..., Engine]) -> None:
+    lm = lms["gpt2"]
+    made = opened(ContinuousEngine, lm, step_tokens=8, max_rows=2)
+    row = Row([65 + i % 20 for i in range(100)], [TEXT] * 100, [IGNORE] * 100)
+    wanted = generate(lm, [row], None, [SamplingParams(8)])[0][0]
+    assert told(Asked(made, row, SamplingParams(8), None).answer()) == told(wanted)
+
+
+def shared_prefix(lm: FrozenLM, seed: int = 0) -> tuple[Row, Tensor]:
+    """A row whose soft tokens fill two pages of the cache."""
+    K = 2 * PAGE_TOKENS
+    drawn = torch.randn(K, lm.width, generator=torch.Generator().manual_seed(seed)) * lm.embedding_rms()
+    return Row([0] * K + [70, 71, 72], [*range(K), *[TEXT] * 3], [IGNORE] * (K + 3)), drawn
+
+
+def prefilled(made: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each step from now on."""
+    seen: list[int] = []
+    forward = made.lm.model.forward
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(made.lm.model, "forward", watching)
+    return seen
+
+
+def test_a_latent_asked_again_shares_its_blocks(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm)
+    row, drawn = shared_prefix(lm)
+    steps = prefilled(made, monkeypatch)
+    first = Asked(made, row, SamplingParams(4), Soft("latent", lambda: drawn)).answer()
+    assert max(steps) == len(row)
+    steps.clear()
+    again = Asked(made, row, SamplingParams(4), Soft("latent", lambda: drawn)).answer()
+    assert max(steps) == len(row) - 2 * PAGE_TOKENS and again == first
+
+
+def test_a_request_never_reads_the_blocks_of_another_latent(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+) -> None:
+    """The same prompt, the same number of soft tokens, hundreds of latents that come and go: ids are never re-used."""
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, kv_tokens=1024)
+    for seed in range(40):
+        row, drawn = shared_prefix(lm, seed)
+        made.soft_ids._kept_tokens = 0  # the table forgets at once; the cache does not
+        said = Asked(made, row, SamplingParams(6), Soft(("latent", seed), lambda drawn=drawn: drawn)).answer()
+        assert told(said) == told(generate(lm, [row], drawn[None], [SamplingParams(6)])[0][0])
+    assert made.soft_ids.tokens == 0
+
+
+def test_a_request_never_reads_the_blocks_of_a_cancelled_one(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, kv_tokens=256, max_rows=4)
+    for seed in range(20):
+        row, drawn = shared_prefix(lm, 100 + seed)
+        given_up = Asked(made, row, SamplingParams(100), Soft(("gone", seed), lambda drawn=drawn: drawn))
+        if seed % 2:
+            while not given_up.pieces and not given_up.ended.is_set():
+                pass
+        made.cancel(given_up.running)
+        row, drawn = shared_prefix(lm, seed)
+        said = Asked(made, row, SamplingParams(6), Soft(("latent", seed), lambda drawn=drawn: drawn)).answer()
+        assert told(said) == told(generate(lm, [row], drawn[None], [SamplingParams(6)])[0][0])
+        assert not given_up.ended.is_set()
+    assert made.blocks_in_use == 0
+
+
+def test_a_cancelled_request_frees_its_blocks_and_calls_nobody(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+) -> None:
+    made = opened(ContinuousEngine, lms["llama"])
+    (long,) = ask(made, [0], [SamplingParams(240, 1.0, seed=1)])
+    while not long.pieces:
+        pass
+    assert made.blocks_in_use > 0
+    made.cancel(long.running)
+    ask(made, [1], [SamplingParams(2)])[0].answer()  # a step later
+    assert made.blocks_in_use == 0 and long.ends == 0 and made.running == 0
+
+
+def test_more_requests_than_the_cache_holds_all_get_their_answer(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+) -> None:
+    lm = lms["neox"]
+    made = opened(ContinuousEngine, lm, kv_tokens=256, max_rows=16)
+    params = [SamplingParams(60, 1.0, seed=i) for i in range(16)]
+    asked = ask(made, [i % 4 for i in range(16)], params)
+    for i, one in enumerate(asked):
+        assert told(one.answer()) == told(alone(lm, i % 4, params[i]))
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_a_request_that_could_never_fit_is_refused_at_once(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], kind: type[Engine]
+) -> None:
+    made = opened(kind, lms["llama"])
+    with pytest.raises(InvalidRequest, match=r"the answer up to 256; this receiver has room for 256"):
+        ask(made, [0], [SamplingParams(256)])
+    assert made.running == 0
+
+
+def test_used_up_ids_begin_again_with_an_empty_cache(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm)
+    monkeypatch.setattr(softids, "LARGEST_ID", made.soft_ids.vocabulary + 100)
+    (running,) = ask(made, [0], [SamplingParams(120, 1.0, seed=9)])
+    for seed in range(8):
+        row, drawn = shared_prefix(lm, seed)
+        said = Asked(made, row, SamplingParams(6), Soft(("latent", seed), lambda drawn=drawn: drawn)).answer()
+        assert told(said) == told(generate(lm, [row], drawn[None], [SamplingParams(6)])[0][0])
+    assert told(running.answer()) == told(alone(lm, 0, SamplingParams(120, 1.0, seed=9)))
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, times: int, after: int = 2) -> None:
+    """Let a method raise a few times, after working a few times."""
+    real, calls = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if after < calls <= after + times:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def holds_out(made: Engine, lm: FrozenLM) -> None:
+    """Four different requests get their own answers, in whole and in pieces."""
+    params = [replace(p, seed=i) for i, p in enumerate(MIXED)]
+    wanted = [alone(lm, i, p) for i, p in enumerate(params)]
+    asked = ask(made, range(4), params)
+    assert [told(one.answer()) for one in asked] == [told(one) for one in wanted]
+    assert ["".join(one.pieces) for one in asked] == [one.text for one in wanted]
+    assert made.failure is None
+
+
+def test_out_of_memory_halves_the_steps_and_every_request_goes_on_where_it_was(
+    lms: dict[str, FrozenLM], model_folders: dict[str, Path], opened: Callable[..., Engine]
+) -> None:
+    lm = load_model(str(model_folders["llama"]))
+    made = opened(ContinuousEngine, lm, max_rows=4)
+    with pytest.MonkeyPatch.context() as patch:
+        fails(patch, lm.model, "forward", OUT, times=2, after=3)
+        holds_out(made, lms["llama"])
+    assert made.out_of_memory == 2 and made.max_rows == 1
+
+
+def test_out_of_memory_splits_a_padded_batch(
+    lms: dict[str, FrozenLM], model_folders: dict[str, Path], opened: Callable[..., Engine]
+) -> None:
+    lm = load_model(str(model_folders["llama"]))
+    made = opened(PaddedEngine, lm, max_rows=8)
+    real, refused = lm.model.forward, []
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        """A device that holds one row, once all four are there."""
+        rows = len(kwargs["attention_mask"])
+        if rows > 1:
+            refused.append(rows)
+            raise OUT
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm.model, "forward", small)
+        holds_out(made, lms["llama"])
+    assert made.out_of_memory == len(refused) > 0
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_a_single_request_that_cannot_fit_is_refused_and_the_engine_lives(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: type[Engine]
+) -> None:
+    lm = lms["llama"]
+    options = {"step_tokens": 32} if kind is ContinuousEngine else {}
+    made = opened(kind, lm, max_rows=1, **options)
+    fails(monkeypatch, lm.model, "forward", OUT, times=1, after=0)
+    (one,) = ask(made, [0], [SamplingParams(4)])
+    with pytest.raises(InsufficientMemory):
+        one.answer()
+    (two,) = ask(made, [1], [SamplingParams(4)])
+    assert told(two.answer()) == told(alone(lm, 1, SamplingParams(4)))
+
+
+STAGES = {
+    "forward": lambda made: (made.lm.model, "forward"),
+    "choosing": lambda made: (continuous, "choose"),
+    "scheduling": lambda made: (made._manager.batch_processor.scheduler, "schedule_batch"),
+    "preparing": lambda made: (made._manager.batch_processor.inputs_and_outputs, "prepare_batch_tensors"),
+    "reading": lambda made: (made._manager.batch_processor.inputs_and_outputs, "prepare_batch_update"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_error_at_any_stage_fails_all_requests_and_says_so(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    died = threading.Event()
+    made = opened(ContinuousEngine, lms["llama"], on_death=died.set)
+    ask(made, [0], [SamplingParams(2)])[0].answer()
+    owner, name = STAGES[stage](made)
+    fails(monkeypatch, owner, name, ValueError("a broken part"), times=10_000, after=0)
+    asked: list[Asked] = []
+    for number in range(4):
+        with suppress(InferenceFailed):  # it may be dead before the fourth
+            asked += ask(made, [number], [SamplingParams(50, 1.0, seed=2)])
+    assert asked
+    for one in asked:
+        with pytest.raises(InferenceFailed, match="ValueError"):
+            one.answer()
+        assert one.ends == 1
+    assert died.wait(PATIENCE) and made.running == 0 and made.blocks_in_use == 0
+    with pytest.raises(InferenceFailed, match="ValueError"):
+        ask(made, [0], [SamplingParams(2)])
+
+
+def test_an_error_while_one_answer_is_read_fails_that_one_alone(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm)
+    bad, good = ask(made, [0, 1], [SamplingParams(30), SamplingParams(30)])
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(bad.running, "on_news", lambda _: 1 / 0)
+        with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
+            bad.answer()
+    assert told(good.answer()) == told(alone(lm, 1, SamplingParams(30))) and made.failure is None
+
+
+def test_a_failed_padded_batch_fails_its_requests_and_no_others(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(PaddedEngine, lm)
+    fails(monkeypatch, lm.model, "forward", ValueError("broken"), times=1, after=0)
+    (one,) = ask(made, [0], [SamplingParams(4)])
+    with pytest.raises(InferenceFailed, match="ValueError"):
+        one.answer()
+    assert ask(made, [1], [SamplingParams(4)])[0].answer().token_count > 0
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_closing_fails_what_runs_and_leaves_the_model_as_it_was(lms: dict[str, FrozenLM], kind: type[Engine]) -> None:
+    lm = lms["llama"]
+    threads = threading.active_count()
+    made = kind(lm)
+    asked = ask(made, range(4), [SamplingParams(200, 1.0, seed=2)] * 4)
+    made.close()
+    for one in asked:
+        with pytest.raises(InferenceFailed, match="stopping"):
+            one.answer()
+    with pytest.raises(InferenceFailed, match="stopping"):
+        ask(made, [0], [SamplingParams(2)])
+    assert threading.active_count() == threads and "forward" not in vars(lm.model.get_input_embeddings())
+
+
+def test_models_that_continuous_batching_answers_otherwise_get_padded_batches(
+    lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = open_engine(lm)
+    assert made.kind == "continuous"
+    made.close()
+    rows = softids.SoftIds._rows
+    monkeypatch.setattr(softids.SoftIds, "_rows", lambda self, ids, like: rows(self, ids, like) * 3)
+    made = open_engine(lm)
+    assert made.kind == "padded"
+    made.close()
+
+
+def test_models_that_continuous_batching_refuses_get_padded_batches(
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load_model(str(model_folders["gpt2"]))
+    lm.model.config._attn_implementation = "flex_attention"  # none that the library's manager knows
+    made = open_engine(lm)
+    lm.model.config._attn_implementation = "sdpa"
+    try:
+        assert made.kind == "padded"
+        assert told(ask(made, [0], [SamplingParams(4)])[0].answer()) == told(alone(lm, 0, SamplingParams(4)))
+    finally:
+        made.close()
