@@ -3,7 +3,7 @@ PYTHON ?= python3
 SERVE ?= 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint setup clean benchmarks
+.PHONY: demo test lint setup clean benchmarks chromium
 .DEFAULT_GOAL := help
 
 help:
@@ -39,7 +39,13 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-test: lint .venv/bin/promtool
+# The page is tested in a real Chromium; without one those tests say that they were skipped.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	    || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+	    || echo "chromium could not be installed: the tests of the page are skipped (sudo apt-get install chromium)"
+
+test: lint .venv/bin/promtool chromium
 	.venv/bin/pytest -q
 
 benchmarks: setup

@@ -35,9 +35,9 @@ def main(rounds: int = 100) -> None:
             for number in range(rounds + 5):
                 example = examples[number]
                 began = time.perf_counter()
-                latent = client.encode([example.source])["latents"][0]["data"]
+                latent = client.encode(example.source).latents[0]
                 encoded = time.perf_counter()
-                said = client.generate([{"latent": latent}], example.prompt, max_tokens=24)["outputs"][0]["text"]
+                said = client.generate(latent, example.prompt, max_tokens=24).texts[0]
                 done = time.perf_counter()
                 if number >= 5:
                     encode_ms.append((encoded - began) * 1000)

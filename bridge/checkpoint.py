@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from bridge.config import BridgeConfig, Manifest, ModelRef, Part, dump_manifest, parse_manifest
+from bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
 from bridge.devices import default_device
 from bridge.encoder import Encoder, make_encoder
-from bridge.errors import CorruptCheckpoint, UnknownBridge
+from bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
 from bridge.heads import SoftTokenHead
-from bridge.models import BUILTIN, FrozenLM, check_identity, fingerprint_of
+from bridge.models import BUILTIN, FrozenLM, fingerprint_of
 from bridge.prompt import check_layout
 
 CONFIG = "config.json"
@@ -131,6 +131,20 @@ def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tupl
     for module in (bridge.encoder, bridge.heads):
         module.to(device or default_device()).eval().requires_grad_(False)
     return manifest, bridge
+
+
+def check_identity(expected: ModelRef, actual: Fingerprint, role: str) -> None:
+    """Refuse a model that is not the one a bridge was trained with.
+
+    Raises:
+        IncompatibleBridge: Naming the part that differs and both digests.
+    """
+    for part in ("config", "weights", "tokenizer"):
+        want, have = getattr(expected.fingerprint, part), getattr(actual, part)
+        if want != have:
+            raise IncompatibleBridge(
+                f"the bridge was trained with {role} {expected.name!r} whose {part} is {want}; this one's is {have}"
+            )
 
 
 def check_sender(config: BridgeConfig, sender: FrozenLM) -> None:

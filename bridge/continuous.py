@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from bridge.answer import TokenLogprob, logprobs_of
 from bridge.devices import is_out_of_memory
-from bridge.errors import InferenceFailed, InsufficientMemory, first_line
+from bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
 from bridge.models import FrozenLM
 from bridge.prompt import TEXT
 from bridge.running import Engine, Running, failed
@@ -101,7 +101,7 @@ class ContinuousEngine(Engine):
         self._trouble.set()
         self._supervisor.join()
         self._stop_manager()
-        self._die(InferenceFailed("the service is stopping"))
+        self._die(NotReady("the service is stopping"))
         self.soft_ids.close()
         for hook in self._hooks:
             hook.remove()
@@ -231,12 +231,19 @@ def _exclusive(lm: FrozenLM) -> list[RemovableHandle]:
     The library writes ``is_causal = False`` into the configuration for as long as a step with a paged cache lasts; a
     pass of another thread would read it, and could leave it there for good.
     """
-    turn = cast(Any, lm.turn)
+    turn, mine = threading.RLock(), threading.local()
+
+    def begin(*_: object) -> None:
+        turn.acquire()
+        mine.passes = getattr(mine, "passes", 0) + 1
+
+    def end(*_: object) -> None:
+        if getattr(mine, "passes", 0):  # not one that had begun before the engine came
+            mine.passes -= 1
+            turn.release()
+
     base = lm.model.base_model
-    return [
-        base.register_forward_pre_hook(lambda *_: (turn.acquire(), None)[1]),
-        base.register_forward_hook(lambda *_: turn.release(), always_call=True),
-    ]
+    return [base.register_forward_pre_hook(begin), base.register_forward_hook(end, always_call=True)]
 
 
 class _Choose(ContinuousBatchingLogitsProcessor):
@@ -281,6 +288,7 @@ class _Router(OutputRouter):
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
             self._engine._take(output)
+        self._engine.on_step(len(outputs), time.monotonic() - self._engine.last_step)
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         super().fail_and_deliver(state, error)

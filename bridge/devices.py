@@ -39,4 +39,7 @@ def _unusable(device: torch.device) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on an accelerator or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    )

@@ -38,7 +38,12 @@ class Encoded:
 
 @torch.inference_mode()
 def encode(bridge: Bridge, sender: FrozenLM, sources: Sequence[SourceTokens]) -> list[Encoded]:
-    """Latents of tokenised sources, in order: one pass of the sender, no cache, up to the layer read."""
+    """Latents of tokenised sources, in order: one pass of the sender, no cache, up to the layer read.
+
+    On a CPU a latent equals the one of its source alone within 1e-5 (slots have RMS 1; 2.4e-6 was the most measured),
+    not bit for bit: attention sums over a padded width in another order, products of few rows use another kernel, and
+    several threads split by rows. The same batch gives the same bits each time.
+    """
     ids, mask = pad_sources(sender, sources)
     latents, slots = bridge.encoder(hidden_states(sender, ids, mask, bridge.config.layers), mask)
     rows = [latent[real].cpu().numpy() for latent, real in zip(latents.float(), slots, strict=True)]

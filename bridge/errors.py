@@ -4,11 +4,16 @@ LatentWireError
 ├── InvalidRequest      the caller's input can never succeed                    422
 ├── InvalidMessage      bytes that are not a latent this bridge could have sent 422
 ├── TooLarge            the input is over a limit that is checked before work   413
+├── Unauthenticated     the request bears no key that this service knows        401
+├── Forbidden           the key may not do this, or the message is not signed   403
 ├── UnknownBridge       no bridge, stored latent or receiver under that name    404
 ├── IncompatibleBridge  bridge, model or latent disagree on shape or identity   409
 ├── CorruptCheckpoint   a file of the checkpoint is missing or damaged          500
 ├── ModelUnavailable    a language model cannot be found or read                500
+├── Conflict            an idempotency key was used with another body           409
+├── ModelInUse          the model is lent and cannot be dropped now             409
 ├── Overloaded          the queue is full; try again later                      429
+├── RateLimited         the key has used what it may use in a minute            429
 ├── NotReady            the models are still loading                             503
 ├── StoreUnavailable    the store of latents does not answer                    503
 ├── InsufficientMemory  the models do not fit the memory budget                 503
@@ -30,12 +35,14 @@ MAX_SAID = 500
 class LatentWireError(Exception):
     """Base class: ``except LatentWireError`` catches everything above.
 
-    ``param`` names the field or flag at fault where there is one.
+    ``param`` names the field or flag at fault where there is one; ``retry_after_seconds`` says when trying again makes
+    sense where that is known.
     """
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.retry_after_seconds = retry_after_seconds
 
 
 class InvalidRequest(LatentWireError):
@@ -48,6 +55,14 @@ class InvalidMessage(LatentWireError):
 
 class TooLarge(LatentWireError):
     """The input is over a limit that is checked before any work starts."""
+
+
+class Unauthenticated(LatentWireError):
+    """The request bears no key, or none that this service knows."""
+
+
+class Forbidden(LatentWireError):
+    """The caller may not do this, or the message was not signed by this service."""
 
 
 class UnknownBridge(LatentWireError):
@@ -66,8 +81,20 @@ class ModelUnavailable(LatentWireError):
     """A language model cannot be found, read or used as asked."""
 
 
+class Conflict(LatentWireError):
+    """The same idempotency key was used with another body."""
+
+
+class ModelInUse(LatentWireError):
+    """The model is lent; it cannot be dropped now."""
+
+
 class Overloaded(LatentWireError):
     """The queue is full. Retrying later may work."""
+
+
+class RateLimited(LatentWireError):
+    """The key has used what it may use in a minute; ``retry_after_seconds`` says when it may go on."""
 
 
 class InsufficientMemory(LatentWireError):

@@ -11,9 +11,9 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +54,17 @@ class Reader:
     name: str
     tokenizer: PreTrainedTokenizerBase
 
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """What the model's files say of it."""
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder_of(self.name.removeprefix(RANDOM)))
+        return config
+
+    @cached_property
+    def max_tokens(self) -> int:
+        """Longest input the position embeddings allow."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 1 << 20))
+
 
 @dataclass(frozen=True)
 class FrozenLM(Reader):
@@ -60,9 +72,6 @@ class FrozenLM(Reader):
 
     model: PreTrainedModel
     fingerprint: Fingerprint
-    turn: AbstractContextManager[object] = field(default_factory=threading.RLock, repr=False, compare=False)
-    """Held by whoever runs the model in a way that another thread's pass must not meet: the library keeps state of a
-    pass in the model's configuration, and hooks see every pass."""
 
     @property
     def device(self) -> torch.device:
@@ -83,11 +92,6 @@ class FrozenLM(Reader):
     @property
     def layers(self) -> int:
         return int(self.model.config.get_text_config().num_hidden_layers)
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest input the position embeddings allow."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 20))
 
     @property
     def ref(self) -> ModelRef:
@@ -268,18 +272,13 @@ def _untrained(folder: Path) -> tuple[Any, list[str]]:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), []  # type: ignore[no-untyped-call]
 
 
-def check_identity(expected: ModelRef, actual: Fingerprint, role: str) -> None:
-    """Refuse a model that is not the one a bridge was trained with.
-
-    Raises:
-        IncompatibleBridge: Naming the part that differs and both digests.
-    """
-    for part in ("config", "weights", "tokenizer"):
-        want, have = getattr(expected.fingerprint, part), getattr(actual, part)
-        if want != have:
-            raise IncompatibleBridge(
-                f"the bridge was trained with {role} {expected.name!r} whose {part} is {want}; this one's is {have}"
-            )
+def load_reader(name: str) -> Reader:
+    """The tokenizer of a model without its weights, which may come and go (ModelUnavailable as ``load_model``)."""
+    folder = folder_of(name.removeprefix(RANDOM))
+    try:
+        return Reader(name, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,9 +365,12 @@ def hidden_states(
         if not 0 <= layer <= lm.layers:
             raise IncompatibleBridge(f"layer {layer} was asked for; {lm.name!r} has 0 to {lm.layers}")
     found: dict[int, Tensor] = {}
+    mine = threading.get_ident()
 
     def keep(layer: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if threading.get_ident() != mine:
+                return  # another thread's pass of the same model
             found[layer] = output[0] if isinstance(output, tuple) else output
             if layer == max(layers):
                 raise _Reached
@@ -378,7 +380,7 @@ def hidden_states(
     modules = [lm.model.get_input_embeddings(), *blocks_of(lm)]
     # A row of padding only (an empty slot of a batch) still needs one position to attend to.
     seen = mask | ((~mask).all(dim=1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
-    with lm.turn, ExitStack() as hooks, suppress(_Reached):
+    with ExitStack() as hooks, suppress(_Reached):
         for layer in set(layers):
             hooks.callback(modules[layer].register_forward_hook(keep(layer)).remove)
         lm.model.base_model(

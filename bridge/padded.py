@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bridge import engine
 from bridge.devices import is_out_of_memory
-from bridge.errors import InferenceFailed, InsufficientMemory, first_line
+from bridge.errors import InsufficientMemory, NotReady, first_line
 from bridge.models import FrozenLM
 from bridge.running import Engine, Running, failed
 
@@ -42,7 +42,7 @@ class PaddedEngine(Engine):
     def close(self) -> None:
         """End the thread after the batch under way; requests still running fail."""
         self._closed = True
-        self._die(InferenceFailed("the service is stopping"))
+        self._die(NotReady("the service is stopping"))
         self._arrived.set()
         self._thread.join()
 
@@ -82,7 +82,7 @@ class PaddedEngine(Engine):
         return batch
 
     def _run(self, batch: Sequence[Running]) -> None:
-        soft = [self._soft.get(running.name) for running in batch]
+        soft, started = [self._soft.get(running.name) for running in batch], time.monotonic()
         try:
             engine.run(
                 self.lm,
@@ -93,6 +93,7 @@ class PaddedEngine(Engine):
             )
         except Exception as error:
             self._recover(batch, error)
+        self.on_step(len(batch), time.monotonic() - started)
 
     def _token(self, running: Running) -> None:
         self.last_step = time.monotonic()

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +21,7 @@ from bridge.prompt import Row
 from bridge.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
+Kind = Literal["continuous", "padded"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +59,18 @@ class Engine(ABC):
         last_step: ``time.monotonic()`` of the last sign of progress.
         failure: Why the engine is dead, when it is: every request then fails with it.
         out_of_memory: How often a step did not fit.
+        on_step: Called after every step (of a padded engine: every batch) with its rows and seconds.
+        on_death: Called after an error that leaves the engine dead.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[Kind]
 
     def __init__(self, lm: FrozenLM, *, max_rows: int, on_death: Callable[[], None] = lambda: None) -> None:
         self.lm, self.max_rows = lm, max_rows
         self.last_step = time.monotonic()
         self.failure: LatentWireError | None = None
         self.out_of_memory = 0
+        self.on_step: Callable[[int, float], None] = lambda rows, seconds: None
         self.on_death = on_death
         self._count = 0
         self._running: dict[str, Running] = {}

@@ -6,17 +6,21 @@ A message, little-endian:
     0       4     magic ``LWIR``
     4       1     version (1)
     5       1     dtype: 0 float32, 1 float16, 2 int8
-    6       2     reserved, zero
+    6       2     flags: 1 signed; no other is known
     8       16    bridge id: which latent space this is
     24      4     K, slots
     28      4     C, width
-    32      4     CRC-32 of the whole message with this field zero
+    32      4     CRC-32 of header and data with this field zero
     36      …     int8: K float32 scales; then K×C numbers, row by row
+    end-32  32    signed: HMAC-SHA256 of everything before it
+
+The checksum finds accidents: anyone can make one. The signature finds forgeries: only who holds the key can.
 
 Dimensions used in this file:
     K slots    C latent width
 """
 
+import hmac
 import struct
 import zlib
 from collections.abc import Callable
@@ -26,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.errors import IncompatibleBridge, InvalidMessage, InvalidRequest
+from bridge.errors import Forbidden, IncompatibleBridge, InvalidMessage, InvalidRequest
 
 Latent = NDArray[np.float32]
 DType = Literal["float32", "float16", "int8"]
@@ -36,6 +40,9 @@ CODES: dict[DType, int] = {"float32": 0, "float16": 1, "int8": 2}
 NUMPY: dict[DType, Any] = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 MAX_SLOTS, MAX_WIDTH = 1 << 16, 1 << 14
 MAX_MESSAGE_BYTES = 64 << 20
+SIGNED = 1  # the flag; a message without it is byte for byte what version 1 always was
+SIGNATURE_BYTES = 32
+MIN_KEY_BYTES = 16
 MAX_RMS = 4.0  # encoders send slots of RMS 1; rounding moves that by a percent, an attack by more
 
 
@@ -48,8 +55,8 @@ class Message:
     dtype: DType
 
 
-def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16") -> bytes:
-    """Pack a latent (K, C).
+def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16", *, key: bytes | None = None) -> bytes:
+    """Pack a latent (K, C), and sign it when there is a key.
 
     float16 halves float32 at a relative error of 2⁻¹¹. int8 keeps one scale per slot, so that a slot's error
     is at most 1/254 of its own largest number.
@@ -58,6 +65,7 @@ def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16"
         latent: Slots of RMS 1.
         bridge_id: 32 hex digits.
         dtype: What the numbers travel in.
+        key: What ``as_key`` gave; None leaves the message unsigned.
 
     Raises:
         InvalidMessage: The latent could not be decoded again: not finite, empty or over the limits.
@@ -71,15 +79,22 @@ def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16"
         data = scale.tobytes() + whole.tobytes()
     else:
         data = np.ascontiguousarray(latent, dtype=NUMPY[dtype]).tobytes()
-    fields = (MAGIC, VERSION, CODES[dtype], 0, bytes.fromhex(bridge_id), K, C)
+    flags = 0 if key is None else SIGNED
+    fields = (MAGIC, VERSION, CODES[dtype], flags, bytes.fromhex(bridge_id), K, C)
     crc = zlib.crc32(data, zlib.crc32(HEADER.pack(*fields, 0)))
-    return bytes(HEADER.pack(*fields, crc) + data)
+    message = bytes(HEADER.pack(*fields, crc) + data)
+    return message if key is None else message + _signature(message, key)
 
 
 def decode(
-    message: bytes, *, bridge_id: str | None = None, latent_dim: int | None = None, max_slots: int | None = None
+    message: bytes,
+    *,
+    bridge_id: str | None = None,
+    latent_dim: int | None = None,
+    max_slots: int | None = None,
+    key: bytes | None = None,
 ) -> Message:
-    """Unpack a message, trusting nothing: sizes before memory, checksum before numbers, numbers before use.
+    """Unpack a message, trusting nothing: signature before anything, sizes before memory, checksum before numbers.
 
     A receiver that once read NaN answers later, normal requests wrongly, so nothing unchecked may reach one.
 
@@ -88,20 +103,26 @@ def decode(
         bridge_id: The latent space expected; None accepts any.
         latent_dim: The width C expected; None accepts any up to ``MAX_WIDTH``.
         max_slots: The most slots this caller takes.
+        key: Take only what was signed with it. None takes signed and unsigned messages alike.
 
     Raises:
+        Forbidden: There is a key, and the message is not signed with it or was altered since.
         InvalidMessage: Truncated, altered, of an unknown version, not finite or out of bounds.
         IncompatibleBridge: Intact, but of another bridge or width.
     """
+    if key is not None:
+        _check_signature(message, key)
     if len(message) < HEADER.size:
         raise InvalidMessage(f"the message has {len(message)} bytes; a header alone has {HEADER.size}")
-    magic, version, code, reserved, sender_id, K, C, crc = HEADER.unpack_from(message)
+    magic, version, code, flags, sender_id, K, C, crc = HEADER.unpack_from(message)
     if magic != MAGIC:
         raise InvalidMessage(f"the message starts with {magic!r}; a latent starts with {MAGIC!r}")
-    if version != VERSION or reserved:
-        raise InvalidMessage(f"the message is of version {version}; this program reads version {VERSION}")
-    dtype = _check_shape(K, C, code, len(message))
-    data = memoryview(message)[HEADER.size :]
+    if version != VERSION or flags & ~SIGNED:
+        met = f"the message has flags {flags:#x} and version {version}"
+        raise InvalidMessage(f"{met}; this program reads flags 0 and {SIGNED} of version {VERSION}")
+    end = len(message) - (SIGNATURE_BYTES if flags & SIGNED else 0)
+    dtype = _check_shape(K, C, code, end)
+    data = memoryview(message)[HEADER.size : end]
     actual = zlib.crc32(data, zlib.crc32(message[: HEADER.size - 4] + bytes(4)))
     if actual != crc:
         raise InvalidMessage(f"the message's checksum is {crc:08x} but its bytes give {actual:08x}: it was altered")
@@ -124,10 +145,32 @@ def as_dtype(name: str) -> DType:
     raise InvalidRequest(f"dtype {name!r} is unknown; expected one of {', '.join(CODES)}", param="dtype")
 
 
+def as_key(text: str) -> bytes:
+    """A signing key from its text (InvalidRequest, which does not repeat it, when it is too short to keep a secret)."""
+    key = text.encode()
+    if len(key) < MIN_KEY_BYTES:
+        raise InvalidRequest(f"the signing key has {len(key)} bytes; at least {MIN_KEY_BYTES} are needed")
+    return key
+
+
 def message_bytes(slots: int, latent_dim: int, dtype: DType) -> int:
-    """Length of a message in bytes."""
+    """Length of a message in bytes, without its signature."""
     scales = 4 * slots if dtype == "int8" else 0
     return HEADER.size + scales + slots * latent_dim * int(np.dtype(NUMPY[dtype]).itemsize)
+
+
+def _signature(signed: bytes | memoryview, key: bytes) -> bytes:
+    return hmac.digest(key, signed, "sha256")
+
+
+def _check_signature(message: bytes, key: bytes) -> None:
+    if len(message) > MAX_MESSAGE_BYTES + SIGNATURE_BYTES:  # hashing takes time, and no message is that long
+        raise Forbidden(f"the message has {len(message)} bytes; at most {MAX_MESSAGE_BYTES} are signed")
+    if len(message) < HEADER.size + SIGNATURE_BYTES or not message[6] & SIGNED:
+        raise Forbidden("the message is not signed; this service takes only what it has signed itself")
+    signed, signature = memoryview(message)[:-SIGNATURE_BYTES], message[-SIGNATURE_BYTES:]
+    if not hmac.compare_digest(_signature(signed, key), signature):
+        raise Forbidden("the message's signature is not this service's: another key signed it, or it was altered since")
 
 
 def _check_shape(K: int, C: int, code: int, length: int) -> DType:

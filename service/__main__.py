@@ -3,7 +3,6 @@
 Heavy imports stand inside the commands: ``latentwire --help`` must not wait for torch.
 """
 
-import math
 import os
 import sys
 import time
@@ -16,7 +15,9 @@ import typer
 from rich.console import Console
 
 from bridge.errors import InvalidRequest, LatentWireError, first_line, shorten
+from service.commands import encode, generate
 from service.flags import flags_of
+from service.keys import key_command
 from service.logs import configure, restore
 from training.config import TrainConfig, read_config
 from training.slurm import app as slurm
@@ -35,6 +36,7 @@ app = typer.Typer(
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
+app.command("key")(key_command)
 out, errors = Console(), Console(stderr=True)
 WIDE = 120  # columns in which a table has room for explanations
 
@@ -160,56 +162,8 @@ def evaluate(
         _say(f"wrote {out_}")
 
 
-@app.command()
-def encode(
-    checkpoint: Checkpoint,
-    text: Annotated[str, typer.Option(help="The text the sender reads.")],
-    out_: Annotated[Path, typer.Option("--out", help="File for the message.")],
-    dtype: Annotated[str, typer.Option(help="float16, int8 or float32.")] = "float16",
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
-) -> None:
-    """Turn a text into a latent, as one message in a file. Runs here, without a server."""
-    from bridge import wire
-    from bridge.checkpoint import replace_file
-    from bridge.local import encode_text
-
-    manifest, encoded = encode_text(checkpoint, text, truncate=truncate)
-    message = wire.encode(encoded.latent, manifest.bridge_id, wire.as_dtype(dtype))
-    try:
-        replace_file(out_, message)
-    except OSError as error:
-        raise InvalidRequest(f"--out {out_}: {error.strerror}", param="out") from None
-    K, C = encoded.latent.shape
-    _say(f"{out_}: {K}×{C} {dtype}, {len(message)} bytes from {encoded.source_tokens} sender tokens")
-
-
-@app.command()
-def generate(
-    checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="What the receiver is asked; {latent} places the soft tokens.")],
-    text: Annotated[str | None, typer.Option(help="A text for the sender; the receiver does not see it.")] = None,
-    latent: Annotated[Path | None, typer.Option(help="A message written by 'latentwire encode'.")] = None,
-    receiver: Receiver = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this; repeat for several.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
-) -> None:
-    """Let the receiver answer from a latent, or from a text it will not see. Runs here, without a server."""
-    if (text is None) == (latent is None):
-        raise InvalidRequest("give exactly one of --text and --latent")
-    from bridge.local import answer, encode_text, read_latent
-    from bridge.sampling import SamplingParams
-
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
-    numbers = encode_text(checkpoint, text, truncate=truncate)[1].latent if text is not None else None
-    if numbers is None:
-        assert latent is not None
-        numbers = read_latent(checkpoint, latent)
-    typer.echo(answer(checkpoint, receiver, numbers, prompt.replace("\\n", "\n"), params).text)
+app.command()(encode)
+app.command()(generate)
 
 
 @app.command()
@@ -234,21 +188,25 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [8000]")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen beyond this machine without asking anyone for a key.")
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
     ] = None,
 ) -> None:
     """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
-    import signal
-
-    import uvicorn
     from pydantic import ValidationError
 
     from service.app import create_app
     from service.demo import listen
+    from service.security import check_binding
+    from service.serving import serve as run
     from service.settings import Settings
 
-    flags: dict[str, Any] = {"host": host, "port": port, "memory_budget": memory_budget}
+    flags: dict[str, Any] = {
+        "host": host, "port": port, "insecure": insecure, "memory_budget": memory_budget,
+    }  # fmt: skip
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
@@ -256,16 +214,17 @@ def serve(
         where = ".".join(str(part) for part in first["loc"])
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
+    has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
+    check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
     application = create_app(settings, _named(bridge or ["builtin=builtin"]))
-    listener = listen(settings.host, settings.port)
+    listeners = [listen(settings.host, settings.port)]
+    if settings.admin_port is not None:
+        listeners.append(listen(settings.host, settings.admin_port))
+        application.state.runtime.admin_port = listeners[1].getsockname()[1]
     configure("info", console=sys.stderr)
-    address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    _say(f"LatentWire listens on {address} (reference: {address}/docs)")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn stops first, then raises the signal again
-    patience = math.ceil(settings.request_timeout)  # a client that never finishes its request must not hold the exit
-    uvicorn.Server(
-        uvicorn.Config(application, log_config=None, log_level="warning", timeout_graceful_shutdown=patience)
-    ).run(sockets=[listener])
+    address = f"http://{settings.host}:{listeners[0].getsockname()[1]}"
+    _say(f"LatentWire listens on {address} (page: {address}/, reference: {address}/docs)")
+    sys.exit(run(application, listeners))
 
 
 @app.command()

@@ -16,9 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge import errors
-from service.routes import inference, status
+from service.answers_openai import OpenAIErrorBody, error_type
+from service.routes import admin, evaluations, inference, openai, page, status
 from service.runtime import Runtime
 from service.schemas import ErrorBody
+from service.security import Guard
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -27,11 +29,16 @@ STATUS: dict[type[errors.LatentWireError], int] = {
     errors.InvalidRequest: 422,
     errors.InvalidMessage: 422,
     errors.TooLarge: 413,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
     errors.UnknownBridge: 404,
     errors.IncompatibleBridge: 409,
     errors.CorruptCheckpoint: 500,
     errors.ModelUnavailable: 500,
+    errors.ModelInUse: 409,
+    errors.Conflict: 409,
     errors.Overloaded: 429,
+    errors.RateLimited: 429,
     errors.NotReady: 503,
     errors.StoreUnavailable: 503,
     errors.InsufficientMemory: 503,
@@ -42,6 +49,8 @@ STATUS: dict[type[errors.LatentWireError], int] = {
 }
 RETRY_LATER = {429, 503}
 RETRY_SECONDS = 1.0
+OPENAI = "/v1/"  # below it, errors are as OpenAI's clients read them:
+OPENAI_STATUS = {409: 400, 413: 400, 422: 400}  # they know a bad request by 400 alone, and try again after a 409
 
 
 def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
@@ -66,12 +75,20 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented
     )
     app.state.runtime = runtime
+    app.state.jobs = runtime.jobs
+    app.state.error_body = error_body
     app.include_router(inference.router)
     app.include_router(status.router)
+    app.include_router(openai.router, responses={code: {"model": OpenAIErrorBody} for code in documented})
+    app.include_router(evaluations.router)
+    app.include_router(admin.router)
+    app.include_router(page.router)
+    app.mount("/page", page.files)
     app.add_exception_handler(errors.LatentWireError, _deliberate)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_middleware(Envelope, runtime=runtime)
+    app.add_middleware(Guard, keys=runtime.keys, limiter=runtime.limiter, answer=_deliberate)
+    app.add_middleware(Envelope, runtime=runtime)  # added last, so outermost: a refusal has its id and is counted too
     return app
 
 
@@ -98,19 +115,29 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status, replied = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if self.runtime.draining:  # the next request should go to another replica
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
+        app = _elsewhere if self._is_elsewhere(scope) else self.app
         try:
-            await self.app(scope, self._limited(scope, receive), send_with_id)
+            await app(scope, self._limited(scope, receive), send_with_id)
         except Exception:
             log.exception("request %s failed", request_id)
             if not replied:
-                body = _body("InternalError", "the service failed on this request", None, request_id)
+                body = _body(scope, 500, "InternalError", "the service failed on this request", None)
                 await JSONResponse(body, status_code=500)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self.runtime.metrics.requests.labels(route, str(status)).inc()
             self.runtime.metrics.latency.labels(route).observe(time.perf_counter() - started)
+
+    def _is_elsewhere(self, scope: Scope) -> bool:
+        """Whether a path is on the other of two ports: what operators ask is apart from what users ask."""
+        port, path = self.runtime.admin_port, scope["path"]
+        if port is None or path.startswith("/health/"):
+            return False
+        return bool((path == "/metrics" or path.startswith("/admin/")) != (scope["server"][1] == port))
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         limit = self.runtime.settings.max_body
@@ -128,22 +155,50 @@ class Envelope:
         return receive_within_limit
 
 
-def _body(kind: str, message: str, param: str | None, request_id: str) -> dict[str, Any]:
+async def _elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+    request = Request(scope)
+    where = f"{request.method} {errors.shorten(request.url.path, 80)} is not on this port"
+    await _answer(request, 404, "NotFound", where, None)(scope, receive, send)
+
+
+def _body(scope: Scope, code: int, kind: str, message: str, param: str | None) -> dict[str, Any]:
     param = None if param is None else errors.shorten(param)
-    return {"error": {"type": kind, "message": errors.shorten(message), "param": param, "request_id": request_id}}
+    said = {
+        "type": kind,
+        "message": errors.shorten(message),
+        "param": param,
+        "request_id": scope["state"]["request_id"],
+    }
+    return {"error": said | ({"type": error_type(code), "code": kind} if scope["path"].startswith(OPENAI) else {})}
 
 
 def _answer(
-    request: Request, code: int, kind: str, message: str, param: str | None, headers: Mapping[str, str] | None = None
+    request: Request,
+    code: int,
+    kind: str,
+    message: str,
+    param: str | None,
+    headers: Mapping[str, str] | None = None,
+    retry_after_seconds: float | None = None,
 ) -> JSONResponse:
+    if request.scope["path"].startswith(OPENAI):
+        code = OPENAI_STATUS.get(code, code)
     if code in RETRY_LATER:
-        headers = {"Retry-After": str(math.ceil(RETRY_SECONDS))}
-    return JSONResponse(_body(kind, message, param, request.state.request_id), status_code=code, headers=headers)
+        headers = {"Retry-After": str(math.ceil(retry_after_seconds or RETRY_SECONDS))}
+    if code == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
+    return JSONResponse(_body(request.scope, code, kind, message, param), status_code=code, headers=headers)
+
+
+def error_body(request: Request, error: errors.LatentWireError) -> dict[str, Any]:
+    """The one error body, for answers that have begun and cannot carry a status any more."""
+    return _body(request.scope, STATUS[type(error)], type(error).__name__, str(error), error.param)
 
 
 async def _deliberate(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.LatentWireError)
-    return _answer(request, STATUS[type(error)], type(error).__name__, str(error), error.param)
+    code, kind = STATUS[type(error)], type(error).__name__
+    return _answer(request, code, kind, str(error), error.param, retry_after_seconds=error.retry_after_seconds)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

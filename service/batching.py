@@ -1,25 +1,39 @@
 """Group concurrent rows into one forward pass.
 
-No row waits for company: while the device works on one batch, the rows that arrive become the next. Three
-promises, each with a test of its name in ``tests/unit/test_batching.py``: every row gets exactly one result
-or one error; a row nobody waits for any more never reaches the model; a failing batch fails its own rows only.
+No row waits for company: while the device works on one batch, the rows that arrive become the next. Promises, each
+with a test in ``tests/unit/test_batching.py``: every row gets exactly one result or one error; a row nobody waits for
+any more never reaches the model; a failing batch fails its own rows only; the row that has waited longest is always
+in the next batch; a batch that memory is too small for is halved until it fits, and only a row that does not fit
+alone is refused.
 """
 
 import asyncio
+import gc
 import logging
+import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from bridge.errors import InferenceFailed, LatentWireError, Overloaded, TooLarge
+from bridge.errors import (
+    InferenceFailed,
+    InsufficientMemory,
+    LatentWireError,
+    NotReady,
+    Overloaded,
+    TooLarge,
+    first_line,
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
+
+REMEMBERED_SECONDS = 10.0  # of busy time over which the rate of answers is taken
+RETRY_SECONDS = (1.0, 60.0)  # what a refused caller may be told to wait, at least and at most
 
 
 @dataclass
@@ -32,6 +46,8 @@ class Load:
         waiting: Rows in a queue that somebody still waits for.
         running: Rows handed to the device.
         last_progress: ``time.monotonic()`` of the last batch finished or model loaded.
+        out_of_memory: Batches that memory was too small for, so far; each was halved, or was a single row.
+        clock: Tells the time in seconds; tests bring their own.
     """
 
     limit: int
@@ -39,6 +55,9 @@ class Load:
     waiting: int = 0
     running: int = 0
     last_progress: float = field(default_factory=time.monotonic)
+    out_of_memory: int = 0
+    clock: Callable[[], float] = time.monotonic
+    _rate: "_Rate" = field(default_factory=lambda: _Rate())
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
@@ -46,25 +65,87 @@ class Load:
 
         Raises:
             TooLarge: They could never be admitted.
-            Overloaded: They do not fit beside what was admitted before.
+            Overloaded: They do not fit beside what was admitted before; ``retry_after_seconds`` says when they may.
         """
         if rows > self.limit:
             raise TooLarge(f"the request makes {rows} rows; at most {self.limit} can wait", param="inputs")
         if self.admitted + rows > self.limit:
-            raise Overloaded(f"{self.admitted} rows are being answered, {rows} more exceed {self.limit}")
+            raise Overloaded(
+                f"{self.admitted} rows are being answered, {rows} more exceed {self.limit}",
+                retry_after_seconds=self.retry_after(rows),
+            )
+        if not self.admitted:
+            self._rate.resume(self.clock())
         self.admitted += rows
         try:
             yield
+            self._rate.note(rows, self.clock())
         finally:
             self.admitted -= rows
+
+    def retry_after(self, rows: int = 1) -> float:
+        """Seconds until ``rows`` more rows will fit, at the rate at which rows were answered lately; 1 to 60.
+
+        Before anything was answered: as long as the work has already taken.
+        """
+        missing = max(self.admitted + rows - self.limit, 1)
+        low, high = RETRY_SECONDS
+        return min(max(self._rate.seconds_for(missing, self.clock()), low), high)
 
     def progress(self) -> None:
         """Something moved."""
         self.last_progress = time.monotonic()
 
 
+@dataclass
+class _Rate:
+    """Rows answered and the busy seconds that took, both forgotten over ``REMEMBERED_SECONDS``.
+
+    Idle time does not count: what a full queue drains at is what the device can do, not what it was asked for.
+    """
+
+    rows: float = 0.0
+    seconds: float = 0.0
+    since: float = 0.0
+
+    def resume(self, now: float) -> None:
+        """Work begins after an idle time."""
+        self.since = now
+
+    def note(self, rows: int, now: float) -> None:
+        """So many more rows were answered."""
+        elapsed = now - self.since
+        kept = math.exp(-elapsed / REMEMBERED_SECONDS)
+        self.rows, self.seconds, self.since = self.rows * kept + rows, self.seconds * kept + elapsed, now
+
+    def seconds_for(self, rows: int, now: float) -> float:
+        """How long ``rows`` rows will take."""
+        busy = self.seconds + now - self.since  # a device that hangs gets slower with every second
+        return busy * rows / self.rows if self.rows else busy
+
+
+@dataclass(eq=False)
+class _Row(Generic[Item, Result]):
+    item: Item
+    tokens: int
+    answer: "asyncio.Future[Result]"
+
+
 class Batcher(Generic[Item, Result]):
-    """A queue in front of ``run``, which maps N rows to N results, or errors, in order."""
+    """A queue in front of ``run``, which maps N rows to N results, or errors, in order.
+
+    A batch holds at most ``max_batch`` rows, and no more than keep rows × longest row within ``max_batch_tokens``;
+    a longer row goes alone. Batches are made of rows of like length, around the row that has waited longest.
+
+    Args:
+        run: Called with one batch at a time.
+        max_batch: Most rows of a batch.
+        load: Where rows are counted.
+        max_batch_tokens: Most tokens of a batch, padding included; None: no limit.
+        cost: Tokens of a row, asked once when it is submitted.
+        is_out_of_memory: Whether an error of ``run`` says that memory did not suffice.
+        free_caches: Gives back what is held unused, before a smaller batch is tried; called off the event loop.
+    """
 
     def __init__(
         self,
@@ -72,11 +153,19 @@ class Batcher(Generic[Item, Result]):
         *,
         max_batch: int,
         load: Load,
+        max_batch_tokens: int | None = None,
+        cost: Callable[[Item], int] = lambda _: 1,
+        is_out_of_memory: Callable[[BaseException], bool] = lambda error: isinstance(error, MemoryError),
+        free_caches: Callable[[], object] = gc.collect,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
+        self._max_tokens = math.inf if max_batch_tokens is None else max_batch_tokens
+        self._cost = cost
         self._load = load
-        self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._is_out_of_memory = is_out_of_memory
+        self._free_caches = free_caches
+        self._queue: list[_Row[Item, Result]] = []
         self._arrived = asyncio.Event()
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
@@ -84,21 +173,22 @@ class Batcher(Generic[Item, Result]):
 
         Raises:
             InferenceFailed: ``run`` raised for a batch one of them was in.
+            InsufficientMemory: One of them does not fit the device's memory, not even alone.
             LatentWireError: What ``run`` returned for one of them.
         """
         loop = asyncio.get_running_loop()
-        answers: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
+        rows: list[_Row[Item, Result]] = [_Row(item, self._cost(item), loop.create_future()) for item in items]
         if not self._load.waiting and not self._load.running:
             self._load.progress()
-        self._queue.extend(zip(items, answers, strict=True))
-        self._load.waiting += len(items)
+        self._queue += rows
+        self._load.waiting += len(rows)
         self._arrived.set()
         try:
-            return list(await asyncio.gather(*answers))
+            return list(await asyncio.gather(*(row.answer for row in rows)))
         finally:
-            for answer in answers:
-                answer.cancel()
-            self._forget_abandoned()
+            for row in rows:
+                row.answer.cancel()
+            self._keep([row for row in self._queue if not row.answer.done()])
 
     async def serve(self) -> None:
         """Run batches until cancelled; rows still waiting then get an error, not silence."""
@@ -106,56 +196,95 @@ class Batcher(Generic[Item, Result]):
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
-                while live := self._next_batch():
-                    await self._answer(live)
+                while batch := self._next_batch():
+                    await self._answer(batch)
         finally:
-            for _, answer in self._queue:
-                if not answer.done():
-                    answer.set_exception(InferenceFailed("the service is stopping"))
-            self._load.waiting -= len(self._queue)
-            self._queue.clear()
+            _stopped(self._queue)
+            self._keep([])
 
-    def _forget_abandoned(self) -> None:
-        live = deque(row for row in self._queue if not row[1].done())
-        self._load.waiting -= len(self._queue) - len(live)
-        self._queue = live
+    def _keep(self, rows: list[_Row[Item, Result]]) -> None:
+        self._load.waiting -= len(self._queue) - len(rows)
+        self._queue = rows
 
-    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        batch: list[tuple[Item, asyncio.Future[Result]]] = []
-        while self._queue and len(batch) < self._max_batch:
-            item, answer = self._queue.popleft()
-            self._load.waiting -= 1
-            if not answer.done():
-                batch.append((item, answer))
+    def _next_batch(self) -> list[_Row[Item, Result]]:
+        """The row that has waited longest and those nearest to it in length, while at most half would be padding.
+
+        Nearest first, so that lengths mix only where too few alike are waiting; the bound is for a short row beside
+        many long ones, whose own pass is cheaper.
+        """
+        waiting = [row for row in self._queue if not row.answer.done()]
+        if not waiting:
+            return []
+        oldest = waiting[0]
+        batch, longest, real = [oldest], oldest.tokens, oldest.tokens
+        for row in sorted(waiting[1:], key=lambda row: abs(row.tokens - oldest.tokens)):
+            padded = max(longest, row.tokens) * (len(batch) + 1)
+            fits = padded <= self._max_tokens and padded <= 2 * (real + row.tokens)
+            if fits and len(batch) < self._max_batch:
+                batch.append(row)
+                longest, real = max(longest, row.tokens), real + row.tokens
+        taken = set(batch)
+        self._keep([row for row in waiting if row not in taken])
         return batch
 
-    async def _answer(self, live: list[tuple[Item, asyncio.Future[Result]]]) -> None:
-        results: Sequence[Result | LatentWireError]
-        self._load.running += len(live)
+    async def _answer(self, batch: list[_Row[Item, Result]]) -> None:
+        """Give every row its result or an error, in as many parts as memory asks for."""
+        parts = [batch]
         try:
-            results = await self._run([item for item, _ in live])
-            if len(results) != len(live):
-                raise RuntimeError(f"{len(results)} results for {len(live)} rows")
+            while parts:
+                part = [row for row in parts.pop() if not row.answer.done()]
+                if part and (shortage := await self._attempt(part)):
+                    parts += await self._halve(part, shortage)
         except asyncio.CancelledError:
-            for _, answer in live:
-                if not answer.done():
-                    answer.set_exception(InferenceFailed("the service is stopping"))
+            _stopped(batch)
             raise
+
+    async def _attempt(self, rows: list[_Row[Item, Result]]) -> str:
+        """Run rows and answer them; or, where memory was too small for them, what the device said."""
+        results: Sequence[Result | LatentWireError]
+        self._load.running += len(rows)
+        try:
+            results = await self._run([row.item for row in rows])
+            if len(results) != len(rows):
+                raise RuntimeError(f"{len(results)} results for {len(rows)} rows")
         except LatentWireError as error:
-            results = [error] * len(live)
+            results = [error] * len(rows)
         except Exception as error:
-            log.exception("a batch of %d rows failed", len(live))
-            results = [_failed(error) for _ in live]
+            if self._is_out_of_memory(error):
+                return first_line(error)  # and the error goes, with the tensors that its frames hold
+            log.exception("a batch of %d rows failed", len(rows))
+            results = [_failed(error) for _ in rows]
         finally:
-            self._load.running -= len(live)
+            self._load.running -= len(rows)
             self._load.progress()
-        for (_, answer), result in zip(live, results, strict=True):
-            if answer.done():
-                continue
-            if isinstance(result, LatentWireError):
-                answer.set_exception(result)
-            else:
-                answer.set_result(result)
+        for row, result in zip(rows, results, strict=True):
+            _settle(row, result)
+        return ""
+
+    async def _halve(self, rows: list[_Row[Item, Result]], said: str) -> list[list[_Row[Item, Result]]]:
+        self._load.out_of_memory += 1
+        await asyncio.to_thread(self._free_caches)
+        tokens = max(row.tokens for row in rows)
+        log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, said)
+        if len(rows) == 1:
+            _settle(rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {said}"))
+            return []
+        middle = len(rows) // 2
+        return [rows[middle:], rows[:middle]]
+
+
+def _settle(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
+    if row.answer.done():
+        return
+    if isinstance(result, LatentWireError):
+        row.answer.set_exception(result)
+    else:
+        row.answer.set_result(result)
+
+
+def _stopped(rows: Sequence[_Row[Item, Result]]) -> None:
+    for row in rows:
+        _settle(row, NotReady("the service is stopping"))
 
 
 def _failed(error: Exception) -> InferenceFailed:

@@ -1,14 +1,16 @@
 """The last act of ``latentwire demo``: a real server, a real request to each endpoint, printed."""
 
+import base64
 import json
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 
@@ -18,6 +20,8 @@ from bridge.prompt import LATENT
 from service.client import Client
 
 START_SECONDS = 120.0
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -73,11 +77,12 @@ def ask(console: Console, port: int, example: Example) -> None:
     """Send one ``/encode`` and one ``/generate``, and print both with their latencies."""
     prompt = example.prompt.replace(LATENT, "").lstrip("\n")
     with Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
-        client.generate([{"text": example.source}], prompt)  # the first request of a connection warms it up
-        sent, encode_ms = _timed(client.encode, [example.source])
-        latent = sent["latents"][0]
-        said, generate_ms = _timed(client.generate, [{"latent": latent["data"]}], prompt)
-    shown = {**latent, "data": latent["data"][:24] + "…"}
+        client.generate(example.source, prompt)  # the first request of a connection warms it up
+        sent, encode_ms = _timed(client.encode, example.source)
+        latent = sent.latents[0]
+        said, generate_ms = _timed(client.generate, latent, prompt)
+    shown = {**asdict(latent), "data": base64.b64encode(latent.data[:18]).decode() + "…"}
+    output = said.outputs[0]
     console.print(
         "\n[bold]POST /encode[/bold] — the sender reads",
         f"[cyan]{example.source}[/cyan]",
@@ -89,15 +94,13 @@ def ask(console: Console, port: int, example: Example) -> None:
     console.print(
         "[bold]POST /generate[/bold] — the receiver gets that latent and", repr(prompt), highlight=False, soft_wrap=True
     )
-    console.print(
-        f"  {json.dumps(said['outputs'][0], ensure_ascii=False)}", highlight=False, markup=False, soft_wrap=True
-    )
+    console.print(f"  {json.dumps(asdict(output), ensure_ascii=False)}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"  {generate_ms:.1f} ms; together {encode_ms + generate_ms:.1f} ms")
-    right = said["outputs"][0]["text"].strip() == example.answer.strip()
+    right = output.text.strip() == example.answer.strip()
     console.print(f"  expected {example.answer.strip()!r}: {'right' if right else 'wrong'}")
 
 
-def _timed(call: Any, *arguments: Any) -> tuple[dict[str, Any], float]:
+def _timed(call: Callable[P, Answer], *given: P.args, **options: P.kwargs) -> tuple[Answer, float]:
     started = time.perf_counter()
-    answer = call(*arguments)
+    answer = call(*given, **options)
     return answer, (time.perf_counter() - started) * 1000

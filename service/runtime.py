@@ -1,132 +1,167 @@
 """The bridges being served: admit → batch → run → answer. Knows no HTTP.
 
-All model work runs on one worker thread, off the event loop, so models can take turns in memory and the
-service answers health checks while one loads.
+Tokenising, encoding, loading and generating each have threads of their own, off the event loop, so models can take
+turns in memory and the service answers health checks while one loads.
 """
 
 import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bridge import engine, wire
+from bridge import engine
 from bridge.answer import Generation
-from bridge.checkpoint import Bridge, check_models, check_receiver, check_sender, load_bridge
-from bridge.config import Manifest
+from bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
+from bridge.devices import is_out_of_memory
 from bridge.engine import Encoded
-from bridge.errors import InvalidRequest, LatentWireError, TooLarge, UnknownBridge, at_fault
-from bridge.models import FrozenLM, SourceTokens, tokenize_source
-from bridge.prompt import compose, place
+from bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault
+from bridge.memory import budget_bytes, free_caches, peak_bytes
+from bridge.models import SourceTokens, load_reader
+from bridge.prompt import TEXT, Row
 from bridge.residency import Residency
+from bridge.running import Engine, Running
 from bridge.sampling import SamplingParams
 from service.batching import Batcher, Load
+from service.engines import Engines
+from service.jobs import Jobs
+from service.keys import load_keys
 from service.metrics import Metrics
+from service.redis_store import RedisStore
+from service.security import Limiter
+from service.served import Question, Served, Text
 from service.settings import Settings
-from service.store import LatentStore, MemoryStore, RedisStore
+from service.store import Kind, MemoryStore, Store
 
-Item = TypeVar("Item")
-Ready = TypeVar("Ready")
-Result = TypeVar("Result")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 log = logging.getLogger(__name__)
 
 WARM_UP_TEXT = "Mara wants a cup of tea."
+SWEEP_SECONDS = 1.0
+JOB_BYTES = 16 << 20  # of evaluations: some hundred reports
+QUIET_SECONDS = 0.25  # without work, before the service stops: requests on their way still get their 503
 
 
 @dataclass(frozen=True)
-class Served:
-    """A bridge under the name callers use."""
+class Piece:
+    """Text that an output got: ``index`` says which."""
 
-    name: str
-    manifest: Manifest
-    bridge: Bridge
-
-    def receiver(self, name: str | None) -> str:
-        """The receiver asked for, or the first (UnknownBridge when the bridge has no head for it)."""
-        if name is not None:
-            self.bridge.head(name)
-        return name or self.bridge.default_receiver
-
-    def decode(self, message: bytes) -> NDArray[np.float32]:
-        """A latent of this bridge from its message, checked (InvalidMessage, IncompatibleBridge)."""
-        config = self.manifest.bridge
-        return wire.decode(
-            message,
-            bridge_id=self.manifest.bridge_id,
-            latent_dim=config.encoder.latent_dim,
-            max_slots=config.max_slots,
-        ).latent
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A row of an encode batch; ``param`` says which field of the request it is."""
-
+    index: int
     text: str
-    truncate: bool
-    param: str
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """A row of a generate batch."""
+@dataclass(frozen=True)
+class Said:
+    """The answers to questions; for each, when its first token came and how many tokens beside soft ones it read."""
 
-    latent: NDArray[np.float32]
-    prompt: str
-    params: SamplingParams
+    answers: list[Generation]
+    first_token_seconds: list[float]
+    prompt_tokens: list[int]
 
 
 class Runtime:
-    """Bridges, models, batches and store of one service."""
+    """Bridges, models, batches, engines and store of one service.
+
+    Attributes:
+        ready: Whether every bridge has been loaded and has answered once.
+        failure: Why it will never be ready.
+        dead: Why it will never answer again: an engine has died.
+        draining: Whether it takes no new requests, because it is about to stop.
+        admin_port: Where /admin and /metrics are alone, when they are.
+        on_death: Called when an engine has died: the process should end, for its supervisor to start another.
+    """
 
     def __init__(self, settings: Settings, checkpoints: Mapping[str, str]) -> None:
         self.settings = settings
-        self.residency = Residency(settings.memory_budget)
-        self.bridges = {
-            name: Served(name, *load_bridge(path, device=self.residency.device)) for name, path in checkpoints.items()
-        }
-        for served in self.bridges.values():  # what no request could ever use stops the start
-            check_models(served.manifest.bridge)
-            for model in (served.manifest.bridge.sender.name, *served.manifest.bridge.heads):
-                self.residency.predict(model)
+        secret = settings.api_keys
+        self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
+        self.limiter = Limiter(self.keys, settings.redis_url)
+        self.residency = Residency()
+        self.residency.budget_bytes = budget_bytes(settings.memory_budget, self.residency.device)
+        self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.load = Load(settings.max_queue)
-        self.ready = False
+        self.ready = self.draining = self._stopped = False
         self.failure: str | None = None
-        self.metrics = Metrics(self.residency, self.load, lambda: self.ready)
-        self.store: LatentStore = (
-            RedisStore(settings.redis_url, ttl_seconds=settings.store_ttl)
-            if settings.redis_url
-            else MemoryStore(max_bytes=settings.store_memory, ttl_seconds=settings.store_ttl)
+        self.dead: str | None = None
+        self.admin_port: int | None = None
+        self.on_death: Callable[[], None] = lambda: None
+        self.engines = Engines(
+            self.residency,
+            max_rows=settings.max_batch,
+            kv_tokens=settings.kv_tokens,
+            step_tokens=settings.step_tokens,
+            load_wait=settings.load_wait,
+            on_death=self._died,
+            on_step=self._note_step,
         )
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._encoders: dict[str, Batcher[Text, Encoded]] = {}
-        self._generators: dict[tuple[str, str], Batcher[Question, Generation]] = {}
+        self.store: Store = RedisStore(settings.redis_url) if settings.redis_url else MemoryStore(_budgets(settings))
+        self.jobs = Jobs(self)
+        self.metrics = Metrics(self)
+        self._prepare = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # one: a tokenizer is no place for two
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _open(self, name: str, path: str) -> Served:
+        """A bridge from its checkpoint; what no request could ever use stops the start."""
+        settings = self.settings
+        manifest, bridge = load_bridge(path, device=self.residency.device)
+        check_models(manifest.bridge)
+        models = (manifest.bridge.sender.name, *manifest.bridge.heads)
+        for model in models:
+            self.residency.predict(model)
+            self.residency.keep(model, settings.keep_alive_of(name))
+        readers = {model: load_reader(model) for model in models}
+        return Served(name, manifest, bridge, readers, settings.message_key, settings.keep_alive_of(name))
 
     async def start(self) -> None:
         """Start the batchers and warm up in the background; ``ready`` turns true when every bridge has answered."""
         for name, served in self.bridges.items():
-            self._encoders[name] = self._batcher("encode", partial(self._encode, served))
-            for receiver in served.manifest.bridge.heads:
-                self._generators[name, receiver] = self._batcher("generate", partial(self._generate, served, receiver))
-        self._tasks.append(asyncio.create_task(self._warm_up()))
+            self._encoders[name] = Batcher(
+                partial(self._encode, served),
+                max_batch=self.settings.max_batch,
+                max_batch_tokens=self.settings.batch_tokens,
+                cost=lambda source: len(source.ids),
+                load=self.load,
+                is_out_of_memory=is_out_of_memory,
+                free_caches=free_caches,
+            )
+            self._tasks.append(asyncio.create_task(self._encoders[name].serve()))
+        self._tasks += [asyncio.create_task(self._warm_up()), asyncio.create_task(self._sweep())]
+        self.jobs.start()
+
+    async def drain(self) -> None:
+        """Take no more requests, and wait until those accepted are answered, ``drain_timeout`` at most."""
+        self.draining = True
+        quiet_since = time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_timeout):
+                while time.monotonic() - quiet_since < QUIET_SECONDS:
+                    await asyncio.sleep(0.01)
+                    if self.load.admitted:
+                        quiet_since = time.monotonic()
 
     async def stop(self) -> None:
-        """Stop the batchers; whoever still waits gets an error."""
+        """Stop everything; whoever still waits gets an error. Does nothing the second time."""
+        if self._stopped:
+            return
+        self._stopped = self.draining = True
+        await self.jobs.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._device.shutdown(wait=True)
+        await self.engines.close()
+        for threads in (self._device, self._prepare):
+            threads.shutdown(wait=True)
         await self.store.close()
+        await self.limiter.close()
 
     def find(self, name: str | None) -> Served:
         """The bridge of a name, or the first one.
@@ -140,6 +175,11 @@ class Runtime:
             raise UnknownBridge(f"no bridge is called {name!r}; there are {', '.join(self.bridges)}", param="bridge")
         return self.bridges[name]
 
+    def check_open(self) -> None:
+        """Refuse new work while the service stops (NotReady)."""
+        if self.draining:
+            raise NotReady("the service is stopping and takes no more requests")
+
     def check_text(self, text: str, param: str) -> None:
         """Refuse a text over the operator's limit before any work (TooLarge)."""
         limit = self.settings.max_text_characters
@@ -148,105 +188,166 @@ class Runtime:
 
     async def encode(self, served: Served, rows: Sequence[Text]) -> list[Encoded]:
         """Latents of texts, batched with whatever else is waiting."""
-        encoded = await self._encoders[served.name].submit(rows)
-        self.metrics.tokens.labels("source").inc(sum(row.source_tokens for row in encoded))
-        return encoded
 
-    async def generate(self, served: Served, receiver: str, questions: Sequence[Question]) -> list[Generation]:
-        """Answers to questions, batched with whatever else is waiting."""
-        answers = await self._generators[served.name, receiver].submit(questions)
-        self.metrics.tokens.labels("soft").inc(sum(len(question.latent) for question in questions))
-        self.metrics.tokens.labels("generated").inc(sum(answer.token_count for answer in answers))
-        self.metrics.observe_outputs(served.name, [answer.text for answer in answers])
-        return answers
-
-    def _batcher(
-        self, half: str, run: Callable[[Sequence[Item]], list[Result | LatentWireError]]
-    ) -> Batcher[Item, Result]:
-        async def on_device(items: Sequence[Item]) -> list[Result | LatentWireError]:
-            self.metrics.batch_rows.labels(half).observe(len(items))
-            with self.metrics.device_seconds.labels(half).time():
-                return await asyncio.get_running_loop().run_in_executor(self._device, run, items)
-
-        batcher = Batcher(on_device, max_batch=self.settings.max_batch, load=self.load)
-        self._tasks.append(asyncio.create_task(batcher.serve()))
-        return batcher
-
-    def _encode(self, served: Served, rows: Sequence[Text]) -> list[Encoded | LatentWireError]:
-        config = served.manifest.bridge
-        with self._model(config.sender.name) as sender:
-            check_sender(config, sender)
-
-            def prepare(row: Text) -> SourceTokens:
+        def tokenize() -> list[SourceTokens]:
+            sources = []
+            for row in rows:
                 with at_fault(row.param):
-                    return tokenize_source(sender, row.text, max_tokens=config.max_source_tokens, truncate=row.truncate)
+                    sources.append(served.tokenize(row))
+            return sources
 
-            return _each(rows, prepare, partial(engine.encode, served.bridge, sender))
+        sources = await self._off_loop(tokenize)
+        return await self._encoders[served.name].submit(sources)
 
-    def _generate(
-        self, served: Served, receiver_name: str, rows: Sequence[Question]
-    ) -> list[Generation | LatentWireError]:
-        config = served.manifest.bridge
-        layout = config.heads[receiver_name].layout
-        with self._model(receiver_name) as receiver:
-            check_receiver(config, receiver_name, receiver)
+    async def generate(
+        self,
+        served: Served,
+        receiver: str,
+        questions: Sequence[Question],
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> Said:
+        """Answers to questions, each of which joins the receiver's running batch at its next step.
 
-            def prepare(row: Question) -> engine.Asked:
-                room = receiver.max_tokens - row.params.max_tokens
-                template = place(layout, row.prompt)
-                composed = compose(receiver, layout, template, latent=len(row.latent), max_tokens=room)
-                return engine.Asked(composed, row.latent, row.params)
+        ``on_piece`` is called on the event loop with every piece of text as it comes. Cancelled, what still runs is
+        given up at once.
+        """
+        rows = await self._off_loop(lambda: [served.compose(receiver, question) for question in questions])
+        async with self.engines.lend(receiver, partial(check_receiver, served.manifest.bridge, receiver)) as lent:
+            answers, firsts = await _Asked(lent, served, receiver, rows, questions, on_piece).answers(self._prepare)
+        return Said(answers, firsts, [row.slots.count(TEXT) for row in rows])
 
-            return _each(rows, prepare, partial(self._ask, served, receiver_name, receiver))
+    async def _off_loop(self, work: Callable[[], Made]) -> Made:
+        return await asyncio.get_running_loop().run_in_executor(self._prepare, work)
 
-    @contextmanager
-    def _model(self, name: str) -> Iterator[FrozenLM]:
-        with self.residency.use(name) as lm:
-            self.load.progress()  # a large model loads for minutes; that is no stall
-            yield lm
+    async def _encode(self, served: Served, sources: Sequence[SourceTokens]) -> list[Encoded]:
+        def run() -> list[Encoded]:
+            with self.residency.use(served.sender, self.settings.load_wait) as sender:
+                check_sender(served.manifest.bridge, sender)
+                self.load.progress()  # a large model loads for minutes; that is no stall
+                with peak_bytes(self.residency.device) as peak:
+                    encoded = engine.encode(served.bridge, sender, sources)
+                self.residency.note_activation(served.sender, peak.bytes)
+                return encoded
 
-    def _ask(
-        self, served: Served, receiver_name: str, receiver: FrozenLM, asked: Sequence[engine.Asked]
-    ) -> list[Generation]:
-        answers, first_token_seconds = engine.ask(served.bridge, receiver_name, receiver, asked)
-        self.metrics.first_token.observe(first_token_seconds)
-        return answers
+        self.metrics.batch_rows.labels("encode").observe(len(sources))
+        with self.metrics.device_seconds.labels("encode").time():
+            return await asyncio.get_running_loop().run_in_executor(self._device, run)
 
     async def _warm_up(self) -> None:
         try:
             for served in self.bridges.values():
-                encoded = await self._encoders[served.name].submit([Text(WARM_UP_TEXT, True, "inputs")])
+                encoded = await self.encode(served, [Text(WARM_UP_TEXT, True, "inputs")])
                 for receiver in served.manifest.bridge.heads:
                     question = Question(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
-                    await self._generators[served.name, receiver].submit([question])
+                    await self.generate(served, receiver, [question])
             self.ready = True
         except LatentWireError as error:
             log.error("warming up failed: %s", error)
             self.failure = str(error)
 
+    async def _sweep(self) -> None:
+        """Let models go whose time is over."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.to_thread(self.residency.sweep)
+
+    def _note_step(self, rows: int, seconds: float) -> None:
+        self.metrics.batch_rows.labels("generate").observe(rows)
+        self.metrics.device_seconds.labels("generate").observe(seconds)
+
+    def _died(self) -> None:
+        self.dead = self.failure = "the generation engine died"
+        self.on_death()
+
     @property
     def stalled(self) -> bool:
-        """Work is there, no model is being loaded, and nothing has finished for ``stall_timeout`` seconds."""
-        busy = self.load.waiting + self.load.running > 0 and self.residency.loading is None
-        return busy and time.monotonic() - self.load.last_progress > self.settings.stall_timeout
+        """Work is there, no model is being loaded, and nothing has moved for ``stall_timeout`` seconds."""
+        if self.residency.loading is not None:
+            return False
+        latest = [self.load.last_progress] if self.load.waiting + self.load.running else []
+        latest += [engine.last_step for engine in self.engines.all() if engine.running]
+        return any(time.monotonic() - at > self.settings.stall_timeout for at in latest)
 
 
-def _each(
-    rows: Sequence[Item], prepare: Callable[[Item], Ready], run: Callable[[Sequence[Ready]], Sequence[Result]]
-) -> list[Result | LatentWireError]:
-    """Prepare rows one by one, run those that could be, and give each row its result or its own error."""
-    results: list[Result | LatentWireError] = []
-    ready: list[tuple[int, Ready]] = []
-    for at, row in enumerate(rows):
+def _budgets(settings: Settings) -> dict[Kind, int]:
+    """Bytes of each kind kept in the process."""
+    return {"latent": settings.store_memory, "encode": settings.encode_cache_memory, "job": JOB_BYTES}
+
+
+class _Asked:
+    """The outputs of one request while they are generated."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        served: Served,
+        receiver: str,
+        rows: Sequence[Row],
+        questions: Sequence[Question],
+        on_piece: Callable[[Piece], None] | None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._engine, self._served, self._receiver = engine, served, receiver
+        self._rows, self._questions, self._on_piece = rows, questions, on_piece
+        self._results: list[asyncio.Future[Generation]] = [self._loop.create_future() for _ in rows]
+        self._running: list[Running] = []
+        self._given_up = False
+        self._started = time.monotonic()
+
+    async def answers(self, threads: ThreadPoolExecutor) -> tuple[list[Generation], list[float]]:
+        """All answers, and the seconds to the first token of each."""
+        submitting = self._loop.run_in_executor(threads, self._submit)
         try:
-            ready.append((at, prepare(row)))
-            results.append(InvalidRequest("not run"))
-        except LatentWireError as error:
-            results.append(error)
-    if ready:
-        for (at, _), result in zip(ready, run([item for _, item in ready]), strict=True):
-            results[at] = result
-    return results
+            await asyncio.shield(submitting)
+            said = await asyncio.gather(*self._results)
+            return said, [(running.first_token_at or self._started) - self._started for running in self._running]
+        finally:
+            self._given_up = True
+            await _settled(submitting)
+            for running in self._running:
+                self._engine.cancel(running)
+            for result in self._results:
+                result.cancel()
+
+    def _submit(self) -> None:
+        """On a thread: heads run here, and locks are waited for."""
+        for index, (row, question) in enumerate(zip(self._rows, self._questions, strict=True)):
+            if self._given_up:
+                return
+            self._running.append(
+                self._engine.submit(
+                    row,
+                    question.params,
+                    self._served.soft(self._receiver, self._engine.lm, question),
+                    partial(self._post, self._end, self._results[index]),
+                    None if self._on_piece is None else partial(self._post, self._show, index),
+                )
+            )
+
+    def _post(self, call: Callable[..., None], *given: object) -> None:
+        """From an engine's thread to the loop, which may be gone."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *given)
+
+    def _show(self, index: int, text: str) -> None:
+        if self._on_piece is not None and not self._given_up:
+            self._on_piece(Piece(index, text))
+
+    @staticmethod
+    def _end(result: asyncio.Future[Generation], said: Generation | LatentWireError) -> None:
+        if result.done():
+            return
+        if isinstance(said, LatentWireError):
+            result.set_exception(said)
+        else:
+            result.set_result(said)
+
+
+async def _settled(submitting: asyncio.Future[None]) -> None:
+    """Until a thread is done, whatever became of it, also for one who was cancelled and is cancelled again."""
+    while not submitting.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([submitting])
 
 
 def sample_params(base: SamplingParams, sample: int) -> SamplingParams:

@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from bridge.errors import InvalidMessage
 
+Condition = Literal["bridge", "direct", "none"]
+
 MAX_FIELDS = 64
+MAX_LOGPROBS = 20
 FAIL_FAST = Field(fail_fast=True)  # a million wrong items make one error, not a million
 
 
@@ -25,6 +28,11 @@ class Strict(BaseModel):
         return body
 
 
+Deadline = Annotated[
+    float | None, Field(gt=0, allow_inf_nan=False, description="Answer within this time or not at all; capped.")
+]
+
+
 class EncodeRequest(Strict):
     """Texts to turn into latents."""
 
@@ -32,6 +40,7 @@ class EncodeRequest(Strict):
     inputs: Annotated[list[str], FAIL_FAST] = Field(min_length=1, description="Texts, each read by the sender alone.")
     dtype: Literal["float16", "int8", "float32"] = Field("float16", description="What the numbers travel in.")
     store: bool = Field(False, description="Keep the latents and return their ids.")
+    timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
 
@@ -60,6 +69,12 @@ class GenerateRequest(Strict):
         description="What the receiver is asked: one prompt for all inputs, or one for each. {latent} says where the "
         "soft tokens stand; without it they stand where the bridge was trained to have them."
     )
+    condition: Condition = Field(
+        "bridge",
+        description="What stands in the latent's place, for comparison: the latent, the source text itself (direct), "
+        "or nothing (none).",
+    )
+    stream: bool = Field(False, description="Send tokens as they come, as server-sent events.")
     max_tokens: int = Field(32, ge=1, description="Most tokens to generate for each output.")
     temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens of this probability.")
@@ -71,6 +86,13 @@ class GenerateRequest(Strict):
         max_length=16,
         description="An output ends before the first of these; a string is taken as a list of it.",
     )
+    stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], max_length=16, description="An output ends at any of these receiver tokens."
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Report each token's log-probability and those of so many likeliest."
+    )
+    timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
     @field_validator("stop", mode="before")
@@ -82,6 +104,12 @@ class GenerateRequest(Strict):
     def _one_prompt_each(self) -> Self:
         if isinstance(self.prompt, list) and len(self.prompt) != len(self.inputs):
             raise ValueError(f"{len(self.prompt)} prompts for {len(self.inputs)} inputs; give one, or one for each")
+        return self
+
+    @model_validator(mode="after")
+    def _direct_needs_texts(self) -> Self:
+        if self.condition == "direct" and any(item.text is None for item in self.inputs):
+            raise ValueError("condition direct lets the receiver read the source; give every input as text")
         return self
 
     @property
@@ -104,9 +132,10 @@ class LatentOut(BaseModel):
 
 
 class Usage(BaseModel):
-    """What was counted. Sender tokens of texts read, soft tokens given to the receiver, tokens it wrote."""
+    """What was counted: sender tokens of texts read, the receiver's own tokens of prompts, soft tokens, tokens said."""
 
     source_tokens: int = 0
+    prompt_tokens: int = 0
     soft_tokens: int = 0
     generated_tokens: int = 0
 
@@ -128,6 +157,14 @@ class EncodeResponse(BaseModel):
     timing: Timing
 
 
+class TokenLogprobOut(BaseModel):
+    """A token with its log-probability in nats, and the likeliest tokens there with theirs."""
+
+    token: str
+    logprob: float
+    top: list[tuple[str, float]]
+
+
 class Output(BaseModel):
     """One answer. Outputs follow the inputs, n for each."""
 
@@ -135,6 +172,7 @@ class Output(BaseModel):
     text: str
     finish_reason: Literal["stop", "length"]
     token_count: int
+    logprobs: list[TokenLogprobOut] | None = None
 
 
 class DiversityOut(BaseModel):
@@ -176,6 +214,18 @@ class BridgeOut(BaseModel):
     task: str
     steps: int
     loaded: dict[str, int] = Field(description="Models of this bridge now in memory, and their bytes.")
+    engines: dict[str, Literal["continuous", "padded"] | None] = Field(
+        description="How each receiver generates: it joins requests at every step, or in left-padded batches where "
+        "its family allows no more; null while it is not in memory."
+    )
+    pinned: bool = Field(description="Whether its models stay whoever needs their room.")
+    keep_alive_seconds: float | None = Field(description="How long its models stay unused; null without a limit.")
+
+
+class Unloaded(BridgeOut):
+    """A bridge whose models have left."""
+
+    freed_bytes: int = Field(description="Memory that came back, measured.")
 
 
 class BridgeList(BaseModel):

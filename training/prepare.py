@@ -368,7 +368,7 @@ def _cached(run: Run, console: Console) -> CachedStates:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         console.print(f"sender states of {len(states.rows)} sources: {size:,} bytes in {folder}", soft_wrap=True)
     run.ranks.wait()
-    run.residency.release(config.sender)
+    run.residency.unload(config.sender)
     return states if run.ranks.first else open_cache(folder, default_device())
 
 

@@ -253,7 +253,7 @@ class _Given(Residency):
     """Lends the models it was given; nothing is loaded, measured or dropped."""
 
     @contextmanager
-    def use(self, name: str) -> Iterator[FrozenLM]:
+    def use(self, name: str, wait_seconds: float = 0.0) -> Iterator[FrozenLM]:
         yield self.load(name)
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from bridge.devices import is_out_of_memory
 from bridge.checkpoint import Bridge, head_key
+from bridge.devices import is_out_of_memory
 from bridge.engine import answer_logits
 from bridge.errors import TrainingFailed
 from bridge.evaluation.tasks import Example, Task

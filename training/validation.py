@@ -73,8 +73,9 @@ def _loss(run: Run, asking: Asking, latents: Sequence[NDArray[np.float32]]) -> f
     losses: list[float] = []
     for chosen in chunks(range(len(latents)), run.micro_batch):
         read = [latents[i] for i in chosen]
-        soft = engine.soften(run.bridge, asking.receiver_name, asking.receiver, read)
         rows = asking.rows(chosen, read, [asking.examples[i].answer for i in chosen])
-        batch = collate(rows, side="left").to(asking.receiver.device)
-        losses += answer_loss(*engine.answer_logits(asking.receiver, batch, soft)).tolist()
+        with asking.lender.lend(asking.receiver) as receiver:
+            soft = engine.soften(run.bridge, asking.receiver_name, receiver, read)
+            batch = collate(rows, side="left").to(receiver.device)
+            losses += answer_loss(*engine.answer_logits(receiver, batch, soft)).tolist()
     return statistics.fmean(losses)

@@ -5,7 +5,8 @@ Dimensions used in this file:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,15 +32,40 @@ SCORED_ROWS = 64  # rows of a classification scored in one pass
 RELAY_TOKENS = 64  # most tokens a sender writes in the relay condition
 
 
+class Lender:
+    """Hands out a model for each pass of it: here one that is in memory anyway.
+
+    A service lends its models in turns with requests. No loan is asked for while another is held, and nobody keeps a
+    model when a loan is over, so that models that do not fit side by side can take turns.
+
+    Attributes:
+        batch_rows: Most rows of one pass; None where nobody waits for the device meanwhile.
+        waited_seconds: How long loans took to come, in all; no timing counts that.
+    """
+
+    batch_rows: int | None = None
+    waited_seconds: float = 0.0
+
+    def lend(self, reader: Reader) -> AbstractContextManager[FrozenLM]:
+        """The model that ``reader`` reads for, while the block runs."""
+        assert isinstance(reader, FrozenLM), f"{reader.name!r} is not in memory, and this lender loads nothing"
+        return nullcontext(reader)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """What it takes to ask a receiver about examples, whatever it reads of them."""
+    """What it takes to ask a receiver about examples, whatever it reads of them.
+
+    Attributes:
+        receiver: Its tokenizer; the model is lent where it runs.
+    """
 
     task: Task
     examples: Sequence[Example]
     bridge: Bridge
     receiver_name: str
-    receiver: FrozenLM
+    receiver: Reader
+    lender: Lender = field(default_factory=Lender)
 
     @property
     def layout(self) -> Layout:
@@ -65,7 +91,7 @@ class Setting(Asking):
 
     checkpoint: str
     bridge_id: str
-    sender: FrozenLM
+    sender: Reader
     dtype: wire.DType = "float16"
 
     def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
@@ -87,7 +113,9 @@ class Setting(Asking):
 
     def latents(self, chosen: Sequence[int]) -> list[Latent]:
         """Latents of the chosen examples as the receiver's side decodes them, after the wire."""
-        sent = engine.encode(self.bridge, self.sender, self.sources(chosen))
+        sources = self.sources(chosen)
+        with self.lender.lend(self.sender) as sender:
+            sent = engine.encode(self.bridge, sender, sources)
         messages = [wire.encode(row.latent, self.bridge_id, self.dtype) for row in sent]
         latents = [wire.decode(message, bridge_id=self.bridge_id).latent for message in messages]
         self.known.update(zip(chosen, latents, strict=True))
@@ -100,8 +128,10 @@ class Setting(Asking):
 
     def recall(self, chosen: Sequence[int]) -> list[Latent]:
         """``latents`` without the sender where it ran before: for rivals that need only their number or moments."""
-        if missing := [i for i in chosen if i not in self.known]:
-            self.latents(missing)
+        missing = [i for i in chosen if i not in self.known]
+        rows = self.lender.batch_rows or len(missing)
+        for start in range(0, len(missing), rows or 1):
+            self.latents(missing[start : start + rows])
         return [self.known[i] for i in chosen]
 
     def partner(self, index: int) -> int:
@@ -126,7 +156,8 @@ class Setting(Asking):
         room = self.sender.max_tokens - length
         rows = [fit(self.sender, layout, template, self.examples[i].source, room) for i in chosen]
         params = [SamplingParams(max_tokens=length)] * len(rows)
-        return [g.text.strip() for g in engine.generate(self.sender, rows, None, params)[0]]
+        with self.lender.lend(self.sender) as sender:
+            return [g.text.strip() for g in engine.generate(sender, rows, None, params)[0]]
 
     def cut(self, chosen: Sequence[int]) -> list[str]:
         """Sources cut to as many receiver tokens as their latent has slots."""
@@ -178,16 +209,11 @@ def open_setting(
     sender, answering = load_model(manifest.bridge.sender.name), load_model(name)
     check_sender(manifest.bridge, sender)
     check_receiver(manifest.bridge, name, answering)
-    if loaded.max_answer_tokens >= answering.max_tokens:
-        raise InvalidRequest(
-            f"max_answer_tokens is {loaded.max_answer_tokens}; {name!r} reads {answering.max_tokens} in all",
-            param="task",
-        )
-    examples = loaded.test[: limit or len(loaded.test)]
+    check_room(loaded, answering)
     return Setting(
         checkpoint=str(checkpoint),
         task=loaded,
-        examples=examples,
+        examples=loaded.test[: limit or len(loaded.test)],
         bridge=bridge,
         bridge_id=manifest.bridge_id,
         sender=sender,
@@ -195,6 +221,15 @@ def open_setting(
         receiver=answering,
         dtype=dtype,
     )
+
+
+def check_room(task: Task, receiver: Reader) -> None:
+    """Refuse a task whose answers alone fill the receiver's context (InvalidRequest)."""
+    if task.max_answer_tokens >= receiver.max_tokens:
+        raise InvalidRequest(
+            f"max_answer_tokens is {task.max_answer_tokens}; {receiver.name!r} reads {receiver.max_tokens} in all",
+            param="task",
+        )
 
 
 Condition = Callable[[Setting, Sequence[int]], Sequence[Reading]]
@@ -214,23 +249,40 @@ TRAINED = ("prompt", "random_sender")
 
 def answer(setting: Asking, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
     """What the receiver answers: the likeliest label of a classification, else greedy text."""
-    latents = [reading if isinstance(reading, np.ndarray) else None for reading in readings]
-    if setting.task.kind == "generation":
-        soft = engine.soften(setting.bridge, setting.receiver_name, setting.receiver, latents)
-        rows = setting.rows(chosen, readings, [None] * len(chosen))
-        params = [SamplingParams(max_tokens=setting.task.max_answer_tokens)] * len(rows)
-        return [g.text for g in engine.generate(setting.receiver, rows, soft, params)[0]]
+    return (_generate if setting.task.kind == "generation" else _choose)(setting, chosen, readings)
+
+
+def _generate(setting: Asking, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+    rows = setting.rows(chosen, readings, [None] * len(chosen))
+    params = [SamplingParams(max_tokens=setting.task.max_answer_tokens)] * len(rows)
+    with setting.lender.lend(setting.receiver) as receiver:
+        soft = soft_tokens(setting, receiver, readings)
+        return [g.text for g in engine.generate(receiver, rows, soft, params)[0]]
+
+
+def _choose(setting: Asking, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
     labels, count = setting.task.labels, len(setting.task.labels)
-    soft = engine.soften(setting.bridge, setting.receiver_name, setting.receiver, latents)
     spoken = [said_after(setting.examples[i].prompt, label) for i in chosen for label in labels]
     rows = setting.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], spoken)
-    scores = torch.cat([_scores(setting, rows, soft, start, count) for start in range(0, len(rows), SCORED_ROWS)])
+    most = setting.lender.batch_rows or SCORED_ROWS
+    parts = [range(start, min(start + most, len(rows))) for start in range(0, len(rows), most)]
+    scores = torch.cat([_scores(setting, rows, readings, part) for part in parts])
     best = scores.reshape(len(chosen), count).argmax(dim=1).tolist()
     return [spoken[at * count + label] for at, label in enumerate(best)]
 
 
-def _scores(setting: Asking, rows: Sequence[Row], soft: Tensor | None, start: int, count: int) -> Tensor:
-    """Scores of some rows at a time, as memory grows with rows × vocabulary; a soft token serves ``count`` rows."""
-    part = range(start, min(start + SCORED_ROWS, len(rows)))
-    batch = collate([rows[i] for i in part], side="left").to(setting.receiver.device)
-    return engine.answer_scores(setting.receiver, batch, None if soft is None else soft[[i // count for i in part]])
+def _scores(setting: Asking, rows: Sequence[Row], readings: Sequence[Reading], part: range) -> Tensor:
+    """Scores of some rows, as memory grows with rows × vocabulary; a reading serves a row for each label."""
+    count = len(rows) // len(readings)
+    first, last = part[0] // count, part[-1] // count
+    with setting.lender.lend(setting.receiver) as receiver:
+        soft = soft_tokens(setting, receiver, readings[first : last + 1])
+        batch = collate([rows[i] for i in part], side="left").to(receiver.device)
+        each = None if soft is None else soft[[i // count - first for i in part]]
+        return engine.answer_scores(receiver, batch, each)
+
+
+def soft_tokens(setting: Asking, receiver: FrozenLM, readings: Sequence[Reading]) -> Tensor | None:
+    """Soft tokens of those readings that are latents; None where none is."""
+    latents = [reading if isinstance(reading, np.ndarray) else None for reading in readings]
+    return engine.soften(setting.bridge, setting.receiver_name, receiver, latents)

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bridge import engine
-from bridge.evaluation.conditions import Asking, Reading, answer
+from bridge.evaluation.conditions import Asking, Reading, answer, soft_tokens
 from bridge.prompt import collate, embed
 
 
@@ -29,17 +28,16 @@ def generations(asking: Asking, readings: Sequence[Reading], count: int) -> Iter
 def first_tokens(asking: Asking, readings: Sequence[Reading], count: int, topk: int) -> Iterator[str]:
     """Lines with the ``topk`` likeliest first answer tokens of the first ``count`` examples, with probabilities."""
     chosen = range(min(count, len(readings)))
-    latents = [None if isinstance(reading, str) else reading for reading in readings[: len(chosen)]]
-    soft = engine.soften(asking.bridge, asking.receiver_name, asking.receiver, latents)
-    batch = collate(asking.rows(chosen, readings[: len(chosen)], [None] * len(chosen)), side="left")
-    batch = batch.to(asking.receiver.device)
-    logits = asking.receiver.model(
-        inputs_embeds=embed(asking.receiver, batch, soft),
-        attention_mask=batch.mask.long(),
-        position_ids=batch.positions,
-        use_cache=False,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    rows = asking.rows(chosen, readings[: len(chosen)], [None] * len(chosen))
+    with asking.lender.lend(asking.receiver) as receiver:
+        batch = collate(rows, side="left").to(receiver.device)
+        logits = receiver.model(
+            inputs_embeds=embed(receiver, batch, soft_tokens(asking, receiver, readings[: len(chosen)])),
+            attention_mask=batch.mask.long(),
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits[:, -1]
     best = logits.float().softmax(dim=-1).topk(min(topk, logits.shape[-1]), dim=-1)
     for i, tokens, shares in zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True):
         shown = (

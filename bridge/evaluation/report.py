@@ -3,7 +3,9 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from rich.table import Table
 from bridge import engine, wire
 from bridge.checkpoint import replace_file
 from bridge.errors import InvalidRequest
-from bridge.evaluation.conditions import CONDITIONS, Condition, Setting, answer
+from bridge.evaluation.conditions import CONDITIONS, Condition, Reading, Setting, answer, soft_tokens
 from bridge.evaluation.metrics import bootstrap, exact_match, token_f1
 from bridge.models import text_ids
 from bridge.sampling import SamplingParams
 
-Progress = Callable[[str, int, int], None]
-"""Called with (condition, examples done, examples in all)."""
+Progress = Callable[[str | None, int, int], None]
+"""Called with (condition, examples done, examples in all); the condition is None while the sender reads for all."""
 
 BATCH_ROWS = 32
 TIMED_EXAMPLES = 12
@@ -36,15 +38,33 @@ MEANING = {
 }
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What one condition gives the receiver: for every example, and again for those timed, one by one, in seconds."""
+
+    setting: Setting
+    readings: list[Reading]
+    timed: list[tuple[Reading, float]]
+
+
 def evaluate(
-    setting: Setting, *, trained: Mapping[str, Setting] | None = None, progress: Progress = lambda *_: None
+    setting: Setting,
+    *,
+    conditions: Collection[str] | None = None,
+    trained: Mapping[str, Setting] | None = None,
+    progress: Progress = lambda *_: None,
+    partial: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure every condition on the setting's examples.
+    """Measure conditions on the setting's examples.
+
+    Every pass of the sender comes before any of the receiver, for models that must take turns in memory.
 
     Args:
         setting: The bridge measured, its models and the examples.
+        conditions: Names out of ``CONDITIONS``; None for all of them.
         trained: Settings of the control bridges ``prompt`` and ``random_sender``, on the same examples.
         progress: Told how far each condition is.
+        partial: Given the report as far as it goes, after each condition.
 
     Returns:
         The report: what was measured (``checkpoint``, ``bridge_id``, ``task``, ``n``), ``conditions`` (metric, value,
@@ -52,36 +72,63 @@ def evaluate(
         that condition needs included), ``bytes`` and ``source_`` and ``receiver_tokens_per_soft_token`` (means over
         the examples), ``truncated`` (sources the bridge read only the start of) and ``content_share``:
         the part of the bridge's gain over ``none`` that another example's latent does not give, 0 to 1, null where
-        there is no gain or no other source; ``mismatched`` is then left out.
+        there is no gain, no other source (``mismatched`` is then left out) or one of the three was not asked for.
     """
-    conditions: dict[str, dict[str, Any]] = {}
-    one_source = len({example.source for example in setting.examples}) < 2
-    for name, condition in CONDITIONS.items():
-        if not (name == "mismatched" and one_source):  # there is no other example whose latent could stand in
-            conditions[name] = _measure(setting, name, condition, progress)
-    for name, control in (trained or {}).items():
-        conditions[name] = _measure(control, name, CONDITIONS["bridge"], progress)
-    value = {name: row["value"] for name, row in conditions.items()}
-    gain = value["bridge"] - value["none"]
-    share = (value["bridge"] - value["mismatched"]) / gain if gain > 0 and "mismatched" in value else None
-    return {
+    read = _read_all(setting, CONDITIONS if conditions is None else conditions, trained or {}, progress)
+    measured: dict[str, dict[str, Any]] = {}
+    report = {
         "checkpoint": setting.checkpoint,
         "bridge_id": setting.bridge_id,
         "task": setting.task.name,
         "n": len(setting.examples),
-        "conditions": conditions,
+        "conditions": measured,
         **_sizes(setting),
-        "content_share": None if share is None else min(max(share, 0.0), 1.0),
+        "content_share": None,
     }
+    for name, readings in read.items():
+        measured[name] = _measure(readings.setting, name, readings, progress)
+        report["content_share"] = _content_share({name: row["value"] for name, row in measured.items()})
+        partial({**report, "conditions": dict(measured)})
+    return report
 
 
-def _measure(setting: Setting, name: str, condition: Condition, progress: Progress) -> dict[str, Any]:
-    said: list[str] = []
+def _content_share(value: Mapping[str, float]) -> float | None:
+    if not {"bridge", "none", "mismatched"} <= set(value):
+        return None
+    gain = value["bridge"] - value["none"]
+    return min(max((value["bridge"] - value["mismatched"]) / gain, 0.0), 1.0) if gain > 0 else None
+
+
+def _read_all(
+    setting: Setting, wanted: Collection[str], trained: Mapping[str, Setting], progress: Progress
+) -> dict[str, _Read]:
+    one_source = len({example.source for example in setting.examples}) < 2
+    asked = {name: (setting, condition) for name, condition in CONDITIONS.items() if name in wanted}
+    if one_source:  # there is no other example whose latent could stand in
+        asked.pop("mismatched", None)
+    asked |= {name: (control, CONDITIONS["bridge"]) for name, control in trained.items()}
+    read: dict[str, _Read] = {}
     count = len(setting.examples)
-    for start in range(0, count, BATCH_ROWS):
-        chosen = range(start, min(start + BATCH_ROWS, count))
-        said += answer(setting, chosen, condition(setting, chosen))
-        progress(name, len(said), count)
+    for name, (made, condition) in asked.items():
+        readings: list[Reading] = []
+        for chosen in _batches(made):
+            readings += condition(made, chosen)
+            progress(None, len(read) * count + len(readings), len(asked) * count)
+        timed = [_timed_reading(made, condition, i) for i in range(min(TIMED_EXAMPLES, count))]
+        read[name] = _Read(made, readings, timed)
+    return read
+
+
+def _batches(setting: Setting) -> Iterator[range]:
+    rows, count = setting.lender.batch_rows or BATCH_ROWS, len(setting.examples)
+    return (range(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def _measure(setting: Setting, name: str, read: _Read, progress: Progress) -> dict[str, Any]:
+    said: list[str] = []
+    for chosen in _batches(setting):
+        said += answer(setting, chosen, read.readings[chosen.start : chosen.stop])
+        progress(name, len(said), len(setting.examples))
     wanted = [example.answer for example in setting.examples]
     same = exact_match if setting.task.kind == "generation" else lambda have, want: float(have == want)
     exact = [same(have, want) for have, want in zip(said, wanted, strict=True)]
@@ -91,26 +138,40 @@ def _measure(setting: Setting, name: str, condition: Condition, progress: Progre
         "value": statistics.fmean(exact),
         "low": low,
         "high": high,
-        "ttft_ms": _first_token_ms(setting, condition),
+        "ttft_ms": _first_token_ms(setting, read.timed),
     }
     if setting.task.kind == "generation":
         row["token_f1"] = statistics.fmean(token_f1(have, want) for have, want in zip(said, wanted, strict=True))
     return row
 
 
-def _first_token_ms(setting: Setting, condition: Condition) -> float:
+def _first_token_ms(setting: Setting, timed: Sequence[tuple[Reading, float]]) -> float:
     """Median over single requests, from the source in hand to the first token; one token on every side."""
-    times = []
-    for i in range(min(TIMED_EXAMPLES, len(setting.examples))):
-        started = time.perf_counter()
-        readings = condition(setting, [i])
-        soft = engine.soften(
-            setting.bridge, setting.receiver_name, setting.receiver,
-            [None if isinstance(reading, str) else reading for reading in readings],
-        )  # fmt: skip
-        engine.generate(setting.receiver, setting.rows([i], readings, [None]), soft, [SamplingParams(max_tokens=1)])
-        times.append((time.perf_counter() - started) * 1000)
-    return statistics.median(times[1:] or times)  # the first one warms up
+    seconds = [took + _first_token_seconds(setting, i, reading) for i, (reading, took) in enumerate(timed)]
+    return statistics.median(seconds[1:] or seconds) * 1000  # the first one warms up
+
+
+def _first_token_seconds(setting: Setting, example: int, reading: Reading) -> float:
+    with _timing(setting) as took:
+        row, params = setting.rows([example], [reading], [None]), [SamplingParams(max_tokens=1)]
+        with setting.lender.lend(setting.receiver) as receiver:
+            engine.generate(receiver, row, soft_tokens(setting, receiver, [reading]), params)
+    return took()
+
+
+def _timed_reading(setting: Setting, condition: Condition, example: int) -> tuple[Reading, float]:
+    with _timing(setting) as took:
+        (reading,) = condition(setting, [example])
+    return reading, took()
+
+
+@contextmanager
+def _timing(setting: Setting) -> Iterator[Callable[[], float]]:
+    """Seconds that the block takes, without those it waits for a model to be lent."""
+    started, waited = time.perf_counter(), setting.lender.waited_seconds
+    ended: list[float] = []
+    yield lambda: ended[0]
+    ended.append(time.perf_counter() - started - (setting.lender.waited_seconds - waited))
 
 
 def _sizes(setting: Setting) -> dict[str, Any]:
@@ -118,12 +179,14 @@ def _sizes(setting: Setting) -> dict[str, Any]:
     sources = setting.sources(everything)
     slots = [len(latent) for latent in setting.recall(everything)]
     read = [len(text_ids(setting.receiver, example.source)) for example in setting.examples]
+    with setting.lender.lend(setting.receiver) as receiver:
+        kv_bytes = statistics.fmean(receiver.kv_bytes(n) for n in read)
     dim = setting.bridge.config.encoder.latent_dim
     return {
         "bytes": {
             "latent": statistics.fmean(wire.message_bytes(k, dim, setting.dtype) for k in slots),
             "source": statistics.fmean(len(example.source.encode()) for example in setting.examples),
-            "receiver_kv": statistics.fmean(setting.receiver.kv_bytes(n) for n in read),
+            "receiver_kv": kv_bytes,
         },
         "source_tokens_per_soft_token": sum(len(source.ids) for source in sources) / sum(slots),
         "receiver_tokens_per_soft_token": sum(read) / sum(slots),

@@ -1,180 +1,134 @@
 """``POST /encode`` and ``POST /generate``."""
 
-import asyncio
 import base64
-import secrets
 import time
-import uuid
-from collections.abc import Coroutine
-from dataclasses import asdict
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
-from bridge import wire
-from bridge.diversity import diversity
-from bridge.errors import CallerLeft, DeadlineExceeded, TooLarge, at_fault
-from bridge.sampling import SamplingParams
-from service.runtime import Question, Runtime, Served, Text, sample_params
-from service.schemas import (
-    DiversityOut,
-    EncodeRequest,
-    EncodeResponse,
-    GenerateRequest,
-    GenerateResponse,
-    LatentOut,
-    Output,
-    Timing,
-    Usage,
-    message_of,
-)
+from bridge.errors import LatentWireError
+from service.answering import Answering, check_limits, ms_since, within
+from service.attending import Show, attend, deadline, event, stream
+from service.runtime import Piece, Runtime
+from service.schemas import EncodeRequest, EncodeResponse, GenerateRequest, GenerateResponse, LatentOut, Timing, Usage
+from service.served import Served, Text
+from service.store import Sent
 
 router = APIRouter(tags=["inference"])
-Answer = TypeVar("Answer")
+RAW = "application/octet-stream"
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answers. With `stream`, server-sent events: `token` {index, text}, then `done` with the "
+        "answers, or `error` with the error body.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+ENCODED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": f"The latents. With `Accept: {RAW}`, the messages alone, one after the other; the header "
+        "`X-Message-Bytes` has their lengths, `X-Latent-Ids` their ids when stored.",
+        "content": {RAW: {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
-@router.post("/encode", response_model_exclude_none=True)
-async def encode(body: EncodeRequest, request: Request) -> EncodeResponse:
+@router.post("/encode", response_model=EncodeResponse, response_model_exclude_none=True, responses=ENCODED)
+async def encode(body: EncodeRequest, request: Request) -> EncodeResponse | Response:
     """Let the bridge's sender read texts, and return their latents."""
     runtime: Runtime = request.app.state.runtime
+    runtime.check_open()
     served = runtime.find(body.bridge)
-    _within(("inputs", len(body.inputs), runtime.settings.max_inputs))
+    within(("inputs", len(body.inputs), runtime.settings.max_inputs))
     for at, text in enumerate(body.inputs):
         runtime.check_text(text, f"inputs.{at}")
+    work = Answering(runtime, request.state.caller.name, served)
     with runtime.load.admit(len(body.inputs)):
-        return await _attend(request, _encode(runtime, served, body))
+        answer = await attend(
+            request, _encode(work, body, raw=RAW in request.headers.get("accept", "")),
+            deadline(request, body.timeout_seconds),
+        )  # fmt: skip
+    await charge(request, work.usage)
+    return answer
 
 
-@router.post("/generate")
-async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
+@router.post("/generate", response_model=GenerateResponse, responses=STREAMED)
+async def generate(body: GenerateRequest, request: Request) -> GenerateResponse | Response:
     """Let a receiver answer from latents, or from texts it will not see."""
+
+    async def events(pieces: AsyncIterator[Piece], answer: Callable[[], GenerateResponse]) -> AsyncIterator[str]:
+        async for piece in pieces:
+            yield event("token", {"index": piece.index, "text": piece.text})
+        try:
+            yield event("done", answer().model_dump_json())
+        except LatentWireError as error:
+            yield event("error", request.app.state.error_body(request, error))
+
+    answer: GenerateResponse | Response = await answering(request, body, events if body.stream else None)
+    return answer
+
+
+async def answering(
+    request: Request,
+    body: GenerateRequest,
+    events: Callable[[AsyncIterator[Piece], Callable[[], GenerateResponse]], AsyncIterator[str]] | None,
+) -> Any:
+    """The answer to a request, checked, admitted, attended and charged; a stream of ``events`` when they are given."""
     runtime: Runtime = request.app.state.runtime
+    runtime.check_open()
     served = runtime.find(body.bridge)
     receiver = served.receiver(body.receiver)
-    _check_limits(runtime, body)
-    with runtime.load.admit(len(body.inputs) * body.n):
-        return await _attend(request, _generate(runtime, served, receiver, body))
+    check_limits(runtime, body)
+    work = Answering(runtime, request.state.caller.name, served)
+
+    async def answer(show: Show | None = None) -> GenerateResponse:
+        with runtime.load.admit(len(body.inputs) * body.n):
+            try:
+                return await work.answer(receiver, body, show)
+            finally:
+                await charge(request, work.usage)
+
+    seconds = deadline(request, body.timeout_seconds)
+    if events is None:
+        return await attend(request, answer(), seconds)
+    return await stream(request, answer, events, seconds)
 
 
-async def _attend(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
-    """Do the work of a request while somebody waits for it, and no longer than the operator allows.
-
-    Raises:
-        DeadlineExceeded: It took too long.
-        CallerLeft: The connection was closed.
-    """
-    seconds = request.app.state.runtime.settings.request_timeout
-    task, left = asyncio.create_task(work), asyncio.create_task(_left(request))
-    try:
-        done, _ = await asyncio.wait((task, left), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task in done:
-            return task.result()
-        if left in done:
-            raise CallerLeft("the caller closed the connection before the answer")
-        raise DeadlineExceeded(f"no answer within {seconds:g} s")
-    finally:
-        task.cancel()
-        left.cancel()
+async def charge(request: Request, usage: Usage) -> None:
+    """Count what an answer has cost; after the fact, because nobody knows it before."""
+    runtime: Runtime = request.app.state.runtime
+    tokens = usage.source_tokens + usage.prompt_tokens + usage.soft_tokens + usage.generated_tokens
+    await runtime.limiter.charge(request.state.caller.name, tokens)
 
 
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _encode(runtime: Runtime, served: Served, body: EncodeRequest) -> EncodeResponse:
+async def _encode(work: Answering, body: EncodeRequest, *, raw: bool) -> EncodeResponse | Response:
     started = time.perf_counter()
     rows = [Text(text, body.truncate, f"inputs.{at}") for at, text in enumerate(body.inputs)]
-    encoded = await runtime.encode(served, rows)
-    encode_ms = _ms_since(started)
-    latents = []
-    for text, row in zip(body.inputs, encoded, strict=True):
-        message = wire.encode(row.latent, served.manifest.bridge_id, body.dtype)
-        latents.append(
-            LatentOut(
-                id=await runtime.store.put(message) if body.store else None,
-                data=base64.b64encode(message).decode(),
-                shape=list(row.latent.shape),
-                dtype=body.dtype,
-                bytes=len(message),
-                source_tokens=row.source_tokens,
-                source_bytes=len(text.encode()),
-                truncated=row.truncated,
-            )
-        )
-    usage = Usage(source_tokens=sum(row.source_tokens for row in encoded))
-    timing = Timing(encode_ms=encode_ms, total_ms=_ms_since(started))
-    return EncodeResponse(bridge=served.name, latents=latents, usage=usage, timing=timing)
-
-
-async def _generate(runtime: Runtime, served: Served, receiver: str, body: GenerateRequest) -> GenerateResponse:
-    started = time.perf_counter()
-    usage = Usage()
-    latents = await _latents(runtime, served, body, usage)
-    encode_ms = _ms_since(started)
-    seed = secrets.randbits(63) if body.seed is None else body.seed
-    params = SamplingParams(body.max_tokens, body.temperature, body.top_p, body.top_k, seed, tuple(body.stop))
-    questions = [
-        Question(latent, prompt, sample_params(params, sample))
-        for latent, prompt in zip(latents, body.prompts, strict=True)
-        for sample in range(body.n)
+    sent = await work.send(rows, body.dtype)
+    encode_ms = ms_since(started)
+    work.runtime.metrics.tokens.labels("source").inc(work.usage.source_tokens)
+    ids = await work.keep([one.message for one in sent]) if body.store else None
+    if raw:
+        headers = {"x-message-bytes": ",".join(str(len(one.message)) for one in sent)}
+        if ids is not None:
+            headers["x-latent-ids"] = ",".join(ids)
+        return Response(b"".join(one.message for one in sent), media_type=RAW, headers=headers)
+    latents = [
+        _latent(work.served, text, one, body.dtype, None if ids is None else ids[at])
+        for at, (text, one) in enumerate(zip(body.inputs, sent, strict=True))
     ]
-    answers = await runtime.generate(served, receiver, questions)
-    usage.soft_tokens = sum(len(latent) for latent in latents)
-    usage.generated_tokens = sum(answer.token_count for answer in answers)
-    total_ms = _ms_since(started)
-    return GenerateResponse(
-        id=f"gen_{uuid.uuid4().hex}",
-        bridge=served.name,
-        outputs=[Output(index=i, **asdict(answer)) for i, answer in enumerate(answers)],
-        diversity=DiversityOut(**asdict(diversity([answer.text for answer in answers]))),
-        usage=usage,
-        timing=Timing(encode_ms=encode_ms, generate_ms=total_ms - encode_ms, total_ms=total_ms),
+    timing = Timing(encode_ms=encode_ms, total_ms=ms_since(started))
+    return EncodeResponse(bridge=work.served.name, latents=latents, usage=work.usage, timing=timing)
+
+
+def _latent(served: Served, text: str, sent: Sent, dtype: str, latent_id: str | None) -> LatentOut:
+    return LatentOut(
+        id=latent_id,
+        data=base64.b64encode(sent.message).decode(),
+        shape=list(served.decode(sent.message).shape),
+        dtype=dtype,
+        bytes=len(sent.message),
+        source_tokens=sent.source_tokens,
+        source_bytes=len(text.encode()),
+        truncated=sent.truncated,
     )
-
-
-def _check_limits(runtime: Runtime, body: GenerateRequest) -> None:
-    settings = runtime.settings
-    _within(
-        ("inputs", len(body.inputs), settings.max_inputs),
-        ("n", body.n, settings.max_samples),
-        ("max_tokens", body.max_tokens, settings.max_tokens),
-    )
-    for at, item in enumerate(body.inputs):
-        runtime.check_text(item.text or "", f"inputs.{at}.text")
-    for prompt in set(body.prompts):
-        runtime.check_text(prompt, "prompt")
-
-
-def _within(*limits: tuple[str, int, int]) -> None:
-    for name, value, limit in limits:
-        if value > limit:
-            raise TooLarge(f"{name} is {value}; at most {limit} is taken", param=name)
-
-
-async def _latents(runtime: Runtime, served: Served, body: GenerateRequest, usage: Usage) -> list[wire.Latent]:
-    """The latent of every input. A text crosses the same wire as a message would, so both get the same answer."""
-    texts = [
-        Text(item.text, body.truncate, f"inputs.{at}.text")
-        for at, item in enumerate(body.inputs)
-        if item.text is not None
-    ]
-    encoded = iter(await runtime.encode(served, texts) if texts else [])
-    latents = []
-    for at, item in enumerate(body.inputs):
-        if item.text is not None:
-            row = next(encoded)
-            usage.source_tokens += row.source_tokens
-            latents.append(served.decode(wire.encode(row.latent, served.manifest.bridge_id)))
-        elif item.latent is not None:
-            with at_fault(f"inputs.{at}.latent"):
-                latents.append(served.decode(message_of(item.latent)))
-        else:
-            assert item.latent_id is not None
-            with at_fault(f"inputs.{at}.latent_id"):
-                latents.append(served.decode(await runtime.store.get(item.latent_id)))
-    return latents
-
-
-def _ms_since(started: float) -> float:
-    return round((time.perf_counter() - started) * 1000, 3)

@@ -4,8 +4,9 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from bridge.errors import NotReady
-from service.runtime import Runtime, Served
+from service.runtime import Runtime
 from service.schemas import BridgeList, BridgeOut, Health
+from service.served import Served
 
 router = APIRouter(tags=["status"])
 
@@ -14,22 +15,24 @@ router = APIRouter(tags=["status"])
 async def bridges(request: Request) -> BridgeList:
     """Every bridge that is served."""
     runtime: Runtime = request.app.state.runtime
-    return BridgeList(bridges=[_describe(runtime, served) for served in runtime.bridges.values()])
+    return BridgeList(bridges=[describe(runtime, served) for served in runtime.bridges.values()])
 
 
 @router.get("/bridges/{name}")
 async def bridge(name: str, request: Request) -> BridgeOut:
     """One bridge."""
     runtime: Runtime = request.app.state.runtime
-    return _describe(runtime, runtime.find(name))
+    return describe(runtime, runtime.find(name))
 
 
 @router.get("/health/live")
 async def live(request: Request) -> Health:
-    """Whether the process makes progress: 503 when work is there and none was finished for long. Busy is fine."""
+    """Whether the process makes progress: 503 when there is work and no step was made for long. Busy is fine."""
     runtime: Runtime = request.app.state.runtime
+    if runtime.dead is not None:
+        raise NotReady(runtime.dead)
     if runtime.stalled:
-        raise NotReady(f"no batch was finished for {runtime.settings.stall_timeout:g} s although rows wait")
+        raise NotReady(f"no step was made for {runtime.settings.stall_timeout:g} s although there is work")
     return Health()
 
 
@@ -37,6 +40,7 @@ async def live(request: Request) -> Health:
 async def ready(request: Request) -> Health:
     """Whether every bridge has been loaded and has answered once."""
     runtime: Runtime = request.app.state.runtime
+    runtime.check_open()
     if runtime.failure is not None:
         raise NotReady(runtime.failure)
     if not runtime.ready:
@@ -51,9 +55,10 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _describe(runtime: Runtime, served: Served) -> BridgeOut:
+def describe(runtime: Runtime, served: Served) -> BridgeOut:
+    """A bridge as callers see it."""
     config = served.manifest.bridge
-    resident = runtime.residency.resident()
+    states = {name: runtime.residency.state(name) for name in served.models}
     return BridgeOut(
         name=served.name,
         bridge_id=served.manifest.bridge_id,
@@ -68,5 +73,8 @@ def _describe(runtime: Runtime, served: Served) -> BridgeOut:
         template=config.heads[served.bridge.default_receiver].layout.template,
         task=config.provenance.task,
         steps=config.provenance.steps,
-        loaded={name: resident[name] for name in (config.sender.name, *config.heads) if name in resident},
+        loaded={name: state.bytes for name, state in states.items() if state is not None},
+        engines={name: runtime.engines.kind(name) for name in config.heads},
+        pinned=all(runtime.residency.is_pinned(name) for name in served.models),
+        keep_alive_seconds=served.keep_alive_seconds,
     )

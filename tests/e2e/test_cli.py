@@ -536,7 +536,7 @@ def test_a_process_given_bad_input_ends_with_code_2_and_one_line(tmp_path: Path)
 
 
 @pytest.fixture
-def server(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
+def server(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client, str]]:
     """``latentwire serve`` as a process of its own, ready, and a client of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -550,27 +550,31 @@ def server(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[
             while not client.ready():
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
-            yield process, client
+            yield process, client, f"http://127.0.0.1:{port}"
     finally:
         process.kill()
         process.wait()
 
 
 def test_a_served_bridge_answers_as_the_command_line_does_and_stops_when_told(
-    server: tuple[subprocess.Popen[bytes], Client], checkpoint: Path, message: Path, run: Run, tmp_path: Path
+    server: tuple[subprocess.Popen[bytes], Client, str], checkpoint: Path, message: Path, run: Run, tmp_path: Path
 ) -> None:
-    process, client = server
+    process, client, url = server
     (described,) = client.bridges()
-    assert described["name"] == "tiny"
-    latent = client.encode([TEXT], store=True)["latents"][0]
-    forms = [{"text": TEXT}, {"latent": latent["data"]}, {"latent_id": latent["id"]}]
-    answers = [output["text"] for output in client.generate(forms, "Where?", max_tokens=8)["outputs"]]
+    assert described.name == "tiny"
+    latent = client.encode([TEXT], store=True).latents[0]
+    forms: list[Any] = [{"text": TEXT}, latent, {"latent_id": latent.id}]
+    answers = client.generate(forms, "Where?", max_tokens=8).texts
     assert len(set(answers)) == 1
     local = run("generate", checkpoint, "--latent", message, "--prompt", "Where?", "--max-tokens", 8)
     assert local == answers[0] + "\n"
-    sampled = client.generate(forms[:1], "Where?", max_tokens=8, temperature=1, seed=3)["outputs"][0]["text"]
+    sampled = client.generate(forms[:1], "Where?", max_tokens=8, temperature=1, seed=3).texts[0]
     free = ["--prompt", "Where?", "--max-tokens", 8, "--temperature", 1, "--seed", 3]
     assert run("generate", checkpoint, "--latent", message, *free) == sampled + "\n"
+    assert run("generate", "tiny", "--latent", message, *free, "--url", url) == sampled + "\n"
+    assert run("generate", "tiny", "--text", TEXT, *free, "--url", url) == sampled + "\n"
+    run("encode", "tiny", "--text", TEXT, "--out", tmp_path / "there", "--url", url)
+    assert (tmp_path / "there").read_bytes() == message.read_bytes() == latent.data
     with pytest.raises(ServiceError) as caught:
         client.encode([" "])
     assert (caught.value.status, caught.value.type, caught.value.param) == (422, "InvalidRequest", "inputs.0")

@@ -71,12 +71,18 @@ def test_the_curl_commands_are_answered(service: str) -> None:
         answers.append(subprocess.run(typed, capture_output=True, text=True, check=True).stdout)
     assert '"latents":' in answers[0] and '"id":' in answers[0]
     assert "Ben lives in Rome." in answers[1]
+    assert answers[2].startswith("event: token") and "Mara wants a cup of tea." in answers[2].split("event: done")[1]
 
 
-def test_the_python_example_prints_what_the_receiver_says(service: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
+@pytest.mark.parametrize(
+    "number, said", [(0, "Mara wants a cup of tea."), (1, "Ben lives in Rome.\n Ben lives in Rome.")]
+)
+def test_the_python_examples_print_what_the_receiver_says(
+    service: str, capsys: pytest.CaptureFixture[str], number: int, said: str
+) -> None:
+    code = [block for kind, block in BLOCKS if kind == "python"][number]
     exec(code.replace("http://127.0.0.1:8000", service), {})
-    assert capsys.readouterr().out.strip() == "Mara wants a cup of tea."
+    assert capsys.readouterr().out.strip() == said
 
 
 def test_the_demo_trains_measures_serves_and_ends(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from bridge import continuous, softids
 from bridge.answer import Generation
 from bridge.continuous import PAGE_TOKENS, ContinuousEngine
 from bridge.engine import generate
-from bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError
+from bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError, NotReady
 from bridge.models import FrozenLM, load_model
 from bridge.padded import PaddedEngine
 from bridge.probe import open_engine
@@ -403,9 +403,9 @@ def test_closing_fails_what_runs_and_leaves_the_model_as_it_was(lms: dict[str, F
     asked = ask(made, range(4), [SamplingParams(200, 1.0, seed=2)] * 4)
     made.close()
     for one in asked:
-        with pytest.raises(InferenceFailed, match="stopping"):
+        with pytest.raises(NotReady, match="stopping"):
             one.answer()
-    with pytest.raises(InferenceFailed, match="stopping"):
+    with pytest.raises(NotReady, match="stopping"):
         ask(made, [0], [SamplingParams(2)])
     assert threading.active_count() == threads and "forward" not in vars(lm.model.get_input_embeddings())
 

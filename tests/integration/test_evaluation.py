@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,21 @@ from bridge.checkpoint import make_bridge, save_bridge
 from bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest, UnknownBridge
 from bridge.evaluation import conditions
 from bridge.evaluation import report as reporting
-from bridge.evaluation.conditions import CONDITIONS, RELAY_TOKENS, TRAINED, Reading, Setting, answer, fit, open_setting
+from bridge.evaluation.conditions import (
+    CONDITIONS,
+    RELAY_TOKENS,
+    TRAINED,
+    Lender,
+    Reading,
+    Setting,
+    answer,
+    fit,
+    open_setting,
+)
 from bridge.evaluation.metrics import bootstrap
 from bridge.evaluation.report import evaluate, table, write_report
 from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM, load_model, text_ids
+from bridge.models import FrozenLM, Reader, load_model, text_ids
 from bridge.prompt import IGNORE, LATENT, TEXT, Row
 from bridge.sampling import SamplingParams
 from tests.conftest import bridge_config, write_model
@@ -180,10 +191,87 @@ def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any
 
 
 def test_progress_reaches_the_end_of_each_condition(setting: Setting) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str | None, int, int]] = []
     few = replace(setting, examples=setting.examples[:2])
     evaluate(few, trained={"prompt": few}, progress=lambda *now: seen.append(now))
-    assert seen == [(name, 2, 2) for name in [*EVERY, "prompt"]]
+    reading, answering = seen[:8], seen[8:]
+    assert reading == [(None, done, 16) for done in range(2, 17, 2)]
+    assert answering == [(name, 2, 2) for name in [*EVERY, "prompt"]]
+
+
+class Counting(Lender):
+    """Remembers which model each pass was of, and that no loan was asked for during another."""
+
+    batch_rows = 2
+
+    def __init__(self) -> None:
+        self.lent: list[str] = []
+        self.out = False
+
+    @contextmanager
+    def lend(self, reader: Reader) -> Iterator[FrozenLM]:
+        assert not self.out
+        self.out = True
+        self.lent.append(reader.name)
+        with super().lend(reader) as lm:
+            yield lm
+        self.out = False
+
+
+@pytest.mark.parametrize("kind", ["setting", "sentiment"])
+def test_a_lender_may_cut_the_passes_small_and_let_the_models_take_turns(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Setting = request.getfixturevalue(kind)
+    rows: list[int] = []
+    for name, given in (("encode", 2), ("generate", 1), ("answer_scores", 1)):
+        real = getattr(engine, name)
+
+        def spying(*args: Any, real: Any = real, given: int = given) -> Any:
+            rows.append(len(args[1].ids if real.__name__ == "answer_scores" else args[given]))
+            return real(*args)
+
+        monkeypatch.setattr(engine, name, spying)
+    lender = Counting()
+    small = evaluate(replace(made, lender=lender))
+    assert max(rows) == 2
+    turns = [name for at, name in enumerate(lender.lent) if at == 0 or lender.lent[at - 1] != name]
+    assert turns == [made.sender.name, made.receiver.name]
+    assert numbers(small) == numbers(evaluate(made))
+
+
+def numbers(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without its timings."""
+    rows = report["conditions"].items()
+    return {**report, "conditions": {name: {**row, "ttft_ms": None} for name, row in rows}}
+
+
+def test_timings_leave_out_the_wait_for_a_model(setting: Setting) -> None:
+    class Slow(Lender):
+        @contextmanager
+        def lend(self, reader: Reader) -> Iterator[FrozenLM]:
+            self.waited_seconds += 1000  # as if
+            with super().lend(reader) as lm:
+                yield lm
+
+    few = replace(setting, examples=setting.examples[:1], lender=Slow())
+    waited = {name: row["ttft_ms"] for name, row in evaluate(few)["conditions"].items()}
+    # One loan where nothing is to be read, two where the sender reads.
+    assert {name: round(ms / 1e6) for name, ms in waited.items()} == {
+        name: -2 if name in ("bridge", "relay") else -1 for name in waited
+    }
+
+
+def test_conditions_are_measured_as_asked_and_seen_as_they_come(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, seen = replace(setting, examples=setting.examples[:3]), []
+    made = evaluate(few, conditions=["none", "direct"], partial=seen.append)
+    assert [list(report["conditions"]) for report in seen] == [["direct"], ["direct", "none"]]
+    assert numbers(seen[-1]) == numbers(made) and set(seen[0]) == set(made) and made["content_share"] is None
+    whole = numbers(evaluate(few))
+    assert {**numbers(made), "conditions": None} == {**whole, "conditions": None, "content_share": None}
+    assert all(numbers(made)["conditions"][name] == whole["conditions"][name] for name in ("none", "direct"))
 
 
 def test_latents_cross_the_wire_before_they_are_read(setting: Setting) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
 
+from bridge.checkpoint import check_identity
 from bridge.engine import generate
 from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
 from bridge.models import (
     FrozenLM,
     SourceTokens,
-    check_identity,
     fingerprint_of,
     hidden_states,
     load_model,
@@ -381,3 +382,23 @@ def test_a_family_that_embeds_narrower_than_it_thinks_has_two_widths(tmp_path: P
     assert (lm.width, lm.state_width(0), lm.state_width(1)) == (16, 16, 32)
     ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara", max_tokens=9)])
     assert hidden_states(lm, ids, mask, (1,)).shape[-1] == lm.state_width(1)
+
+
+def test_passes_of_two_threads_each_stop_at_their_own_layer(lms: dict[str, FrozenLM]) -> None:
+    lm = lms["llama"]
+    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara lives in Rome.", max_tokens=64)])
+    alone = {layer: hidden_states(lm, ids, mask, [layer]) for layer in (1, 3)}
+    with ThreadPoolExecutor(2) as pool:
+        for layer, states in pool.map(lambda n: (n, hidden_states(lm, ids, mask, [n])), [1, 3] * 100):
+            assert torch.equal(states, alone[layer])
+
+
+def test_a_whole_pass_of_another_thread_does_not_stop_at_a_layer(lms: dict[str, FrozenLM]) -> None:
+    lm = lms["llama"]
+    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara lives in Rome.", max_tokens=64)])
+    with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
+        alone = lm.model(input_ids=ids).logits
+        reading = pool.submit(lambda: [hidden_states(lm, ids, mask, [1]) for _ in range(200)])
+        while not reading.done():
+            assert torch.equal(lm.model(input_ids=ids).logits, alone)
+        reading.result()

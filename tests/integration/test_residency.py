@@ -1,16 +1,29 @@
 """Models take turns in a budget too small for both, and the one that left is really gone."""
 
 import gc
+import math
+import shutil
+import threading
+import time
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from bridge.errors import InsufficientMemory, ModelUnavailable
-from bridge.models import predicted_bytes
+from bridge.errors import InsufficientMemory, InvalidRequest, ModelInUse, ModelUnavailable
+from bridge.memory import budget_bytes, device_bytes
+from bridge.models import FrozenLM, load_model, predicted_bytes
 from bridge.residency import Residency
-from tests.conftest import write_model
+from tests.conftest import byte_tokenizer, write_model
+
+CPU = torch.device("cpu")
+LONG = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +57,6 @@ def test_in_a_budget_for_the_larger_model_both_are_never_held(pair: tuple[str, s
 
 
 def test_the_first_is_gone_before_the_second_is_loaded(pair: tuple[str, str]) -> None:
-    from bridge.models import FrozenLM, load_model
-
     sender, receiver = pair
     loaded: list[weakref.ref[torch.nn.Module]] = []
 
@@ -133,8 +144,6 @@ def test_bytes_are_counted_in_the_dtype_asked_for(pair: tuple[str, str]) -> None
 
 
 def test_a_model_being_read_is_named_until_it_is_there_or_failed(pair: tuple[str, str]) -> None:
-    from bridge.models import FrozenLM, load_model
-
     seen: list[str | None] = []
 
     def load(name: str, *, device: torch.device | None, dtype: torch.dtype | None) -> FrozenLM:
@@ -156,3 +165,341 @@ def test_history_is_bounded(pair: tuple[str, str]) -> None:
     for i in range(300):
         residency._note("load", str(i))
     assert len(residency.history) == 256 and residency.history[-1][1] == "299"
+
+
+@pytest.fixture(scope="module")
+def three(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    return *pair, str(write_model(tmp_path_factory.mktemp("third") / "third", "llama", seed=2))
+
+
+def in_thread(function: Callable[..., Any], *given: Any) -> Future[Any]:
+    """The outcome of a call that may have to wait, made in a thread of its own."""
+    outcome: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function(*given))
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return outcome
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def touch(residency: Residency, *names: str) -> None:
+    for name in names:
+        with residency.use(name):
+            pass
+
+
+def events(residency: Residency) -> list[tuple[str, str]]:
+    return [event[:2] for event in residency.history]
+
+
+def test_files_under_two_names_are_loaded_once_and_lent_under_the_name_asked_for(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    copy = str(shutil.copytree(pair[0], tmp_path / "copy"))
+    residency = Residency(None, device=CPU)
+    with residency.use(pair[0]) as one, residency.use(copy) as other:
+        assert one.model is other.model and (one.name, other.name) == (pair[0], copy)
+        one_state, other_state = residency.state(pair[0]), residency.state(copy)
+        assert one_state == other_state and other_state is not None and other_state.users == 2
+    assert residency.resident_bytes == size(copy) and events(residency) == [("load", pair[0])]
+    residency.pin(copy)
+    assert residency.sweep(math.inf) == [] and residency.unload(pair[0]) != 0
+    assert residency.state(copy) is None
+
+
+def test_models_that_differ_only_in_weights_are_not_shared(three: tuple[str, str, str]) -> None:
+    residency = Residency(None, device=CPU)
+    with residency.use(three[1]) as one, residency.use(three[2]) as other:
+        assert one.model is not other.model
+
+
+def test_a_loan_that_must_wait_begins_when_the_models_in_the_way_become_idle(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    residency = Residency(max(map(size, pair)), device=CPU)
+    residency.acquire(sender)
+    waiting = in_thread(residency.acquire, receiver, LONG)
+    until(lambda: residency._short)
+    assert not waiting.done() and residency.state(receiver) is None
+    residency.release(sender)
+    assert waiting.result(LONG).name == receiver
+    assert list(residency.resident()) == [receiver]
+
+
+def test_a_loan_that_waits_in_vain_is_refused_and_leaves_the_line(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    residency = Residency(max(map(size, pair)), device=CPU)
+    with residency.use(sender):
+        with pytest.raises(InsufficientMemory, match=f"{size(receiver)} bytes; {size(sender)} of the"):
+            residency.acquire(receiver, 0.05)
+        assert residency.try_acquire(sender) is not None  # nobody waits any more
+        residency.release(sender)
+
+
+def test_a_steady_stream_on_one_model_does_not_starve_the_other(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    residency = Residency(max(map(size, pair)), device=CPU)
+    residency.acquire(sender)
+    first = in_thread(residency.acquire, receiver, LONG)
+    until(lambda: residency._short)
+    assert residency.try_acquire(sender) is None  # resident, but somebody waits
+    with pytest.raises(InsufficientMemory):
+        residency.acquire(sender)
+    behind = in_thread(residency.acquire, sender, LONG)
+    until(lambda: len(residency._line) == 2)
+    residency.release(sender)
+    assert first.result(LONG).name == receiver
+    assert not behind.done()
+    residency.release(receiver)
+    assert behind.result(LONG).name == sender
+    assert events(residency) == [
+        ("load", sender), ("drop", sender), ("load", receiver), ("drop", receiver), ("load", sender),
+    ]  # fmt: skip
+
+
+def test_a_loan_behind_a_waiting_one_goes_on_when_that_gives_up(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    residency = Residency(max(map(size, pair)), device=CPU)
+    residency.acquire(sender)
+    first = in_thread(residency.acquire, receiver, 0.3)
+    until(lambda: residency._short)
+    behind = in_thread(residency.acquire, sender, LONG)
+    assert isinstance(first.exception(LONG), InsufficientMemory)
+    assert behind.result(LONG).name == sender
+
+
+def test_those_who_wait_are_served_in_the_order_of_their_arrival(three: tuple[str, str, str]) -> None:
+    sender, receiver, third = three
+    residency = Residency(max(map(size, three)), device=CPU)
+    residency.acquire(sender)
+    served: list[str] = []
+
+    def take_a_turn(name: str) -> None:
+        with residency.use(name, LONG):
+            served.append(name)
+
+    turns = []
+    for place, name in enumerate((receiver, third, sender), start=1):
+        turns.append(in_thread(take_a_turn, name))
+        until(lambda place=place: len(residency._line) == place)  # type: ignore[misc]
+        until(lambda: residency._short)
+    residency.release(sender)
+    for turn in turns:
+        turn.result(LONG)
+    assert served == [receiver, third, sender]
+
+
+def test_while_a_model_is_read_others_are_lent_at_once_and_one_more_load_waits(three: tuple[str, str, str]) -> None:
+    sender, receiver, third = three
+    begun, go_on, reading = threading.Event(), threading.Event(), []
+
+    def load(name: str, **where: Any) -> FrozenLM:
+        reading.append(name)
+        assert residency.loading == name
+        if name == receiver:
+            begun.set()
+            assert go_on.wait(LONG)
+        lm = load_model(name, **where)
+        assert reading.pop() == name and not reading, "two models are read at once"
+        return lm
+
+    residency = Residency(None, device=CPU, load=load)
+    touch(residency, sender)
+    slow = in_thread(residency.acquire, receiver)
+    assert begun.wait(LONG)
+    same, other = in_thread(residency.acquire, receiver), in_thread(residency.acquire, third)
+    until(lambda: len(residency._line) == 3)
+    assert residency.try_acquire(sender) is not None
+    assert residency.acquire(sender) is not None
+    assert residency.try_acquire(receiver) is None and residency.sweep() == []
+    assert residency.state(sender) is not None and not (slow.done() or same.done() or other.done())
+    go_on.set()
+    assert slow.result(LONG).model is same.result(LONG).model and other.result(LONG).name == third
+    assert events(residency) == [("load", sender), ("load", receiver), ("load", third)]
+
+
+def test_a_failed_load_lets_the_next_in_line_go_on(pair: tuple[str, str]) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def load(name: str, **where: Any) -> FrozenLM:
+        if name == pair[0]:
+            begun.set()
+            assert go_on.wait(LONG)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load_model(name, **where)
+
+    residency = Residency(None, device=CPU, load=load)
+    fails = in_thread(residency.acquire, pair[0])
+    assert begun.wait(LONG)
+    works = in_thread(residency.acquire, pair[1])
+    go_on.set()
+    assert isinstance(fails.exception(LONG), InsufficientMemory)
+    assert works.result(LONG).name == pair[1] and residency.loading is None
+
+
+def test_a_pinned_model_stays_until_it_is_unpinned(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    residency = Residency(max(map(size, pair)), device=CPU)
+    residency.pin(sender)
+    touch(residency, sender)
+    state = residency.state(sender)
+    assert state is not None and state.pinned
+    with pytest.raises(InsufficientMemory, match=f"{size(sender)} of the"):
+        residency.acquire(receiver)
+    waiting = in_thread(residency.acquire, receiver, LONG)
+    until(lambda: residency._short)
+    residency.unpin(sender)
+    assert waiting.result(LONG).name == receiver
+
+
+def test_a_model_can_be_brought_in_and_dropped_on_demand_but_not_while_lent(pair: tuple[str, str]) -> None:
+    sender, _ = pair
+    residency = Residency(None, device=CPU)
+    assert residency.unload(sender) == 0
+    assert residency.preload(sender) == size(sender)
+    residency.pin(sender)
+    with residency.use(sender), pytest.raises(ModelInUse, match="1 users; expected none"):
+        residency.unload(sender)
+    residency.unload(sender)
+    residency.preload(sender)
+    state = residency.state(sender)
+    assert state is not None and not state.pinned and state.idle_seconds >= 0
+    assert events(residency) == [("load", sender), ("drop", sender), ("load", sender)]
+
+
+def test_what_is_attached_counts_makes_room_and_is_closed_before_the_model_goes(three: tuple[str, str, str]) -> None:
+    sender, receiver, third = three
+    budget = sum(map(size, three))
+    residency = Residency(budget, device=CPU)
+    touch(residency, third, receiver)
+    closed: list[bool] = []
+    with residency.use(sender) as lm:
+        there = weakref.ref(lm.model)
+        del lm
+        assert residency.room(sender) == budget - size(sender)
+        residency.attach(sender, lambda: closed.append(there() is not None), size(third) - 1)
+        assert list(residency.resident()) == [receiver, sender]  # the one used longest ago made room
+        with residency.use(receiver):
+            with pytest.raises(InsufficientMemory, match=r"attached to .* needs 2 bytes"):
+                residency.attach(sender, closed.clear, 2)
+            assert residency.room(sender) == 1
+        with pytest.raises(InsufficientMemory):
+            residency.attach(sender, closed.clear, budget)
+    state = residency.state(sender)
+    assert state is not None and (state.bytes, state.attached_bytes) == (size(sender), size(third) - 1)
+    touch(residency, receiver, third)
+    assert closed == [True] and there() is None and set(residency.resident()) == {receiver, third}
+
+
+def test_something_attached_that_cannot_be_closed_does_not_keep_the_model(
+    pair: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    residency = Residency(None, device=CPU)
+    with residency.use(pair[0]):
+        residency.attach(pair[0], lambda: 1 / 0, 1)
+    residency.unload(pair[0])
+    assert residency.state(pair[0]) is None and "could not be closed" in caplog.text
+
+
+def test_noted_activations_count_beside_other_models_and_give_way_to_a_model_alone(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    residency = Residency(size(sender) + size(receiver) + 10, device=CPU)
+    residency.note_activation(sender, 10)
+    residency.note_activation(sender, 4)
+    with residency.use(sender), residency.use(receiver):
+        assert residency.room(sender) == 0
+    residency.note_activation(sender, 11)
+    assert residency.sweep() == [sender]  # too much for both from now on
+    with residency.use(receiver), pytest.raises(InsufficientMemory):
+        residency.acquire(sender)
+    residency.note_activation(sender, 10**9)
+    touch(residency, sender)
+    assert list(residency.resident()) == [sender] and residency.sweep() == []
+
+
+def test_an_idle_model_leaves_when_its_time_is_over_and_the_longest_wish_holds(
+    three: tuple[str, str, str], tmp_path: Path
+) -> None:
+    sender, receiver, third = three
+    copy = str(shutil.copytree(sender, tmp_path / "copy"))
+    residency = Residency(None, device=CPU)
+    for name, seconds in ((sender, 60.0), (sender, 30.0), (copy, 120.0), (receiver, 60.0), (receiver, None)):
+        residency.keep(name, seconds)
+    touch(residency, sender, copy, receiver, third)
+    now = time.monotonic()
+    assert residency.sweep(now + 100) == []
+    with residency.use(sender):
+        assert residency.sweep(now + 1000) == []
+    assert residency.sweep(time.monotonic() + 121) == [sender]
+    assert list(residency.resident()) == [receiver, third]  # for ever: asked for, and never asked otherwise
+    residency.keep(third, 0.0)
+    assert residency.sweep() == [third]
+
+
+def test_a_loan_ends_the_idle_time(pair: tuple[str, str]) -> None:
+    residency = Residency(None, device=CPU)
+    touch(residency, pair[0])
+    before = residency._models[pair[0]].idle_since
+    with residency.use(pair[0]):
+        state = residency.state(pair[0])
+        assert state is not None and (state.users, state.idle_seconds) == (1, 0.0)
+    assert residency._models[pair[0]].idle_since > before
+
+
+def test_giving_back_what_was_not_lent_is_noticed(pair: tuple[str, str]) -> None:
+    residency = Residency(None, device=CPU)
+    touch(residency, pair[0])
+    with pytest.raises(AssertionError, match="was not lent"):
+        residency.release(pair[0])
+
+
+@pytest.mark.parametrize("written, expected", [("24GB", 24 * 10**9), ("1.5 GiB", 3 << 29), ("1000", 1000), (7, 7)])
+def test_a_budget_is_written_in_bytes(written: str | int, expected: int) -> None:
+    assert budget_bytes(written, CPU) == expected
+
+
+def test_a_budget_is_written_as_a_share_of_the_device() -> None:
+    assert budget_bytes("0.5", CPU) == device_bytes(CPU) // 2
+    assert budget_bytes("1.0", CPU) == device_bytes(CPU) <= psutil.virtual_memory().total
+    assert budget_bytes(None, CPU) is None
+
+
+@pytest.mark.parametrize("written", ["0.0", "1.2", "-0.5", "0", "much", "-3GB", "nan.", ""])
+def test_a_budget_that_is_neither_is_refused_with_its_value(written: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"memory budget of '?{written}'?: expected"):
+        budget_bytes(written, CPU)
+
+
+def test_a_container_with_less_memory_than_the_machine_decides_what_a_share_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("bridge.memory.CGROUP_LIMITS", [str(limit)])
+    for said, expected in (("1000\n", 1000), ("max\n", psutil.virtual_memory().total)):
+        limit.write_text(said)
+        assert device_bytes(CPU) == expected
+
+
+def test_the_bytes_that_come_back_are_measured_and_are_those_of_the_weights(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1536, vocab_size=259
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    residency = Residency(None, device=CPU, dtype=torch.bfloat16)  # converted while read: no mapped file
+    name = str(tmp_path)
+    weights = residency.preload(name)
+    residency.unload(name)
+    for _ in range(3):
+        residency.preload(name)
+        assert 0.9 * weights < residency.unload(name) < 1.1 * weights

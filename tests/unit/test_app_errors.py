@@ -44,7 +44,7 @@ def raising(app: FastAPI) -> Iterator[Callable[[Exception], TestClient]]:
 
 def test_every_deliberate_error_has_a_status_and_nothing_else_does() -> None:
     assert set(STATUS) == set(EVERY)
-    assert len(EVERY) == 15
+    assert len(EVERY) == 20
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
@@ -67,7 +67,7 @@ def test_every_deliberate_error_reaches_the_caller_in_the_one_body(
 
 def test_only_a_refusal_that_may_pass_says_when_to_come_back() -> None:
     again = {kind.__name__ for kind, status in STATUS.items() if status in RETRY_LATER}
-    assert again == {"Overloaded", "NotReady", "StoreUnavailable", "InsufficientMemory"}
+    assert again == {"Overloaded", "RateLimited", "NotReady", "StoreUnavailable", "InsufficientMemory"}
 
 
 def test_an_error_without_a_field_at_fault_says_null(raising: Callable[[Exception], TestClient]) -> None:

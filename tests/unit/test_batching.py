@@ -1,12 +1,23 @@
 """What a caller may rely on from the batcher."""
 
 import asyncio
+import random
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, Overloaded, TooLarge
+from bridge.errors import (
+    InferenceFailed,
+    InsufficientMemory,
+    InvalidRequest,
+    LatentWireError,
+    NotReady,
+    Overloaded,
+    TooLarge,
+)
 from service.batching import Batcher, Load
 
 LONG = 10.0
@@ -35,9 +46,12 @@ class Doubler:
 
 @asynccontextmanager
 async def serving(
-    run: Callable[[Sequence[int]], Awaitable[Sequence[int | LatentWireError]]], load: Load, max_batch: int = 4
+    run: Callable[[Sequence[int]], Awaitable[Sequence[int | LatentWireError]]],
+    load: Load,
+    max_batch: int = 4,
+    **more: Any,
 ) -> AsyncIterator[Batcher[int, int]]:
-    batcher: Batcher[int, int] = Batcher(run, max_batch=max_batch, load=load)
+    batcher: Batcher[int, int] = Batcher(run, max_batch=max_batch, load=load, **more)
     server = asyncio.create_task(batcher.serve())
     try:
         yield batcher
@@ -212,7 +226,7 @@ def test_stopping_fails_the_rows_that_wait() -> None:
         waiting = asyncio.create_task(batcher.submit([1, 2]))
         await until(lambda: load.waiting == 2)
         server.cancel()
-        with pytest.raises(InferenceFailed, match="stopping"):
+        with pytest.raises(NotReady, match="stopping"):
             await waiting
         assert load.waiting == load.running == 0
 
@@ -229,7 +243,7 @@ def test_stopping_fails_the_rows_on_the_device() -> None:
         await until(model.busy.is_set)
         server.cancel()
         await until(lambda: all(caller.done() for caller in callers))
-        assert [type(caller.exception()) for caller in callers] == [InferenceFailed, InferenceFailed]
+        assert [type(caller.exception()) for caller in callers] == [NotReady, NotReady]
         assert load.waiting == load.running == 0
 
     asyncio.run(scenario())
@@ -267,3 +281,246 @@ def test_progress_is_counted_from_the_first_row_of_an_idle_service_and_from_each
             assert load.last_progress > 1.0
 
     asyncio.run(scenario())
+
+
+async def batches_of(
+    rows: Sequence[int], *, max_batch: int = 100, max_batch_tokens: int | None = 100
+) -> list[list[int]]:
+    """The batches made of rows that wait while the device is busy; a row's tokens are its number."""
+    model, load = Doubler(), Load(1000)
+    model.gate.clear()
+    limits = {"max_batch": max_batch, "max_batch_tokens": max_batch_tokens}
+    async with serving(model, load, **limits, cost=lambda row: row) as batcher:  # type: ignore[arg-type]
+        busy = asyncio.create_task(batcher.submit([1]))
+        await until(model.busy.is_set)
+        asked = [asyncio.create_task(batcher.submit([row])) for row in rows]
+        await until(lambda: load.waiting == len(rows))
+        model.gate.set()
+        await busy
+        assert await asyncio.gather(*asked) == [[2 * row] for row in rows]
+    return model.batches[1:]
+
+
+@pytest.mark.parametrize(
+    "rows, batches",
+    [
+        ([10, 10, 10, 10], [[10, 10, 10, 10]]),
+        ([30, 30, 30, 30], [[30, 30, 30], [30]]),  # 4 × 30 are over 100
+        ([20, 50, 20, 50, 20], [[20, 20, 20], [50, 50]]),  # with a 50 it would be 4 × 50
+        ([50, 20, 20, 50, 20], [[50, 50], [20, 20, 20]]),
+        ([40, 30, 33], [[40, 33], [30]]),  # 3 × 40 are over; 33 is nearer than 30
+        ([150, 10, 10], [[150], [10, 10]]),  # a row over the budget goes alone
+        ([10, 150, 10], [[10, 10], [150]]),
+        ([24, 1, 1, 1], [[24, 1], [1, 1]]),  # at most half of a batch is padding
+    ],
+)
+def test_a_batch_holds_rows_of_like_length_within_the_token_budget(rows: list[int], batches: list[list[int]]) -> None:
+    assert asyncio.run(batches_of(rows)) == batches
+
+
+def test_without_a_token_budget_only_rows_count() -> None:
+    assert asyncio.run(batches_of([90, 80, 70, 85], max_batch=3, max_batch_tokens=None)) == [[90, 85, 80], [70]]
+
+
+def test_every_batch_is_within_its_bounds_and_holds_the_row_that_waited_longest() -> None:
+    for seed in range(20):
+        rows = random.Random(seed).sample(range(1, 140), 60)
+        batches = asyncio.run(batches_of(rows, max_batch=8))
+        waiting = list(rows)
+        for batch in batches:
+            assert batch[0] == waiting[0]
+            assert len(batch) == 1 or len(batch) * max(batch) <= min(100, 2 * sum(batch))
+            assert len(batch) <= 8
+            waiting = [row for row in waiting if row not in batch]
+        assert not waiting
+
+
+def test_a_long_row_is_served_in_its_turn_while_short_ones_keep_coming() -> None:
+    async def scenario() -> None:
+        model, load = Doubler(), Load(1000)
+
+        async def keep_asking(batcher: Batcher[int, int]) -> None:
+            while True:
+                await batcher.submit([1])
+
+        async with serving(model, load, max_batch=2, max_batch_tokens=10, cost=lambda row: row) as batcher:
+            short = [asyncio.create_task(keep_asking(batcher)) for _ in range(6)]
+            await until(lambda: len(model.batches) > 3)
+            before = len(model.batches)
+            assert await batcher.submit([9]) == [18]
+            assert len(model.batches) - before <= 5  # what waited before it, two by two, and the one on the device
+            for task in short:
+                task.cancel()
+            await asyncio.gather(*short, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_the_tokens_of_a_row_are_asked_once_when_it_is_submitted() -> None:
+    async def scenario() -> None:
+        asked: list[int] = []
+
+        def cost(row: int) -> int:
+            asked.append(row)
+            return row
+
+        async with serving(Doubler(), Load(10), max_batch=1, cost=cost) as batcher:
+            await batcher.submit([3, 1, 2])
+        assert asked == [3, 1, 2]
+
+    asyncio.run(scenario())
+
+
+class SmallDevice:
+    """A fake model with memory for so many tokens in a batch; keeps what it was given alive in the failing frame."""
+
+    def __init__(self, tokens: int, error: Callable[[], Exception] = MemoryError) -> None:
+        self.tokens, self.error = tokens, error
+        self.batches: list[list[int]] = []
+        self.held: list[weakref.ref[Any]] = []
+        self.freed: list[bool] = []
+
+    async def __call__(self, items: Sequence[int]) -> list[int | LatentWireError]:
+        class Activation:
+            pass
+
+        self.batches.append(list(items))
+        activation = Activation()
+        self.held.append(weakref.ref(activation))
+        if len(items) * max(items) > self.tokens:
+            raise self.error()
+        return [2 * item for item in items]
+
+    def free(self) -> None:
+        self.freed.append(all(ref() is None for ref in self.held))
+
+
+def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits() -> None:
+    async def scenario() -> None:
+        device, load = SmallDevice(9), Load(100)
+        async with serving(device, load, max_batch=8, free_caches=device.free) as batcher:
+            assert await batcher.submit([3, 4, 3, 4, 3]) == [6, 8, 6, 8, 6]
+            assert (load.running, load.waiting, load.out_of_memory) == (0, 0, 2)
+        assert device.batches == [[3, 4, 3, 4, 3], [3, 4], [3, 4, 3], [3], [4, 3]]
+        assert device.freed == [True, True]  # caches are freed once nothing of the failed batch is alive
+
+    asyncio.run(scenario())
+
+
+def test_only_a_row_that_does_not_fit_alone_is_refused() -> None:
+    async def scenario() -> None:
+        device, load = SmallDevice(9), Load(100)
+        async with serving(device, load, max_batch=8, cost=lambda row: row) as batcher:
+            answers = await asyncio.gather(*(batcher.submit([n]) for n in (3, 10, 4)), return_exceptions=True)
+        assert answers[0] == [6] and answers[2] == [8]
+        assert isinstance(answers[1], InsufficientMemory)
+        assert str(answers[1]) == "a row of 10 tokens does not fit the device's memory: MemoryError"
+        assert load.out_of_memory == 3  # three rows, two rows, one row
+
+    asyncio.run(scenario())
+
+
+def test_the_caller_says_which_errors_mean_that_memory_ran_out() -> None:
+    class Exhausted(RuntimeError):
+        pass
+
+    async def scenario(**more: Any) -> list[Any]:
+        device = SmallDevice(9, Exhausted)
+        async with serving(device, Load(100), **more) as batcher:
+            return await asyncio.gather(*(batcher.submit([n]) for n in (4, 5)), return_exceptions=True)
+
+    assert asyncio.run(scenario(is_out_of_memory=lambda error: isinstance(error, Exhausted))) == [[8], [10]]
+    assert [type(answer) for answer in asyncio.run(scenario())] == [InferenceFailed] * 2
+
+
+def test_a_row_abandoned_while_its_batch_failed_is_not_tried_again() -> None:
+    async def scenario() -> None:
+        device = SmallDevice(9)
+        tasks: list[asyncio.Task[list[int]]] = []
+        loop = asyncio.get_running_loop()
+        async with serving(
+            device, Load(100), free_caches=lambda: loop.call_soon_threadsafe(tasks[0].cancel)
+        ) as batcher:
+            tasks += [asyncio.create_task(batcher.submit([n])) for n in (4, 5)]
+            assert await tasks[1] == [10]
+        assert device.batches == [[4, 5], [5]]
+
+    asyncio.run(scenario())
+
+
+def test_stopping_between_two_halves_fails_the_rows_of_both() -> None:
+    async def scenario() -> None:
+        device, load = SmallDevice(9), Load(100)
+        batcher: Batcher[int, int] = Batcher(device, max_batch=8, load=load, free_caches=lambda: server.cancel())
+        server = asyncio.create_task(batcher.serve())
+        answers = await asyncio.gather(*(batcher.submit([n]) for n in (4, 5, 6)), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [NotReady] * 3
+        assert load.waiting == load.running == 0
+
+    asyncio.run(scenario())
+
+
+class Clock:
+    """Tells the time it was given."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def answer(load: Load, clock: Clock, rows: int, seconds: float) -> None:
+    with load.admit(rows):
+        clock.now += seconds
+
+
+def test_a_refused_caller_is_told_when_its_rows_will_fit_at_the_rate_of_the_latest_answers() -> None:
+    clock = Clock()
+    load = Load(40, clock=clock)
+    for _ in range(10):
+        answer(load, clock, 2, 1.0)
+    with load.admit(30):
+        assert load.retry_after(20) == pytest.approx(5.0)  # ten of them fit already
+        with load.admit(10):
+            assert load.retry_after(1) == 1.0  # half a second at two rows a second, but no less than one
+            assert load.retry_after(10) == pytest.approx(5.0)
+            with pytest.raises(Overloaded) as caught, load.admit(20):
+                pass
+            assert caught.value.retry_after_seconds == pytest.approx(10.0)
+
+
+def test_an_idle_hour_does_not_slow_the_rate_and_a_hanging_device_does() -> None:
+    clock = Clock()
+    load = Load(40, clock=clock)
+    answer(load, clock, 20, 10.0)
+    clock.now += 3600
+    with load.admit(40):
+        before = load.retry_after(10)
+        assert before == pytest.approx(5.0)
+        clock.now += 10
+        assert load.retry_after(10) == pytest.approx(10.0)
+        clock.now += 1000
+        assert load.retry_after(10) == 60.0
+
+
+def test_the_rate_follows_what_the_device_does_now() -> None:
+    clock = Clock()
+    load = Load(40, clock=clock)
+    for seconds, expected in ((0.1, 1.0), (2.0, 20.0), (0.1, 1.0)):
+        for _ in range(300):
+            answer(load, clock, 1, seconds)
+        with load.admit(40):
+            assert load.retry_after(10) == pytest.approx(expected, rel=0.05)
+
+
+def test_before_anything_was_answered_a_caller_is_told_to_wait_as_long_as_the_work_has_taken() -> None:
+    clock = Clock()
+    load = Load(2, clock=clock)
+    with pytest.raises(ValueError), load.admit(2):
+        assert load.retry_after() == 1.0
+        clock.now += 7
+        assert load.retry_after() == 7.0
+        raise ValueError
+    with load.admit(2):
+        clock.now += 3
+        assert load.retry_after() == 3.0  # what failed was no answer

@@ -12,10 +12,10 @@ def test_the_defaults_are_valid_and_local() -> None:
     assert settings.memory_budget is None
 
 
-@pytest.mark.parametrize(("said", "meant"), [("24GB", 24 * 10**9), ("2GiB", 2 << 30), ("1000", 1000)])
+@pytest.mark.parametrize(("said", "meant"), [("24MB", 24 * 10**6), ("2GiB", 2 << 30), ("1000", 1000)])
 def test_sizes_are_said_the_way_people_say_them(monkeypatch: pytest.MonkeyPatch, said: str, meant: int) -> None:
-    monkeypatch.setenv("LW_MEMORY_BUDGET", said)
-    assert Settings().memory_budget == meant
+    monkeypatch.setenv("LW_MAX_BODY", said)
+    assert Settings().max_body == meant
 
 
 def test_a_flag_wins_over_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:

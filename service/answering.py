@@ -1,0 +1,173 @@
+"""What ``/encode`` and ``/generate`` do, for whichever route asks: latents from texts, answers from latents."""
+
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from bridge import wire
+from bridge.answer import Generation
+from bridge.diversity import diversity
+from bridge.errors import LatentWireError, TooLarge, at_fault
+from bridge.sampling import SamplingParams
+from service.runtime import Piece, Runtime, sample_params
+from service.schemas import (
+    DiversityOut,
+    GenerateRequest,
+    GenerateResponse,
+    Output,
+    Timing,
+    TokenLogprobOut,
+    Usage,
+    message_of,
+)
+from service.served import Question, Served, Text
+from service.store import Sent, encode_key, find_latents, keep_latents, recall, remember
+
+
+class Answering:
+    """The work of one caller's request on one bridge."""
+
+    def __init__(self, runtime: Runtime, tenant: str, served: Served) -> None:
+        self.runtime, self.tenant, self.served = runtime, tenant, served
+        self.store, self.ttl_seconds = runtime.store.visit(), runtime.settings.store_ttl
+        self.usage = Usage()
+
+    async def send(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[Sent]:
+        """The messages of texts; those encoded before come from the cache."""
+        served, bridge_id = self.served, self.served.manifest.bridge_id
+        keys = [encode_key(bridge_id, dtype, row.truncate, row.text, self.tenant) for row in texts]
+        found = await self._cached(keys)
+        missing = [at for at, sent in enumerate(found) if sent is None]
+        encoded = await self.runtime.encode(served, [texts[at] for at in missing]) if missing else []
+        made = {
+            at: Sent(served.message(row.latent, dtype), row.source_tokens, row.truncated)
+            for at, row in zip(missing, encoded, strict=True)
+        }
+        if made and self.runtime.settings.encode_cache:
+            await remember(self.store, {keys[at]: sent for at, sent in made.items()}, ttl_seconds=self.ttl_seconds)
+        sent = [made[at] if one is None else one for at, one in enumerate(found)]
+        self.usage.source_tokens += sum(one.source_tokens for one in sent)
+        return sent
+
+    async def keep(self, messages: Sequence[bytes]) -> list[str]:
+        """Keep messages under ids of their own (StoreUnavailable)."""
+        return await keep_latents(self.store, messages, tenant=self.tenant, ttl_seconds=self.ttl_seconds)
+
+    async def answer(
+        self, receiver: str, body: GenerateRequest, on_piece: Callable[[Piece], None] | None = None
+    ) -> GenerateResponse:
+        """Everything ``POST /generate`` asks for."""
+        started = time.perf_counter()
+        given = await self._given(body)
+        encode_ms = ms_since(started)
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        params = SamplingParams(
+            body.max_tokens, body.temperature, body.top_p, body.top_k, seed,
+            tuple(body.stop), tuple(body.stop_ids), body.logprobs,
+        )  # fmt: skip
+        questions = [
+            Question(one, prompt, sample_params(params, sample))
+            for one, prompt in zip(given, body.prompts, strict=True)
+            for sample in range(body.n)
+        ]
+        said = await self.runtime.generate(self.served, receiver, questions, on_piece)
+        self.usage.soft_tokens = sum(len(one) for one in given if isinstance(one, np.ndarray))
+        self.usage.prompt_tokens = sum(said.prompt_tokens[:: body.n])
+        self.usage.generated_tokens = sum(answer.token_count for answer in said.answers)
+        self.runtime.metrics.observe(self.served.name, said, self.usage)
+        total_ms = ms_since(started)
+        return GenerateResponse(
+            id=f"gen_{uuid.uuid4().hex}",
+            bridge=self.served.name,
+            outputs=[_output(index, answer) for index, answer in enumerate(said.answers)],
+            diversity=DiversityOut(**asdict(diversity([answer.text for answer in said.answers]))),
+            usage=self.usage,
+            timing=Timing(encode_ms=encode_ms, generate_ms=total_ms - encode_ms, total_ms=total_ms),
+        )
+
+    async def _given(self, body: GenerateRequest) -> list[wire.Latent | str | None]:
+        """What stands in the latent's place for every input."""
+        if body.condition == "none":
+            return [None] * len(body.inputs)
+        if body.condition == "direct":
+            return [item.text for item in body.inputs]
+        texts = [
+            Text(item.text, body.truncate, f"inputs.{at}.text")
+            for at, item in enumerate(body.inputs)
+            if item.text is not None
+        ]
+        sent = iter(await self.send(texts) if texts else [])
+        ids = {
+            f"inputs.{at}.latent_id": item.latent_id
+            for at, item in enumerate(body.inputs)
+            if item.latent_id is not None
+        }
+        stored = await find_latents(self.store, ids, tenant=self.tenant) if ids else {}
+        given: list[wire.Latent | str | None] = []
+        for at, item in enumerate(body.inputs):
+            field = next(name for name in ("text", "latent", "latent_id") if getattr(item, name) is not None)
+            with at_fault(place := f"inputs.{at}.{field}"):
+                if field == "text":
+                    message = next(sent).message
+                else:
+                    message = stored[place] if item.latent is None else message_of(item.latent)
+                given.append(self.served.decode(message))
+        return given
+
+    async def _cached(self, keys: Sequence[str]) -> list[Sent | None]:
+        if not self.runtime.settings.encode_cache:
+            return [None] * len(keys)
+        found = [sent if sent and self._is_ours(sent) else None for sent in await recall(self.store, keys)]
+        hits = sum(sent is not None for sent in found)
+        self.runtime.metrics.cached.labels("hit").inc(hits)
+        self.runtime.metrics.cached.labels("miss").inc(len(found) - hits)
+        return found
+
+    def _is_ours(self, sent: Sent) -> bool:
+        """Whether a cached message may still be sent: it may have been signed with a key that is used no more."""
+        try:
+            self.served.decode(sent.message)
+        except LatentWireError:
+            return False
+        return True
+
+
+def check_limits(runtime: Runtime, body: GenerateRequest) -> None:
+    """Refuse before any work what is over the operator's limits (TooLarge)."""
+    settings = runtime.settings
+    within(
+        ("inputs", len(body.inputs), settings.max_inputs),
+        ("n", body.n, settings.max_samples),
+        ("max_tokens", body.max_tokens, settings.max_tokens),
+    )
+    for at, item in enumerate(body.inputs):
+        runtime.check_text(item.text or "", f"inputs.{at}.text")
+    for prompt in set(body.prompts):
+        runtime.check_text(prompt, "prompt")
+
+
+def within(*limits: tuple[str, int, int]) -> None:
+    """Refuse a value over its limit; each is (name, value, limit) (TooLarge)."""
+    for name, value, limit in limits:
+        if value > limit:
+            raise TooLarge(f"{name} is {value}; at most {limit} is taken", param=name)
+
+
+def ms_since(started: float) -> float:
+    """Milliseconds since a ``time.perf_counter()``."""
+    return round((time.perf_counter() - started) * 1000, 3)
+
+
+def _output(index: int, answer: Generation) -> Output:
+    logprobs = answer.logprobs and [TokenLogprobOut(**asdict(token)) for token in answer.logprobs]
+    return Output(
+        index=index,
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        token_count=answer.token_count,
+        logprobs=None if answer.logprobs is None else logprobs or [],
+    )

@@ -1,0 +1,134 @@
+"""Doing the work of a request while somebody waits for it: with a deadline, until the caller leaves, or as a stream."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.sse import EventSourceResponse, format_sse_event
+from starlette.types import Receive, Scope, Send
+
+from bridge.errors import CallerLeft, DeadlineExceeded, LatentWireError
+
+Answer = TypeVar("Answer")
+KEEP_ALIVE_SECONDS = 15.0
+QUIET = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies pass events on as they come
+Show = Callable[[Any], None]
+
+
+def deadline(request: Request, wished: float | None) -> float:
+    """Seconds a request may take: what the caller wishes, within what the operator allows."""
+    most: float = request.app.state.runtime.settings.request_timeout
+    return most if wished is None else min(wished, most)
+
+
+async def attend(request: Request, work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:
+    """Do the work of a request while somebody waits for it, and no longer than ``seconds``.
+
+    Raises:
+        DeadlineExceeded: It took too long.
+        CallerLeft: The connection was closed.
+    """
+    task, left = asyncio.create_task(work), asyncio.create_task(_left(request))
+    try:
+        done, _ = await asyncio.wait((task, left), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        if left in done:
+            raise CallerLeft("the caller closed the connection before the answer")
+        raise DeadlineExceeded(f"no answer within {seconds:g} s")
+    finally:
+        task.cancel()
+        left.cancel()
+
+
+async def stream(
+    request: Request,
+    work: Callable[[Show], Coroutine[Any, Any, Answer]],
+    events: Callable[[AsyncIterator[Any], Callable[[], Answer]], AsyncIterator[str]],
+    seconds: float,
+) -> EventSourceResponse:
+    """Do the work of a request and send what it shows as it comes.
+
+    What fails before anything was shown is raised, and becomes an ordinary answer with its status.
+
+    Args:
+        request: Whose caller is watched until the first piece; then the response sees to that.
+        work: Called with a function that takes pieces, on the event loop.
+        events: Makes the lines of the stream from the pieces and, after the last, the answer; the second argument
+            raises what the work raised.
+        seconds: For all of it.
+    """
+    pieces: asyncio.Queue[tuple[Any] | None] = asyncio.Queue()
+    task = asyncio.create_task(_in_time(work(lambda piece: pieces.put_nowait((piece,))), seconds))
+    task.add_done_callback(lambda _: pieces.put_nowait(None))
+    try:
+        first = await attend(request, pieces.get(), seconds + 1)
+        if first is None:
+            task.result()
+    except BaseException:
+        task.cancel()
+        raise
+
+    async def shown() -> AsyncIterator[Any]:
+        item = first
+        while item is not None:
+            yield item[0]
+            item = await pieces.get()
+
+    return _Events(_kept_alive(events(shown(), task.result)), task)
+
+
+def event(name: str | None, data: Any) -> str:
+    """One server-sent event; ``data`` becomes JSON."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return format_sse_event(event=name, data_str=text).decode()
+
+
+class _Events(EventSourceResponse):
+    """Ends the work when the stream ends, however it does, and also when it never began."""
+
+    def __init__(self, body: AsyncIterator[str], task: "asyncio.Task[Any]") -> None:
+        super().__init__(body, headers=QUIET)
+        self._task = task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError, LatentWireError):
+                await self._task
+
+
+async def _kept_alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The lines, and a comment where none has come for long, so that nobody on the way closes the connection."""
+    waiting = asyncio.ensure_future(anext(lines))
+    try:
+        while True:
+            done, _ = await asyncio.wait([waiting], timeout=KEEP_ALIVE_SECONDS)
+            if not done:
+                yield format_sse_event(comment="keep-alive").decode()
+                continue
+            try:
+                yield waiting.result()
+            except StopAsyncIteration:
+                return
+            waiting = asyncio.ensure_future(anext(lines))
+    finally:
+        waiting.cancel()
+
+
+async def _in_time(work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

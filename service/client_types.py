@@ -1,0 +1,260 @@
+"""What a caller gives to a LatentWire service and gets from it, as plain values. No torch, no connection."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.wire import decode
+
+CONNECTION_FAILED, DEADLINE_EXCEEDED = "ConnectionFailed", "DeadlineExceeded"
+INVALID_ANSWER, INVALID_REQUEST, HTTP_ERROR = "InvalidAnswer", "InvalidRequest", "HTTPError"
+UNFINISHED = ("queued", "running")  # any other state ends the wait, so one from a newer service cannot make it endless
+
+
+class ServiceError(Exception):
+    """The service refused, failed, could not be reached, or answered what no such service answers.
+
+    Attributes:
+        status: HTTP status; None where no answer came, or where a stream that had begun ended in an error.
+        type: The service's own name for the error, or ``ConnectionFailed``, ``DeadlineExceeded``, ``InvalidAnswer``
+            (no JSON, fields missing, half a stream), ``InvalidRequest`` (it cannot be sent) or ``HTTPError`` (a refusal
+            without the service's error body, by a proxy for example).
+        param: The field at fault, where there is one.
+        request_id: What to look for in the service's log.
+        retry_after_seconds: When the service wants to be asked again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        type: str = INVALID_ANSWER,
+        status: int | None = None,
+        param: str | None = None,
+        request_id: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.type, self.status, self.param, self.request_id = type, status, param, request_id
+        self.retry_after_seconds = retry_after_seconds
+
+    def __str__(self) -> str:
+        return f"{'' if self.status is None else f'{self.status} '}{self.type}: {self.args[0]}"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What was counted: sender tokens read, soft tokens given to the receiver, tokens it wrote."""
+
+    source_tokens: int = 0
+    soft_tokens: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds, by the service's clock."""
+
+    encode_ms: float = 0.0
+    generate_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What a sender made of a text: ``data`` is the message, ``shape`` (K, C); ``id`` is there when it was stored."""
+
+    data: bytes
+    shape: tuple[int, int]
+    source_tokens: int
+    dtype: str
+    source_bytes: int = 0
+    truncated: bool = False
+    id: str | None = None
+
+    @property
+    def array(self) -> NDArray[np.float32]:
+        """The numbers (K, C), decoded and checked anew each time (InvalidMessage when the message is damaged)."""
+        return decode(self.data).latent
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Answer of ``encode``: latents in the order of the texts."""
+
+    bridge: str
+    latents: tuple[Latent, ...]
+    usage: Usage
+    timing: Timing
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token said and its log-probability in nats; ``top`` holds the likeliest tokens, the likeliest first."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One answer of the receiver. ``finish_reason`` is ``stop`` or ``length``."""
+
+    index: int
+    text: str
+    finish_reason: str
+    token_count: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How much the outputs differ from one another."""
+
+    outputs: int
+    distinct_ratio: float
+    top_output_ratio: float
+    distinct_1: float
+    distinct_2: float
+    entropy_nats: float
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Answer of ``generate``, and last event of ``stream``: outputs follow the inputs, n for each."""
+
+    id: str
+    bridge: str
+    outputs: tuple[Output, ...]
+    usage: Usage
+    timing: Timing
+    diversity: Diversity | None = None
+    request_id: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of every output."""
+        return [output.text for output in self.outputs]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of the text of output ``index``, as soon as it was said."""
+
+    index: int
+    text: str
+
+
+Event = Token | Generated
+Input = str | bytes | Latent | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A bridge that is served.
+
+    ``loaded`` holds its models now in memory and their bytes, ``engines`` how each receiver runs (None: not loaded);
+    ``freed_bytes`` is there after an unload.
+    """
+
+    name: str
+    bridge_id: str
+    sender: str
+    receivers: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+    encoder: str = ""
+    ratio: int = 0
+    num_latents: int = 0
+    latent_dim: int = 0
+    max_source_tokens: int = 0
+    template: str = ""
+    task: str = ""
+    steps: int = 0
+    loaded: dict[str, int] | None = None
+    engines: dict[str, str | None] | None = None
+    pinned: bool = False
+    keep_alive_seconds: float | None = None
+    freed_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Examples done under the condition that is measured now."""
+
+    condition: str | None = None
+    done: int = 0
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A bridge being measured, or to be, or that was.
+
+    ``state`` is queued, running, done, failed (``error`` says why) or cancelled; ``report`` is partial until it is
+    done; ``created`` is a time in ISO 8601.
+    """
+
+    id: str
+    bridge: str
+    task: str
+    state: str
+    receiver: str | None = None
+    progress: Progress = Progress()
+    report: dict[str, Any] | None = None
+    error: str | None = None
+    created: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state not in UNFINISHED
+
+
+@dataclass(frozen=True)
+class Bridges:
+    """Answer of ``GET /bridges``."""
+
+    bridges: tuple[Bridge, ...]
+
+
+class CallOptions(TypedDict, total=False):
+    """What every call takes.
+
+    ``request_id`` is what the service logs the call under. ``timeout_seconds`` bounds this call, retries included, in
+    place of the client's; ``encode``, ``generate`` and ``stream`` send it along as the service's deadline.
+    """
+
+    request_id: str | None
+    timeout_seconds: float | None
+
+
+class EncodeOptions(CallOptions, total=False):
+    """What ``encode`` takes; None and absent leave the choice to the service."""
+
+    bridge: str | None
+    dtype: str | None
+    store: bool | None
+    truncate: bool | None
+
+
+class GenerateOptions(CallOptions, total=False):
+    """What ``generate`` and ``stream`` take; None and absent leave the choice to the service."""
+
+    bridge: str | None
+    receiver: str | None
+    condition: str | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    n: int | None
+    stop: str | Sequence[str] | None
+    stop_ids: Sequence[int] | None
+    logprobs: int | None
+    truncate: bool | None

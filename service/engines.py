@@ -1,0 +1,132 @@
+"""The generation engines of a service: one for each receiver in memory, opened when it is first needed.
+
+An engine lives with its model: it is attached to it in ``bridge.residency``, counted in the budget with its cache, and
+closed before the model leaves.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from bridge.config import Fingerprint
+from bridge.errors import InsufficientMemory
+from bridge.models import FrozenLM
+from bridge.probe import open_engine
+from bridge.residency import Residency
+from bridge.running import Engine, Kind
+
+log = logging.getLogger(__name__)
+
+LINGER_SECONDS = 0.1  # for which a model just loaded stays lent, so that those who waited for it come before others
+SMALLEST_KV_TOKENS = 256
+
+
+class Engines:
+    """Lends engines, and brings models in for that; see the module."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        *,
+        max_rows: int,
+        kv_tokens: int,
+        step_tokens: int,
+        load_wait: float,
+        on_death: Callable[[], None],
+        on_step: Callable[[int, float], None],
+    ) -> None:
+        self.residency = residency
+        self._max_rows, self._kv_tokens, self._step_tokens = max_rows, kv_tokens, step_tokens
+        self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
+        self._engines: dict[Fingerprint, Engine] = {}
+        self._coming: dict[str, asyncio.Task[None]] = {}
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
+
+    def all(self) -> list[Engine]:
+        """Every engine there is."""
+        return list(self._engines.values())
+
+    def kind(self, name: str) -> Kind | None:
+        """How a receiver generates: ``continuous`` or ``padded``; None while it is not in memory."""
+        names = {engine.lm.name: engine.kind for engine in self.all()}
+        return names.get(name)
+
+    @asynccontextmanager
+    async def lend(self, name: str, check: Callable[[FrozenLM], None]) -> AsyncIterator[Engine]:
+        """The engine of a receiver, which stays in memory while the block runs; ``check`` may refuse the model.
+
+        Raises:
+            InsufficientMemory: There is no room beside the models in use, and none came within the time to wait.
+            ModelUnavailable: It cannot be read.
+        """
+        lm = await self.acquire(name)
+        try:
+            check(lm)
+            yield await self._engine(lm)
+        finally:
+            self.residency.release(name)
+
+    async def acquire(self, name: str) -> FrozenLM:
+        """A model, lent until ``residency.release``; the event loop goes on while it is loaded."""
+        while (lm := self.residency.try_acquire(name)) is None:
+            await self._once(name, partial(self._bring, name))
+        return lm
+
+    async def close(self) -> None:
+        """Let every model go, and its engine with it; what runs fails."""
+        for engine in self.all():
+            await asyncio.to_thread(engine.close)
+        self._engines.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def _engine(self, lm: FrozenLM) -> Engine:
+        while (engine := self._engines.get(lm.fingerprint)) is None:
+            await self._once(f"engine of {lm.name}", partial(self._open, lm))
+        return engine
+
+    async def _once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do something that takes long, once for all who wait for it now."""
+
+        def done(task: asyncio.Task[None]) -> None:
+            del self._coming[name]
+            if not task.cancelled():
+                task.exception()  # is raised where it is awaited; nobody may be left to do so
+
+        if name not in self._coming:
+            self._coming[name] = asyncio.create_task(work())
+            self._coming[name].add_done_callback(done)
+        await asyncio.shield(self._coming[name])
+
+    async def _bring(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, partial(self.residency.acquire, name, self._load_wait))
+        loop.call_later(LINGER_SECONDS, self.residency.release, name)
+
+    async def _open(self, lm: FrozenLM) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._open_here, lm)
+
+    def _open_here(self, lm: FrozenLM) -> None:
+        """On a thread: make room for the cache, then the engine."""
+        token_bytes = max(lm.kv_bytes(1), 1)
+        room = self.residency.room(lm.name)
+        tokens = self._kv_tokens if room is None else min(self._kv_tokens, room // token_bytes)
+        least = min(SMALLEST_KV_TOKENS, self._kv_tokens)
+        if tokens < least:
+            raise InsufficientMemory(
+                f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * token_bytes}"
+            )
+
+        def close() -> None:
+            if (engine := self._engines.pop(lm.fingerprint, None)) is not None:
+                engine.close()
+
+        self.residency.attach(lm.name, close, tokens * token_bytes)
+        engine = open_engine(
+            lm, max_rows=self._max_rows, kv_tokens=tokens, step_tokens=self._step_tokens, on_death=self._on_death
+        )
+        engine.on_step = self._on_step
+        self._engines[lm.fingerprint] = engine

@@ -1,0 +1,71 @@
+"""A service as a process: its sockets, its signals, its end.
+
+SIGTERM or SIGINT: not ready any more → new requests are refused with 503 while those accepted are answered, for
+``drain_timeout`` at most → what still runs is given up with an error → exit code 0. A second signal does not wait. An
+engine that died ends the process with exit code 1, for its supervisor to start another.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+CLOSING_SECONDS = 5  # in which answers that are being sent reach their callers
+ENGINE_DIED = 1
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with an end that loses no accepted request."""
+
+    def __init__(self, application: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(application, log_config=None, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+        )
+        self.runtime: Runtime = application.state.runtime
+        self.runtime.on_death = self._end_now
+        self.exit_code = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Remember the loop, which signals and engines call into."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; the second ends."""
+        if self._loop is None or self.runtime.draining:
+            self.should_exit = self.force_exit = True
+            return
+        log.info("%s: answering %d rows, then stopping", signal.Signals(sig).name, self.runtime.load.admitted)
+        self.runtime.draining = True
+        self._loop.call_soon_threadsafe(self._begin_to_end)
+
+    def _begin_to_end(self) -> None:
+        self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        await self.runtime.drain()
+        await self.runtime.stop()
+        self.should_exit = True
+
+    def _end_now(self) -> None:
+        """From an engine's thread: those who wait have been told already."""
+        self.exit_code = ENGINE_DIED
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(setattr, self, "should_exit", True)
+
+
+def serve(application: FastAPI, sockets: list[socket.socket]) -> int:
+    """Serve until a signal or a death; the exit code."""
+    server = Server(application)
+    server.run(sockets=sockets)
+    return server.exit_code
