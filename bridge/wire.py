@@ -42,6 +42,7 @@ MAX_SLOTS, MAX_WIDTH = 1 << 16, 1 << 14
 MAX_MESSAGE_BYTES = 64 << 20
 SIGNED = 1  # the flag; a message without it is byte for byte what version 1 always was
 SIGNATURE_BYTES = 32
+NUMBER_BYTES = 5  # that decoding takes for each number: a float32, and whether it is finite
 MIN_KEY_BYTES = 16
 MAX_RMS = 4.0  # encoders send slots of RMS 1; rounding moves that by a percent, an attack by more
 
@@ -96,7 +97,8 @@ def decode(
 ) -> Message:
     """Unpack a message, trusting nothing: signature before anything, sizes before memory, checksum before numbers.
 
-    A receiver that once read NaN answers later, normal requests wrongly, so nothing unchecked may reach one.
+    A receiver that once read NaN answers later, normal requests wrongly, so nothing unchecked may reach one. The memory
+    taken is ``NUMBER_BYTES`` for each number that is there, whatever the header says.
 
     Args:
         message: The bytes.
@@ -190,7 +192,8 @@ def _check_shape(K: int, C: int, code: int, length: int) -> DType:
 def _check_numbers(latent: NDArray[np.float32]) -> None:
     if not np.isfinite(latent).all():
         raise InvalidMessage("the latent holds NaN or infinite numbers; every number must be finite")
-    rms = float(np.sqrt(np.square(latent, dtype=np.float64).mean(axis=1)).max(initial=0.0))
+    squares = np.einsum("kc,kc->k", latent, latent, dtype=np.float64)  # no copy of the latent in float64
+    rms = float(np.sqrt(squares / latent.shape[1]).max(initial=0.0))
     if rms > MAX_RMS:
         raise InvalidMessage(f"a slot of the latent has RMS {rms:.3g}; encoders send 1 and at most {MAX_RMS} is taken")
 
@@ -198,8 +201,9 @@ def _check_numbers(latent: NDArray[np.float32]) -> None:
 def _read_int8(data: memoryview, K: int, C: int) -> NDArray[np.float32]:
     scale = np.frombuffer(data, "<f4", count=K)
     whole = np.frombuffer(data, "i1", offset=4 * K).reshape(K, C)
+    latent: NDArray[np.float32] = whole.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale is refused with the numbers it makes
-        latent: NDArray[np.float32] = whole.astype(np.float32) * scale[:, None]
+        latent *= scale[:, None]
     return latent
 
 
