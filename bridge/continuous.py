@@ -142,6 +142,7 @@ class ContinuousEngine(Engine):
                 time.sleep(POLL_SECONDS / 10)
 
     def _discard(self, running: Running) -> None:
+        self._logprobs.pop(running.name, None)
         if running.soft is not None:
             self.soft_ids.release(running.soft.key)
 
@@ -163,6 +164,11 @@ class ContinuousEngine(Engine):
     def _stop(self, running: Running) -> None:
         self._manager.cancel_request(running.name)
 
+    @property
+    def _takes_requests(self) -> bool:
+        """Whether the library's thread is well."""
+        return self._manager.background_thread_status.can_accept_new_requests() is None
+
     def _rows(self, names: Sequence[str]) -> list[Running | None]:
         return [self._running.get(name) for name in names]
 
@@ -172,7 +178,7 @@ class ContinuousEngine(Engine):
         if running is None:
             return
         if output.error is not None:
-            if self._manager.background_thread_status.can_accept_new_requests() is None:  # its own, not the thread's
+            if self._takes_requests:  # its own failure, not the thread's
                 self._end(running, InferenceFailed(f"the engine refused the request: {output.error}"))
             return
         try:
@@ -187,22 +193,23 @@ class ContinuousEngine(Engine):
 
     def _supervise(self) -> None:
         """Wait for the library's thread to die, and bring the requests to a new one or to an end."""
-        while True:
-            self._trouble.wait(POLL_SECONDS)
-            if self._closed:
-                return
-            if self._trouble.is_set() or not self._manager.is_running():
-                self._recover()
+        try:
+            while not self._closed:
+                self._trouble.wait(POLL_SECONDS)
+                if not self._closed and (self._trouble.is_set() or not self._manager.is_running()):
+                    self._recover()
+        except Exception as error:
+            log.error("the generation engine died: %s", first_line(error), exc_info=error)
+            self._die(failed(error))
+            self.on_death()
 
     def _recover(self) -> None:
+        """Begin again with an empty cache; raises what no smaller step would mend."""
         self._stop_manager()
         self._trouble.clear()
         error = self._manager.background_thread_status.fatal_error
         if error is not None and not self._make_smaller(error):
-            log.error("the generation engine died: %s", first_line(error), exc_info=error)
-            self._die(failed(error))
-            self.on_death()
-            return
+            raise error
         with self._lock:
             self.soft_ids.renumber()
             self._manager = self._new_manager()
@@ -292,4 +299,5 @@ class _Router(OutputRouter):
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         super().fail_and_deliver(state, error)
-        self._engine._trouble.set()
+        if not self._engine._takes_requests:
+            self._engine._trouble.set()

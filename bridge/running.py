@@ -117,7 +117,10 @@ class Engine(ABC):
             if not self._running:
                 self.last_step = time.monotonic()
             self._running[running.name] = running
-            self._begin(running)
+            try:
+                self._begin(running)
+            except BaseException:
+                raise
         return running
 
     def cancel(self, running: Running) -> None:

@@ -128,13 +128,14 @@ def test_a_request_joins_while_others_run_and_leaves_before_them(
 
 def test_a_stop_id_ends_an_answer_and_is_no_part_of_it(lms: dict[str, FrozenLM], opened: Callable[..., Engine]) -> None:
     lm = lms["llama"]
-    (free,) = ask(opened(ContinuousEngine, lm), [0], [SamplingParams(12)])
+    made = opened(ContinuousEngine, lm)
+    (free,) = ask(made, [0], [SamplingParams(12)])
     said = free.answer()
     ids = free.running.answer.ids
     at = next(i for i in range(3, len(ids)) if ids[i] not in ids[:i])
     params = SamplingParams(12, stop_ids=(ids[at],))
     (cut,) = ask(opened(PaddedEngine, lm), [0], [params])
-    (also,) = ask(opened(ContinuousEngine, lm), [0], [params])
+    (also,) = ask(made, [0], [params])
     assert told(cut.answer()) == told(also.answer()) == told(alone(lm, 0, params))
     assert cut.running.answer.ids == also.running.answer.ids == ids[:at] and said.text.startswith(cut.answer().text)
     assert (cut.answer().finish_reason, cut.answer().token_count) == ("stop", at + 1)
@@ -436,3 +437,18 @@ def test_models_that_continuous_batching_refuses_get_padded_batches(
         assert told(ask(made, [0], [SamplingParams(4)])[0].answer()) == told(alone(lm, 0, SamplingParams(4)))
     finally:
         made.close()
+
+
+def test_an_engine_that_cannot_begin_again_fails_its_requests_and_says_so(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died: list[int] = []
+    made = opened(ContinuousEngine, lms["llama"], on_death=lambda: died.append(1))
+    ask(made, [0], [SamplingParams(2)])[0].answer()
+    fails(monkeypatch, made, "_new_manager", ValueError("no room"), times=10, after=0)
+    fails(monkeypatch, lms["llama"].model, "forward", OUT, times=1, after=0)
+    (one,) = ask(made, [0], [SamplingParams(4)])
+    with pytest.raises(InferenceFailed, match="ValueError"):
+        one.answer()
+    made._supervisor.join(PATIENCE)
+    assert died == [1] and not made._supervisor.is_alive()
