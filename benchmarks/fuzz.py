@@ -1,8 +1,8 @@
 """The decoder of messages against hostile bytes: what it refuses, with what, and the most memory it takes.
 
-A case is a message and what a caller expects of it: random bytes, or a sound message that was changed and, often, sealed
-again so that the change is not found by its checksum or signature. Whatever comes, ``wire.decode`` gives a finite latent
-of the declared shape or raises a ``LatentWireError``, and takes no more memory than the declared cap.
+A case is a message and what a caller expects of it: random bytes, or a sound message that was changed and, often,
+sealed again so that the change is not found by its checksum or signature. Whatever comes, ``wire.decode`` gives a
+finite latent of the declared shape or raises a ``LatentWireError``, and takes no more memory than the declared cap.
 """
 
 import hmac
@@ -134,9 +134,9 @@ EXPECTED = st.fixed_dictionaries(
 def cap_bytes(case: Case) -> int:
     """The most memory that decoding may take: for the numbers there are, never for those a header speaks of."""
     numbers = min(len(case.message), wire.MAX_MESSAGE_BYTES)
-    wished = case.expected.get("max_slots"), case.expected.get("latent_dim")
-    if None not in wished:
-        numbers = min(numbers, wished[0] * wished[1])
+    slots, width = case.expected.get("max_slots"), case.expected.get("latent_dim")
+    if slots is not None and width is not None:
+        numbers = min(numbers, slots * width)
     return wire.NUMBER_BYTES * numbers + SPARE_BYTES
 
 

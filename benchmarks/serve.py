@@ -140,6 +140,7 @@ def direct_engine(seconds: float) -> None:
     time.sleep(seconds)
     rate = (tokens - before) / (time.perf_counter() - started)
     stop = True
+    idle.wait()
     print(json.dumps({"tokens_per_second": rate}))
     direct.engine.close()
 
@@ -283,6 +284,12 @@ class Met:
         self.tokens += tokens
         self.rows += rows
 
+    def add(self, other: "Met") -> None:
+        for status, seconds in other.seconds.items():
+            self.seconds.setdefault(status, []).extend(seconds)
+        self.tokens += other.tokens
+        self.rows += other.rows
+
     def counts(self) -> dict[str, int]:
         return {status: len(seconds) for status, seconds in sorted(self.seconds.items())}
 
@@ -314,45 +321,45 @@ async def ask(client: httpx.AsyncClient, path: str, content: bytes, met: Met) ->
 async def closed_loop(path: str, asked: Sequence[dict[str, Any]], callers: int, seconds: float) -> Met:
     """So many callers, each with its next request as soon as it has an answer; the first seconds do not count."""
     content, met = cycle([json.dumps(body).encode() for body in asked]), Met()
-    warm = min(2.0, seconds / 4)
     async with connect() as client:
-        ends = time.perf_counter() + warm + seconds
+        begins = time.perf_counter() + min(4.0, seconds / 2)
 
         async def caller() -> None:
-            while time.perf_counter() < ends:
-                nonlocal met
-                await ask(client, path, next(content), met)
+            while time.perf_counter() < begins + seconds:
+                one = Met()
+                await ask(client, path, next(content), one)
+                if begins < time.perf_counter() < begins + seconds:  # it ended within the time that counts
+                    met.add(one)
 
-        async def begin_to_count() -> None:
-            nonlocal met
-            await asyncio.sleep(warm)
-            met = Met()
-            started = time.perf_counter()
-            await asyncio.sleep(seconds)
-            met.wall_seconds = time.perf_counter() - started
-            counted.append(Met({k: list(v) for k, v in met.seconds.items()}, met.tokens, met.rows, met.wall_seconds))
-
-        counted: list[Met] = []
-        await asyncio.gather(begin_to_count(), *(caller() for _ in range(callers)))
-    return counted[0]
+        await asyncio.gather(*(caller() for _ in range(callers)))
+    met.wall_seconds = seconds
+    return met
 
 
 async def open_loop(path: str, asked: Sequence[dict[str, Any]], per_second: float, seconds: float) -> Met:
     """Requests arrive at random, so many per second on average, whoever still waits."""
     content, met, rng = cycle([json.dumps(body).encode() for body in asked]), Met(), random.Random(1)
+    late = Met()
     async with connect() as client:
-        started = time.perf_counter()
-        due, tasks = started, set[asyncio.Task[None]]()
+        started = due = time.perf_counter()
+        tasks = set[asyncio.Task[None]]()
+
+        async def arrive() -> None:
+            one = Met()
+            await ask(client, path, next(content), one)
+            (met if time.perf_counter() < started + seconds else late).add(one)
+
         while due < started + seconds:
             due += rng.expovariate(per_second)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            task = asyncio.create_task(ask(client, path, next(content), met))
+            task = asyncio.create_task(arrive())
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-        within = Met({k: list(v) for k, v in met.seconds.items()}, met.tokens, met.rows, time.perf_counter() - started)
         await asyncio.gather(*tasks)
-    within.seconds = met.seconds
-    return within
+    for status, times in late.seconds.items():  # they count as answers, not as throughput
+        met.seconds.setdefault(status, []).extend(times)
+    met.wall_seconds = seconds
+    return met
 
 
 def saturation(seconds: float) -> dict[str, Any]:

@@ -120,6 +120,7 @@ class Engine(ABC):
             try:
                 self._begin(running)
             except BaseException:
+                self.cancel(running)
                 raise
         return running
 

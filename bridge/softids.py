@@ -37,6 +37,7 @@ class SoftIds:
     def __init__(self, embedding: nn.Module, vocabulary: int, *, kept_tokens: int) -> None:
         self.vocabulary, self._kept_tokens = vocabulary, kept_tokens
         self._embedding, self._embed = embedding, embedding.forward
+        self.tokens = 0  # soft tokens held
         self._next = vocabulary
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._by_first: dict[int, _Held] = {}
@@ -47,11 +48,6 @@ class SoftIds:
     def close(self) -> None:
         """Leave the embedding as it was found."""
         del self._embedding.forward
-
-    @property
-    def tokens(self) -> int:
-        """Soft tokens held."""
-        return sum(len(held.soft) for held in self._held.values())
 
     def hold(self, key: Hashable, make: Callable[[], Float[Tensor, "K D"]]) -> range | None:
         """The ids of the soft tokens of ``key``, made where they are not there yet; they stay until released.
@@ -81,19 +77,17 @@ class SoftIds:
         """One user less; what nobody uses may be dropped from now on."""
         with self._lock:
             self._held[key].users -= 1
-            surplus = self.tokens - self._kept_tokens
-            for idle in [key for key, held in self._held.items() if held.users == 0]:
-                if surplus <= 0:
-                    break
-                surplus -= len(self._held[idle].soft)
-                self._drop(idle)
+            if self.tokens > self._kept_tokens:
+                for idle in [key for key, held in self._held.items() if held.users == 0]:
+                    if self.tokens > self._kept_tokens:
+                        self._drop(idle)
 
     def renumber(self) -> None:
         """Begin again with the first id; only when no block made with the old ids is left anywhere."""
         with self._lock:
             for key in [key for key, held in self._held.items() if held.users == 0]:
                 self._drop(key)
-            self._by_first, self._firsts, self._next = {}, [], self.vocabulary
+            self._by_first, self._firsts, self._next, self.tokens = {}, [], self.vocabulary, 0
             for key, held in self._held.items():
                 users = held.users
                 self._held[key] = self._number(held.soft)
@@ -102,12 +96,14 @@ class SoftIds:
     def _number(self, soft: Float[Tensor, "K D"]) -> _Held:
         held = _Held(self._next, soft)
         self._next += len(soft)
+        self.tokens += len(soft)
         self._by_first[held.first] = held
         insort(self._firsts, held.first)
         return held
 
     def _drop(self, key: Hashable) -> None:
         held = self._held.pop(key)
+        self.tokens -= len(held.soft)
         del self._by_first[held.first]
         self._firsts.remove(held.first)
 

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge import errors
@@ -49,6 +50,7 @@ STATUS: dict[type[errors.LatentWireError], int] = {
 }
 RETRY_LATER = {429, 503}
 RETRY_SECONDS = 1.0
+CRASHED = "InternalError", "the service failed on this request"
 OPENAI = "/v1/"  # below it, errors are as OpenAI's clients read them:
 OPENAI_STATUS = {409: 400, 413: 400, 422: 400}  # they know a bad request by 400 alone, and try again after a 409
 
@@ -68,7 +70,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         await runtime.stop()
 
     documented: dict[int | str, dict[str, Any]] = {
-        code: {"model": ErrorBody} for code in sorted({400, 415, *STATUS.values()})
+        code: {"model": ErrorBody} for code in sorted({400, 405, 415, *STATUS.values()})
     }
     # The pages at /docs come with their scripts: a GPU node often reaches no CDN.
     app = FastAPIOffline(
@@ -125,7 +127,7 @@ class Envelope:
         except Exception:
             log.exception("request %s failed", request_id)
             if not replied:
-                body = _body(scope, 500, "InternalError", "the service failed on this request", None)
+                body = _body(scope, 500, *CRASHED, None)
                 await JSONResponse(body, status_code=500)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
@@ -190,8 +192,11 @@ def _answer(
     return JSONResponse(_body(request.scope, code, kind, message, param), status_code=code, headers=headers)
 
 
-def error_body(request: Request, error: errors.LatentWireError) -> dict[str, Any]:
+def error_body(request: Request, error: Exception) -> dict[str, Any]:
     """The one error body, for answers that have begun and cannot carry a status any more."""
+    if not isinstance(error, errors.LatentWireError):
+        log.error("request %s failed", request.state.request_id, exc_info=error)
+        return _body(request.scope, 500, *CRASHED, None)
     return _body(request.scope, STATUS[type(error)], type(error).__name__, str(error), error.param)
 
 
@@ -227,4 +232,14 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     why = f" ({errors.first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
     message = f"{request.method} {errors.shorten(request.url.path, 80)}: {error.detail}{why}"
     kind = kinds.get(error.status_code, "InvalidRequest")
-    return _answer(request, error.status_code, kind, message, None, error.headers)
+    headers = {"Allow": _allowed(request, error)} if error.status_code == 405 else error.headers
+    return _answer(request, error.status_code, kind, message, None, headers)
+
+
+def _allowed(request: Request, error: HTTPException) -> str:
+    """Every method a path is served for, where the router knows only those of the first route that has it."""
+    known = set((error.headers or {}).get("Allow", "").split(", ")) - {""}
+    for path, operations in request.app.openapi()["paths"].items():
+        if compile_path(path)[0].match(request.url.path):
+            known |= {method.upper() for method in operations}
+    return ", ".join(sorted(known))

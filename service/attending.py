@@ -3,14 +3,13 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from bridge.errors import CallerLeft, DeadlineExceeded, LatentWireError
+from bridge.errors import CallerLeft, DeadlineExceeded
 
 Answer = TypeVar("Answer")
 KEEP_ALIVE_SECONDS = 15.0
@@ -99,8 +98,7 @@ class _Events(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._task.cancel()
-            with suppress(asyncio.CancelledError, LatentWireError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)  # what it raised has been told
 
 
 async def _kept_alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:

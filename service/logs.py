@@ -26,6 +26,7 @@ REPEATED = 1000  # different warnings that are counted at a time
 # it when they are imported, which happens later, or never: importing them here would cost every command seconds.
 CHATTY = {
     "transformers": "TRANSFORMERS_VERBOSITY",
+    "ContinuousBatchingLogger": None,
     "datasets": "DATASETS_VERBOSITY",
     "huggingface_hub": "HF_HUB_VERBOSITY",
     "httpx": None,

@@ -4,7 +4,7 @@ import base64
 import binascii
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bridge.errors import InvalidMessage
 
@@ -33,6 +33,16 @@ Deadline = Annotated[
 ]
 
 
+def as_list(value: Any) -> Any:
+    """A text as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[str, Field(min_length=1)]
+StopList = Annotated[list[Stop], Field(max_length=16)]
+Stops = Annotated[StopList, BeforeValidator(as_list, Stop | StopList)]
+
+
 class EncodeRequest(Strict):
     """Texts to turn into latents."""
 
@@ -44,8 +54,16 @@ class EncodeRequest(Strict):
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
 
+def _one_of(schema: dict[str, Any]) -> None:
+    """Say in the document what the validator checks: one of the properties holds a text."""
+    texts = [{"required": [name], "properties": {name: {"type": "string"}}} for name in schema["properties"]]
+    schema["oneOf"] = texts
+
+
 class Input(Strict):
     """One thing to ask about: exactly one of the three."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of)
 
     text: str | None = Field(None, description="A text; the sender reads it, the receiver does not.")
     latent: str | None = Field(None, description="A message from /encode, base64.")
@@ -81,11 +99,7 @@ class GenerateRequest(Strict):
     top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")
     seed: int | None = Field(None, ge=0, lt=1 << 63, description="Same seed, same request, same text.")
     n: int = Field(1, ge=1, description="Outputs for each input.")
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[],
-        max_length=16,
-        description="An output ends before the first of these; a string is taken as a list of it.",
-    )
+    stop: Stops = Field([], description="An output ends before the first of these; a string is taken as a list of it.")
     stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
         default=[], max_length=16, description="An output ends at any of these receiver tokens."
     )
@@ -94,11 +108,6 @@ class GenerateRequest(Strict):
     )
     timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
 
     @model_validator(mode="after")
     def _one_prompt_each(self) -> Self:

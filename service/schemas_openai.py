@@ -12,7 +12,17 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from service.schemas import FAIL_FAST, MAX_LOGPROBS, Condition, Deadline, GenerateRequest, Input, Strict
+from service.schemas import (
+    FAIL_FAST,
+    MAX_LOGPROBS,
+    Condition,
+    Deadline,
+    GenerateRequest,
+    Input,
+    Stops,
+    Strict,
+    as_list,
+)
 
 CARRIES = {"text": "text", "source": "text", "latent": "data", "latent_id": "id"}  # field of each content part
 NATIVE = {"source": "text", "latent": "latent", "latent_id": "latent_id"}  # field of an input of /generate
@@ -40,18 +50,11 @@ class Only:
         return {"enum": self._neutral}
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Texts = Annotated[list[str], FAIL_FAST, Field(min_length=1), BeforeValidator(_as_list, str | list[str])]
-Stops = Annotated[
-    list[Annotated[str, Field(min_length=1)]], Field(max_length=16), BeforeValidator(_as_list, str | list[str])
-]
+Texts = Annotated[list[str], FAIL_FAST, Field(min_length=1), BeforeValidator(as_list, str | list[str])]
 
 
 class Lenient(Strict):

@@ -11,8 +11,10 @@ import signal
 import socket
 from types import FrameType
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from service.runtime import Runtime
 
@@ -20,6 +22,32 @@ log = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 5  # in which answers that are being sent reach their callers
 ENGINE_DIED = 1
+PROBE_SECONDS = 0.1
+
+
+class HalfOpen(H11Protocol):
+    """uvicorn's, but a caller who has sent everything and shuts that half of the connection gets the answer.
+
+    One who closed it altogether looks the same until something is sent. So interim answers are sent, which every
+    client skips: the kernel of one who left refuses them, and the next fails here. An answer that has begun does that
+    itself.
+    """
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """True keeps the connection open."""
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete or cycle.scope["http_version"] != "1.1":
+            return None
+        cycle.keep_alive = False
+        self._probe(cycle)
+        return True
+
+    def _probe(self, cycle: RequestResponseCycle) -> None:
+        if cycle.disconnected or cycle.response_started or self.transport.is_closing():
+            return
+        interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+        self.transport.write(self.conn.send(interim) or b"")
+        self.loop.call_later(PROBE_SECONDS, self._probe, cycle)
 
 
 class Server(uvicorn.Server):
@@ -27,7 +55,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, application: FastAPI) -> None:
         super().__init__(
-            uvicorn.Config(application, log_config=None, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+            uvicorn.Config(
+                application,
+                http=HalfOpen,
+                log_config=None,
+                log_level="warning",
+                timeout_graceful_shutdown=CLOSING_SECONDS,
+            )
         )
         self.runtime: Runtime = application.state.runtime
         self.runtime.on_death = self._end_now

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from bridge.errors import LatentWireError
 from service.answering import Answering, check_limits, ms_since, within
 from service.attending import Show, attend, deadline, event, stream
 from service.runtime import Piece, Runtime
@@ -17,11 +16,16 @@ from service.store import Sent
 
 router = APIRouter(tags=["inference"])
 RAW = "application/octet-stream"
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answers. With `stream`, server-sent events: `token` {index, text}, then `done` with the "
         "answers, or `error` with the error body.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": EVENT}},
     }
 }
 ENCODED: dict[int | str, dict[str, Any]] = {
@@ -61,7 +65,7 @@ async def generate(body: GenerateRequest, request: Request) -> GenerateResponse 
             yield event("token", {"index": piece.index, "text": piece.text})
         try:
             yield event("done", answer().model_dump_json())
-        except LatentWireError as error:
+        except Exception as error:
             yield event("error", request.app.state.error_body(request, error))
 
     answer: GenerateResponse | Response = await answering(request, body, events if body.stream else None)

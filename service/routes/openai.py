@@ -11,7 +11,7 @@ from bridge.errors import LatentWireError
 from service.answering import within
 from service.answers_openai import ChatCompletion, ChatReply, Completion, CompletionReply, Model, ModelList, Reply
 from service.attending import event
-from service.routes.inference import answering
+from service.routes.inference import EVENT, answering
 from service.runtime import Piece, Runtime
 from service.schemas import GenerateResponse
 from service.schemas_openai import Asked, ChatRequest, CompletionRequest
@@ -24,7 +24,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
         "description": "The answers. With `stream`, server-sent events without names: chunks, then `[DONE]`; an error "
         "on the way is `data` with the error body, and ends the stream. Log-probabilities come with the last chunk "
         "of each choice.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": EVENT}},
     }
 }
 
@@ -89,7 +89,7 @@ async def _answer(request: Request, body: Asked, shape: type[Reply[Any, Any]]) -
                 yield event(None, reply.line(reply.piece(piece)))
             try:
                 said = answer()
-            except LatentWireError as error:
+            except Exception as error:
                 yield event(None, request.app.state.error_body(request, error))
                 return
             for line in reply.endings(said):

@@ -48,7 +48,9 @@ async def ready(request: Request) -> Health:
     return Health()
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+)
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     runtime: Runtime = request.app.state.runtime
