@@ -125,7 +125,10 @@ class ContinuousEngine(Engine):
         processors.tensors_required = 1  # counted by the library for processors it converted itself
         manager.logit_processor = processors
         manager.output_router = _Router(self)
-        manager.start()
+        # A thread is a daemon where the one that starts it is: a program that fails must not hang on this one.
+        starter = threading.Thread(target=manager.start, daemon=True)
+        starter.start()
+        starter.join()
         return cast(ContinuousBatchingManager, manager)
 
     def _stop_manager(self) -> None:

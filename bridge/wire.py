@@ -139,6 +139,12 @@ def decode(
     return Message(latent, sender_id.hex(), dtype)
 
 
+def shape_of(message: bytes) -> tuple[int, int]:
+    """(K, C) by the header of a message that was made or checked here."""
+    K, C = HEADER.unpack_from(message)[5:7]
+    return int(K), int(C)
+
+
 def as_dtype(name: str) -> DType:
     """A dtype by name (InvalidRequest when there is none)."""
     for known in CODES:

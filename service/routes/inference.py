@@ -7,11 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from bridge import wire
 from service.answering import Answering, check_limits, ms_since, within
 from service.attending import Show, attend, deadline, event, stream
 from service.runtime import Piece, Runtime
 from service.schemas import EncodeRequest, EncodeResponse, GenerateRequest, GenerateResponse, LatentOut, Timing, Usage
-from service.served import Served, Text
+from service.served import Text
 from service.store import Sent
 
 router = APIRouter(tags=["inference"])
@@ -118,18 +119,18 @@ async def _encode(work: Answering, body: EncodeRequest, *, raw: bool) -> EncodeR
             headers["x-latent-ids"] = ",".join(ids)
         return Response(b"".join(one.message for one in sent), media_type=RAW, headers=headers)
     latents = [
-        _latent(work.served, text, one, body.dtype, None if ids is None else ids[at])
+        _latent(text, one, body.dtype, None if ids is None else ids[at])
         for at, (text, one) in enumerate(zip(body.inputs, sent, strict=True))
     ]
     timing = Timing(encode_ms=encode_ms, total_ms=ms_since(started))
     return EncodeResponse(bridge=work.served.name, latents=latents, usage=work.usage, timing=timing)
 
 
-def _latent(served: Served, text: str, sent: Sent, dtype: str, latent_id: str | None) -> LatentOut:
+def _latent(text: str, sent: Sent, dtype: str, latent_id: str | None) -> LatentOut:
     return LatentOut(
         id=latent_id,
         data=base64.b64encode(sent.message).decode(),
-        shape=list(served.decode(sent.message).shape),
+        shape=list(wire.shape_of(sent.message)),
         dtype=dtype,
         bytes=len(sent.message),
         source_tokens=sent.source_tokens,
