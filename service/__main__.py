@@ -214,6 +214,8 @@ def serve(
         where = ".".join(str(part) for part in first["loc"])
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
+    # Requests bring few texts at a time: the tokenizer's own threads would only take turns with the model's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
     check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
     application = create_app(settings, _named(bridge or ["builtin=builtin"]))

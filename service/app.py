@@ -65,6 +65,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        app.openapi()  # kept; the first request that asks should not wait for it
         await runtime.start()
         yield
         await runtime.stop()
@@ -89,7 +90,9 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
     app.add_exception_handler(errors.LatentWireError, _deliberate)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_middleware(Guard, keys=runtime.keys, limiter=runtime.limiter, answer=_deliberate)
+    app.add_middleware(
+        Guard, keys=runtime.keys, limiter=runtime.limiter, check_room=runtime.check_room, answer=_deliberate
+    )
     app.add_middleware(Envelope, runtime=runtime)  # added last, so outermost: a refusal has its id and is counted too
     return app
 
@@ -130,7 +133,8 @@ class Envelope:
                 body = _body(scope, 500, *CRASHED, None)
                 await JSONResponse(body, status_code=500)(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
+            known = scope["path"] if scope["path"] in scope["app"].openapi()["paths"] else "unknown"
+            route = getattr(scope.get("route"), "path", known)  # none was looked for where the guard refused
             self.runtime.metrics.requests.labels(route, str(status)).inc()
             self.runtime.metrics.latency.labels(route).observe(time.perf_counter() - started)
 

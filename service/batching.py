@@ -69,11 +69,7 @@ class Load:
         """
         if rows > self.limit:
             raise TooLarge(f"the request makes {rows} rows; at most {self.limit} can wait", param="inputs")
-        if self.admitted + rows > self.limit:
-            raise Overloaded(
-                f"{self.admitted} rows are being answered, {rows} more exceed {self.limit}",
-                retry_after_seconds=self.retry_after(rows),
-            )
+        self.check_room(rows)
         if not self.admitted:
             self._rate.resume(self.clock())
         self.admitted += rows
@@ -82,6 +78,14 @@ class Load:
             self._rate.note(rows, self.clock())
         finally:
             self.admitted -= rows
+
+    def check_room(self, rows: int = 1) -> None:
+        """Refuse rows that do not fit beside what was admitted before (Overloaded, with when they may)."""
+        if self.admitted + rows > self.limit:
+            raise Overloaded(
+                f"{self.admitted} rows are being answered, {rows} more exceed {self.limit}",
+                retry_after_seconds=self.retry_after(rows),
+            )
 
     def retry_after(self, rows: int = 1) -> float:
         """Seconds until ``rows`` more rows will fit, at the rate at which rows were answered lately; 1 to 60.

@@ -180,6 +180,11 @@ class Runtime:
         if self.draining:
             raise NotReady("the service is stopping and takes no more requests")
 
+    def check_room(self) -> None:
+        """Refuse new work while the service stops or is full, whatever the work is (NotReady, Overloaded)."""
+        self.check_open()
+        self.load.check_room()
+
     def check_text(self, text: str, param: str) -> None:
         """Refuse a text over the operator's limit before any work (TooLarge)."""
         limit = self.settings.max_text_characters

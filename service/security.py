@@ -60,10 +60,11 @@ def access_of(path: str) -> Access | None:
 
 
 class Guard:
-    """Before every route: who calls, whether they may, and whether not too often.
+    """Before every route: who calls, whether they may, whether there is room, and whether not too often.
 
-    Plain ASGI, because a dependency of FastAPI runs after the body was read, and only for routes that remembered it.
-    A request that passes has its ``Caller`` in ``request.state.caller``.
+    Plain ASGI, because a dependency of FastAPI runs after the body was read, and only for routes that remembered it;
+    and what a full service spends on callers it refuses is taken from those it answers. A request that passes has its
+    ``Caller`` in ``request.state.caller``.
     """
 
     def __init__(
@@ -72,10 +73,12 @@ class Guard:
         *,
         keys: Keys,
         limiter: "Limiter",
+        check_room: Callable[[], None],
         answer: Callable[[Request, Exception], Awaitable[Response]],
     ) -> None:
-        """``answer`` makes the response to an error."""
+        """``answer`` makes the response to an error; ``check_room`` raises one where no work is taken now."""
         self.app, self.keys, self.limiter, self.answer = app, keys, limiter, answer
+        self.check_room = check_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -90,9 +93,14 @@ class Guard:
         await self.app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> Caller:
-        if not self.keys:
-            return ANYONE
-        access = access_of(scope["path"])
+        access, is_work = access_of(scope["path"]), scope.get("method") == "POST"
+        caller = self._allowed(scope, access) if self.keys else ANYONE
+        if access == "infer" and is_work:
+            self.check_room()
+        await self.limiter.admit(caller.name, work=is_work)
+        return caller
+
+    def _allowed(self, scope: Scope, access: Access | None) -> Caller:
         if access == "open" and scope["type"] == "http":
             return NOBODY
         caller = self._caller(scope)
@@ -102,7 +110,6 @@ class Guard:
         if access != "any key" and access not in caller.scopes:
             has = ", ".join(sorted(caller.scopes)) or "none"
             raise Forbidden(f"{where} needs the scope {access}; key {caller.name!r} has {has}")
-        await self.limiter.admit(caller.name, work=scope.get("method") == "POST")
         return caller
 
     def _caller(self, scope: Scope) -> Caller:

@@ -6,6 +6,7 @@ engine that died ends the process with exit code 1, for its supervisor to start 
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ from service.runtime import Runtime
 log = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 5  # in which answers that are being sent reach their callers
+KEEP_ALIVE_SECONDS = 75  # longer than proxies keep theirs: who closes first must be the one who sends
 ENGINE_DIED = 1
 PROBE_SECONDS = 0.1
 
@@ -60,6 +62,7 @@ class Server(uvicorn.Server):
                 http=HalfOpen,
                 log_config=None,
                 log_level="warning",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=CLOSING_SECONDS,
             )
         )
@@ -101,5 +104,7 @@ class Server(uvicorn.Server):
 def serve(application: FastAPI, sockets: list[socket.socket]) -> int:
     """Serve until a signal or a death; the exit code."""
     server = Server(application)
+    gc.collect()
+    gc.freeze()  # code and libraries, before any model is there: to look through them stopped every answer for .5 s
     server.run(sockets=sockets)
     return server.exit_code

