@@ -99,8 +99,7 @@ class FrozenLM(Reader):
 
     def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
         """The model's own input embedding of ``ids``."""
-        embeds: Tensor = self._embedding(ids)
-        return embeds
+        return cast(Tensor, self._embedding(ids))
 
     def embedding_rms(self) -> float:
         """Root mean square of the input embeddings, averaged over the vocabulary (unitless).
@@ -108,10 +107,9 @@ class FrozenLM(Reader):
         Measured because families differ by two orders of magnitude; soft tokens must arrive at this scale. Read
         through ``embed``, since some families scale what the weights say.
         """
-        rows = torch.split(torch.arange(len(self._embedding.weight), device=self.device), CHUNK_ROWS)
-        return sum(float(self.embed(ids).detach().float().pow(2).mean(dim=1).sqrt().sum()) for ids in rows) / len(
-            self._embedding.weight
-        )
+        every = torch.arange(len(self._embedding.weight), device=self.device)
+        chunks = (self.embed(ids).detach().float().pow(2).mean(dim=1).sqrt() for ids in torch.split(every, CHUNK_ROWS))
+        return sum(float(rms.sum()) for rms in chunks) / len(every)
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of key/value cache this model holds for ``tokens`` tokens, in its own dtype; 0 without attention."""
@@ -309,19 +307,19 @@ def tokenize_source(lm: Reader, text: str, *, max_tokens: int, truncate: bool = 
 
 
 def text_ids(lm: Reader, text: str) -> list[int]:
-    """Ids of a text alone, none of them special: ``</s>`` in a text is four characters, not an end.
+    """Ids of a text alone, none of them special: ``</s>`` in a text is four characters, not an end."""
+    return ids_of_texts(lm, [text])[0]
 
-    The library's own length warning is left to our checks.
 
-    Raises:
-        InvalidRequest: The text holds half a surrogate pair, which no tokenizer takes.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = error.start
-        raise InvalidRequest(f"the text holds {text[at]!r} at character {at}; expected Unicode text") from None
-    return list(lm.tokenizer(text, **AS_TEXT)["input_ids"])
+def ids_of_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
+    """``text_ids`` of several, at little more than the cost of one (InvalidRequest for half a surrogate pair)."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            at = error.start
+            raise InvalidRequest(f"the text holds {text[at]!r} at character {at}; expected Unicode text") from None
+    return [list(ids) for ids in lm.tokenizer(list(texts), **AS_TEXT)["input_ids"]]
 
 
 def pad_sources(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bridge.config import Layout
 from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.models import FrozenLM, Reader, text_ids
+from bridge.models import FrozenLM, Reader, ids_of_texts, text_ids
 
 LATENT, PROMPT = "{latent}", "{prompt}"
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
@@ -151,7 +151,7 @@ def compose(
     before, after = split_template(template)
     bos = [] if layout.bos_id is None else [layout.bos_id]
     if isinstance(latent, int):
-        head = text_ids(lm, before.rstrip(" "))
+        head = text_ids(lm, before.rstrip(" ")) if before else []
         ids = bos + head + [0] * latent + continuation(lm, after)
         first = len(bos) + len(head)
         slots = [i - first if first <= i < first + latent else TEXT for i in range(len(ids))]
@@ -181,9 +181,10 @@ def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
     of them gets the text's own tokens.
     """
     for anchor in (before, ".", "a", "0"):
-        head = text_ids(lm, anchor)
-        whole = text_ids(lm, anchor + text)
-        if anchor and head and whole[: len(head)] == head:
+        if not anchor:
+            continue
+        head, whole = ids_of_texts(lm, [anchor, anchor + text])
+        if head and whole[: len(head)] == head:
             return whole[len(head) :]
     return text_ids(lm, text)
 

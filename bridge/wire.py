@@ -21,6 +21,7 @@ Dimensions used in this file:
 """
 
 import hmac
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -196,10 +197,10 @@ def _check_shape(K: int, C: int, code: int, length: int) -> DType:
 
 
 def _check_numbers(latent: NDArray[np.float32]) -> None:
-    if not np.isfinite(latent).all():
-        raise InvalidMessage("the latent holds NaN or infinite numbers; every number must be finite")
     squares = np.einsum("kc,kc->k", latent, latent, dtype=np.float64)  # no copy of the latent in float64
-    rms = float(np.sqrt(squares / latent.shape[1]).max(initial=0.0))
+    rms = math.sqrt(squares.max(initial=0.0) / latent.shape[1])  # of float32 numbers: finite where all of them are
+    if not math.isfinite(rms):
+        raise InvalidMessage("the latent holds NaN or infinite numbers; every number must be finite")
     if rms > MAX_RMS:
         raise InvalidMessage(f"a slot of the latent has RMS {rms:.3g}; encoders send 1 and at most {MAX_RMS} is taken")
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -50,15 +51,17 @@ def check_free(port: int) -> None:
 
 
 @contextmanager
-def running(checkpoint: Path | str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(checkpoint: Path | str, port: int, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """``latentwire serve`` as a process of its own, its output in ``log``; ended on the way out.
+
+    ``variables`` are added to its environment.
 
     Raises:
         InferenceFailed: It ended, or was not ready in time; the last line it printed is named.
     """
     command = [sys.executable, "-m", "service", "serve", "--bridge", f"demo={checkpoint}", "--port", str(port)]
     with log.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables})
     try:
         with Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
             deadline = time.monotonic() + START_SECONDS

@@ -221,8 +221,8 @@ def test_a_slow_writer_is_answered_in_the_end_and_holds_nobody_up(app: FastAPI, 
     whole = request(ASK)
     with connect(port) as slow:
         for begin in range(0, len(whole), 20):
-            slow.sendall(whole[begin : begin + 20])
             assert app.state.runtime.load.admitted == 0  # no place is taken before the request is whole
+            slow.sendall(whole[begin : begin + 20])
             assert ask(port, "/encode", {"inputs": ["a"]}).status_code == 200
         assert slow.recv(12) == b"HTTP/1.1 200"
     at_rest(app)
