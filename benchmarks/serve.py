@@ -35,9 +35,10 @@ SOON_SECONDS = 0.05  # within which whoever is refused should know
 @contextmanager
 def serving(**variables: str) -> Iterator[int]:
     """A server of the built-in bridge; its process id."""
+    variables = {**ONE_CORE, "LW_MAX_BATCH": str(ROWS), **variables}
     with (
         tempfile.TemporaryDirectory() as folder,
-        running("builtin", PORT, Path(folder) / "log", **ONE_CORE, LW_MAX_BATCH=str(ROWS), **variables) as server,
+        running("builtin", PORT, Path(folder) / "log", **variables) as server,
     ):
         yield server.pid
 
