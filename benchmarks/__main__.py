@@ -1,9 +1,12 @@
 """Run every benchmark: ``python -m benchmarks``."""
 
-from benchmarks import ablation, memory, real, service, training, world
+from benchmarks import ablation, fuzz, memory, real, residency, serve, service, training, world
 
 world.main()
 service.main()
+serve.main()
+fuzz.main()
+residency.main()
 training.main()
 memory.main()
 real.main()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import psutil
 import torch
 import typer
@@ -154,6 +155,32 @@ def overload(seconds: float) -> dict[str, Any]:
     }
 
 
+def evaluating(seconds: float, rounds: int) -> dict[str, Any]:
+    """What callers wait while an evaluation runs, against without one: turn by turn, at a fifth of what the service
+    can do."""
+    asked = [body for body in bodies(256) if body["max_tokens"] <= 32]
+    evaluation = {"bridge": "demo", "task": "world", "conditions": ["bridge", "none", "direct"]}
+    found: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    with serving(), httpx.Client(base_url=f"http://127.0.0.1:{PORT}", trust_env=False) as client:
+        full = asyncio.run(closed_loop("/generate", asked, CALLERS, seconds / 2, warm_up(seconds)))
+        rate = full.answers / full.wall_seconds / 5
+
+        def wait() -> dict[str, float]:
+            return asyncio.run(open_loop("/generate", asked, rate, seconds, 0.0)).quantiles_ms("200")
+
+        for _ in range(rounds):
+            found["without"].append(wait())
+            job = client.post("/evaluations", json=evaluation).raise_for_status().json()["id"]
+            found["with"].append(wait())
+            state = client.get(f"/evaluations/{job}").json()["state"]
+            assert state == "running", f"the evaluation is {state}: nothing was compared"
+            client.delete(f"/evaluations/{job}").raise_for_status()
+    p99 = {name: [quantiles["p99"] for quantiles in values] for name, values in found.items()}
+    return {
+        "evaluation": {"requests_per_second": rate, "ms": found, "p99_ratio": ratio(p99["with"], p99["without"])},
+    }
+
+
 async def mixed(session: aiohttp.ClientSession, number: int, latents: list[str], counts: Counter[str]) -> None:
     """One of many kinds of request."""
     rng = random.Random(number)
@@ -219,6 +246,7 @@ def main(
         "idle": lambda: idle(200),
         "first_token": lambda: first_token(20),
         "overload": lambda: overload(overload_seconds),
+        "evaluation": lambda: evaluating(overload_seconds / 3, 3),
         "memory": lambda: memory(requests),
     }
     figures: dict[str, Any] = {"engine_threads": 1}

@@ -37,21 +37,24 @@ class Answering:
         self.usage = Usage()
 
     async def send(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[Sent]:
-        """The messages of texts; those encoded before come from the cache."""
+        """The messages of texts; one that comes twice is read once, those encoded before come from the cache."""
         served, bridge_id = self.served, self.served.manifest.bridge_id
         keys = [encode_key(bridge_id, dtype, row.truncate, row.text, self.tenant) for row in texts]
         found = await self._cached(keys)
-        missing = [at for at, sent in enumerate(found) if sent is None]
-        encoded = await self.runtime.encode(served, [texts[at] for at in missing]) if missing else []
+        missing: dict[str, Text] = {}
+        for key, text, sent in zip(keys, texts, found, strict=True):
+            if sent is None:
+                missing.setdefault(key, text)
+        encoded = await self.runtime.encode(served, list(missing.values())) if missing else []
         made = {
-            at: Sent(served.message(row.latent, dtype), row.source_tokens, row.truncated)
-            for at, row in zip(missing, encoded, strict=True)
+            key: Sent(served.message(row.latent, dtype), row.source_tokens, row.truncated)
+            for key, row in zip(missing, encoded, strict=True)
         }
         if made and self.runtime.settings.encode_cache:
-            await remember(self.store, {keys[at]: sent for at, sent in made.items()}, ttl_seconds=self.ttl_seconds)
-        sent = [made[at] if one is None else one for at, one in enumerate(found)]
-        self.usage.source_tokens += sum(one.source_tokens for one in sent)
-        return sent
+            await remember(self.store, made, ttl_seconds=self.ttl_seconds)
+        all_sent = [one or made[key] for key, one in zip(keys, found, strict=True)]
+        self.usage.source_tokens += sum(one.source_tokens for one in all_sent)
+        return all_sent
 
     async def keep(self, messages: Sequence[bytes]) -> list[str]:
         """Keep messages under ids of their own (StoreUnavailable)."""

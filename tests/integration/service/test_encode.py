@@ -13,6 +13,7 @@ from service.settings import Settings
 
 Refused = Callable[..., dict[str, Any]]
 Start = Callable[..., TestClient]
+Samples = Callable[[TestClient], dict[tuple[str, ...], float]]
 JSON = {"content-type": "application/json"}
 TEXT = "Mara lives in Rome."
 LIMIT = 128  # the bridge's max_source_tokens; the sender has a token for every byte, and a BOS
@@ -58,12 +59,23 @@ def test_the_data_is_a_message_of_this_bridge_in_the_dtype_asked_for(client: Tes
     assert np.abs(decoded.latent - exact).max() < np.abs(exact).max() / 100
 
 
-def test_a_text_has_the_same_latent_alone_and_among_others(client: TestClient) -> None:
+def test_a_text_has_the_same_latent_alone_and_among_others(start: Start) -> None:
+    client = start(Settings(encode_cache=False))
     alone = encode(client, TEXT, dtype="float32")["latents"][0]
     among = encode(client, "a", TEXT, "a much longer text " * 6, dtype="float32")["latents"][1]
     assert among["shape"] == alone["shape"]
     one, other = (wire.decode(base64.b64decode(latent["data"])).latent for latent in (alone, among))
     np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_text_that_comes_twice_is_read_once_and_answered_twice(start: Start, samples: Samples) -> None:
+    client, read = start(Settings(encode_cache=False)), ("latentwire_batch_rows_sum", "encode")
+    before = samples(client)[read]
+    answer = encode(client, "twice", TEXT, "twice", dtype="float32")
+    assert samples(client)[read] - before == 2
+    first, second, third = answer["latents"]
+    assert first == third != second
+    assert answer["usage"]["source_tokens"] == sum(latent["source_tokens"] for latent in answer["latents"])
 
 
 def test_a_stored_latent_has_the_same_id_every_time(client: TestClient) -> None:
