@@ -1,6 +1,7 @@
 # Two commands on a fresh machine, in either order: `make demo` and `make test`. Both set themselves up.
 PYTHON ?= python3
 SERVE ?= 1
+JOBS ?= 2
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test lint setup clean benchmarks chromium
@@ -46,7 +47,7 @@ chromium:
 	    || echo "chromium could not be installed: the tests of the page are skipped (sudo apt-get install chromium)"
 
 test: lint .venv/bin/promtool chromium
-	.venv/bin/pytest -q
+	.venv/bin/pytest -q -n $(JOBS) --dist loadfile
 
 benchmarks: setup
 	.venv/bin/python -m benchmarks

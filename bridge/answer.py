@@ -68,6 +68,11 @@ class Answer:
         return self.params.max_tokens - len(self.ids)
 
     @property
+    def token_count(self) -> int:
+        """Tokens so far, EOS or the stop id included."""
+        return len(self.ids) + self._closing
+
+    @property
     def end_ids(self) -> list[int]:
         """Tokens that end the answer and are no part of it."""
         eos = self.lm.tokenizer.eos_token_id
@@ -75,7 +80,8 @@ class Answer:
 
     def add(self, token: int, logprob: TokenLogprob | None = None) -> bool:
         """Take the next token; True when it ends the answer."""
-        assert self.ended_by is None, "the answer has ended"
+        if self.ended_by is not None:  # given up by another thread just now
+            return True
         if token in self.end_ids:
             self._closing, self.ended_by = 1, "stop"
             return True

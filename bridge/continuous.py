@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
@@ -25,10 +24,12 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from bridge.answer import TokenLogprob, logprobs_of
 from bridge.devices import is_out_of_memory
 from bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
+from bridge.memory import free_caches
 from bridge.models import FrozenLM
 from bridge.prompt import TEXT
 from bridge.running import Engine, Running, failed
@@ -74,11 +75,15 @@ class ContinuousEngine(Engine):
         self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
         vocabulary = len(cast(Any, lm.model.get_input_embeddings()).weight)
         self.soft_ids = SoftIds(lm.model.get_input_embeddings(), vocabulary, kept_tokens=KEPT_SOFT_TOKENS)
-        self._hooks = _exclusive(lm)
+        self._let_go = _exclusive(lm)
         self._logprobs: dict[str, TokenLogprob | None] = {}
         self._trouble = threading.Event()
         self._closed = False
-        self._manager = self._new_manager()
+        try:
+            self._manager = self._new_manager()
+        except BaseException:
+            self._leave()
+            raise
         self._supervisor = threading.Thread(target=self._supervise, daemon=True, name="engine-supervisor")
         self._supervisor.start()
 
@@ -102,9 +107,12 @@ class ContinuousEngine(Engine):
         self._supervisor.join()
         self._stop_manager()
         self._die(NotReady("the service is stopping"))
+        self._leave()
+
+    def _leave(self) -> None:
+        """The model as it was found."""
         self.soft_ids.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._let_go()
 
     def _new_manager(self) -> ContinuousBatchingManager:
         eos = self.lm.tokenizer.eos_token_id
@@ -115,6 +123,7 @@ class ContinuousEngine(Engine):
                 num_blocks=-(-self._kv_tokens // PAGE_TOKENS),
                 max_batch_tokens=max(self._step_tokens, self.max_rows),
                 max_requests_per_batch=self.max_rows,
+                scheduler_type=_Scheduler.NAME,
                 use_cuda_graph=False,  # our processor runs Python at every step
                 use_async_batching=False,
                 auto_switch_to_flash=False,  # would fetch kernels from the network
@@ -179,6 +188,9 @@ class ContinuousEngine(Engine):
         """A token, or the failure of one request, from the library's thread."""
         running = self._running.get(output.request_id)
         if running is None:
+            self._logprobs.pop(output.request_id, None)
+            if not output.is_finished():  # cancelled between two looks of the library: it has not heard
+                self._manager.cancel_request(output.request_id)
             return
         if output.error is not None:
             if self._takes_requests:  # its own failure, not the thread's
@@ -210,9 +222,12 @@ class ContinuousEngine(Engine):
         """Begin again with an empty cache; raises what no smaller step would mend."""
         self._stop_manager()
         self._trouble.clear()
-        error = self._manager.background_thread_status.fatal_error
-        if error is not None and not self._make_smaller(error):
-            raise error
+        status = self._manager.background_thread_status
+        if (error := status.fatal_error) is not None:
+            if not self._make_smaller(error):
+                raise error
+            status.fatal_error = error = None  # its frames hold the old cache, where the new one should go
+            free_caches()
         with self._lock:
             self.soft_ids.renumber()
             self._manager = self._new_manager()
@@ -235,16 +250,19 @@ class ContinuousEngine(Engine):
         return True
 
 
-def _exclusive(lm: FrozenLM) -> list[RemovableHandle]:
-    """Passes of the model, whoever makes them, one after the other while an engine runs it.
+def _exclusive(lm: FrozenLM) -> Callable[[], None]:
+    """Passes of the model, whoever makes them, one after the other until the function given back is called.
 
     The library writes ``is_causal = False`` into the configuration for as long as a step with a paged cache lasts; a
     pass of another thread would read it, and could leave it there for good.
     """
-    turn, mine = threading.RLock(), threading.local()
+    turn, mine, over = threading.RLock(), threading.local(), threading.Event()
 
     def begin(*_: object) -> None:
         turn.acquire()
+        if over.is_set():  # while this pass waited: nobody will end its turn
+            turn.release()
+            return
         mine.passes = getattr(mine, "passes", 0) + 1
 
     def end(*_: object) -> None:
@@ -253,7 +271,34 @@ def _exclusive(lm: FrozenLM) -> list[RemovableHandle]:
             turn.release()
 
     base = lm.model.base_model
-    return [base.register_forward_pre_hook(begin), base.register_forward_hook(end, always_call=True)]
+    hooks = base.register_forward_pre_hook(begin), base.register_forward_hook(end, always_call=True)
+
+    def let_go() -> None:
+        with turn:  # after the pass under way: its end is one of the hooks
+            over.set()
+            for hook in hooks:
+                hook.remove()
+
+    return let_go
+
+
+class _Scheduler(FIFOScheduler):
+    """The library's; but a request that is cancelled makes room for others, as one that finishes does.
+
+    After it has taken requests out of a full cache, the library lets none in until one finishes. Where all that are
+    left end early, none does, and it would wait for ever.
+    """
+
+    NAME = "latentwire"
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
+
+SCHEDULER_MAPPING[_Scheduler.NAME] = _Scheduler
 
 
 class _Choose(ContinuousBatchingLogitsProcessor):

@@ -122,4 +122,5 @@ def peak_bytes(device: torch.device) -> Iterator[Peak]:
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
     yield peak
-    peak.bytes = int(torch.cuda.max_memory_allocated(device)) - held
+    stayed = max(held, torch.cuda.memory_allocated(device))  # a model that another thread loaded meanwhile, say
+    peak.bytes = int(torch.cuda.max_memory_allocated(device)) - stayed

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bridge import engine
 from bridge.devices import is_out_of_memory
 from bridge.errors import InsufficientMemory, NotReady, first_line
+from bridge.memory import free_caches
 from bridge.models import FrozenLM
 from bridge.running import Engine, Running, failed
 
@@ -81,8 +82,19 @@ class PaddedEngine(Engine):
                 batch.append(running)
         return batch
 
-    def _run(self, batch: Sequence[Running]) -> None:
-        soft, started = [self._soft.get(running.name) for running in batch], time.monotonic()
+    def _run(self, batch: list[Running]) -> None:
+        """Bring a batch to its end, in as many parts as memory asks for."""
+        parts, started = [batch], time.monotonic()
+        while parts:
+            with self._lock:  # one that is given up meanwhile has lost its soft tokens
+                part = [running for running in parts.pop() if running.name in self._running]
+                soft = [self._soft.get(running.name) for running in part]
+            if part and (shortage := self._attempt(part, soft)):
+                parts += self._halve(part, shortage)
+        self.on_step(len(batch), time.monotonic() - started)
+
+    def _attempt(self, batch: Sequence[Running], soft: Sequence[Float[Tensor, "K D"] | None]) -> str:
+        """Run a batch; where memory is too small for it, what the device says."""
         try:
             engine.run(
                 self.lm,
@@ -92,29 +104,26 @@ class PaddedEngine(Engine):
                 lambda row: self._token(batch[row]),
             )
         except Exception as error:
-            self._recover(batch, error)
-        self.on_step(len(batch), time.monotonic() - started)
+            if is_out_of_memory(error):
+                return first_line(error)  # and the error goes, with the tensors that its frames hold
+            log.error("a batch of %d rows failed: %s", len(batch), first_line(error), exc_info=error)
+            for running in batch:
+                self._end(running, failed(error))
+        return ""
+
+    def _halve(self, batch: list[Running], said: str) -> list[list[Running]]:
+        self.out_of_memory += 1
+        free_caches()
+        if len(batch) == 1:
+            self._end(batch[0], InsufficientMemory(f"the request does not fit in memory ({said})"))
+            return []
+        half = (len(batch) + 1) // 2
+        return [batch[half:], batch[:half]]
 
     def _token(self, running: Running) -> None:
         self.last_step = time.monotonic()
         if running.name in self._running:
             self._advance(running, running.answer.ended_by is not None)
-
-    def _recover(self, batch: Sequence[Running], error: Exception) -> None:
-        live = [running for running in batch if running.name in self._running]
-        if not is_out_of_memory(error):
-            log.error("a batch of %d rows failed: %s", len(batch), first_line(error), exc_info=error)
-            for running in live:
-                self._end(running, failed(error))
-            return
-        self.out_of_memory += 1
-        if len(live) == 1:
-            self._end(live[0], InsufficientMemory(f"the request does not fit in memory ({first_line(error)})"))
-            return
-        half = (len(live) + 1) // 2
-        for part in (live[:half], live[half:]):
-            if part:
-                self._run(part)
 
 
 def _padded(soft: Sequence[Float[Tensor, "K D"] | None]) -> Float[Tensor, "B K D"] | None:

@@ -40,7 +40,10 @@ def open_engine(
     except Exception as error:  # whatever the library trips over in a model that it was not made for
         trouble: str | None = first_line(error)
     else:
-        trouble = _trouble(made)
+        try:
+            trouble = _trouble(made)
+        except Exception as error:  # the same, met on the library's own thread
+            trouble = first_line(error)
         if trouble is None:
             made.on_death = on_death
             return made

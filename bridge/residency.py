@@ -157,11 +157,6 @@ class Residency:
             resident.idle_since = time.monotonic()
             self._note_change()
 
-    def preload(self, name: str) -> int:
-        """Bring a model in; bytes of its weights (errors as ``acquire``)."""
-        with self.use(name) as lm:
-            return weights_bytes(lm.model)
-
     def unload(self, name: str) -> int:
         """Drop a model now, pinned or not, under all its names; bytes that came back, measured. 0: it was not there.
 
@@ -241,6 +236,12 @@ class Residency:
                 resident.attached.append((closer, size_bytes))
             for other in leaving:
                 self._drop(other)
+
+    def detach(self, name: str, closer: Callable[[], object]) -> None:
+        """Undo ``attach`` on a model that is still lent: there is nothing to close after all."""
+        with self._changed:
+            if (resident := self._find(name)) is not None:
+                resident.attached = [one for one in resident.attached if one[0] is not closer]
 
     def room(self, name: str) -> int | None:
         """Bytes that could be attached to a model in memory if all idle ones left; None without a budget."""

@@ -212,7 +212,7 @@ def serve(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        got = "" if isinstance(first["input"], dict) or where == "redis_url" else f", got {first['input']!r}"
         raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
     # Requests bring few texts at a time: the tokenizer's own threads would only take turns with the model's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -77,10 +77,14 @@ class Answering:
             for one, prompt in zip(given, body.prompts, strict=True)
             for sample in range(body.n)
         ]
-        said = await self.runtime.generate(self.served, receiver, questions, on_piece)
-        self.usage.soft_tokens = sum(len(one) for one in given if isinstance(one, np.ndarray))
-        self.usage.prompt_tokens = sum(said.prompt_tokens[:: body.n])
-        self.usage.generated_tokens = sum(answer.token_count for answer in said.answers)
+
+        def cost(prompt_tokens: list[int], generated_tokens: int) -> None:
+            """Also of an answer nobody waited for."""
+            self.usage.soft_tokens = sum(len(one) for one in given if isinstance(one, np.ndarray))
+            self.usage.prompt_tokens = sum(prompt_tokens[:: body.n])
+            self.usage.generated_tokens = generated_tokens
+
+        said = await self.runtime.generate(self.served, receiver, questions, on_piece, cost)
         self.runtime.metrics.observe(self.served.name, said, self.usage)
         total_ms = ms_since(started)
         return GenerateResponse(

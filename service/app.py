@@ -1,5 +1,6 @@
 """HTTP surface. Every decision about status codes and headers is in this file."""
 
+import asyncio
 import logging
 import math
 import time
@@ -91,7 +92,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_middleware(
-        Guard, keys=runtime.keys, limiter=runtime.limiter, check_room=runtime.check_room, answer=_deliberate
+        Guard, keys=runtime.keys, limiter=runtime.limiter, check_room=runtime.load.check_room, answer=_deliberate
     )
     app.add_middleware(Envelope, runtime=runtime)  # added last, so outermost: a refusal has its id and is counted too
     return app
@@ -150,9 +151,17 @@ class Envelope:
         declared = dict(scope["headers"]).get(b"content-length", b"")
         taken = limit + 1 if declared.isdigit() and int(declared[:20]) > limit else 0
 
+        seconds, whole = self.runtime.settings.request_timeout, False
+        ends = asyncio.get_running_loop().time() + seconds
+
         async def receive_within_limit() -> Message:
-            nonlocal taken
-            message: Message = {} if taken > limit else await receive()
+            nonlocal taken, whole
+            try:
+                async with asyncio.timeout_at(None if whole else ends):
+                    message: Message = {} if taken > limit else await receive()
+            except TimeoutError:
+                raise errors.DeadlineExceeded(f"the request was not there within {seconds:g} s") from None
+            whole = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > limit:
                 raise errors.TooLarge(f"the request body is over {int(limit)} bytes", param="body")

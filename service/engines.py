@@ -68,7 +68,11 @@ class Engines:
             check(lm)
             yield await self._engine(lm)
         finally:
-            self.residency.release(name)
+            opening = self._coming.get(_engine_of(lm))
+            if opening is None:
+                self.residency.release(name)
+            else:  # who asked for the engine leaves before it is open
+                opening.add_done_callback(lambda _: self.residency.release(name))
 
     async def acquire(self, name: str) -> FrozenLM:
         """A model, lent until ``residency.release``; the event loop goes on while it is loaded."""
@@ -81,11 +85,11 @@ class Engines:
         for engine in self.all():
             await asyncio.to_thread(engine.close)
         self._engines.clear()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)  # a large model may be on its way
 
     async def _engine(self, lm: FrozenLM) -> Engine:
         while (engine := self._engines.get(lm.fingerprint)) is None:
-            await self._once(f"engine of {lm.name}", partial(self._open, lm))
+            await self._once(_engine_of(lm), partial(self._open, lm))
         return engine
 
     async def _once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -120,13 +124,24 @@ class Engines:
                 f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * token_bytes}"
             )
 
+        fingerprint = lm.fingerprint  # and nothing else of the model: it must be free when what came back is measured
+
         def close() -> None:
-            if (engine := self._engines.pop(lm.fingerprint, None)) is not None:
+            if (engine := self._engines.pop(fingerprint, None)) is not None:
                 engine.close()
 
         self.residency.attach(lm.name, close, tokens * token_bytes)
-        engine = open_engine(
-            lm, max_rows=self._max_rows, kv_tokens=tokens, step_tokens=self._step_tokens, on_death=self._on_death
-        )
+        try:
+            engine = open_engine(
+                lm, max_rows=self._max_rows, kv_tokens=tokens, step_tokens=self._step_tokens, on_death=self._on_death
+            )
+        except BaseException:
+            self.residency.detach(lm.name, close)
+            raise
         engine.on_step = self._on_step
-        self._engines[lm.fingerprint] = engine
+        self._engines[fingerprint] = engine
+
+
+def _engine_of(lm: FrozenLM) -> str:
+    """What is being opened; a model may go by several names."""
+    return f"engine of {lm.fingerprint}"

@@ -181,9 +181,10 @@ class Jobs:
         return found[0] if found else None
 
     async def _get(self, store: Store, ids: Sequence[str], tenant: str | None = None) -> list[Record]:
-        elsewhere = [job_id for job_id in ids if job_id not in self._live]
+        live = {job_id: self._live[job_id] for job_id in ids if job_id in self._live}  # one may end while we wait
+        elsewhere = [job_id for job_id in ids if job_id not in live]
         packed = dict(zip(elsewhere, await store.get_many("job", elsewhere) if elsewhere else [], strict=True))
-        records = [self._live.get(job_id) or _unpacked(packed[job_id]) for job_id in ids]
+        records = [live.get(job_id) or _unpacked(packed[job_id]) for job_id in ids]
         return [record for record in records if record is not None and tenant in (None, record.tenant)]
 
     async def _serve(self) -> None:

@@ -20,7 +20,7 @@ from bridge.answer import Generation
 from bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
 from bridge.devices import is_out_of_memory
 from bridge.engine import Encoded
-from bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault
+from bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from bridge.memory import budget_bytes, free_caches, peak_bytes
 from bridge.models import SourceTokens, load_reader
 from bridge.prompt import TEXT, Row
@@ -59,11 +59,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Said:
-    """The answers to questions; for each, when its first token came and how many tokens beside soft ones it read."""
+    """The answers to questions, and when the first token of each came."""
 
     answers: list[Generation]
     first_token_seconds: list[float]
-    prompt_tokens: list[int]
 
 
 class Runtime:
@@ -159,7 +158,7 @@ class Runtime:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.engines.close()
         for threads in (self._device, self._prepare):
-            threads.shutdown(wait=True)
+            await asyncio.to_thread(threads.shutdown)
         await self.store.close()
         await self.limiter.close()
 
@@ -179,11 +178,6 @@ class Runtime:
         """Refuse new work while the service stops (NotReady)."""
         if self.draining:
             raise NotReady("the service is stopping and takes no more requests")
-
-    def check_room(self) -> None:
-        """Refuse new work while the service stops or is full, whatever the work is (NotReady, Overloaded)."""
-        self.check_open()
-        self.load.check_room()
 
     def check_text(self, text: str, param: str) -> None:
         """Refuse a text over the operator's limit before any work (TooLarge)."""
@@ -210,16 +204,21 @@ class Runtime:
         receiver: str,
         questions: Sequence[Question],
         on_piece: Callable[[Piece], None] | None = None,
+        on_cost: Callable[[list[int], int], None] = lambda prompt_tokens, generated_tokens: None,
     ) -> Said:
         """Answers to questions, each of which joins the receiver's running batch at its next step.
 
-        ``on_piece`` is called on the event loop with every piece of text as it comes. Cancelled, what still runs is
-        given up at once.
+        ``on_piece`` is called on the event loop with every piece of text as it comes, ``on_cost`` at the end, whatever
+        end that is. Cancelled, what still runs is given up at once.
         """
         rows = await self._off_loop(lambda: [served.compose(receiver, question) for question in questions])
         async with self.engines.lend(receiver, partial(check_receiver, served.manifest.bridge, receiver)) as lent:
-            answers, firsts = await _Asked(lent, served, receiver, rows, questions, on_piece).answers(self._prepare)
-        return Said(answers, firsts, [row.slots.count(TEXT) for row in rows])
+            asked = _Asked(lent, served, receiver, rows, questions, on_piece)
+            try:
+                answers, firsts = await asked.answers(self._prepare)
+            finally:
+                on_cost([row.slots.count(TEXT) for row in rows], asked.generated_tokens)
+        return Said(answers, firsts)
 
     async def _off_loop(self, work: Callable[[], Made]) -> Made:
         return await asyncio.get_running_loop().run_in_executor(self._prepare, work)
@@ -249,6 +248,9 @@ class Runtime:
         except LatentWireError as error:
             log.error("warming up failed: %s", error)
             self.failure = str(error)
+        except Exception as error:
+            log.exception("warming up failed")
+            self.failure = first_line(error)
 
     async def _sweep(self) -> None:
         """Let models go whose time is over."""
@@ -298,6 +300,11 @@ class _Asked:
         self._running: list[Running] = []
         self._given_up = False
         self._started = time.monotonic()
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens so far, of all outputs."""
+        return sum(running.answer.token_count for running in self._running)
 
     async def answers(self, threads: ThreadPoolExecutor) -> tuple[list[Generation], list[float]]:
         """All answers, and the seconds to the first token of each."""

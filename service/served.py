@@ -101,7 +101,7 @@ class Served:
         )
 
     def soft(self, receiver: str, lm: FrozenLM, question: Question) -> Soft | None:
-        """Soft tokens of a question's latent, under a key that no other latent, bridge or receiver has."""
+        """Soft tokens of a question's latent, under a key that no other latent, encoder or head has."""
         latent = question.given
         if not isinstance(latent, np.ndarray):
             return None
@@ -112,4 +112,4 @@ class Served:
             return tokens[0]
 
         digest = hashlib.blake2b(latent.tobytes(), digest_size=32).digest()
-        return Soft((self.manifest.bridge_id, receiver, digest), make)
+        return Soft((self.manifest.bridge_id, self.manifest.heads[receiver].sha256, digest), make)

@@ -369,12 +369,14 @@ def test_a_model_can_be_brought_in_and_dropped_on_demand_but_not_while_lent(pair
     sender, _ = pair
     residency = Residency(None, device=CPU)
     assert residency.unload(sender) == 0
-    assert residency.preload(sender) == size(sender)
+    with residency.use(sender):
+        assert residency.resident() == {sender: size(sender)}
     residency.pin(sender)
     with residency.use(sender), pytest.raises(ModelInUse, match="1 users; expected none"):
         residency.unload(sender)
     residency.unload(sender)
-    residency.preload(sender)
+    with residency.use(sender):
+        pass
     state = residency.state(sender)
     assert state is not None and not state.pinned and state.idle_seconds >= 0
     assert events(residency) == [("load", sender), ("drop", sender), ("load", sender)]
@@ -497,11 +499,12 @@ UNLOADED = """
 import sys, torch
 from bridge.residency import Residency
 residency = Residency(None, device=torch.device("cpu"), dtype=torch.bfloat16)  # converted while read: no mapped file
-weights = residency.preload(sys.argv[1])
-residency.unload(sys.argv[1])
-for _ in range(3):
-    residency.preload(sys.argv[1])
-    print(residency.unload(sys.argv[1]) / weights)
+for turn in range(4):
+    with residency.use(sys.argv[1]):
+        weights = residency.resident_bytes
+    freed = residency.unload(sys.argv[1])
+    if turn:  # the first has more to give back than its own
+        print(freed / weights)
 """
 
 

@@ -12,7 +12,7 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from bridge import wire
+from bridge import continuous, wire
 from service.app import create_app
 from service.keys import SCOPES, hash_of, key_line
 from service.security import access_of
@@ -32,6 +32,7 @@ KEYS = "\n".join(
         key_line("all", hash_of(b"all"), SCOPES),
         key_line("prometheus", hash_of(b"prometheus"), []),
         key_line("few", hash_of(b"few"), ["infer"], requests_per_minute=2),
+        key_line("leaver", hash_of(b"leaver"), ["infer"], tokens_per_minute=20),
         key_line("short", hash_of(b"short"), ["infer"], tokens_per_minute=10),
     ]
 )
@@ -153,6 +154,22 @@ def test_requests_over_a_keys_limit_are_told_when_to_come_back(guarded: TestClie
     assert answers[2].json()["error"]["type"] == "RateLimited"
     assert 20 < int(answers[2].headers["retry-after"]) <= 61  # what is left of the minute that has just begun
     assert guarded.get("/bridges", headers=bearing("infer")).status_code == 200
+
+
+def test_tokens_of_an_answer_that_nobody_waited_for_are_charged_too(
+    guarded: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = continuous._Choose.prepare_tensor_args
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.05)
+        return real(*given)
+
+    monkeypatch.setattr(continuous._Choose, "prepare_tensor_args", slowly)
+    asked = {"inputs": [{"text": "a"}], "prompt": "Where?", "max_tokens": 100, "timeout_seconds": 2.0}
+    assert guarded.post("/generate", json=asked, headers=bearing("leaver")).status_code == 504
+    refused = guarded.post("/generate", json=asked, headers=bearing("leaver"))
+    assert (refused.status_code, refused.json()["error"]["type"]) == (429, "RateLimited")
 
 
 def test_tokens_are_charged_to_the_key_that_used_them(guarded: TestClient) -> None:

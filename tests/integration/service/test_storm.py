@@ -228,6 +228,14 @@ def test_a_slow_writer_is_answered_in_the_end_and_holds_nobody_up(app: FastAPI, 
     at_rest(app)
 
 
+def test_a_body_that_never_comes_to_its_end_is_told_so_and_let_go(checkpoint: Path) -> None:
+    app = create_app(Settings(request_timeout=0.5), {"tiny": str(checkpoint)})
+    with listening(app) as port, connect(port) as slow:
+        slow.sendall(request(ASK)[:-5])
+        assert slow.recv(12) == b"HTTP/1.1 504"
+        at_rest(app)
+
+
 SHOW = "show a token"  # which only streams do
 STAGES: dict[str, tuple[Any, str]] = {
     "tokenise": (service.served, "tokenize_source"),
