@@ -21,7 +21,8 @@ def test_a_request_that_is_cancelled_lets_those_in_that_wait_for_a_full_cache(
     freed: list[str] = []
     scheduler: Any = object.__new__(_Scheduler)
     scheduler.__dict__ |= {
-        "_cancellation_lock": Lock(), "_requests_to_cancel": cancelled, "active_requests": {"a": object.__new__(RequestState)},
+        "_cancellation_lock": Lock(), "_requests_to_cancel": cancelled,
+        "active_requests": {"a": object.__new__(RequestState)},
         "waiting_requests": {}, "waiting_requests_order": deque(), "block_new_requests": True,
         "cache": SimpleNamespace(free_blocks=freed.append),
     }  # fmt: skip
