@@ -100,8 +100,8 @@ class Settings(BaseSettings):
     @classmethod
     def _redis_scheme(cls, url: str | None) -> str | None:
         if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
-            scheme = url.partition("://")[0] if "://" in url else "none"  # not the rest: it may hold a password
-            raise ValueError(f"expected redis://HOST:PORT/DB, rediss://… or unix://PATH; its scheme is {scheme}")
+            place = url.rpartition("@")[2]  # a password stands before it
+            raise ValueError(f"expected redis://HOST:PORT/DB, rediss://… or unix://PATH, got {place!r}")
         return url
 
     @model_validator(mode="after")

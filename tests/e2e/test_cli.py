@@ -501,6 +501,14 @@ def test_serve_refuses_a_bad_variable_and_names_it(
     assert name.lower() in said and f"'{value}'" in said
 
 
+def test_serve_does_not_repeat_the_password_of_a_redis_it_refuses(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LW_REDIS_URL", "valkey://user:s3cret@redis:6379")
+    said = refuse("serve")
+    assert "'redis:6379'" in said and "s3cret" not in said
+
+
 def test_the_demo_refuses_a_port_it_could_not_serve_on_before_it_trains(
     refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,7 @@ def test_rows_of_a_caller_who_left_never_reach_the_sender_and_their_places_are_f
     with ThreadPoolExecutor(1) as pool:
         staying = pool.submit(client.post, "/encode", json={"inputs": ["a"]})
         assert gate.entered.wait(HELD_SECONDS)
-        leaving = connect(client, "/encode", {"inputs": ["a"] * 3}, hang_up)
+        leaving = connect(client, "/encode", {"inputs": ["a", "b", "c"]}, hang_up)
         until(lambda: load.waiting == 3)
         assert load.admitted == 4
         hang_up.set()

@@ -20,9 +20,6 @@ from service.app import create_app
 from service.settings import Settings
 from tests.integration.service.test_storm import at_rest, listening
 
-# Schemathesis draws from the global generator beside Hypothesis, which then warns in some runs and not in others.
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
-
 MOST_EXAMPLES = 12  # of each operation, beside the borders of its fields
 SECONDS = 15.0  # after which an answer counts as missing
 DELIBERATE = {503: "Retry-After of a service that is full, loading or stopping", 504: "the caller's own deadline"}
