@@ -93,7 +93,7 @@ class Answering:
             outputs=[_output(index, answer) for index, answer in enumerate(said.answers)],
             diversity=DiversityOut(**asdict(diversity([answer.text for answer in said.answers]))),
             usage=self.usage,
-            timing=Timing(encode_ms=encode_ms, generate_ms=total_ms - encode_ms, total_ms=total_ms),
+            timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
         )
 
     async def _given(self, body: GenerateRequest) -> list[wire.Latent | str | None]:
