@@ -1,0 +1,25 @@
+"""Rows of a served bridge."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bridge.checkpoint import load_bridge
+from bridge.sampling import SamplingParams
+from service.served import Question, Served
+
+
+def test_two_checkpoints_with_one_encoder_and_different_heads_share_no_soft_tokens() -> None:
+    manifest, bridge = load_bridge("builtin")
+    receiver, lm = next(iter(manifest.heads)), None
+    question = Question(np.ones((2, manifest.bridge.encoder.latent_dim), np.float32), "Where?", SamplingParams())
+    other = replace(manifest, heads={receiver: replace(manifest.heads[receiver], sha256="0" * 64)})
+
+    def key(of: Any) -> Any:
+        soft = Served("b", of, bridge, {}).soft(receiver, lm, question)  # type: ignore[arg-type]
+        assert soft is not None
+        return soft.key
+
+    assert other.bridge_id == manifest.bridge_id
+    assert key(other) != key(manifest) == key(manifest)
