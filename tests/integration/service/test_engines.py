@@ -32,14 +32,27 @@ async def borrow(engines: Engines, name: str) -> Engine:
         return engine
 
 
-def test_two_names_of_one_model_asked_for_at_once_share_its_engine(engines: Engines) -> None:
+def test_two_names_of_one_model_asked_for_at_once_share_its_engine(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, real = list[str](), module.open_engine
+
+    def counted(lm: FrozenLM, **options: Any) -> Engine:
+        opened.append(lm.name)
+        return real(lm, **options)
+
     async def scenario() -> None:
+        for name in NAMES:  # in memory, so that both reach the engine at once
+            await engines.acquire(name)
         one, other = await asyncio.gather(*(borrow(engines, name) for name in NAMES))
         assert one is other
-        assert engines.all() == [one]
+        for name in NAMES:
+            engines.residency.release(name)
         await engines.close()
 
+    monkeypatch.setattr(module, "open_engine", counted)
     asyncio.run(scenario())
+    assert len(opened) == 1
 
 
 def test_a_model_stays_lent_until_its_engine_is_open_also_when_who_asked_has_left(
