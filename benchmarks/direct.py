@@ -26,8 +26,9 @@ from bridge.continuous import ContinuousEngine
 from bridge.engine import encode, generate
 from bridge.evaluation.conditions import RELAY_TOKENS
 from bridge.evaluation.tasks import world_task
-from bridge.models import load_model, load_reader, tokenize_source
+from bridge.models import load_model, load_reader
 from bridge.prompt import compose
+from bridge.reader import tokenize_source
 from bridge.sampling import SamplingParams
 from service.served import Question, Served
 
@@ -162,6 +163,7 @@ def encoding() -> Work:
     """Texts per second of the encoder for batches of several sizes, each made of texts of like length."""
     bridge, asked = served(), cycle(texts(4096))
     sender, limit = load_model(bridge.sender), bridge.manifest.bridge.max_source_tokens
+    kept = bridge.manifest.bridge.source
     best, sizes = 0, (4, 8, 16, 32, 64)
     seconds = yield {}
     while True:
@@ -170,7 +172,7 @@ def encoding() -> Work:
             done, started = 0, time.perf_counter()
             while time.perf_counter() - started < seconds:
                 window = [next(asked) for _ in range(6 * 32)]  # what waits in the service
-                sources = [tokenize_source(sender, text, max_tokens=limit, truncate=True) for text in window]
+                sources = [tokenize_source(sender, text, kept, max_tokens=limit, truncate=True) for text in window]
                 sources.sort(key=lambda source: len(source.ids))
                 for at in range(0, len(sources), rows):
                     encode(bridge.bridge, sender, sources[at : at + rows])
@@ -194,8 +196,11 @@ def first_tokens() -> Work:
     writer = ContinuousEngine(sender, max_rows=ROWS)
     limit = asking.lm.max_tokens - 2 * RELAY_TOKENS  # the sender writes its summary behind the source
     source = " ".join(texts(40))
-    source = str(sender.tokenizer.decode(tokenize_source(sender, source, max_tokens=limit, truncate=True).ids[1:]))
-    read = encode(asking.bridge.bridge, sender, [tokenize_source(sender, source, max_tokens=limit, truncate=True)])[0]
+    kept = asking.bridge.manifest.bridge.source
+    ids = tokenize_source(sender, source, kept, max_tokens=limit, truncate=True).ids
+    source = str(sender.tokenizer.decode(ids, skip_special_tokens=True))
+    cut = tokenize_source(sender, source, kept, max_tokens=limit, truncate=True)
+    read = encode(asking.bridge.bridge, sender, [cut])[0]
     params, prompt = SamplingParams(max_tokens=1), "\nQuestion: Where does Mara live?\nAnswer:"
     layout = asking.bridge.manifest.bridge.heads[asking.name].layout
     row = compose(sender, layout, "{latent}\nSummary:", latent=source)

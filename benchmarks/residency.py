@@ -31,8 +31,9 @@ from bridge.checkpoint import Bridge, make_bridge
 from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
 from bridge.engine import Encoded
 from bridge.memory import free_caches
-from bridge.models import BUILTIN, FrozenLM, tokenize_source
+from bridge.models import BUILTIN, FrozenLM
 from bridge.prompt import compose, layout_for, place
+from bridge.reader import tokenize_source
 from bridge.residency import Residency
 from bridge.sampling import SamplingParams
 
@@ -148,7 +149,9 @@ def _bridge(sender: FrozenLM, receiver: FrozenLM, device: torch.device) -> Bridg
 def _encode(bridge: Bridge, sender: FrozenLM) -> list[Encoded]:
     texts = [f"{row} " + "Mara wants a cup of tea. " * SOURCE_TOKENS for row in range(ROWS)]
     return engine.encode(
-        bridge, sender, [tokenize_source(sender, t, max_tokens=SOURCE_TOKENS, truncate=True) for t in texts]
+        bridge,
+        sender,
+        [tokenize_source(sender, t, sender.source_layout, max_tokens=SOURCE_TOKENS, truncate=True) for t in texts],
     )
 
 

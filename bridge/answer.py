@@ -11,7 +11,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from bridge.models import Reader
+from bridge.reader import Reader
 from bridge.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -75,8 +75,7 @@ class Answer:
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end the answer and are no part of it."""
-        eos = self.lm.tokenizer.eos_token_id
-        return [*([] if eos is None else [int(eos)]), *self.params.stop_ids]
+        return [*self.lm.end_ids, *self.params.stop_ids]
 
     def add(self, token: int, logprob: TokenLogprob | None = None) -> bool:
         """Take the next token; True when it ends the answer."""

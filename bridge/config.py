@@ -42,19 +42,56 @@ class ModelRef:
 
 
 @dataclass(frozen=True, config=STRICT)
+class SourceLayout:
+    """What stands around a source: the tokens that the sender's tokenizer itself adds to a text, or None."""
+
+    bos_id: int | None
+    eos_id: int | None
+
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Turn:
+    """What one side of a conversation says."""
+
+    role: Role
+    text: str
+
+
+Prompt = str | tuple[Turn, ...]
+"""What a receiver is asked: a text, or a conversation whose last turn it answers."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Chat:
+    """A receiver's chat template (Jinja, as its files had it), and the system message that opens every conversation."""
+
+    template: str
+    system: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
 class Layout:
     """How a receiver input is put together; read by ``bridge.prompt`` alone.
 
     Attributes:
         template: Where latent and prompt stand when a request's prompt does not say, e.g.
             ``"Review: {latent}\\n{prompt}"``.
-        bos_id: Receiver token that opens every input, once, or None where the tokenizer has none.
-        eos_id: Receiver token that ends every answer, or None.
+        bos_id: Receiver token that opens every input, once, or None where the tokenizer adds none, or the chat
+            template says what opens it.
+        eos_id: Receiver token that a bridge is taught to end its answers with, or None.
+        end_ids: Every receiver token that ends an answer; None in a bridge made before they were kept, and before BOS
+            followed what the tokenizer adds rather than what it has.
+        chat: The chat template around prompts; None for plain text.
     """
 
     template: str
     bos_id: int | None
     eos_id: int | None
+    end_ids: tuple[int, ...] | None = None
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -115,6 +152,7 @@ class BridgeConfig:
     Attributes:
         layers: Sender blocks whose output is read, counted from 1; 0 is the embedding.
         max_source_tokens: Longest source in sender tokens.
+        source: What stands around a source; None in a bridge made before it was kept (``bridge.reader.kept_layout``).
         heads: By receiver name, in order of training; the first is the default.
     """
 
@@ -124,6 +162,7 @@ class BridgeConfig:
     encoder: EncoderConfig
     heads: dict[str, Head]
     provenance: Provenance
+    source: SourceLayout | None = None
 
     @property
     def max_slots(self) -> int:

@@ -73,8 +73,7 @@ class ContinuousEngine(Engine):
         """
         super().__init__(lm, max_rows=max_rows, on_death=on_death)
         self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
-        vocabulary = len(cast(Any, lm.model.get_input_embeddings()).weight)
-        self.soft_ids = SoftIds(lm.model.get_input_embeddings(), vocabulary, kept_tokens=KEPT_SOFT_TOKENS)
+        self.soft_ids = SoftIds(lm.model.get_input_embeddings(), kept_tokens=KEPT_SOFT_TOKENS)
         self._let_go = _exclusive(lm)
         self._logprobs: dict[str, TokenLogprob | None] = {}
         self._trouble = threading.Event()
@@ -115,9 +114,8 @@ class ContinuousEngine(Engine):
         self._let_go()
 
     def _new_manager(self) -> ContinuousBatchingManager:
-        eos = self.lm.tokenizer.eos_token_id
         manager = cast(Any, self.lm.model).init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1 if eos is None else eos),  # type: ignore[no-untyped-call]
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=list(self.lm.end_ids) or -1),  # type: ignore[no-untyped-call]
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=-(-self._kv_tokens // PAGE_TOKENS),

@@ -22,8 +22,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from bridge.answer import Answer, Generation, TokenLogprob, logprobs_of
 from bridge.checkpoint import Bridge
-from bridge.models import FrozenLM, SourceTokens, hidden_states, pad_sources
+from bridge.models import FrozenLM, hidden_states, pad_sources
 from bridge.prompt import IGNORE, Batch, Row, collate, embed
+from bridge.reader import SourceTokens
 from bridge.sampling import SamplingParams, choose
 
 
@@ -148,7 +149,7 @@ def _generate(
     receiver: FrozenLM, rows: Sequence[Row], soft_tokens: Float[Tensor, "B K D"] | None, watch: "_Watch"
 ) -> None:
     batch = collate(rows, side="left").to(receiver.device)
-    tokenizer = receiver.tokenizer
+    eos, pad = receiver.tokenizer.eos_token_id, receiver.tokenizer.pad_token_id
     cast(Any, receiver.model).generate(
         inputs_embeds=embed(receiver, batch, soft_tokens),
         attention_mask=batch.mask.long(),
@@ -156,8 +157,8 @@ def _generate(
         max_new_tokens=max(answer.left for answer in watch.answers),
         do_sample=False,
         num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=list(receiver.end_ids) or None,
+        pad_token_id=eos if pad is None else pad,
         logits_processor=LogitsProcessorList([watch]),
         stopping_criteria=StoppingCriteriaList([_Stop(watch)]),
     )

@@ -14,8 +14,9 @@ from bridge.checkpoint import check_receiver, check_sender, load_bridge, read_ma
 from bridge.config import Manifest
 from bridge.engine import Encoded
 from bridge.errors import InvalidMessage
-from bridge.models import load_model, tokenize_source
+from bridge.models import load_model
 from bridge.prompt import compose, place
+from bridge.reader import tokenize_source
 from bridge.sampling import SamplingParams
 
 
@@ -29,7 +30,8 @@ def encode_text(checkpoint: str, text: str, *, truncate: bool = False) -> tuple[
     manifest, bridge = load_bridge(checkpoint)
     sender = load_model(manifest.bridge.sender.name)
     check_sender(manifest.bridge, sender)
-    source = tokenize_source(sender, text, max_tokens=manifest.bridge.max_source_tokens, truncate=truncate)
+    config = manifest.bridge
+    source = tokenize_source(sender, text, config.source, max_tokens=config.max_source_tokens, truncate=truncate)
     return manifest, engine.encode(bridge, sender, [source])[0]
 
 

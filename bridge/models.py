@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,42 +28,27 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
 from bridge.config import RANDOM, Fingerprint, ModelRef
 from bridge.devices import default_device, default_dtype
-from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable, first_line
+from bridge.errors import IncompatibleBridge, ModelUnavailable, first_line
+from bridge.reader import Reader, SourceTokens, end_ids_of
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
-WANTED_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt"]  # never pickles, never code, no weights twice
+WANTED_FILES = [
+    "*.json",
+    "*.jinja",
+    "model*.safetensors",
+    "*.model",
+    "*.txt",
+]  # never pickles, never code, no weights twice
 TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges).*\.(json|txt)|.*\.model")
-AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 CHUNK_ROWS = 8192  # vocabulary rows measured at once
 VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
-
-
-@dataclass(frozen=True)
-class Reader:
-    """The side of a language model that turns text into tokens: all that composing needs, weights freed or not."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-
-    @cached_property
-    def config(self) -> PreTrainedConfig:
-        """What the model's files say of it."""
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder_of(self.name.removeprefix(RANDOM)))
-        return config
-
-    @cached_property
-    def max_tokens(self) -> int:
-        """Longest input the position embeddings allow."""
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 1 << 20))
 
 
 @dataclass(frozen=True)
@@ -72,6 +57,11 @@ class FrozenLM(Reader):
 
     model: PreTrainedModel
     fingerprint: Fingerprint
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input embedding, counted."""
+        return len(self._embedding.weight)
 
     @property
     def device(self) -> torch.device:
@@ -142,9 +132,10 @@ def folder_of(name: str) -> Path:
 
 @cache
 def _hub_folder(name: str) -> Path:
-    """Asked once a process: a revision cannot change between a fingerprint and the load."""
+    """``org/model``, or ``org/model@revision``; asked once a process, so that no fingerprint is older than the load."""
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED_FILES))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED_FILES))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelUnavailable(
             f"model {name!r} is neither builtin:…, a folder, nor a reachable Hub name ({first_line(error)})"
@@ -227,8 +218,9 @@ def load_model(
     """Load a frozen model: evaluation mode, no gradients, safetensors only, never remote code.
 
     Args:
-        name: ``builtin:llama``, a local folder, a Hub name, or one of these behind ``random:`` for a model of
-            the same shape with untrained weights (seeded, so that it has one identity).
+        name: ``builtin:llama``, a local folder, a Hub name (``org/model@revision`` for one revision of it), or one of
+            these behind ``random:`` for a model of the same shape with untrained weights (seeded, so that it has one
+            identity).
         device: Default: the accelerator where there is one.
         dtype: Default: ``default_dtype(device)``.
         device_map: ``auto`` spreads a model that one accelerator cannot hold over all of them.
@@ -241,8 +233,8 @@ def load_model(
     fingerprint, folder = fingerprint_of(name), folder_of(name.removeprefix(RANDOM))
     shown = predicted_bytes(name, dtype) >= LARGE_BYTES and sys.stderr.isatty()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
+    reader = load_reader(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, holes = _untrained(folder) if name.startswith(RANDOM) else _pretrained(folder, dtype, device_map)
     except Exception as error:  # a damaged file surfaces as whatever the library trips over
         raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
@@ -251,7 +243,12 @@ def load_model(
     model = (model if device_map else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
     # Its own defaults (penalties, sampling) would change every answer.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    return FrozenLM(name, tokenizer, model, fingerprint)
+    lm = FrozenLM(name, reader.tokenizer, model.config, reader.end_ids, model, fingerprint)
+    if lm.rows != reader.rows:
+        raise ModelUnavailable(
+            f"model {name!r} cannot be used: its embedding has {lm.rows} rows, its config.json says {reader.rows}"
+        )
+    return lm
 
 
 def _pretrained(folder: Path, dtype: torch.dtype, device_map: str | None) -> tuple[Any, list[str]]:
@@ -274,52 +271,14 @@ def load_reader(name: str) -> Reader:
     """The tokenizer of a model without its weights, which may come and go (ModelUnavailable as ``load_model``)."""
     folder = folder_of(name.removeprefix(RANDOM))
     try:
-        return Reader(name, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        settings: Any = config.get_text_config()
+        if (folder / "generation_config.json").is_file():  # where instruct models name every token that ends a turn
+            settings = GenerationConfig.from_pretrained(folder)
     except Exception as error:
         raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTokens:
-    """A source as the sender reads it: ids, BOS included, cut to the bridge's limit; and its full length."""
-
-    ids: list[int]
-    full_length: int
-
-
-def tokenize_source(lm: Reader, text: str, *, max_tokens: int, truncate: bool = False) -> SourceTokens:
-    """Sender tokens of one text: BOS once where the tokenizer has one.
-
-    Raises:
-        InvalidRequest: The text holds no token, or more than ``max_tokens`` when ``truncate`` is off.
-    """
-    bos = [] if lm.tokenizer.bos_token_id is None else [int(lm.tokenizer.bos_token_id)]
-    ids = bos + text_ids(lm, text)
-    if len(ids) == len(bos) or not text.strip():
-        raise InvalidRequest(f"the text {text!r} is empty; expected at least one word", param="inputs")
-    if len(ids) > max_tokens and not truncate:
-        raise InvalidRequest(
-            f"the text has {len(ids)} sender tokens; this bridge reads at most {max_tokens} "
-            "(shorten it, or set truncate)",
-            param="inputs",
-        )
-    return SourceTokens(ids[:max_tokens], len(ids))
-
-
-def text_ids(lm: Reader, text: str) -> list[int]:
-    """Ids of a text alone, none of them special: ``</s>`` in a text is four characters, not an end."""
-    return ids_of_texts(lm, [text])[0]
-
-
-def ids_of_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
-    """``text_ids`` of several, at little more than the cost of one (InvalidRequest for half a surrogate pair)."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            at = error.start
-            raise InvalidRequest(f"the text holds {text[at]!r} at character {at}; expected Unicode text") from None
-    return [list(ids) for ids in lm.tokenizer(list(texts), **AS_TEXT)["input_ids"]]
+    return Reader(name, tokenizer, config, end_ids_of(tokenizer, getattr(settings, "eos_token_id", None)))
 
 
 def pad_sources(

@@ -55,7 +55,7 @@ def open_engine(
 def _trouble(made: ContinuousEngine) -> str | None:
     """What is wrong with an engine, on one request whose answer the reference gives too."""
     lm = made.lm
-    soft = lm.embed(torch.arange(PROBE_TOKENS, device=lm.device) % made.soft_ids.vocabulary).detach()
+    soft = lm.embed(torch.arange(PROBE_TOKENS, device=lm.device) % lm.rows).detach()
     row = Row([0] * PROBE_TOKENS + [1, 2], [*range(PROBE_TOKENS), TEXT, TEXT], [IGNORE] * (PROBE_TOKENS + 2))
     params = SamplingParams(max_tokens=3, logprobs=0)
     wanted = engine.generate(lm, [row], soft[None], [params])[0][0]

@@ -10,16 +10,18 @@ Dimensions used in this file:
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridge.config import Layout
+from bridge.chat import Segment, chat_of, closing_of, segments
+from bridge.config import Chat, Layout, Prompt, Turn
 from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.models import FrozenLM, Reader, ids_of_texts, text_ids
+from bridge.models import FrozenLM
+from bridge.reader import Reader, ids_of_texts, text_ids
 
 LATENT, PROMPT = "{latent}", "{prompt}"
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
@@ -42,6 +44,11 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Ids of the ordinary tokens."""
+        return [i for i, slot in zip(self.ids, self.slots, strict=True) if slot == TEXT]
 
     def after(self, said: list[int]) -> "Row":
         """The same row with tokens said after it, to go on from there."""
@@ -76,20 +83,34 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in ("ids", "slots", "mask", "positions", "labels")))
 
 
-def layout_for(lm: Reader, template: str) -> Layout:
+def layout_for(lm: Reader, template: str, *, chat: bool = False, system: str | None = None) -> Layout:
     """The layout a checkpoint keeps for this receiver and a task's prompt template.
 
     ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``: a later prompt that does not
     place the latent itself gets the surroundings the bridge was trained in. Text before the latent that holds an
     unfilled field is left out: a request could not fill it.
+
+    With ``chat``, prompts go into the receiver's own chat template, behind the ``system`` message where one is given.
+
+    Raises:
+        ModelUnavailable: ``chat`` is asked for and the model has no chat template.
     """
     before, after = split_template(template)
     before = "" if re.search(r"\{\w+\}", before) else before
     gap = after[: len(after) - len(after.lstrip())]
-    eos, bos = lm.tokenizer.eos_token_id, lm.tokenizer.bos_token_id
-    return Layout(
-        f"{before}{LATENT}{gap}{PROMPT}", None if bos is None else int(bos), None if eos is None else int(eos)
-    )
+    return _layout(lm, f"{before}{LATENT}{gap}{PROMPT}", chat_of(lm, system) if chat else None)
+
+
+def text_layout(lm: Reader) -> Layout:
+    """The layout in which a model reads and goes on with plain text."""
+    return _layout(lm, "", None)
+
+
+def _layout(lm: Reader, template: str, chat: Chat | None) -> Layout:
+    eos = lm.tokenizer.eos_token_id
+    closing = closing_of(lm, chat) if chat else None
+    taught = closing if closing in lm.end_ids else None if eos is None else int(eos)
+    return Layout(template, None if chat else lm.source_layout.bos_id, taught, lm.end_ids, chat)
 
 
 def check_layout(layout: Layout, lm: Reader) -> None:
@@ -98,15 +119,35 @@ def check_layout(layout: Layout, lm: Reader) -> None:
     Raises:
         IncompatibleBridge: Naming the token and both ids.
     """
-    for name, want in (("bos", layout.bos_id), ("eos", layout.eos_id)):
-        have = getattr(lm.tokenizer, f"{name}_token_id")
+    bos = lm.tokenizer.bos_token_id if layout.end_ids is None else lm.source_layout.bos_id
+    expected = replace(
+        layout,
+        bos_id=None if layout.chat else bos,
+        eos_id=layout.eos_id if layout.chat and layout.eos_id in lm.end_ids else lm.tokenizer.eos_token_id,
+        end_ids=layout.end_ids and lm.end_ids,
+    )
+    for name in ("bos_id", "eos_id", "end_ids"):
+        want, have = getattr(layout, name), getattr(expected, name)
         if have != want:
-            raise IncompatibleBridge(f"the layout was made with {name} id {want}; {lm.name!r} has {have}")
+            token = name.replace("_", " ")
+            raise IncompatibleBridge(f"the layout was made with {token} {want}; {lm.name!r} has {have}")
 
 
-def place(layout: Layout, prompt: str) -> str:
-    """The full template of a request: its own where it names ``{latent}``, else the layout's."""
-    return prompt if LATENT in prompt else layout.template.replace(PROMPT, prompt)
+def place(layout: Layout, prompt: Prompt) -> Prompt:
+    """The whole of what the receiver is asked: the prompt's own ``{latent}``, else the layout's surroundings of it.
+
+    In a conversation these are put around what the user says first. Where the layout has no chat template, a
+    conversation is what is said in it, line by line.
+    """
+    if isinstance(prompt, str):
+        return prompt if LATENT in prompt else layout.template.replace(PROMPT, prompt)
+    if layout.chat is None:
+        return place(layout, "\n".join(turn.text for turn in prompt if turn.text))
+    at = next((at for at, turn in enumerate(prompt) if turn.role == "user"), None)
+    if at is None or any(LATENT in turn.text for turn in prompt):
+        return prompt
+    asked = Turn("user", layout.template.replace(PROMPT, prompt[at].text))
+    return (*prompt[:at], asked, *prompt[at + 1 :])
 
 
 def split_template(template: str) -> tuple[str, str]:
@@ -115,16 +156,29 @@ def split_template(template: str) -> tuple[str, str]:
     Raises:
         InvalidRequest: ``{latent}`` stands more than once.
     """
-    parts = template.split(LATENT)
-    if len(parts) > 2:
-        raise InvalidRequest(f"{LATENT} stands {len(parts) - 1} times in the prompt; expected once", param="prompt")
-    return ("", template) if len(parts) == 1 else (parts[0], parts[1])
+    before, found, after = template.partition(LATENT)
+    if LATENT in after:
+        raise InvalidRequest(
+            f"{LATENT} stands {template.count(LATENT)} times in the prompt; expected once", param="prompt"
+        )
+    return (before, after) if found else ("", template)
+
+
+def _segments(lm: Reader, layout: Layout, prompt: Prompt) -> list[Segment]:
+    """What is said around the latent, and the tokens of the chat template where the layout has one."""
+    if layout.chat is None:
+        assert isinstance(prompt, str), "a conversation is placed before it is composed"
+        return [prompt]
+    turns = [Turn("user", prompt if LATENT in prompt else LATENT + prompt)] if isinstance(prompt, str) else list(prompt)
+    if layout.chat.system is not None and turns[0].role != "system":
+        turns = [Turn("system", layout.chat.system), *turns]
+    return segments(lm, layout.chat, turns)
 
 
 def compose(
     lm: Reader,
     layout: Layout,
-    template: str,
+    template: Prompt,
     *,
     latent: int | str | None,
     answer: str | None = None,
@@ -139,30 +193,42 @@ def compose(
 
     Args:
         lm: The model that will read the row.
-        layout: Its BOS and EOS policy.
+        layout: Its BOS and EOS policy, and its chat template.
         template: Holds ``{latent}`` at most once; see ``place``.
         latent: K for K soft tokens; a text for that text in their place; None for nothing.
-        answer: Supervised together with EOS; BOS, template and soft tokens never are.
+        answer: Supervised together with EOS; BOS, template and soft tokens never are. In a chat it opens a turn, and
+            has no space before it.
         max_tokens: The most the receiver takes, tokens to be generated included.
 
     Raises:
-        InvalidRequest: The row is empty or longer than ``max_tokens``.
+        InvalidRequest: The row is empty or longer than ``max_tokens``, or the chat template refuses the conversation.
     """
-    before, after = split_template(template)
-    bos = [] if layout.bos_id is None else [layout.bos_id]
+    parts = _segments(lm, layout, template)
+    home = _home(parts) if layout.chat else 0
+    ids = [] if layout.bos_id is None else [layout.bos_id]
+    first, spoken = 0, ""
+    for at, part in enumerate(parts):
+        follows = at > 0 and not lm.begins_again
+        if isinstance(part, int):
+            ids.append(part)
+            spoken = ""
+        elif at == home and isinstance(latent, int):
+            before, after = split_template(part)
+            ids += _run(lm, before.rstrip(" "), follows)
+            first, spoken = len(ids), after or before
+            ids += [0] * latent + continuation(lm, after)
+        else:
+            before, after = split_template(part) if at == home else (part, "")
+            spoken = before + (latent if at == home and isinstance(latent, str) else "") + after
+            ids += _run(lm, spoken, follows)
+    slots = [TEXT] * len(ids)
     if isinstance(latent, int):
-        head = text_ids(lm, before.rstrip(" ")) if before else []
-        ids = bos + head + [0] * latent + continuation(lm, after)
-        first = len(bos) + len(head)
-        slots = [i - first if first <= i < first + latent else TEXT for i in range(len(ids))]
-        spoken = after or before
-    else:
-        spoken = before + (latent or "") + after
-        ids = bos + text_ids(lm, spoken)
-        slots = [TEXT] * len(ids)
+        slots[first : first + latent] = range(latent)
     said: list[int] = []
     if answer is not None:
-        said = continuation(lm, answer, spoken) + ([] if layout.eos_id is None else [layout.eos_id])
+        text = answer.removeprefix(" ") if layout.chat else answer
+        said = continuation(lm, text, spoken) if spoken or not layout.chat else _run(lm, text, not lm.begins_again)
+        said = said + ([] if layout.eos_id is None else [layout.eos_id])
     length = len(ids) + len(said)
     if not ids:
         raise InvalidRequest("the receiver's input is empty; expected a prompt or a latent", param="prompt")
@@ -172,6 +238,21 @@ def compose(
             param="prompt",
         )
     return Row(ids + said, slots + [TEXT] * len(said), [IGNORE] * len(ids) + said)
+
+
+def _home(parts: Sequence[Segment]) -> int:
+    """Which part of a conversation the latent stands in (InvalidRequest unless it is one)."""
+    named = [at for at, part in enumerate(parts) if isinstance(part, str) and LATENT in part]
+    if len(named) != 1:
+        raise InvalidRequest(f"{LATENT} stands in {len(named)} turns; expected it in one", param="messages")
+    return named[0]
+
+
+def _run(lm: Reader, text: str, follows: bool) -> list[int]:
+    """A run of text at its start, or where it follows a token of the template."""
+    if not text:
+        return []
+    return continuation(lm, text) if follows else text_ids(lm, text)
 
 
 def continuation(lm: Reader, text: str, before: str = "") -> list[int]:

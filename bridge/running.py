@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridge.answer import Answer, Generation
-from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError
+from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, at_fault
 from bridge.models import FrozenLM
 from bridge.prompt import Row
+from bridge.reader import check_ids
 from bridge.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,9 @@ class Engine(ABC):
                 f"this receiver has room for {self.capacity_tokens}",
                 param="max_tokens",
             )
+        check_ids(self.lm, row.text_ids)
+        with at_fault("stop_ids"):
+            check_ids(self.lm, params.stop_ids)
         with self._lock:
             self._count += 1
             running = Running(f"r{self._count}", row, soft, Answer(self.lm, params), on_end, on_news)

@@ -1,7 +1,10 @@
-"""Soft tokens under ids of their own, beyond the vocabulary, for engines that take ids and no embeddings.
+"""Soft tokens under ids of their own, below zero, for engines that take ids and no embeddings.
+
+They are rows of a table of their own, and the sign says which table an id is of: the vocabulary's begin at 0 and go up
+(a tokenizer has no other), the soft tokens' begin at -1 and go down. So no text can name one, whatever its tokenizer.
 
 An engine that shares cached blocks between requests finds them by their ids. So an id must never come to mean another
-soft token while a block made with it could be found: ids are handed out in ascending order and not again. A latent that
+soft token while a block made with it could be found: ids are handed out in order and not again. A latent that
 is asked again keeps its ids, on purpose, and then shares its blocks.
 
 Dimensions used in this file:
@@ -18,12 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-LARGEST_ID = (1 << 31) - 1  # engines keep ids in 32 bits
+ROWS = 1 << 31  # engines keep ids in 32 bits
 
 
 @dataclass
 class _Held:
-    first: int
+    first: int  # row in the table
     soft: Float[Tensor, "K D"]
     users: int = 0
 
@@ -34,11 +37,11 @@ class SoftIds:
     Soft tokens nobody uses are kept, least recently used first out, up to ``kept_tokens`` of them.
     """
 
-    def __init__(self, embedding: nn.Module, vocabulary: int, *, kept_tokens: int) -> None:
-        self.vocabulary, self._kept_tokens = vocabulary, kept_tokens
+    def __init__(self, embedding: nn.Module, *, kept_tokens: int) -> None:
+        self._kept_tokens = kept_tokens
         self._embedding, self._embed = embedding, embedding.forward
         self.tokens = 0  # soft tokens held
-        self._next = vocabulary
+        self._next = 0
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._by_first: dict[int, _Held] = {}
         self._firsts: list[int] = []
@@ -60,18 +63,17 @@ class SoftIds:
         with self._lock:
             held = self._held.get(key)
             if held is None:
-                if self._next + len(soft) > LARGEST_ID:
+                if self._next + len(soft) > ROWS:
                     return None
                 held = self._held[key] = self._number(soft)
             held.users += 1
             self._held.move_to_end(key)
-            return range(held.first, held.first + len(held.soft))
+            return _ids(held)
 
     def ids(self, key: Hashable) -> range:
         """The ids now of soft tokens that are held."""
         with self._lock:
-            held = self._held[key]
-            return range(held.first, held.first + len(held.soft))
+            return _ids(self._held[key])
 
     def release(self, key: Hashable) -> None:
         """One user less; what nobody uses may be dropped from now on."""
@@ -87,7 +89,7 @@ class SoftIds:
         with self._lock:
             for key in [key for key, held in self._held.items() if held.users == 0]:
                 self._drop(key)
-            self._by_first, self._firsts, self._next, self.tokens = {}, [], self.vocabulary, 0
+            self._by_first, self._firsts, self._next, self.tokens = {}, [], 0, 0
             for key, held in self._held.items():
                 users = held.users
                 self._held[key] = self._number(held.soft)
@@ -108,31 +110,36 @@ class SoftIds:
         self._firsts.remove(held.first)
 
     def _forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
-        soft = ids >= self.vocabulary
+        soft = ids < 0
         if not bool(soft.any()):
             plain: Tensor = self._embed(ids)
             return plain
         embeds: Tensor = self._embed(ids.masked_fill(soft, 0)).clone()
-        embeds[soft] = self._rows(ids[soft].tolist(), embeds)
+        embeds[soft] = self._rows((-1 - ids[soft]).tolist(), embeds)
         return embeds
 
-    def _rows(self, ids: list[int], like: Float[Tensor, "*shape D"]) -> Float[Tensor, "T D"]:
-        """The soft tokens of ids, run by run."""
+    def _rows(self, rows: list[int], like: Float[Tensor, "*shape D"]) -> Float[Tensor, "T D"]:
+        """Soft tokens by their rows in the table, run by run."""
         runs: list[Tensor] = []
         at = 0
         with self._lock:
-            while at < len(ids):
-                place = bisect_right(self._firsts, ids[at]) - 1
+            while at < len(rows):
+                place = bisect_right(self._firsts, rows[at]) - 1
                 held = self._by_first[self._firsts[place]] if place >= 0 else None
-                start = ids[at] - held.first if held else 0
+                start = rows[at] - held.first if held else 0
                 if held is None or start >= len(held.soft):
                     # Dropped between a request's end and the step that was already under way: nobody reads the result.
                     runs.append(like.new_zeros(1, like.shape[-1]))
                     at += 1
                     continue
-                most, count = min(len(held.soft) - start, len(ids) - at), 1
-                while count < most and ids[at + count] == ids[at] + count:
+                most, count = min(len(held.soft) - start, len(rows) - at), 1
+                while count < most and rows[at + count] == rows[at] + count:
                     count += 1
                 runs.append(held.soft[start : start + count].to(like.dtype))
                 at += count
         return torch.cat(runs)
+
+
+def _ids(held: _Held) -> range:
+    """Row n of the table has the id -1 - n."""
+    return range(-1 - held.first, -1 - held.first - len(held.soft), -1)

@@ -154,7 +154,10 @@ def check_limits(runtime: Runtime, body: GenerateRequest) -> None:
     for at, item in enumerate(body.inputs):
         runtime.check_text(item.text or "", f"inputs.{at}.text")
     for prompt in set(body.prompts):
-        runtime.check_text(prompt, "prompt")
+        if isinstance(prompt, str):
+            runtime.check_text(prompt, "prompt")
+        else:
+            runtime.check_text("".join(turn.text for turn in prompt), "messages")
 
 
 def within(*limits: tuple[str, int, int]) -> None:

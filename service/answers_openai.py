@@ -181,7 +181,7 @@ class Reply(ABC, Generic[Whole, Choice]):
     PREFIX: ClassVar[str]  # of ids
 
     def __init__(self, body: Asked, bridge_id: str) -> None:
-        self.choices = range(len(body.prompts) * body.n)
+        self.choices = range(body.questions * body.n)
         self._reports_usage = body.stream_options.include_usage
         self._head: dict[str, Any] = {
             "id": f"{self.PREFIX}-{uuid.uuid4().hex}",

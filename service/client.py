@@ -35,6 +35,7 @@ from service.client_types import (
     Latent,
     Output,
     Progress,
+    Prompt,
     ServiceError,
     Timing,
     Token,
@@ -101,16 +102,17 @@ class _Service:
         return await self._ask(Encoded, protocol.inference("/encode", {"inputs": texts}, options))
 
     async def generate(
-        self, inputs: Input | Sequence[Input], prompt: str | Sequence[str], **options: Unpack[GenerateOptions]
+        self, inputs: Input | Sequence[Input], prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> Generated:
         """``POST /generate``: what a receiver says about one input or several.
 
-        An input is a text, a ``Latent``, a message (bytes), or ``{"text" | "latent" | "latent_id": …}``.
+        An input is a text, a ``Latent``, a message (bytes), or ``{"text" | "latent" | "latent_id": …}``; a prompt is a
+        text, one for each input, or the messages of a conversation.
         """
         return await self._ask(Generated, protocol.inference("/generate", protocol.question(inputs, prompt), options))
 
     async def stream(
-        self, inputs: Input | Sequence[Input], prompt: str | Sequence[str], **options: Unpack[GenerateOptions]
+        self, inputs: Input | Sequence[Input], prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event, None]:
         """``generate``, as it is said: ``Token`` by ``Token``, and at last the ``Generated``.
 

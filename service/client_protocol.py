@@ -37,6 +37,7 @@ from service.client_types import (
     GenerateOptions,
     Input,
     Latent,
+    Prompt,
     ServiceError,
     Token,
 )  # fmt: skip
@@ -167,10 +168,12 @@ def admin(bridge: str, action: str, options: CallOptions) -> Call:
     return Call("POST", f"/admin/bridges/{quote(bridge, '')}/{action}", **options)
 
 
-def question(inputs: Input | Sequence[Input], prompt: str | Sequence[str]) -> dict[str, Any]:
-    """Inputs and prompt as ``/generate`` takes them."""
+def question(inputs: Input | Sequence[Input], prompt: Prompt) -> dict[str, Any]:
+    """Inputs, and prompt or messages, as ``/generate`` takes them."""
     each = [inputs] if isinstance(inputs, str | bytes | Latent | Mapping) else inputs
-    return {"inputs": [_input(item) for item in each], "prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    asked = prompt if isinstance(prompt, str) else list(prompt)
+    name = "messages" if any(isinstance(one, Mapping) for one in asked) else "prompt"
+    return {"inputs": [_input(item) for item in each], name: asked}
 
 
 def _input(item: Input) -> dict[str, str]:

@@ -152,6 +152,8 @@ class Token:
 
 Event = Token | Generated
 Input = str | bytes | Latent | Mapping[str, str]
+Prompt = str | Sequence[str] | Sequence[Mapping[str, str]]
+"""One prompt for all inputs, one for each, or a conversation: ``{"role": "user", "content": …}`` for each turn."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from bridge.evaluation import conditions
 from bridge.evaluation.conditions import Setting, check_room
 from bridge.evaluation.report import Progress, evaluate
 from bridge.evaluation.tasks import Task
-from bridge.models import FrozenLM, Reader
+from bridge.models import FrozenLM
+from bridge.reader import Reader
 from service.served import Served
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from bridge.devices import is_out_of_memory
 from bridge.engine import Encoded
 from bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from bridge.memory import budget_bytes, free_caches, peak_bytes
-from bridge.models import SourceTokens, load_reader
+from bridge.models import load_reader
 from bridge.prompt import TEXT, Row
+from bridge.reader import SourceTokens
 from bridge.residency import Residency
 from bridge.running import Engine, Running
 from bridge.sampling import SamplingParams

@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from bridge.config import Prompt, Role, Turn
 from bridge.errors import InvalidMessage
 
 Condition = Literal["bridge", "direct", "none"]
 
 MAX_FIELDS = 64
 MAX_LOGPROBS = 20
+MAX_TURNS = 256
 FAIL_FAST = Field(fail_fast=True)  # a million wrong items make one error, not a million
 
 
@@ -77,15 +79,40 @@ class Input(Strict):
         return self
 
 
+class TurnIn(Strict):
+    """What one side says in a conversation."""
+
+    role: Role
+    content: str
+
+
+def _asked_one_way(schema: dict[str, Any]) -> None:
+    """Say in the document what the validator checks: a prompt, or messages."""
+    schema["oneOf"] = [
+        {"required": ["prompt"], "properties": {"prompt": {"type": ["string", "array"]}}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+    ]
+
+
 class GenerateRequest(Strict):
     """Questions to a receiver about texts it will not see."""
+
+    model_config = ConfigDict(json_schema_extra=_asked_one_way)
 
     bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
     receiver: str | None = Field(None, description="Which of the bridge's receivers answers; its first when absent.")
     inputs: Annotated[list[Input], FAIL_FAST] = Field(min_length=1)
-    prompt: str | Annotated[list[str], FAIL_FAST] = Field(
+    prompt: str | Annotated[list[str], FAIL_FAST] | None = Field(
+        None,
         description="What the receiver is asked: one prompt for all inputs, or one for each. {latent} says where the "
-        "soft tokens stand; without it they stand where the bridge was trained to have them."
+        "soft tokens stand; without it they stand where the bridge was trained to have them.",
+    )
+    messages: Annotated[list[TurnIn], FAIL_FAST] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TURNS,
+        description="Instead of a prompt: a conversation whose last message is the user's. It goes through the "
+        "receiver's chat template where the bridge was trained with that, else its texts are joined by newlines.",
     )
     condition: Condition = Field(
         "bridge",
@@ -110,6 +137,14 @@ class GenerateRequest(Strict):
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
     @model_validator(mode="after")
+    def _asks_one_thing(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt and messages")
+        if self.messages is not None and (role := self.messages[-1].role) != "user":
+            raise ValueError(f"the last of the messages is of the role {role}; expected user")
+        return self
+
+    @model_validator(mode="after")
     def _one_prompt_each(self) -> Self:
         if isinstance(self.prompt, list) and len(self.prompt) != len(self.inputs):
             raise ValueError(f"{len(self.prompt)} prompts for {len(self.inputs)} inputs; give one, or one for each")
@@ -122,9 +157,12 @@ class GenerateRequest(Strict):
         return self
 
     @property
-    def prompts(self) -> list[str]:
-        """One prompt for each input."""
-        return [self.prompt] * len(self.inputs) if isinstance(self.prompt, str) else self.prompt
+    def prompts(self) -> list[Prompt]:
+        """What is asked about each input."""
+        if isinstance(self.prompt, list):
+            return list(self.prompt)
+        turns = tuple(Turn(turn.role, turn.content) for turn in self.messages or ())
+        return [turns if self.prompt is None else self.prompt] * len(self.inputs)
 
 
 class LatentOut(BaseModel):
@@ -220,6 +258,7 @@ class BridgeOut(BaseModel):
     latent_dim: int
     max_source_tokens: int
     template: str
+    chat: bool = Field(description="Whether prompts go through the receiver's own chat template.")
     task: str
     steps: int
     loaded: dict[str, int] = Field(description="Models of this bridge now in memory, and their bytes.")

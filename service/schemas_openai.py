@@ -12,20 +12,24 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from bridge.config import Role
 from service.schemas import (
     FAIL_FAST,
     MAX_LOGPROBS,
+    MAX_TURNS,
     Condition,
     Deadline,
     GenerateRequest,
     Input,
     Stops,
     Strict,
+    TurnIn,
     as_list,
 )
 
 CARRIES = {"text": "text", "source": "text", "latent": "data", "latent_id": "id"}  # field of each content part
 NATIVE = {"source": "text", "latent": "latent", "latent_id": "latent_id"}  # field of an input of /generate
+SPOKEN: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 FEW: int = GenerateRequest.model_fields["max_tokens"].default
 
 
@@ -121,8 +125,13 @@ class Asked(Lenient):
 
     @property
     @abstractmethod
-    def prompts(self) -> list[str]:
-        """What the receiver is asked, once or several times about one source."""
+    def asked(self) -> dict[str, Any]:
+        """What the receiver is asked, as ``/generate`` takes it."""
+
+    @property
+    def questions(self) -> int:
+        """How often it is asked about the one source."""
+        return 1
 
     @property
     @abstractmethod
@@ -165,8 +174,8 @@ class Asked(Lenient):
         return GenerateRequest(
             bridge=bridge,
             receiver=receiver,
-            inputs=[source] * len(self.prompts),
-            prompt=self.prompts,
+            inputs=[source] * self.questions,
+            **self.asked,
             logprobs=self.reported,
             **fields,
         )
@@ -196,9 +205,14 @@ class CompletionRequest(Asked):
     suffix: Annotated[Any, Only("")] = None
 
     @property
-    def prompts(self) -> list[str]:
+    def asked(self) -> dict[str, Any]:
         """One prompt for each question."""
-        return self.prompt
+        return {"prompt": self.prompt}
+
+    @property
+    def questions(self) -> int:
+        """One for each prompt."""
+        return len(self.prompt)
 
     @property
     def reported(self) -> int | None:
@@ -270,8 +284,9 @@ class ChatRequest(Asked):
 
     messages: Annotated[list[Message], FAIL_FAST] = Field(
         min_length=1,
-        description="The receiver is a base model: what it gets is the text of all messages, in their order, joined "
-        "by newlines. The last message is the user's.",
+        max_length=MAX_TURNS,
+        description="In the receiver's chat template where the bridge was trained with it; else what the receiver gets "
+        "is the text of all messages, in their order, joined by newlines. The last message is the user's.",
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool = Field(False, description="Report each token's log-probability.")
@@ -304,9 +319,9 @@ class ChatRequest(Asked):
         return self
 
     @property
-    def prompts(self) -> list[str]:
-        """One: the text of all messages."""
-        return [_lines([message.text for message in self.messages])]
+    def asked(self) -> dict[str, Any]:
+        """The conversation."""
+        return {"messages": [TurnIn(role=SPOKEN[m.role], content=m.text) for m in self.messages]}
 
     @property
     def reported(self) -> int | None:

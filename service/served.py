@@ -11,10 +11,12 @@ from torch import Tensor
 
 from bridge import wire
 from bridge.checkpoint import Bridge
-from bridge.config import Manifest
+from bridge.config import Manifest, Prompt
 from bridge.engine import soften
-from bridge.models import FrozenLM, Reader, SourceTokens, tokenize_source
+from bridge.errors import at_fault
+from bridge.models import FrozenLM
 from bridge.prompt import Row, compose, place
+from bridge.reader import Reader, SourceTokens, check_ids, tokenize_source
 from bridge.running import Soft
 from bridge.sampling import SamplingParams
 
@@ -33,7 +35,7 @@ class Question:
     """One output that is asked for: what stands in the latent's place (a latent, a text, nothing), and the prompt."""
 
     given: NDArray[np.float32] | str | None
-    prompt: str
+    prompt: Prompt
     params: SamplingParams
 
 
@@ -86,12 +88,16 @@ class Served:
     def tokenize(self, row: Text) -> SourceTokens:
         """What the sender reads of a text (InvalidRequest when that is nothing, or too much)."""
         limit = self.manifest.bridge.max_source_tokens
-        return tokenize_source(self.readers[self.sender], row.text, max_tokens=limit, truncate=row.truncate)
+        return tokenize_source(
+            self.readers[self.sender], row.text, self.manifest.bridge.source, max_tokens=limit, truncate=row.truncate
+        )
 
     def compose(self, receiver: str, question: Question) -> Row:
         """The receiver's input for a question (InvalidRequest when it does not fit)."""
         reader, layout = self.readers[receiver], self.manifest.bridge.heads[receiver].layout
         given = question.given
+        with at_fault("stop_ids"):
+            check_ids(reader, question.params.stop_ids)
         return compose(
             reader,
             layout,

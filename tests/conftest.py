@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import (
     GPT2Config,
@@ -56,6 +56,8 @@ def byte_tokenizer(*, bos: bool = True, pad: str = "<pad>") -> PreTrainedTokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     begin = {"bos_token": "<s>"} if bos else {}
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token=pad, **begin)
 
 
@@ -71,6 +73,7 @@ def write_model(folder: Path, family: str, *, seed: int = 0, bos: bool = True, p
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -108,6 +111,7 @@ def bridge_config(sender: FrozenLM, receiver: FrozenLM, **encoder: object) -> Br
         encoder=EncoderConfig(**shape),  # type: ignore[arg-type]
         heads={receiver.name: Head(receiver.ref, layout_for(receiver, TEMPLATE), receiver.embedding_rms())},
         provenance=Provenance("world", "0" * 64, 0, 1, "test", {}),
+        source=sender.source_layout,
     )
 
 

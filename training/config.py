@@ -51,6 +51,10 @@ class TrainConfig(BaseModel):
     layer: list[int] | None = Field(
         None, description="Sender layer to read, from 1; repeat to read several. [two thirds up]"
     )
+    template: Literal["plain", "chat"] = Field(
+        "plain", description="chat: ask in the receiver's own chat template, the latent inside the user's turn."
+    )
+    system: str | None = Field(None, description="System message of the chat template. [what the template has]")
     # the steps
     max_steps: int = Field(1000, ge=1, description="Optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Examples per forward pass, in each process.")
@@ -133,6 +137,8 @@ class TrainConfig(BaseModel):
             raise ValueError("--bridge needs --add-receiver")
         elif not self.sender or not self.receiver:
             raise ValueError("sender and receiver are needed")
+        if self.system is not None and self.template != "chat":
+            raise ValueError("--system needs --template chat")
         if len(set(self.receiver)) < len(self.receiver):
             raise ValueError(f"receivers must differ, got {self.receiver}")
         if not any((self.answer_weight, self.first_k_weight, self.kd_weight)):

@@ -24,7 +24,8 @@ from torch import Tensor
 from bridge.checkpoint import read_part, replace_file, write_part
 from bridge.config import Part
 from bridge.errors import CorruptCheckpoint
-from bridge.models import FrozenLM, SourceTokens, hidden_states, pad_sources
+from bridge.models import FrozenLM, hidden_states, pad_sources
+from bridge.reader import SourceTokens
 from bridge.residency import Residency
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
 from bridge.devices import default_device
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.models import FrozenLM, fingerprint_of, load_model, tokenize_source
+from bridge.models import FrozenLM, fingerprint_of, load_model
 from bridge.prompt import compose, layout_for
+from bridge.reader import Reader, tokenize_source
 from bridge.residency import Residency
 from training.config import TrainConfig
 from training.data import Order, split_off
@@ -31,7 +32,7 @@ from training.features import CachedStates, LiveStates, build, features_key, ope
 from training.machine import DTYPES, Ranks, compile_model, join_ranks, recompute, shard
 from training.muon import Muon
 from training.step import Run
-from training.tokens import Side, Tokeniser, Tokens, tokenise, unflatten
+from training.tokens import Tokeniser, Tokens, tokenise, unflatten
 
 CHECKED = 2000  # examples of a generated task that are looked at before the first step
 OBJECTIVES = ("reconstruction", "continuation")  # those with learned mode tokens
@@ -140,12 +141,12 @@ def _load(config: TrainConfig, name: str, **where: Any) -> FrozenLM:
     return compile_model(lm) if config.compile and name != config.sender else lm
 
 
-def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[str, Side], BridgeConfig]:
+def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[str, Reader], BridgeConfig]:
     """Load each model in turn, look at it, and describe the bridge between them."""
-    sides: dict[str, Side] = {}
+    sides: dict[str, Reader] = {}
     heads: dict[str, Head] = {}
     with residency.use(config.sender) as lm:
-        sides[lm.name] = Side(lm.name, lm.tokenizer, lm.max_tokens)
+        sides[lm.name] = lm.reader
         described = describe(config, task, lm)
         if config.bridge is not None:
             check_sender(described, lm)
@@ -160,8 +161,8 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
                     f"the tokenizer of receiver {name!r} has no end-of-text token: its answers could not end",
                     param="receiver",
                 )
-            sides[name] = Side(name, lm.tokenizer, lm.max_tokens)
-            layout = layout_for(lm, task.template)
+            sides[name] = lm.reader
+            layout = layout_for(lm, task.template, chat=config.template == "chat", system=config.system)
             heads[name] = Head(lm.ref, layout, lm.embedding_rms(), _provenance(config, task) if config.bridge else None)
     return sides, with_heads(described, heads)
 
@@ -202,6 +203,7 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
         ),
         heads={},
         provenance=_provenance(config, task),
+        source=sender.source_layout,
     )
 
 
@@ -245,7 +247,7 @@ def learned_modes(config: TrainConfig, bridge: Bridge, device: torch.device) -> 
     ).to(device)
 
 
-def not_aligned(config: TrainConfig, sides: dict[str, Side]) -> str | None:
+def not_aligned(config: TrainConfig, sides: dict[str, Reader]) -> str | None:
     """Why no soft token can be held against the words it covers, or None where it can."""
     if not config.windowed:
         return f"{config.encoder} slots cover no words of their own"
@@ -346,7 +348,8 @@ def _cached(run: Run, console: Console) -> CachedStates:
     seen = sorted({i for step in range(config.max_steps) for i in order.batch(step)})
     side = run.tokenisers[config.receivers[0]].sender
     texts = [run.train[i].source for i in seen] + [example.source for example in run.validation]
-    sources = [tokenize_source(side, text, max_tokens=described.max_source_tokens, truncate=True) for text in texts]
+    kept, limit = described.source, described.max_source_tokens
+    sources = [tokenize_source(side, text, kept, max_tokens=limit, truncate=True) for text in texts]
     key = features_key(
         sender=str(described.sender.fingerprint),
         layers=described.layers,

@@ -25,8 +25,9 @@ from bridge.config import RANDOM, Fingerprint, Head
 from bridge.devices import default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
-from bridge.models import FrozenLM, SourceTokens, folder_of
+from bridge.models import FrozenLM, folder_of
 from bridge.prompt import IGNORE, TEXT, Row, layout_for
+from bridge.reader import SourceTokens
 from bridge.residency import Residency
 from training.config import TrainConfig
 from training.features import CachedStates, LiveStates, States
@@ -186,7 +187,7 @@ def _shapes(name: str, dtype: torch.dtype) -> FrozenLM:
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)  # type: ignore[no-untyped-call]
     model = model.eval().requires_grad_(False)
-    return FrozenLM(name=name, tokenizer=tokenizer, model=model, fingerprint=Fingerprint("", "", ""))
+    return FrozenLM(name, tokenizer, model.config, (1,), model, Fingerprint("", "", ""))
 
 
 def _stack(lm: FrozenLM) -> tuple[nn.ModuleList, int]:

@@ -14,23 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from bridge import prompt as composer
+from bridge import chat, prompt, reader
 from bridge.config import BridgeConfig, Layout
 from bridge.errors import LatentWireError
 from bridge.evaluation.conditions import fit
 from bridge.evaluation.tasks import Example
-from bridge.models import AS_TEXT, Reader, SourceTokens, text_ids, tokenize_source
 from bridge.prompt import IGNORE, LATENT, TEXT, Row, compose
+from bridge.reader import Reader, SourceTokens, kept_layout, text_ids, text_offsets, tokenize_source
 from training.config import TrainConfig
 
 SPARE = 8  # receiver tokens left free beside a repeated source, whose tokens can join otherwise than counted
-
-
-@dataclass(frozen=True)
-class Side(Reader):
-    """A model's tokenizer with the longest input its positions allow."""
-
-    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +58,8 @@ class Tokeniser:
     config: TrainConfig
     bridge: BridgeConfig
     reconstruction: str
-    sender: Side
-    receiver: Side
+    sender: Reader
+    receiver: Reader
     aligned: bool
 
     @property
@@ -76,7 +69,7 @@ class Tokeniser:
     def __call__(self, example: Example) -> Tokens:
         """Raises InvalidRequest when the prompt and answer do not fit the receiver beside the soft tokens."""
         config, limit = self.config, self.bridge.max_source_tokens
-        source = tokenize_source(self.sender, example.source, max_tokens=limit, truncate=True)
+        source = tokenize_source(self.sender, example.source, self.bridge.source, max_tokens=limit, truncate=True)
         slots = self.bridge.slots_of(len(source.ids))
         answer = self._compose(example.prompt, slots, example.answer)
         half, rest = self._halves(example.source, source)
@@ -103,9 +96,11 @@ class Tokeniser:
         """A row whose answer is a text of any length, cut to the room beside soft tokens and template."""
         if not answer.strip():
             return self._compose(template, slots, None)
-        room = self.receiver.max_tokens - slots - len(text_ids(self.receiver, template.replace(LATENT, ""))) - SPARE
+        row = compose(self.receiver, self.layout, template, latent=slots, answer=answer)
+        if (over := len(row) - self.receiver.max_tokens) <= 0:
+            return row
         ids = text_ids(self.receiver, answer)
-        said = answer if len(ids) <= room else str(self.receiver.tokenizer.decode(ids[: max(room, 1)]))
+        said = str(self.receiver.tokenizer.decode(ids[: max(len(ids) - over - SPARE, 1)]))
         return self._compose(template, slots, said)
 
     def _halves(self, text: str, source: SourceTokens) -> tuple[int, str]:
@@ -117,11 +112,16 @@ class Tokeniser:
         space = text.find(" ", len(text) // 2)
         if space < 0 or not self.config.continuation_weight:
             return len(source.ids), ""
-        bos = int(self.sender.tokenizer.bos_token_id is not None)
+        bos = self._opening
         start = text_ids(self.sender, text[:space])
         kept = next((i for i, (a, b) in enumerate(zip(start, source.ids[bos:], strict=False)) if a != b), None)
         kept = min(len(start), len(source.ids) - bos) if kept is None else kept
         return (kept + bos, text[space:]) if kept else (len(source.ids), "")
+
+    @property
+    def _opening(self) -> int:
+        """Tokens before a source."""
+        return int(kept_layout(self.bridge.source, self.sender).bos_id is not None)
 
     def _teacher(self, example: Example, answer: Row) -> Row:
         """The receiver reads the source where the soft tokens stood, and says the student's very tokens."""
@@ -131,25 +131,26 @@ class Tokeniser:
 
     def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
         """The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned."""
-        bos = int(self.sender.tokenizer.bos_token_id is not None)
-        mine = self.sender.tokenizer(text, return_offsets_mapping=True, **AS_TEXT)
-        theirs = self.receiver.tokenizer(text, return_offsets_mapping=True, **AS_TEXT)
-        ends = np.asarray([end for _, end in mine["offset_mapping"]][: source_tokens - bos])
+        bos = self._opening
+        ends = np.asarray([end for _, end in text_offsets(self.sender, text)][: source_tokens - bos])
+        theirs = zip(text_ids(self.receiver, text), text_offsets(self.receiver, text), strict=True)
         return [
             ((int(np.searchsorted(ends, end)) + bos) // self.config.ratio, token)
-            for token, (_, end) in zip(theirs["input_ids"], theirs["offset_mapping"], strict=True)
+            for token, (_, end) in theirs
             if len(ends) and end <= ends[-1]
         ]
 
     def key(self, data_sha256: str, template: str, fingerprints: Sequence[str]) -> str:
         """Digest of everything that decides the tokens, this code included: another one is another cache."""
-        code = b"".join(Path(module).read_bytes() for module in (__file__, composer.__file__))
+        code = b"".join(
+            Path(module).read_bytes() for module in (__file__, chat.__file__, prompt.__file__, reader.__file__)
+        )
         objectives = {name: getattr(self.config, name) > 0 for name in ("reconstruction_weight", "continuation_weight")}
         described = {
             **objectives,
             "data": [data_sha256, template, self.reconstruction],
             "models": list(fingerprints),
-            "layout": repr(self.layout),
+            "layout": repr((self.bridge.source, self.layout)),
             "slots": repr((self.bridge.encoder.kind, self.bridge.encoder.ratio, self.bridge.encoder.num_latents)),
             "limits": [self.bridge.max_source_tokens, self.receiver.max_tokens, self.config.mode_tokens],
             "wanted": [self.aligned, self.config.kd_weight > 0],

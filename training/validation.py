@@ -11,8 +11,8 @@ from bridge import engine
 from bridge.evaluation.conditions import Asking, answer
 from bridge.evaluation.debug import shown
 from bridge.evaluation.metrics import exact_match, token_f1
-from bridge.models import tokenize_source
 from bridge.prompt import collate
+from bridge.reader import tokenize_source
 from training.config import Metric
 from training.data import chunks
 from training.objectives import answer_loss
@@ -51,10 +51,11 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[Metric, floa
 
 
 def _latents(run: Run) -> list[NDArray[np.float32]]:
-    limit, side = run.bridge.config.max_source_tokens, run.tokenisers[run.config.receivers[0]].sender
+    config, side = run.bridge.config, run.tokenisers[run.config.receivers[0]].sender
+    limit = config.max_source_tokens
     found: list[NDArray[np.float32]] = []
     for part in chunks(list(run.validation), run.micro_batch):
-        sources = [tokenize_source(side, e.source, max_tokens=limit, truncate=True) for e in part]
+        sources = [tokenize_source(side, e.source, config.source, max_tokens=limit, truncate=True) for e in part]
         latents, slots = run.bridge.encoder(*run.states.read(sources))
         found += [row[real].float().cpu().numpy() for row, real in zip(latents, slots, strict=True)]
     return found

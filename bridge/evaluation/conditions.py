@@ -20,8 +20,9 @@ from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
 from bridge.config import Layout, Manifest
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task, said_after
-from bridge.models import FrozenLM, Reader, SourceTokens, load_model, text_ids, tokenize_source
-from bridge.prompt import LATENT, Row, collate, compose
+from bridge.models import FrozenLM, load_model
+from bridge.prompt import LATENT, Row, collate, compose, text_layout
+from bridge.reader import Reader, SourceTokens, text_ids, tokenize_source
 from bridge.sampling import SamplingParams
 
 Latent = NDArray[np.float32]
@@ -107,9 +108,9 @@ class Setting(Asking):
 
     def sources(self, chosen: Sequence[int]) -> list[SourceTokens]:
         """Sender tokens of the chosen examples, cut to what the bridge reads."""
-        limit = self.bridge.config.max_source_tokens
-        texts = (self.examples[i].source for i in chosen)
-        return [tokenize_source(self.sender, text, max_tokens=limit, truncate=True) for text in texts]
+        config = self.bridge.config
+        limit, texts = config.max_source_tokens, (self.examples[i].source for i in chosen)
+        return [tokenize_source(self.sender, text, config.source, max_tokens=limit, truncate=True) for text in texts]
 
     def latents(self, chosen: Sequence[int]) -> list[Latent]:
         """Latents of the chosen examples as the receiver's side decodes them, after the wire."""
@@ -149,8 +150,7 @@ class Setting(Asking):
 
     def relay(self, chosen: Sequence[int]) -> list[str]:
         """What the sender writes about each source, greedily: the latent's rival in words."""
-        tokenizer = self.sender.tokenizer
-        layout = Layout("", tokenizer.bos_token_id, tokenizer.eos_token_id)
+        layout = text_layout(self.sender)
         template = self.task.relay.replace("{source}", LATENT)
         length = min(RELAY_TOKENS, self.sender.max_tokens // 4)
         room = self.sender.max_tokens - length

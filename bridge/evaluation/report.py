@@ -17,7 +17,7 @@ from bridge.checkpoint import replace_file
 from bridge.errors import InvalidRequest
 from bridge.evaluation.conditions import CONDITIONS, Condition, Reading, Setting, answer, soft_tokens
 from bridge.evaluation.metrics import bootstrap, exact_match, token_f1
-from bridge.models import text_ids
+from bridge.reader import text_ids
 from bridge.sampling import SamplingParams
 
 Progress = Callable[[str | None, int, int], None]

@@ -48,9 +48,12 @@ async def chat_completions(body: ChatRequest, request: Request) -> Any:
     `{"type": "latent", "data": …}` or `{"type": "latent_id", "id": …}`, or one of the fields `source`, `latent` and
     `latent_id`; one in all.
 
-    Receivers are base models without a chat template. What one gets is the text of every message, system messages and
-    earlier answers included, in their order, joined by newlines, and nothing else: no names of roles. So the last
-    message, which is the user's, ends the prompt, and asks best in the form that the bridge was trained with, such as
+    A bridge that was trained with the receiver's chat template (`chat` in /bridges) gets all messages in it, in their
+    order; the latent stands where a message says `{latent}`, else in the first of the user's.
+
+    The receiver of any other bridge gets the text of every message, system messages and earlier answers included, in
+    their order, joined by newlines, and nothing else: no names of roles. So the last message, which is the user's, ends
+    the prompt, and asks best in the form that the bridge was trained with, such as
     `Question: What does Mara want?\\nAnswer:`.
     """
     return await _answer(request, body, ChatReply)
@@ -79,7 +82,7 @@ async def _answer(request: Request, body: Asked, shape: type[Reply[Any, Any]]) -
     runtime: Runtime = request.app.state.runtime
     with _named(body.place):
         served, receiver = _find(runtime, body.model)
-        within((body.PROMPT, len(body.prompts), runtime.settings.max_inputs))
+        within((body.PROMPT, body.questions, runtime.settings.max_inputs))
         reply = shape(body, served.manifest.bridge_id)
 
         async def events(pieces: AsyncIterator[Piece], answer: Callable[[], GenerateResponse]) -> AsyncIterator[str]:

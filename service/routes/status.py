@@ -73,6 +73,7 @@ def describe(runtime: Runtime, served: Served) -> BridgeOut:
         latent_dim=config.encoder.latent_dim,
         max_source_tokens=config.max_source_tokens,
         template=config.heads[served.bridge.default_receiver].layout.template,
+        chat=config.heads[served.bridge.default_receiver].layout.chat is not None,
         task=config.provenance.task,
         steps=config.provenance.steps,
         loaded={name: state.bytes for name, state in states.items() if state is not None},

@@ -255,7 +255,7 @@ def test_used_up_ids_begin_again_with_an_empty_cache(
 ) -> None:
     lm = lms["llama"]
     made = opened(ContinuousEngine, lm)
-    monkeypatch.setattr(softids, "LARGEST_ID", made.soft_ids.vocabulary + 100)
+    monkeypatch.setattr(softids, "ROWS", 100)
     (running,) = ask(made, [0], [SamplingParams(120, 1.0, seed=9)])
     for seed in range(8):
         row, drawn = shared_prefix(lm, seed)

@@ -14,8 +14,9 @@ from bridge import engine
 from bridge.answer import Generation
 from bridge.checkpoint import load_bridge
 from bridge.engine import answer_logits, answer_scores, encode, generate, soften, token_losses
-from bridge.models import FrozenLM, load_model, tokenize_source
+from bridge.models import FrozenLM, load_model
 from bridge.prompt import IGNORE, Row, collate, compose, embed, layout_for
+from bridge.reader import tokenize_source
 from bridge.sampling import SamplingParams, choose
 from tests.conftest import byte_tokenizer
 
@@ -310,7 +311,9 @@ def test_serving_keeps_no_graph(lms: dict[str, FrozenLM], checkpoint: Path) -> N
     )
     try:
         generate(lms["llama"], rows_of(lms["llama"]), None, [SamplingParams(1)] * 4)
-        encode(bridge, lms["neox"], [tokenize_source(lms["neox"], "Mara sings.", max_tokens=64)])
+        encode(
+            bridge, lms["neox"], [tokenize_source(lms["neox"], "Mara sings.", lms["neox"].source_layout, max_tokens=64)]
+        )
     finally:
         handle.remove()
         reading.remove()

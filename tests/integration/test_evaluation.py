@@ -32,8 +32,9 @@ from bridge.evaluation.conditions import (
 from bridge.evaluation.metrics import bootstrap
 from bridge.evaluation.report import evaluate, table, write_report
 from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM, Reader, load_model, text_ids
+from bridge.models import FrozenLM, load_model
 from bridge.prompt import IGNORE, LATENT, TEXT, Row
+from bridge.reader import Reader, text_ids
 from bridge.sampling import SamplingParams
 from tests.conftest import bridge_config, write_model
 from training.config import TrainConfig

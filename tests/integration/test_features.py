@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bridge.checkpoint import write_part
 from bridge.config import Part
-from bridge.models import FrozenLM, SourceTokens, hidden_states, load_model, pad_sources, tokenize_source
+from bridge.models import FrozenLM, hidden_states, load_model, pad_sources
+from bridge.reader import SourceTokens, tokenize_source
 from tests.conftest import write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import log_of, prepared, quiet, said, step_of, task_of
@@ -56,7 +57,7 @@ def sender(lms: dict[str, FrozenLM]) -> FrozenLM:
 
 @pytest.fixture(scope="module")
 def sources(sender: FrozenLM) -> list[SourceTokens]:
-    return [tokenize_source(sender, text, max_tokens=48, truncate=True) for text in TEXTS]
+    return [tokenize_source(sender, text, sender.source_layout, max_tokens=48, truncate=True) for text in TEXTS]
 
 
 def ids_of(sources: Sequence[SourceTokens]) -> set[tuple[int, ...]]:

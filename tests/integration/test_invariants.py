@@ -29,8 +29,9 @@ from bridge.config import EncoderConfig
 from bridge.encoder import KINDS, make_encoder
 from bridge.engine import answer_logits, encode, generate, token_losses
 from bridge.errors import UnknownBridge
-from bridge.models import FrozenLM, SourceTokens, hidden_states, load_model, tokenize_source
+from bridge.models import FrozenLM, hidden_states, load_model
 from bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose, layout_for, place
+from bridge.reader import SourceTokens, tokenize_source
 from bridge.sampling import SamplingParams
 from tests.conftest import FAMILIES, bridge_config, byte_tokenizer
 from training.objectives import answer_loss, distillation_loss
@@ -319,6 +320,7 @@ def test_a_row_says_in_any_company_what_it_says_alone_without_padding(
     if pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
     eos = tokenizer.eos_token_id
+    lm = replace(lm, end_ids=(eos,))
     expected = []
     for ids in free:
         said = ids[: ids.index(eos)] if eos in ids else ids
@@ -337,7 +339,7 @@ def test_a_source_has_the_states_of_a_full_pass_alone_in_any_company_behind_any_
     layers: list[int],
 ) -> None:  # fmt: skip
     lm = replace(lm, tokenizer=TOKENIZERS[special])
-    read = [None if text is None else tokenize_source(lm, text, max_tokens=99) for text in texts]
+    read = [None if text is None else tokenize_source(lm, text, lm.source_layout, max_tokens=99) for text in texts]
     ids, mask = padded_ids(read, side, extra, filler)
     states = hidden_states(lm, ids, mask, layers)
     assert states.isfinite().all()
@@ -382,7 +384,7 @@ def test_a_source_has_the_latent_of_a_full_pass_alone_in_any_company_behind_any_
 ) -> None:
     bridge = bridge_between(lm, lm, shape, layers=layers, seed=seed)
     bridge.encoder.double()
-    read = [None if text is None else tokenize_source(lm, text, max_tokens=99) for text in texts]
+    read = [None if text is None else tokenize_source(lm, text, lm.source_layout, max_tokens=99) for text in texts]
     real = [source for source in read if source is not None]
     ids, mask = padded_ids(read, side, extra, filler=0)
     states = hidden_states(lm, ids, mask, layers).masked_fill(~mask[..., None], float("nan"))
@@ -444,7 +446,10 @@ def test_training_a_bridge_leaves_both_models_bit_identical_and_without_gradient
     initial = [parameter.detach().clone() for parameter in bridge.parameters()]
     optimizer = torch.optim.AdamW(bridge.parameters(), lr=0.01, weight_decay=0.1)
     ids, mask = padded_ids(
-        [None if t is None else tokenize_source(sender, t, max_tokens=99) for t in texts], side, 2, 9
+        [None if t is None else tokenize_source(sender, t, sender.source_layout, max_tokens=99) for t in texts],
+        side,
+        2,
+        9,
     )
     for _ in range(steps):
         latents, slots = bridge.encoder(hidden_states(sender, ids, mask, layers), mask)
@@ -487,7 +492,7 @@ def test_no_block_above_the_layer_read_runs_and_no_cache_is_made(
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Cache, "__init__", made)
-            encode(bridge, lm, [tokenize_source(lm, text, max_tokens=99) for text in texts])
+            encode(bridge, lm, [tokenize_source(lm, text, lm.source_layout, max_tokens=99) for text in texts])
     finally:
         for handle in handles:
             handle.remove()

@@ -15,18 +15,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForC
 from bridge.checkpoint import check_identity
 from bridge.engine import generate
 from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
-from bridge.models import (
-    FrozenLM,
-    SourceTokens,
-    fingerprint_of,
-    hidden_states,
-    load_model,
-    pad_sources,
-    predicted_bytes,
-    text_ids,
-    tokenize_source,
-)
+from bridge.models import FrozenLM, fingerprint_of, hidden_states, load_model, pad_sources, predicted_bytes
 from bridge.prompt import compose, layout_for
+from bridge.reader import SourceTokens, text_ids, tokenize_source
 from bridge.sampling import SamplingParams
 from tests.conftest import FAMILIES, SHAPE, byte_tokenizer, write_model
 
@@ -40,7 +31,7 @@ def folder(tmp_path: Path, model_folders: dict[str, Path]) -> Path:
 
 
 def tokenised(lm: FrozenLM, texts: list[str] = TEXTS) -> list[SourceTokens]:
-    return [tokenize_source(lm, text, max_tokens=200) for text in texts]
+    return [tokenize_source(lm, text, lm.source_layout, max_tokens=200) for text in texts]
 
 
 def blocks(lm: FrozenLM) -> list[nn.Module]:
@@ -142,18 +133,18 @@ def test_the_cache_size_is_that_of_a_real_cache(lm: FrozenLM) -> None:
 
 def test_a_source_has_bos_once_and_is_cut_only_when_asked(lms: dict[str, FrozenLM]) -> None:
     lm = lms["llama"]
-    source = tokenize_source(lm, "abc", max_tokens=9)
+    source = tokenize_source(lm, "abc", lm.source_layout, max_tokens=9)
     assert (source.ids[0], source.ids.count(0), len(source.ids), source.full_length) == (0, 1, 4, 4)
-    cut = tokenize_source(lm, "abcdef", max_tokens=3, truncate=True)
+    cut = tokenize_source(lm, "abcdef", lm.source_layout, max_tokens=3, truncate=True)
     assert (cut.ids, cut.full_length) == (source.ids[:3], 7)
     with pytest.raises(InvalidRequest, match=r"has 7 sender tokens; this bridge reads at most 3"):
-        tokenize_source(lm, "abcdef", max_tokens=3)
+        tokenize_source(lm, "abcdef", lm.source_layout, max_tokens=3)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])
 def test_an_empty_source_is_refused(lms: dict[str, FrozenLM], text: str) -> None:
     with pytest.raises(InvalidRequest, match="is empty"):
-        tokenize_source(lms["llama"], text, max_tokens=9)
+        tokenize_source(lms["llama"], text, lms["llama"].source_layout, max_tokens=9)
 
 
 def flip_a_weight(folder: Path) -> None:
@@ -380,13 +371,13 @@ def test_a_family_that_embeds_narrower_than_it_thinks_has_two_widths(tmp_path: P
     tokenizer.save_pretrained(tmp_path)
     lm = load_model(str(tmp_path))
     assert (lm.width, lm.state_width(0), lm.state_width(1)) == (16, 16, 32)
-    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara", max_tokens=9)])
+    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara", lm.source_layout, max_tokens=9)])
     assert hidden_states(lm, ids, mask, (1,)).shape[-1] == lm.state_width(1)
 
 
 def test_passes_of_two_threads_each_stop_at_their_own_layer(lms: dict[str, FrozenLM]) -> None:
     lm = lms["llama"]
-    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara lives in Rome.", max_tokens=64)])
+    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara lives in Rome.", lm.source_layout, max_tokens=64)])
     alone = {layer: hidden_states(lm, ids, mask, [layer]) for layer in (1, 3)}
     with ThreadPoolExecutor(2) as pool:
         for layer, states in pool.map(lambda n: (n, hidden_states(lm, ids, mask, [n])), [1, 3] * 100):
@@ -395,7 +386,7 @@ def test_passes_of_two_threads_each_stop_at_their_own_layer(lms: dict[str, Froze
 
 def test_a_whole_pass_of_another_thread_does_not_stop_at_a_layer(lms: dict[str, FrozenLM]) -> None:
     lm = lms["llama"]
-    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara lives in Rome.", max_tokens=64)])
+    ids, mask = pad_sources(lm, [tokenize_source(lm, "Mara lives in Rome.", lm.source_layout, max_tokens=64)])
     with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
         alone = lm.model(input_ids=ids).logits
         reading = pool.submit(lambda: [hidden_states(lm, ids, mask, [1]) for _ in range(200)])

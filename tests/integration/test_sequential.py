@@ -18,8 +18,9 @@ from bridge.checkpoint import Bridge, load_bridge, make_bridge
 from bridge.engine import Encoded
 from bridge.evaluation.tasks import world_task
 from bridge.memory import free_caches
-from bridge.models import FrozenLM, SourceTokens, load_model, predicted_bytes, tokenize_source
+from bridge.models import FrozenLM, load_model, predicted_bytes
 from bridge.prompt import compose, place
+from bridge.reader import SourceTokens, tokenize_source
 from bridge.residency import Residency
 from bridge.sampling import SamplingParams
 from tests.conftest import bridge_config, byte_tokenizer
@@ -58,7 +59,9 @@ def bridge(wide: tuple[str, str]) -> Bridge:
 
 
 def encode(bridge: Bridge, sender: FrozenLM, texts: list[str]) -> list[Encoded]:
-    return engine.encode(bridge, sender, [tokenize_source(sender, text, max_tokens=128) for text in texts])
+    return engine.encode(
+        bridge, sender, [tokenize_source(sender, text, sender.source_layout, max_tokens=128) for text in texts]
+    )
 
 
 def answer(bridge: Bridge, receiver: FrozenLM, encoded: list[Encoded]) -> list[str]:
@@ -121,7 +124,7 @@ def builtin() -> tuple[Bridge, FrozenLM]:
 @pytest.fixture(scope="module")
 def sources(builtin: tuple[Bridge, FrozenLM]) -> list[SourceTokens]:
     texts = [example.source for example in world_task().test[:24]]
-    read = [tokenize_source(builtin[1], text, max_tokens=512) for text in texts]
+    read = [tokenize_source(builtin[1], text, builtin[1].source_layout, max_tokens=512) for text in texts]
     return [*read, *(SourceTokens(source.ids[:n], n) for source, n in zip(read, (1, 2, 5, 8, 13, 21), strict=False))]
 
 

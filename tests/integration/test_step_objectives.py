@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bridge.engine import answer_logits, token_losses
 from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM, text_ids
+from bridge.models import FrozenLM
 from bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose
+from bridge.reader import text_ids
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
     WEIGHTS,

@@ -9,15 +9,16 @@ import pytest
 
 from bridge.config import BridgeConfig
 from bridge.evaluation.tasks import REPEAT, Example
-from bridge.models import FrozenLM, load_model, tokenize_source
+from bridge.models import FrozenLM, load_model
 from bridge.prompt import IGNORE, LATENT, TEXT, compose
+from bridge.reader import tokenize_source
 from tests.conftest import FAMILIES, bridge_config, write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import prepared, quiet, said, task_of
 from training import tokens as module
 from training.config import TrainConfig
 from training.prepare import prepare
-from training.tokens import Side, Tokeniser, Tokens, flatten, unflatten
+from training.tokens import Tokeniser, Tokens, flatten, unflatten
 
 EXAMPLES = [
     Example("Mara wants tea.", "{latent}\nQuestion: What does Mara want?\nAnswer:", " tea"),
@@ -36,10 +37,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 ROWS = [(f"Number {n}{' and so on' * n}.", f"\nWhich of {n}?", f" {n}") for n in range(1, 9)]
 
 
-def side(lm: FrozenLM) -> Side:
-    return Side(lm.name, lm.tokenizer, lm.max_tokens)
-
-
 def tokeniser_of(sender: FrozenLM, receiver: FrozenLM, *, aligned: bool = True, **settings: Any) -> Tokeniser:
     """Of a bridge without a run; every objective is off unless asked for."""
     off = {"reconstruction_weight": 0.0, "ratio": 4}
@@ -47,7 +44,7 @@ def tokeniser_of(sender: FrozenLM, receiver: FrozenLM, *, aligned: bool = True, 
         {"sender": "a", "receiver": ["b"], "task": "world", "out": "run", **off, **settings}
     )
     bridge: BridgeConfig = bridge_config(sender, receiver)
-    return Tokeniser(config, bridge, REPEAT, side(sender), side(receiver), aligned)
+    return Tokeniser(config, bridge, REPEAT, sender.reader, receiver.reader, aligned)
 
 
 @pytest.fixture
@@ -93,7 +90,7 @@ def test_rows_are_those_of_the_composer(lms: dict[str, FrozenLM], lm: FrozenLM) 
     layout = tokeniser.layout
     for example in EXAMPLES:
         tokens = tokeniser(example)
-        source = tokenize_source(sender, example.source, max_tokens=128, truncate=True)
+        source = tokenize_source(sender, example.source, sender.source_layout, max_tokens=128, truncate=True)
         K = -(-len(source.ids) // 4)
         assert tokens.source == source
         assert tokens.answer == compose(lm, layout, example.prompt, latent=K, answer=example.answer)
@@ -114,7 +111,7 @@ def test_the_two_halves_of_a_source_are_the_source(lms: dict[str, FrozenLM], lm:
     text = "Mara wants tea and Tom wants milk."
     tokens = tokeniser(Example(text, "{latent}", " x"))
     first = text[: text.find(" ", len(text) // 2)]
-    assert tokens.source.ids[: tokens.half] == tokenize_source(sender, first, max_tokens=128).ids
+    assert tokens.source.ids[: tokens.half] == tokenize_source(sender, first, sender.source_layout, max_tokens=128).ids
     rest = compose(lm, tokeniser.layout, LATENT, latent=-(-tokens.half // 4), answer=text[len(first) :])
     assert tokens.continuation == rest
     one_word = tokeniser(Example("Unbreakable", "{latent}", " x"))

@@ -14,7 +14,7 @@ from bridge.models import FrozenLM
 from tests.conftest import bridge_config
 from training.config import read_config
 from training.data import AHEAD, GROUPED, Order, Prefetch, Subset, chunks, split_off, stratified, word_targets
-from training.tokens import Side, Tokeniser
+from training.tokens import Tokeniser
 
 
 def length_of(index: int) -> int:
@@ -180,7 +180,7 @@ def tokeniser(lms: dict[str, FrozenLM], *, ratio: int, max_source_tokens: int) -
     config = read_config(None, {"sender": "a", "receiver": "b", "task": "world", "out": "c", "ratio": ratio})
     described = bridge_config(sender, receiver, ratio=ratio)
     bridge = BridgeConfig(**{**vars(described), "max_source_tokens": max_source_tokens})
-    reads, answers = (Side(lm.name, lm.tokenizer, lm.max_tokens) for lm in (sender, receiver))
+    reads, answers = (lm.reader for lm in (sender, receiver))
     return Tokeniser(config, bridge, "{latent}\nRepeat:", reads, answers, aligned=True)
 
 

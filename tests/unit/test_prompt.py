@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from transformers import PreTrainedTokenizerFast
 
 from bridge.config import Layout
 from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.models import FrozenLM, text_ids
+from bridge.models import FrozenLM
 from bridge.prompt import (
     IGNORE,
     TEXT,
@@ -27,6 +27,7 @@ from bridge.prompt import (
     place,
     split_template,
 )
+from bridge.reader import text_ids
 from tests.conftest import byte_tokenizer
 
 TEMPLATE = "Review: {latent}\nSentiment:"
@@ -55,6 +56,7 @@ def metaspace(llama: FrozenLM) -> FrozenLM:
     split = [pre_tokenizers.Split(mark, "isolated") for mark in (".", "\n")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first"), *split])
     tokenizer.decoder = MetaspaceDecoder()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     return replace(llama, tokenizer=fast)
 
@@ -192,7 +194,7 @@ def test_an_empty_input_is_refused(no_bos: FrozenLM) -> None:
 
 
 def test_the_layout_keeps_what_stands_around_the_latent(llama: FrozenLM) -> None:
-    assert layout_for(llama, TEMPLATE) == Layout("Review: {latent}\n{prompt}", 0, 1)
+    assert layout_for(llama, TEMPLATE) == Layout("Review: {latent}\n{prompt}", 0, 1, (1,))
     assert layout_for(llama, "Say:").template == "{latent}{prompt}"
 
 

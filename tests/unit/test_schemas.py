@@ -41,7 +41,6 @@ def test_an_input_is_exactly_one_of_three(given: dict[str, str]) -> None:
         ("inputs", []),
         ("inputs", "a"),
         ("inputs", ["a"]),
-        ("prompt", None),
         ("max_tokens", 0),
         ("max_tokens", 1.5),
         ("temperature", -0.1),

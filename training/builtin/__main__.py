@@ -32,7 +32,11 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> Row:
     """A document as ids, BOS first, and the loss weight of each id as a target."""
     ids, weights = [tokenizer.bos_token_id], [0.0]
     for text, weight in pieces:
-        new = [tokenizer.eos_token_id] if text == END else tokenizer.backend_tokenizer.encode(text).ids
+        new = (
+            [tokenizer.eos_token_id]
+            if text == END
+            else tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        )
         ids += new
         weights += [weight] * len(new)
     return ids, weights
@@ -84,10 +88,10 @@ def exact_match(
     right = 0
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        asked = [f"{tokenizer.bos_token}{prompt}" for prompt, _ in part]
+        asked = [prompt for prompt, _ in part]
         wanted = [f" {answer}{tokenizer.eos_token}" for _, answer in part]
         inputs = tokenizer(asked, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-        longest = max(len(ids) for ids in tokenizer(wanted).input_ids)
+        longest = max(len(ids) for ids in tokenizer(wanted, add_special_tokens=False).input_ids)
         made = model.generate(**inputs, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
         ends = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :])
         texts = [text.replace(str(tokenizer.pad_token), "") for text in ends]
