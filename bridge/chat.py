@@ -7,7 +7,6 @@ text: it never goes through the template, only marks of its place do.
 import re
 import secrets
 from collections.abc import Sequence
-from datetime import date
 
 from jinja2 import TemplateError
 
@@ -19,7 +18,8 @@ Segment = int | str
 """A token of the template by its id, or text."""
 
 _PLACE = secrets.token_hex(8)
-TODAY = date(2025, 1, 1)  # for templates that show one: an input must not change overnight
+TODAY = "01 Jan 2025"  # for templates that show a date: an input must not change overnight
+CLOCK = f"{{% macro strftime_now(format) -%}}{TODAY}{{%- endmacro %}}"
 
 
 def chat_of(lm: Reader, system: str | None) -> Chat:
@@ -58,12 +58,11 @@ def closing_of(lm: Reader, chat: Chat) -> int | None:
 def _rendered(lm: Reader, chat: Chat, roles: Sequence[Role], *, answering: bool) -> list[str]:
     """What the template puts before, between and behind turns of these roles."""
     turns = [{"role": role, "content": f"{_PLACE}-{at}-{_PLACE}"} for at, role in enumerate(roles)]
-    shown = TODAY.strftime("%d %b %Y")
+    template = (CLOCK if "strftime_now" in chat.template else "") + chat.template
     try:
         text = str(
             lm.tokenizer.apply_chat_template(
-                turns, chat_template=chat.template, tokenize=False, add_generation_prompt=answering,
-                date_string=shown, strftime_now=TODAY.strftime,
+                turns, chat_template=template, tokenize=False, add_generation_prompt=answering, date_string=TODAY
             )
         )  # fmt: skip
     except (TemplateError, TypeError, ValueError, KeyError) as error:

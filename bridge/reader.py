@@ -163,21 +163,22 @@ def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
 
 
 def _without(described: dict[str, Any], marks: set[int]) -> dict[str, Any]:
-    """A tokenizer's description in which the marks keep their places, but can neither be found nor be put together."""
-    model = described["model"]
-    pieces = (
-        model["vocab"] if isinstance(model["vocab"], Mapping) else {p: i for i, (p, _) in enumerate(model["vocab"])}
-    )
-    unknown = {model.get("unk_token"), *(p for p, i in pieces.items() if i == model.get("unk_id"))}
-    hidden = {piece: f"{_NONCE}{i}" for piece, i in pieces.items() if i in marks and piece not in unknown}
-    if isinstance(model["vocab"], Mapping):
-        vocab: Any = {hidden.get(piece, piece): i for piece, i in pieces.items()}
-    else:
-        vocab = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
-    added = [token for token in described["added_tokens"] if token["id"] not in marks]
-    left = {**model, "vocab": vocab}
+    """A tokenizer's description in which the marks keep their ids, under names that no text holds or puts together."""
+    model, scored = described["model"], not isinstance(described["model"]["vocab"], Mapping)
+    pieces = {p: i for i, (p, _) in enumerate(model["vocab"])} if scored else model["vocab"]
+    unknown = {i for piece, i in pieces.items() if piece == model.get("unk_token") or i == model.get("unk_id")}
+    hidden = {piece: f"{_NONCE}{i}" for piece, i in pieces.items() if i in marks - unknown}
+    renamed: Any = {hidden.get(piece, piece): i for piece, i in pieces.items()}
+    if scored:
+        renamed = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+    left = {**model, "vocab": renamed}
     if hidden and model.get("merges"):
         left["merges"] = [m for m in model["merges"] if hidden.keys().isdisjoint([*(pair := _pair(m)), "".join(pair)])]
+    added = [
+        {**token, "content": f"{_NONCE}{token['id']}"} if token["id"] in marks else token
+        for token in described["added_tokens"]
+        if token["id"] not in unknown  # the model names it itself
+    ]
     return {**described, "added_tokens": added, "truncation": None, "padding": None, "model": left}
 
 
