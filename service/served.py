@@ -13,7 +13,7 @@ from bridge import wire
 from bridge.checkpoint import Bridge
 from bridge.config import Manifest, Prompt
 from bridge.engine import soften
-from bridge.errors import at_fault
+from bridge.errors import InvalidRequest, at_fault
 from bridge.models import FrozenLM
 from bridge.prompt import Row, compose, place
 from bridge.reader import Reader, SourceTokens, check_ids, tokenize_source
@@ -98,13 +98,17 @@ class Served:
         given = question.given
         with at_fault("stop_ids"):
             check_ids(reader, question.params.stop_ids)
-        return compose(
-            reader,
-            layout,
-            place(layout, question.prompt),
-            latent=len(given) if isinstance(given, np.ndarray) else given,
-            max_tokens=reader.max_tokens - question.params.max_tokens,
-        )
+        try:
+            return compose(
+                reader,
+                layout,
+                place(layout, question.prompt),
+                latent=len(given) if isinstance(given, np.ndarray) else given,
+                max_tokens=reader.max_tokens - question.params.max_tokens,
+            )
+        except InvalidRequest as error:
+            error.param = error.param or "prompt"
+            raise
 
     def soft(self, receiver: str, lm: FrozenLM, question: Question) -> Soft | None:
         """Soft tokens of a question's latent, under a key that no other latent, encoder or head has."""
