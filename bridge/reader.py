@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from bridge.config import SourceLayout
@@ -151,15 +151,43 @@ def _encoded(plain: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
 def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The tokenizer as texts meet it: without ``_marks``; None for one written in Python.
 
-    A copy that nothing changes any more: the library's own call sets padding and truncation each time, which two
-    threads cannot do at once.
+    Nothing changes it any more: the library's own call sets padding and truncation each time, which two threads cannot
+    do at once.
     """
     if not tokenizer.is_fast:
         return None
     if (plain := _PLAIN.get(tokenizer)) is None:
-        described = json.loads(tokenizer.backend_tokenizer.to_str())
-        plain = _PLAIN[tokenizer] = Tokenizer.from_str(json.dumps(_without(described, set(_marks(tokenizer).values()))))
+        marks = _marks(tokenizer)
+        plain = _beside(tokenizer, marks)
+        if plain is None or _spelled(plain, marks):
+            described = json.loads(tokenizer.backend_tokenizer.to_str())
+            plain = Tokenizer.from_str(json.dumps(_without(described, set(marks.values()))))
+        _PLAIN[tokenizer] = plain
     return plain
+
+
+def _beside(tokenizer: PreTrainedTokenizerBase, marks: Mapping[str, int]) -> Tokenizer | None:
+    """The same vocabulary, shared, with the added tokens that a text may hold; None where they would get other ids."""
+    whole = tokenizer.backend_tokenizer
+    plain = Tokenizer(whole.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if (there := getattr(whole, part)) is not None:
+            setattr(plain, part, there)
+    own = plain.get_vocab_size()
+    for i, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.content not in marks:
+            plain.add_tokens([token])
+        elif i >= own:
+            plain.add_tokens([AddedToken(f"{_NONCE}{i}", normalized=False)])  # keeps the place
+    kept = (item for item in tokenizer.added_tokens_decoder.items() if item[1].content not in marks)
+    return plain if all(plain.token_to_id(token.content) == i for i, token in kept) else None
+
+
+def _spelled(plain: Tokenizer, marks: Mapping[str, int]) -> bool:
+    """Whether a vocabulary makes any of the marks from their letters; what it does with one alone it does anywhere."""
+    unknown = {plain.token_to_id(str(getattr(plain.model, "unk_token", None)))}
+    encoded = plain.encode_batch_fast(list(marks), add_special_tokens=False)
+    return any(i in one.ids and i not in unknown for one, i in zip(encoded, marks.values(), strict=True))
 
 
 def _without(described: dict[str, Any], marks: set[int]) -> dict[str, Any]:
