@@ -98,8 +98,11 @@ def lm(request: pytest.FixtureRequest, lms: dict[str, FrozenLM]) -> FrozenLM:
     return lms[request.param]
 
 
-def bridge_config(sender: FrozenLM, receiver: FrozenLM, **encoder: object) -> BridgeConfig:
+def bridge_config(
+    sender: FrozenLM, receiver: FrozenLM, *, chat: bool = False, system: str | None = None, **encoder: object
+) -> BridgeConfig:
     """A small pooling bridge between two models; ``encoder`` changes its shape."""
+    layout = layout_for(receiver, TEMPLATE, chat=chat, system=system)
     shape = {
         "kind": "pooling", "sender_width": sender.width, "latent_dim": 16, "hidden_dim": 32, "depth": 1,
         "ratio": 4, "num_latents": 6, **encoder,
@@ -109,7 +112,7 @@ def bridge_config(sender: FrozenLM, receiver: FrozenLM, **encoder: object) -> Br
         layers=(2,),
         max_source_tokens=128,
         encoder=EncoderConfig(**shape),  # type: ignore[arg-type]
-        heads={receiver.name: Head(receiver.ref, layout_for(receiver, TEMPLATE), receiver.embedding_rms())},
+        heads={receiver.name: Head(receiver.ref, layout, receiver.embedding_rms())},
         provenance=Provenance("world", "0" * 64, 0, 1, "test", {}),
         source=sender.source_layout,
     )

@@ -393,3 +393,27 @@ def test_a_whole_pass_of_another_thread_does_not_stop_at_a_layer(lms: dict[str, 
         while not reading.done():
             assert torch.equal(lm.model(input_ids=ids).logits, alone)
         reading.result()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A cache of the Hub with two revisions of ``org/tiny``, as the library keeps them: commit by name."""
+    commits = {"v1": "1" * 40, "main": "2" * 40}
+    home = tmp_path / "models--org--tiny"
+    for seed, (name, commit) in enumerate(commits.items()):
+        write_model(home / "snapshots" / commit, "llama", seed=seed)
+        (home / "refs").mkdir(exist_ok=True)
+        (home / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return commits
+
+
+def test_a_hub_name_can_say_which_revision(hub: dict[str, str]) -> None:
+    prints = {at: fingerprint_of(f"org/tiny{at}") for at in ("", "@main", "@v1", f"@{hub['v1']}")}
+    assert prints[""] == prints["@main"] != prints["@v1"] == prints[f"@{hub['v1']}"]
+    lm = load_model("org/tiny@v1")
+    assert lm.fingerprint == prints["@v1"] and lm.ref.name == "org/tiny@v1"  # as a checkpoint keeps it
+    assert load_model("random:org/tiny@v1").name == "random:org/tiny@v1"
+    with pytest.raises(ModelUnavailable, match="'org/tiny@v9' is neither"):
+        fingerprint_of("org/tiny@v9")
