@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge import errors
 from service.answers_openai import OpenAIErrorBody, error_type
-from service.bodies import Bodies, Body
+from service.bodies import Bodies
 from service.pages import Pages
 from service.routes import admin, evaluations, inference, openai, page, status
 from service.runtime import Runtime
@@ -137,8 +137,14 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status, replied = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-                if self._is_last(scope, body):
+                # The next request should go to another replica. And a caller who waits to be asked for the body, and is
+                # refused instead, may send the body or not: what comes next could be either.
+                if self.runtime.draining or body.unasked:
                     message["headers"].append((b"connection", b"close"))
+            elif not (message.get("more_body") or body.whole):
+                await send({**message, "more_body": True})
+                await body.drop()
+                message = {"type": "http.response.body"}
             await send(message)
 
         app = _elsewhere if self._is_elsewhere(scope) else self.app
@@ -162,14 +168,6 @@ class Envelope:
         if port is None or path.startswith("/health/"):
             return False
         return bool((path == "/metrics" or path.startswith("/admin/")) != (scope["server"][1] == port))
-
-    def _is_last(self, scope: Scope, body: Body) -> bool:
-        """Whether no other request should come on a connection.
-
-        The next one should go to another replica when this one stops. And a caller who waits to be asked for the body,
-        and is refused instead, may send the body or not: what comes next could be either.
-        """
-        return self.runtime.draining or (not body.awaited and b"expect" in dict(scope["headers"]))
 
 
 async def _elsewhere(scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from starlette.types import Message, Receive, Scope
 
 from bridge.errors import DeadlineExceeded, Overloaded, TooLarge
 from service.settings import Settings
+
+DROP_SECONDS = 2.0  # for which the rest of a body is read that nobody wants
 
 
 class Bodies:
@@ -32,14 +34,21 @@ class Bodies:
 
 
 class Body:
-    """The body of one request. ``awaited`` says whether anybody has asked for it."""
+    """The body of one request.
+
+    Attributes:
+        taken: Bytes of it that count.
+        unasked: Whether its caller waits to be asked for it, and was not.
+        whole: Whether all of it has come.
+    """
 
     def __init__(self, bodies: Bodies, scope: Scope, receive: Receive) -> None:
         self._bodies, self._receive = bodies, receive
-        declared = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"")
         self._too_large = declared.isdigit() and int(declared[:20]) > bodies.most
-        self._ends: float | None = asyncio.get_running_loop().time() + bodies.seconds
-        self.taken, self.awaited = 0, False
+        self._ends = asyncio.get_running_loop().time() + bodies.seconds
+        self.taken, self.unasked, self.whole = 0, b"expect" in headers, False
 
     async def receive(self) -> Message:
         """The next part.
@@ -49,19 +58,25 @@ class Body:
             Overloaded: All of them together are over theirs.
             DeadlineExceeded: It was not there in time.
         """
-        self.awaited = True
-        message: Message = {} if self._too_large else await self._next()
+        try:
+            async with asyncio.timeout_at(None if self.whole else self._ends):
+                message: Message = {} if self._too_large else await self._next()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request was not there within {self._bodies.seconds:g} s") from None
         self._take(len(message.get("body", b"")))
         return message
 
+    async def drop(self) -> None:
+        """Let the rest of it come, for a while: to close a connection on unread bytes takes the answer back."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DROP_SECONDS):
+                while not (self.whole or self.unasked):
+                    await self._next()
+
     async def _next(self) -> Message:
-        try:
-            async with asyncio.timeout_at(self._ends):
-                message = await self._receive()
-        except TimeoutError:
-            raise DeadlineExceeded(f"the request was not there within {self._bodies.seconds:g} s") from None
-        if not message.get("more_body", False):
-            self._ends = None
+        self.unasked = False
+        message = await self._receive()
+        self.whole = not message.get("more_body", False)
         return message
 
     def _take(self, count: int) -> None:
