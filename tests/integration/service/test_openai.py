@@ -387,7 +387,8 @@ IDLE: dict[str, dict[str, Any]] = {
     "completions": {**BOTH, "best_of": 1, "echo": False, "suffix": ""},
     "chat/completions": {
         **BOTH, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "functions": [],
-        "function_call": "none", "response_format": {"type": "text"}, "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium",
+        "function_call": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+        "reasoning_effort": "none", "verbosity": "medium",
     },
 }  # fmt: skip
 REAL: dict[str, Any] = {"n": 1, "stop": [], "stream_options": {"include_usage": True}, "top_p": 1}
