@@ -27,6 +27,7 @@ from bridge.models import FrozenLM
 from bridge.prompt import layout_for
 from service.app import create_app
 from service.keys import SCOPES, hash_of, key_line
+from service.schemas import TokenLogprobOut
 from service.settings import Settings
 from tests.conftest import TEMPLATE, bridge_config
 from tests.integration.service.conftest import HELD_SECONDS, READY_SECONDS, until
@@ -282,6 +283,45 @@ def test_logprobs_have_openais_shapes(client: OpenAI, generate: Post) -> None:
         assert one.bytes == (None if "\ufffd" in one.token else list(one.token.encode()))
     few = client.chat.completions.create(**CHAT, logprobs=True, extra_body=GIVEN).choices[0].logprobs
     assert few is not None and few.content is not None and {len(one.top_logprobs) for one in few.content} == {0}
+
+
+NATIVE = {"bridge": "tiny", "inputs": [{"text": SOURCE}], "prompt": "Where?", "max_tokens": 6}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {**NATIVE, "logprobs": 5}),
+        ("/v1/completions", {**ASK, **GIVEN, "logprobs": 5}),
+        ("/v1/chat/completions", {**CHAT, **GIVEN, "logprobs": True, "top_logprobs": 5}),
+    ],
+)
+def test_impossible_tokens_have_a_number_too_for_json_has_no_infinity(
+    address: str, app: FastAPI, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    model = next(e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].models)
+
+    def two_are_possible(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        impossible = torch.ones(logits.shape[-1], dtype=torch.bool)
+        impossible[[40, 50]] = False
+        return logits.masked_fill(impossible, float("-inf"))
+
+    hook = model.lm.model.get_output_embeddings().register_forward_hook(two_are_possible)
+    try:
+        answer = httpx.post(
+            f"{address}{path}", json={**body, "stream": stream}, headers={"Authorization": "Bearer all"}
+        )
+    finally:
+        hook.remove()
+    assert answer.status_code == 200, answer.text
+    assert not re.search('Infinity|NaN|logprob":null|,null]', answer.text)
+    assert answer.text.count("-9999.0") >= 6
+
+
+def test_what_is_no_number_is_an_impossible_token_s() -> None:
+    odd = TokenLogprobOut(token="a", logprob=float("nan"), top=[("a", float("-inf")), ("b", -0.5)])
+    assert odd.model_dump(mode="json") == {"token": "a", "logprob": -9999.0, "top": [["a", -9999.0], ["b", -0.5]]}
 
 
 def joined(chunks: list[Completion], index: int) -> str:
