@@ -4,7 +4,7 @@ SERVE ?= 1
 JOBS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint setup clean benchmarks chromium
+.PHONY: demo test lint setup clean benchmarks chromium proxies
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,15 @@ setup: .venv/installed
 	    && chmod +x promtool && mv promtool bin/promtool; rm -f prometheus_*.deb promtool; } 2>/dev/null
 	@test -x $@ || echo "promtool could not be fetched: the tests that need it are skipped"
 
+# nginx and HAProxy stand before the service in some tests, unpacked for the same reason; so are the libraries that only
+# HAProxy needs.
+PROXIES := nginx haproxy liblua5.3-0 libopentracing1 libopentracing-c-wrapper0
+proxies: .venv/installed
+	@PATH="$$PATH:/usr/sbin:$(CURDIR)/.venv/proxies/usr/sbin"; found() { command -v nginx && command -v haproxy; } >/dev/null; \
+	    found || { cd .venv && { [ "$$(id -u)" != 0 ] || apt-get update -qq; }; \
+	    for package in $(PROXIES); do apt-get download -qq $$package && dpkg -x $${package}_*.deb proxies; done; rm -f *.deb; } >/dev/null 2>&1; \
+	    found || echo "nginx and haproxy could not be fetched: the tests that need them are skipped (sudo apt-get install nginx-light haproxy)"
+
 demo: setup
 	.venv/bin/latentwire demo $(if $(filter 0,$(SERVE)),--no-serve,--serve)
 
@@ -46,7 +55,7 @@ chromium:
 	    || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
 	    || echo "chromium could not be installed: the tests of the page are skipped (sudo apt-get install chromium)"
 
-test: lint .venv/bin/promtool chromium
+test: lint .venv/bin/promtool chromium proxies
 	.venv/bin/pytest -q -n $(JOBS) --dist loadfile
 
 benchmarks: setup

@@ -1,6 +1,5 @@
 """HTTP surface. Every decision about status codes and headers is in this file."""
 
-import asyncio
 import logging
 import math
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge import errors
 from service.answers_openai import OpenAIErrorBody, error_type
+from service.bodies import Bodies
+from service.pages import Pages
 from service.routes import admin, evaluations, inference, openai, page, status
 from service.runtime import Runtime
 from service.schemas import ErrorBody
@@ -52,6 +54,12 @@ STATUS: dict[type[errors.LatentWireError], int] = {
 RETRY_LATER = {429, 503}
 RETRY_SECONDS = 1.0
 CRASHED = "InternalError", "the service failed on this request"
+CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST", "DELETE"],
+    "allow_headers": ["*"],
+    "allow_private_network": True,  # a page of the wide network may call, where its origin was listed
+    "expose_headers": ["X-Request-Id", "Retry-After", "X-Message-Bytes", "X-Latent-Ids"],
+}
 OPENAI = "/v1/"  # below it, errors are as OpenAI's clients read them:
 OPENAI_STATUS = {409: 400, 413: 400, 422: 400}  # they know a bad request by 400 alone, and try again after a 409
 
@@ -92,20 +100,28 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_middleware(
-        Guard, keys=runtime.keys, limiter=runtime.limiter, check_room=runtime.load.check_room, answer=_deliberate
+        Guard,
+        pages=Pages(settings, has_keys=bool(runtime.keys)),
+        keys=runtime.keys,
+        limiter=runtime.limiter,
+        check_room=runtime.load.check_room,
+        answer=_deliberate,
     )
-    app.add_middleware(Envelope, runtime=runtime)  # added last, so outermost: a refusal has its id and is counted too
+    app.add_middleware(Envelope, runtime=runtime)  # added later, so outside: a refusal has its id and is counted too
+    if settings.cors_origins:  # outermost: pages may read refusals and crashes, and their preflights bear no key
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     return app
 
 
 class Envelope:
-    """Around every request: its id, the limit of its body, its metrics, and the one error body for a crash.
+    """Around every request: its id, the limits of its body, its metrics, and the one error body for a crash.
 
     Plain ASGI, because ``BaseHTTPMiddleware`` hides disconnects from the routes.
     """
 
     def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
         self.app, self.runtime = app, runtime
+        self.bodies = Bodies(runtime.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,18 +137,25 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status, replied = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-                if self.runtime.draining:  # the next request should go to another replica
+                # The next request should go to another replica. And a caller who waits to be asked for the body, and is
+                # refused instead, may send the body or not: what comes next could be either.
+                if self.runtime.draining or body.unasked:
                     message["headers"].append((b"connection", b"close"))
+            elif not (message.get("more_body") or body.whole):
+                await send({**message, "more_body": True})
+                await body.drop()
+                message = {"type": "http.response.body"}
             await send(message)
 
         app = _elsewhere if self._is_elsewhere(scope) else self.app
         try:
-            await app(scope, self._limited(scope, receive), send_with_id)
+            with self.bodies.receiving(scope, receive) as body:
+                await app(scope, body.receive, send_with_id)
         except Exception:
             log.exception("request %s failed", request_id)
             if not replied:
-                body = _body(scope, 500, *CRASHED, None)
-                await JSONResponse(body, status_code=500)(scope, receive, send_with_id)
+                said = _body(scope, 500, *CRASHED, None)
+                await JSONResponse(said, status_code=500)(scope, receive, send_with_id)
         finally:
             known = scope["path"] if scope["path"] in scope["app"].openapi()["paths"] else "unknown"
             route = getattr(scope.get("route"), "path", known)  # none was looked for where the guard refused
@@ -145,29 +168,6 @@ class Envelope:
         if port is None or path.startswith("/health/"):
             return False
         return bool((path == "/metrics" or path.startswith("/admin/")) != (scope["server"][1] == port))
-
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        limit = self.runtime.settings.max_body
-        declared = dict(scope["headers"]).get(b"content-length", b"")
-        taken = limit + 1 if declared.isdigit() and int(declared[:20]) > limit else 0
-
-        seconds, whole = self.runtime.settings.request_timeout, False
-        ends = asyncio.get_running_loop().time() + seconds
-
-        async def receive_within_limit() -> Message:
-            nonlocal taken, whole
-            try:
-                async with asyncio.timeout_at(None if whole else ends):
-                    message: Message = {} if taken > limit else await receive()
-            except TimeoutError:
-                raise errors.DeadlineExceeded(f"the request was not there within {seconds:g} s") from None
-            whole = not message.get("more_body", False)
-            taken += len(message.get("body", b""))
-            if taken > limit:
-                raise errors.TooLarge(f"the request body is over {int(limit)} bytes", param="body")
-            return message
-
-        return receive_within_limit
 
 
 async def _elsewhere(scope: Scope, receive: Receive, send: Send) -> None:

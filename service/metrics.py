@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from bridge.diversity import diversity
 from service.schemas import Usage
+from service.schemas_openai import OTHER
 
 if TYPE_CHECKING:
     from service.runtime import Runtime, Said
@@ -51,6 +52,10 @@ class Metrics:
         self.cached = Counter(
             "latentwire_encode_cache", "Texts looked up, by result: hit, miss.", ["result"], registry=r
         )
+        self.ignored = Counter(
+            "latentwire_ignored_fields", "Fields of /v1 that were taken and not used.", ["field"], registry=r
+        )
+        self.ignored.labels(OTHER)
         self.latest: dict[str, deque[str]] = {}
         r.register(_Live(runtime, self))
 

@@ -4,7 +4,7 @@ import base64
 import binascii
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bridge.config import Prompt, Role, Turn
 from bridge.errors import InvalidMessage
@@ -14,6 +14,7 @@ Condition = Literal["bridge", "direct", "none"]
 MAX_FIELDS = 64
 MAX_LOGPROBS = 20
 MAX_TURNS = 256
+IMPOSSIBLE = -9999.0  # as OpenAI has it: JSON knows no infinity
 FAIL_FAST = Field(fail_fast=True)  # a million wrong items make one error, not a million
 
 
@@ -204,12 +205,21 @@ class EncodeResponse(BaseModel):
     timing: Timing
 
 
+def _finite(logprob: float) -> float:
+    return max(IMPOSSIBLE, logprob)  # in this order: nothing is greater than NaN, nor is NaN
+
+
+LogProb = Annotated[
+    float, AfterValidator(_finite), Field(description=f"In nats; {IMPOSSIBLE:g} of an impossible token.")
+]
+
+
 class TokenLogprobOut(BaseModel):
     """A token with its log-probability in nats, and the likeliest tokens there with theirs."""
 
     token: str
-    logprob: float
-    top: list[tuple[str, float]]
+    logprob: LogProb
+    top: list[tuple[str, LogProb]]
 
 
 class Output(BaseModel):

@@ -1,14 +1,24 @@
 """What OpenAI's clients ask for, and the request to ``/generate`` that asks the same.
 
-Null is as good as absent, as OpenAI has it. Unknown fields are refused.
+Null is as good as absent, as OpenAI has it, in fields that nobody knows too. What asks for nothing that could be told
+from the answer is taken, left out and counted. Every other unknown field is refused: it could be a misspelt one.
 """
 
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -30,17 +40,18 @@ from service.schemas import (
 CARRIES = {"text": "text", "source": "text", "latent": "data", "latent_id": "id"}  # field of each content part
 NATIVE = {"source": "text", "latent": "latent", "latent_id": "latent_id"}  # field of an input of /generate
 SPOKEN: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+OTHER = "other"
 FEW: int = GenerateRequest.model_fields["max_tokens"].default
 
 
 class Only:
-    """Takes a field of OpenAI's only with values that ask for nothing: many clients send every field they know."""
+    """Takes a field with values that ask for nothing, any where none are given: clients send every field they know."""
 
     def __init__(self, *neutral: Any) -> None:
         self._neutral = list(neutral)
 
     def _check(self, value: Any) -> Any:
-        if value not in self._neutral:
+        if self._neutral and value not in self._neutral:
             expected = " or ".join(map(json.dumps, self._neutral))
             raise PydanticCustomError(
                 "not_done", "this service does not do that; expected {expected}", {"expected": expected}
@@ -51,7 +62,7 @@ class Only:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": self._neutral}
+        return {"enum": self._neutral} if self._neutral else {"description": "Taken, and not used."}
 
 
 def _as_parts(value: Any) -> Any:
@@ -61,15 +72,33 @@ def _as_parts(value: Any) -> Any:
 Texts = Annotated[list[str], FAIL_FAST, Field(min_length=1), BeforeValidator(as_list, str | list[str])]
 
 
-class Lenient(Strict):
-    """A body in which null is as good as absent, as OpenAI has it; an unknown field is still unknown."""
+Unused = Annotated[Any, Only()]
 
-    @model_validator(mode="before")
+
+class Lenient(Strict):
+    """A body in which null is as good as absent, also in a field that is not known."""
+
+    _nulls: int = PrivateAttr(0)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
+    def _drop_nulls(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        kept = {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        made = handler(kept)
+        if len(kept) < len(body):
+            made._nulls = sum(name not in cls.model_fields for name in body.keys() - kept.keys())
+        return made
+
+    @classmethod
+    @cache
+    def _idle(cls) -> frozenset[str]:
+        fields = cls.model_fields.items()
+        return frozenset(name for name, field in fields if any(isinstance(one, Only) for one in field.metadata))
+
+    @property
+    def left_out(self) -> list[str]:
+        """Fields that were taken and not used, ``OTHER`` for each that is not known."""
+        return [*(self._idle() & self.model_fields_set), *[OTHER] * self._nulls]
 
 
 class StreamOptions(Lenient):
@@ -113,15 +142,25 @@ class Asked(Lenient):
     timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a source over the bridge's limit instead of refusing it.")
 
-    user: Any = Field(None, description="For OpenAI's books: taken, and not used.")
-    metadata: Any = Field(None, description="For OpenAI's books: taken, and not used.")
-    safety_identifier: Any = Field(None, description="For OpenAI's books: taken, and not used.")
-    prompt_cache_key: Any = Field(None, description="For OpenAI's cache: taken, and not used.")
+    user: Unused = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_retention: Unused = None
+    session_id: Unused = None
+    conversation_id: Unused = None
+    chat_id: Unused = None
+    request_id: Unused = None
+    trace_id: Unused = None
     frequency_penalty: Annotated[Any, Only(0)] = None
     presence_penalty: Annotated[Any, Only(0)] = None
+    repetition_penalty: Annotated[Any, Only(1)] = None
+    min_p: Annotated[Any, Only(0)] = None
+    min_tokens: Annotated[Any, Only(0)] = None
+    ignore_eos: Annotated[Any, Only(False)] = None
     logit_bias: Annotated[Any, Only({})] = None
-    store: Annotated[Any, Only(False)] = None
-    service_tier: Annotated[Any, Only("auto", "default")] = None
 
     @property
     @abstractmethod
@@ -137,6 +176,11 @@ class Asked(Lenient):
     @abstractmethod
     def reported(self) -> int | None:
         """Likeliest tokens to report beside each token; None reports no log-probability."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """Also those of parts of the body."""
+        return super().left_out + _below("stream_options", self.stream_options)
 
     @property
     def most_tokens(self) -> int | None:
@@ -220,13 +264,15 @@ class CompletionRequest(Asked):
         return self.logprobs
 
 
-class Part(Strict):
+class Part(Lenient):
     """A part of a message: some of its text, or the thing to ask about, with the one field that it carries."""
 
     type: Literal["text", "source", "latent", "latent_id"]
     text: str | None = Field(None, description="Of a text, or of a source: what the sender reads.")
     data: str | None = Field(None, description="Of a latent: a message from /encode, base64.")
     id: str | None = Field(None, description="Of a latent_id: the id of a stored latent.")
+    annotations: Annotated[Any, Only([])] = None
+    cache_control: Unused = None
 
     @model_validator(mode="after")
     def _carries_its_own(self) -> Self:
@@ -253,8 +299,14 @@ class Message(Lenient):
     content: Annotated[list[Part], FAIL_FAST, BeforeValidator(_as_parts, str | list[Part])] = Field(
         description="A text, or parts of it; a user's message may hold a source, a latent or a latent_id."
     )
-    name: Any = Field(None, description="Taken, and not used.")
-    refusal: Annotated[Any, Only(None)] = None
+    id: Unused = None
+    name: Unused = None
+    metadata: Unused = None
+    created_at: Unused = None
+    timestamp: Unused = None
+    cache_control: Unused = None
+    refusal: Annotated[Any, Only("")] = None
+    reasoning_content: Annotated[Any, Only("")] = None
     annotations: Annotated[Any, Only([])] = None
     audio: Annotated[Any, Only(None)] = None
     function_call: Annotated[Any, Only(None)] = None
@@ -270,6 +322,11 @@ class Message(Lenient):
                 {"role": self.role, "type": other[0]},
             )
         return self
+
+    @property
+    def left_out(self) -> list[str]:
+        """Also those of its parts."""
+        return super().left_out + _below("content", *self.content)
 
     @property
     def text(self) -> str:
@@ -312,11 +369,16 @@ class ChatRequest(Asked):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise PydanticCustomError("twice", "give max_tokens or max_completion_tokens, not both")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true; it is false")
         return self
+
+    @property
+    def left_out(self) -> list[str]:
+        """Also those of messages."""
+        return super().left_out + _below("messages", *self.messages)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -342,6 +404,10 @@ class ChatRequest(Asked):
             for number, part in enumerate(message.content)
             if part.type != "text"
         ]
+
+
+def _below(place: str, *parts: Lenient) -> list[str]:
+    return [f"{place}.{name}" for part in parts for name in part.left_out]
 
 
 def _lines(texts: Sequence[str]) -> str:

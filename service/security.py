@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from bridge.errors import Forbidden, InvalidRequest, LatentWireError, RateLimited, Unauthenticated, shorten
 from service import keys
 from service.keys import SCOPES, Caller, Entry, Keys
+from service.pages import Pages
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -60,7 +61,7 @@ def access_of(path: str) -> Access | None:
 
 
 class Guard:
-    """Before every route: who calls, whether they may, whether there is room, and whether not too often.
+    """Before every route: from where and who calls, whether they may, whether there is room, whether not too often.
 
     Plain ASGI, because a dependency of FastAPI runs after the body was read, and only for routes that remembered it;
     and what a full service spends on callers it refuses is taken from those it answers. A request that passes has its
@@ -71,6 +72,7 @@ class Guard:
         self,
         app: ASGIApp,
         *,
+        pages: Pages,
         keys: Keys,
         limiter: "Limiter",
         check_room: Callable[[], None],
@@ -78,7 +80,7 @@ class Guard:
     ) -> None:
         """``answer`` makes the response to an error; ``check_room`` raises one where no work is taken now."""
         self.app, self.keys, self.limiter, self.answer = app, keys, limiter, answer
-        self.check_room = check_room
+        self.pages, self.check_room = pages, check_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -93,6 +95,7 @@ class Guard:
         await self.app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> Caller:
+        self.pages.check(scope)
         access, is_work = access_of(scope["path"]), scope.get("method") == "POST"
         caller = self._allowed(scope, access) if self.keys else ANYONE
         if access == "infer" and is_work:

@@ -27,13 +27,26 @@ ENGINE_DIED = 1
 PROBE_SECONDS = 0.1
 
 
-class HalfOpen(H11Protocol):
-    """uvicorn's, but a caller who has sent everything and shuts that half of the connection gets the answer.
+class Connection(H11Protocol):
+    """uvicorn's, but a request must come, and a caller who has sent everything may shut that half of the connection.
 
-    One who closed it altogether looks the same until something is sent. So interim answers are sent, which every
-    client skips: the kernel of one who left refuses them, and the next fails here. An answer that has begun does that
-    itself.
+    The head of a request must be whole within ``KEEP_ALIVE_SECONDS`` of the begin of the connection, or of the answer
+    before. uvicorn's own time begins with the first answer and ends with the next byte, whatever that belongs to.
+
+    A caller who shuts its half gets the answer. One who closed the connection altogether looks the same until
+    something is sent. So interim answers are sent, which clients skip: the kernel of one who left refuses them, and the
+    next fails here. An answer that has begun does that itself.
     """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes alone end no waiting: ``handle_events`` does, where they make a request."""
+        self.conn.receive_data(data)
+        self.handle_events()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """True keeps the connection open."""
@@ -59,7 +72,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application,
-                http=HalfOpen,
+                http=Connection,
                 log_config=None,
                 log_level="warning",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,

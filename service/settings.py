@@ -5,12 +5,13 @@ The prefix is not the Kubernetes Service name: a Service called ``latentwire`` w
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Self
 
 import torch
-from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bridge.errors import InvalidRequest
 from bridge.memory import budget_bytes
@@ -19,6 +20,29 @@ from bridge.wire import as_key
 PREFIX = "LW_"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, Field(ge=1)]
+
+
+HOST, ORIGIN = re.compile(r"\*|(\*\.)?[^\s/:*@]+"), re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/*@]+")
+
+
+def _listed(value: object) -> object:
+    return [item.strip().lower() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def _host(item: str) -> str:
+    if not HOST.fullmatch(item):
+        raise ValueError("expected a name such as lw.example.com, *.example.com or *")
+    return item
+
+
+def _origin(item: str) -> str:
+    if not ORIGIN.fullmatch(item):
+        raise ValueError("expected an origin such as https://example.com or http://localhost:3000, or *")
+    return item
+
+
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_listed)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_listed)]
 
 
 class Settings(BaseSettings):
@@ -32,6 +56,17 @@ class Settings(BaseSettings):
         None, ge=0, le=65535, description="Port for /admin and /metrics alone; without it they are on the main one."
     )
     insecure: bool = Field(False, description="Listen on other addresses than this machine's own without any keys.")
+    allowed_hosts: Hosts = Field(
+        (),
+        description="Names that callers may use for this service, beside addresses, localhost, --host and the "
+        "machine's own, with commas between them; *.example.com takes all below it, * any. Without keys no other is "
+        "answered; with keys any is, unless some are listed.",
+    )
+    cors_origins: Origins = Field(
+        (),
+        description="Origins of web pages that may call, such as https://example.com, with commas between them; * is "
+        "any. Without keys other pages are refused.",
+    )
     memory_budget: str | int | None = Field(
         None,
         description="Most bytes of models and their caches at once, e.g. 24GB, or a share of the device, e.g. 0.8; "
@@ -60,6 +95,10 @@ class Settings(BaseSettings):
     max_tokens: int = Field(512, ge=1, description="Largest max_tokens.")
     max_text_characters: int = Field(100_000, ge=1, description="Longest text or prompt.")
     max_body: Bytes = Field(ByteSize(32 << 20), description="Largest request body in bytes.")
+    max_bodies: Bytes | None = Field(
+        None,
+        description="Most bytes of the bodies of all requests under way before 429; 8 times LW_MAX_BODY when absent.",
+    )
     redis_url: str | None = Field(
         None, description="Keep latents, jobs and rate limits in this Redis, for several replicas."
     )
@@ -83,6 +122,11 @@ class Settings(BaseSettings):
         return self.keep_alive.get(bridge) if isinstance(self.keep_alive, dict) else self.keep_alive
 
     @property
+    def all_bodies(self) -> int:
+        """Most bytes of the bodies of all requests under way."""
+        return int(8 * self.max_body if self.max_bodies is None else self.max_bodies)
+
+    @property
     def message_key(self) -> bytes | None:
         """The key that messages are signed with (InvalidRequest when it is too short)."""
         return None if self.signing_key is None else as_key(self.signing_key.get_secret_value())
@@ -103,6 +147,12 @@ class Settings(BaseSettings):
             place = url.rpartition("@")[2]  # a password stands before it
             raise ValueError(f"expected redis://HOST:PORT/DB, rediss://… or unix://PATH, got {place!r}")
         return url
+
+    @model_validator(mode="after")
+    def _room_for_one_body(self) -> Self:
+        if self.all_bodies < self.max_body:
+            raise ValueError(f"LW_MAX_BODIES is {self.all_bodies}; expected LW_MAX_BODY, {int(self.max_body)}, or more")
+        return self
 
     @model_validator(mode="after")
     def _refuse_unknown_variables(self) -> Self:

@@ -35,7 +35,8 @@ async def completions(body: CompletionRequest, request: Request) -> Any:
 
     `model` is a bridge. The source is one of `source` (a text), `latent` (base64, from /encode) and `latent_id` (of a
     stored one), which OpenAI's client sends as `extra_body`; every prompt is asked about it. What a field would ask
-    for that is not done here (penalties, echo, …) is refused unless its value asks for nothing.
+    for that is not done here (penalties, echo, …) is refused unless its value asks for nothing; what no answer could
+    show (`metadata`, `session_id`, …) is left out, and so is any null.
     """
     return await _answer(request, body, CompletionReply)
 
@@ -80,6 +81,8 @@ async def model(name: str, request: Request) -> Model:
 
 async def _answer(request: Request, body: Asked, shape: type[Reply[Any, Any]]) -> Any:
     runtime: Runtime = request.app.state.runtime
+    for name in body.left_out:
+        runtime.metrics.ignored.labels(name).inc()
     with _named(body.place):
         served, receiver = _find(runtime, body.model)
         within((body.PROMPT, body.questions, runtime.settings.max_inputs))

@@ -172,6 +172,8 @@ def test_operators_can_have_a_port_of_their_own(serve: Serve) -> None:
         (True, "/admin/bridges/tiny/load"): 405,
     }  # fmt: skip
     assert httpx.post(f"{admin}/admin/bridges/tiny/pin").json()["pinned"] is True
+    for path in ("/metrics", "/health/live", "/admin/bridges/tiny/load"):
+        assert httpx.get(f"{admin}{path}", headers={"host": "evil.example"}).status_code == 403
     assert httpx.post(f"{url}/admin/bridges/tiny/pin").json()["error"]["message"].endswith("is not on this port")
 
 

@@ -36,7 +36,7 @@ def raising(app: FastAPI) -> Iterator[Callable[[Exception], TestClient]]:
         async def handler() -> None:
             raise error
 
-        return TestClient(app, raise_server_exceptions=False)
+        return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
 
     yield install
     app.router.routes[:] = routes
@@ -94,7 +94,7 @@ def test_an_unusable_request_id_is_replaced(given: str, raising: Callable[[Excep
 
 
 def test_a_name_nobody_serves_is_a_clear_404(app: FastAPI) -> None:
-    error = TestClient(app).get("/bridges/other").json()["error"]
+    error = TestClient(app, "http://127.0.0.1").get("/bridges/other").json()["error"]
     assert error["type"] == "UnknownBridge"
     assert "'other'" in error["message"] and "tiny" in error["message"]
 

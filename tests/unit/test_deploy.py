@@ -47,7 +47,7 @@ def instructions(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def exposed(checkpoint: Path) -> Iterator[dict[str, set[str]]]:
     """The labels of every sample that a service exposes once it has answered."""
-    with TestClient(create_app(Settings(), {"tiny": str(checkpoint)})) as client:
+    with TestClient(create_app(Settings(), {"tiny": str(checkpoint)}), "http://127.0.0.1") as client:
         deadline = time.monotonic() + 30
         while (answer := client.get("/health/ready")).status_code != 200:
             assert answer.json()["error"]["type"] == "NotReady" and time.monotonic() < deadline, answer.text

@@ -18,7 +18,9 @@ from bridge.errors import InvalidRequest, Overloaded
 from service import keys as keys_module
 from service import security
 from service.keys import SCOPES, Caller, Keys, hash_of, key_command, key_line, load_keys, new_key
+from service.pages import Pages
 from service.security import Guard, Limiter, RateLimited, access_of, check_binding
+from service.settings import Settings
 
 HASH = "0123456789abcdef" * 4
 
@@ -183,7 +185,8 @@ def call(
     async def scenario() -> None:
         raw = [(b"authorization", header.encode("latin-1")) for header in headers]
         scope = {"type": kind, "path": path, "headers": raw, "query_string": b"", "method": method}
-        guard = Guard(app, keys=keys, limiter=Limiter(keys), check_room=check_room, answer=_answer)
+        pages = Pages(Settings(), has_keys=bool(keys))
+        guard = Guard(app, pages=pages, keys=keys, limiter=Limiter(keys), check_room=check_room, answer=_answer)
         await guard(scope, receive, send)
 
     asyncio.run(scenario())

@@ -46,7 +46,7 @@ def start(checkpoint: Path) -> Iterator[Start]:
         ) -> TestClient:
             app = create_app(settings or Settings(), checkpoints or {"tiny": str(checkpoint)})
             before(app)
-            client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            client = stack.enter_context(TestClient(app, "http://127.0.0.1", raise_server_exceptions=False))
             if ready:
                 wait_until_ready(client)
             return client
@@ -91,7 +91,8 @@ def hold(start: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
 @pytest.fixture(scope="module")
 def client(checkpoint: Path) -> Iterator[TestClient]:
     """One service with default settings for the tests of a file."""
-    with TestClient(create_app(Settings(), {"tiny": str(checkpoint)}), raise_server_exceptions=False) as client:
+    app = create_app(Settings(), {"tiny": str(checkpoint)})
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         wait_until_ready(client)
         yield client
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from bridge.models import FrozenLM
 from bridge.prompt import layout_for
 from service.app import create_app
 from service.keys import SCOPES, hash_of, key_line
+from service.schemas import TokenLogprobOut
 from service.settings import Settings
 from tests.conftest import TEMPLATE, bridge_config
 from tests.integration.service.conftest import HELD_SECONDS, READY_SECONDS, until
@@ -283,6 +285,45 @@ def test_logprobs_have_openais_shapes(client: OpenAI, generate: Post) -> None:
     assert few is not None and few.content is not None and {len(one.top_logprobs) for one in few.content} == {0}
 
 
+NATIVE = {"bridge": "tiny", "inputs": [{"text": SOURCE}], "prompt": "Where?", "max_tokens": 6}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {**NATIVE, "logprobs": 5}),
+        ("/v1/completions", {**ASK, **GIVEN, "logprobs": 5}),
+        ("/v1/chat/completions", {**CHAT, **GIVEN, "logprobs": True, "top_logprobs": 5}),
+    ],
+)
+def test_impossible_tokens_have_a_number_too_for_json_has_no_infinity(
+    address: str, app: FastAPI, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    model = next(e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].models)
+
+    def two_are_possible(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        impossible = torch.ones(logits.shape[-1], dtype=torch.bool)
+        impossible[[40, 50]] = False
+        return logits.masked_fill(impossible, float("-inf"))
+
+    hook = model.lm.model.get_output_embeddings().register_forward_hook(two_are_possible)
+    try:
+        answer = httpx.post(
+            f"{address}{path}", json={**body, "stream": stream}, headers={"Authorization": "Bearer all"}
+        )
+    finally:
+        hook.remove()
+    assert answer.status_code == 200, answer.text
+    assert not re.search('Infinity|NaN|logprob":null|,null]', answer.text)
+    assert answer.text.count("-9999.0") >= 6
+
+
+def test_what_is_no_number_is_an_impossible_token_s() -> None:
+    odd = TokenLogprobOut(token="a", logprob=float("nan"), top=[("a", float("-inf")), ("b", -0.5)])
+    assert odd.model_dump(mode="json") == {"token": "a", "logprob": -9999.0, "top": [["a", -9999.0], ["b", -0.5]]}
+
+
 def joined(chunks: list[Completion], index: int) -> str:
     return "".join(c.text for chunk in chunks for c in chunk.choices if c.index == index)
 
@@ -376,26 +417,79 @@ def test_a_caller_who_closes_a_stream_ends_its_generation(client: OpenAI, app: F
     until(lambda: runtime.load.admitted == 0 and not any(engine.running for engine in runtime.engines.all()))
 
 
-def test_fields_that_ask_for_nothing_are_taken(client: OpenAI, generate: Post) -> None:
-    both: dict[str, Any] = {
-        "user": "u", "metadata": {"a": "b"}, "store": False, "frequency_penalty": 0, "presence_penalty": 0.0,
-        "logit_bias": {}, "service_tier": "auto", "n": None, "stop": None, "top_p": None, "stream_options": None,
+BOTH: dict[str, Any] = {  # what no answer could show has any value, the rest one that asks for nothing
+    "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "safety_identifier": "s",
+    "prompt_cache_key": "k", "prompt_cache_retention": "24h", "session_id": "s", "conversation_id": "c", "chat_id": "c",
+    "request_id": "r", "trace_id": "t", "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0,
+    "min_p": 0.0, "min_tokens": 0, "ignore_eos": False, "logit_bias": {},
+}  # fmt: skip
+IDLE: dict[str, dict[str, Any]] = {
+    "completions": {**BOTH, "best_of": 1, "echo": False, "suffix": ""},
+    "chat/completions": {
+        **BOTH, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "functions": [],
+        "function_call": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+        "reasoning_effort": "none", "verbosity": "medium",
+    },
+}  # fmt: skip
+REAL: dict[str, Any] = {"n": 1, "stop": [], "stream_options": {"include_usage": True}, "top_p": 1}
+
+
+def ignored(address: str) -> dict[str, float]:
+    text = httpx.get(f"{address}/metrics", headers={"Authorization": "Bearer prometheus"}).text
+    found = re.findall(r'^latentwire_ignored_fields_total\{field="(.+)"\} (\S+)$', text, re.MULTILINE)
+    return {name: float(count) for name, count in found}
+
+
+@pytest.mark.parametrize("path", IDLE)
+def test_fields_that_ask_for_nothing_are_taken_left_out_and_counted(
+    address: str, client: OpenAI, generate: Post, path: str
+) -> None:
+    body, idle = (ASK if path == "completions" else CHAT), IDLE[path]
+    nulls = {name: None for name in (*idle, *REAL, "timeout_seconds", "what_nobody_knows", "nor_this")}
+    before = ignored(address)
+    answers: list[Any] = [
+        client.post(f"/{path}", body={**body, **GIVEN, **more}, cast_to=object)
+        for more in ({}, {**idle, **REAL}, nulls)
+    ]
+    for answer in answers:
+        choice = answer["choices"][0]
+        text = choice["text"] if path == "completions" else choice["message"]["content"]
+        assert text == generate()["outputs"][0]["text"]
+    counted = {name: count - before.get(name, 0) for name, count in ignored(address).items()}
+    assert {name: count for name, count in counted.items() if count} == {**dict.fromkeys(idle, 1), "other": 2}
+
+
+def test_messages_bring_fields_that_ask_for_nothing_too(address: str, client: OpenAI, generate: Post) -> None:
+    nothing: dict[str, Any] = {
+        "id": "msg_1", "name": "mara", "metadata": {"a": 1}, "created_at": 1, "timestamp": "now", "refusal": "",
+        "reasoning_content": "", "annotations": [], "tool_calls": [], "cache_control": {"type": "ephemeral"},
+        "audio": None, "function_call": None, "what_nobody_knows": None,
     }  # fmt: skip
-    completion = {"best_of": 1, "echo": False, "suffix": None, "logprobs": None}
-    chat = {
-        "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"},
-        "reasoning_effort": None, "modalities": ["text"], "top_logprobs": None, "max_completion_tokens": None,
+    part = {"type": "text", "text": "Where?", "cache_control": {"type": "ephemeral"}, "annotations": [], "odd": None}
+    before = ignored(address)
+    messages: Any = [{"role": "assistant", "content": "Yes.", **nothing}, {"role": "user", "content": [part]}]
+    said = client.chat.completions.create(**{**CHAT, "messages": messages}, extra_body={**GIVEN, "top_logprobs": 0})
+    assert said.choices[0].message.content == generate(prompt="Yes.\nWhere?")["outputs"][0]["text"]
+    counted = {name: count - before.get(name, 0) for name, count in ignored(address).items()}
+    assert {name for name, count in counted.items() if count} == {
+        *(f"messages.{name}" for name, value in nothing.items() if value is not None), "messages.other",
+        "messages.content.cache_control", "messages.content.annotations", "messages.content.other",
     }  # fmt: skip
-    text = generate()["outputs"][0]["text"]
-    said = client.completions.create(**ASK, extra_body={**GIVEN, **both, **completion})
-    assert said.choices[0].text == text
-    chatted = client.chat.completions.create(**CHAT, extra_body={**GIVEN, **both, **chat})
-    assert chatted.choices[0].message.content == text
+
+
+def test_both_names_of_most_tokens_may_say_the_same(client: OpenAI, generate: Post) -> None:
+    said = client.chat.completions.create(**CHAT, max_completion_tokens=6, extra_body=GIVEN)
+    assert said.choices[0].message.content == generate()["outputs"][0]["text"]
 
 
 def says(*content: Any, role: str = "user") -> dict[str, Any]:
     """One message: of a text, or of parts."""
     return {"messages": [{"role": role, "content": content[0] if isinstance(content[0], str) else list(content)}]}
+
+
+def says_more(**fields: Any) -> dict[str, Any]:
+    """One message with more fields than it needs."""
+    return {"messages": [{"role": "user", "content": "Where?", **fields}]}
 
 
 @pytest.mark.parametrize(
@@ -407,14 +501,21 @@ def says(*content: Any, role: str = "user") -> dict[str, Any]:
         ("completions", {"best_of": 3}, "best_of", "expected 1, got 3"),
         ("completions", {"echo": True}, "echo", "expected false, got True"),
         ("completions", {"suffix": "end"}, "suffix", "expected \"\", got 'end'"),
-        ("completions", {"store": True}, "store", "expected false"),
-        ("completions", {"service_tier": "flex"}, "service_tier", 'expected "auto" or "default"'),
+        ("completions", {"repetition_penalty": 1.1}, "repetition_penalty", "expected 1, got 1.1"),
+        ("completions", {"min_p": 0.1}, "min_p", "expected 0, got 0.1"),
+        (
+            "completions",
+            {"stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "false",
+        ),
+        ("completions", {"stream_options": {"usage": True}}, "stream_options.usage", "not permitted"),
         ("completions", {"prompt": [1, 2]}, "prompt.0", "valid string, got 1"),
         ("completions", {"prompt": []}, "prompt", "at least 1 item"),
         ("completions", {"temperature": 2.5}, "temperature", "got 2.5"),
         ("completions", {"messages": []}, "messages", "not permitted"),
         ("completions", {"temprature": 1}, "temprature", "not permitted"),
-        ("completions", {"temprature": None}, "temprature", "not permitted"),
+        ("completions", {"temprature": {}}, "temprature", "not permitted"),
         ("completions", {"source": None}, None, "exactly one of source, latent and latent_id, not 0"),
         ("completions", {"latent_id": "lat_1"}, None, "exactly one of source, latent and latent_id, not 2"),
         ("completions", {"source": None, "latent_id": "a", "condition": "direct"}, None, "give it as text"),
@@ -429,6 +530,15 @@ def says(*content: Any, role: str = "user") -> dict[str, Any]:
         ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", '{"type": "text"}'),
         ("chat/completions", {"reasoning_effort": "high"}, "reasoning_effort", "expected \"none\", got 'high'"),
         ("chat/completions", {"messages": []}, "messages", "at least 1 item"),
+        ("chat/completions", says_more(weight=1), "messages.0.weight", "not permitted"),
+        ("chat/completions", says_more(tool_calls=[{"id": "a"}]), "messages.0.tool_calls", "expected []"),
+        ("chat/completions", says_more(reasoning_content="hm"), "messages.0.reasoning_content", "does not do that"),
+        (
+            "chat/completions",
+            says({"type": "text", "text": "a", "detail": "low"}),
+            "messages.0.content.0.detail",
+            "not",
+        ),
         ("chat/completions", says("a", role="assistant"), None, "role assistant; expected user"),
         ("chat/completions", says("a", role="tool"), "messages.0.role", "got 'tool'"),
         ("chat/completions", says({"type": "image_url"}), "messages.0.content.0.type", "'image_url'"),

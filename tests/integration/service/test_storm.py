@@ -101,9 +101,8 @@ def ask(port: int, path: str = "/generate", body: dict[str, Any] = ASK) -> httpx
 
 def request(body: dict[str, Any], path: str = "/generate") -> bytes:
     content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 
@@ -280,7 +279,7 @@ def break_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int =
 def faulty(checkpoint: Path) -> Iterator[TestClient]:
     """A service with its cache, so that the store is asked too."""
     app = create_app(Settings(), {"tiny": str(checkpoint)})
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         until(lambda: app.state.runtime.ready, READY_SECONDS)
         yield client
 
