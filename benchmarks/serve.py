@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -216,16 +217,25 @@ async def many(first: int, last: int, latents: list[str], counts: Counter[str]) 
 
 
 def memory(requests: int) -> dict[str, Any]:
-    """Resident memory after many mixed requests, against after the first tenth."""
+    """Resident memory after a tenth of many mixed requests, after all, and after nine tenths more.
+
+    With the two stores that fill up meanwhile, and with stores that hold next to nothing.
+    """
     latents = [body["inputs"][0]["latent"] for body in bodies(64)]
+    ends = (requests // 10, requests, 2 * requests - requests // 10)
+    return {"memory": {f"stores_of_{size}": growth(latents, ends, size) for size in ("4MB", "64KB")}}
+
+
+def growth(latents: list[str], ends: tuple[int, ...], store_bytes: str) -> dict[str, Any]:
+    """Resident memory after so many requests, and that over the one before."""
     counts: Counter[str] = Counter()
-    with serving(LW_STORE_MEMORY="4MB", LW_ENCODE_CACHE_MEMORY="4MB") as pid:
-        asyncio.run(many(0, requests // 10, latents, counts))
-        early = resident(pid)
-        asyncio.run(many(requests // 10, requests, latents, counts))
-        late = resident(pid)
-    return {"memory": {"requests": requests, "early_bytes": early, "late_bytes": late, "ratio": late / early,
-                       "statuses": dict(sorted(counts.items()))}}  # fmt: skip
+    with serving(LW_STORE_MEMORY=store_bytes, LW_ENCODE_CACHE_MEMORY=store_bytes) as pid:
+        held: dict[int, int] = {}
+        for first, last in pairwise((0, *ends)):
+            asyncio.run(many(first, last, latents, counts))
+            held[last] = resident(pid)
+    ratios = {f"{b} over {a}": held[b] / held[a] for a, b in pairwise(ends)}
+    return {"resident_bytes": held, "ratio": ratios, "statuses": dict(sorted(counts.items()))}
 
 
 def resident(pid: int) -> int:
@@ -238,7 +248,7 @@ def resident(pid: int) -> int:
 def main(
     seconds: float = 6.0, rounds: int = 7, requests: int = 20_000, overload_seconds: float = 60.0, only: str = ""
 ) -> None:
-    """Measure everything and record it, or ``only`` one part and record nothing."""
+    """Measure everything and record it, or ``only`` one part under its own name."""
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "saturation": lambda: saturation(seconds, rounds),
@@ -254,9 +264,10 @@ def main(
         if only in ("", name):
             figures |= measure()
             print(json.dumps(figures, indent=2), flush=True)
-    if not only:
-        given = f"--seconds {seconds:g} --rounds {rounds} --requests {requests} --overload-seconds {overload_seconds:g}"
-        record("serve", f"python -m benchmarks.serve {given}", figures)
+    given = f"--seconds {seconds:g} --rounds {rounds} --requests {requests} --overload-seconds {overload_seconds:g}"
+    if only:
+        given = f"{given} --only {only}"
+    record(f"serve-{only}" if only else "serve", f"python -m benchmarks.serve {given}", figures)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,14 @@ class Answering:
 
     def __init__(self, runtime: Runtime, tenant: str, served: Served) -> None:
         self.runtime, self.tenant, self.served = runtime, tenant, served
-        self.store, self.ttl_seconds = runtime.store.visit(), runtime.settings.store_ttl
+        self.store, self.ttl_seconds = runtime.store, runtime.settings.store_ttl
         self.usage = Usage()
 
     async def send(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[Sent]:
-        """The messages of texts; one that comes twice is read once, those encoded before come from the cache."""
+        """The messages of texts; one that comes twice is read once, those encoded before come from the cache.
+
+        ``usage`` has what the sender read for it, also when it does not end well; then, what all texts hold.
+        """
         served, bridge_id = self.served, self.served.manifest.bridge_id
         keys = [encode_key(bridge_id, dtype, row.truncate, row.text, self.tenant) for row in texts]
         found = await self._cached(keys)
@@ -45,7 +48,7 @@ class Answering:
         for key, text, sent in zip(keys, texts, found, strict=True):
             if sent is None:
                 missing.setdefault(key, text)
-        encoded = await self.runtime.encode(served, list(missing.values())) if missing else []
+        encoded = await self.runtime.encode(served, list(missing.values()), self._read) if missing else []
         made = {
             key: Sent(served.message(row.latent, dtype), row.source_tokens, row.truncated)
             for key, row in zip(missing, encoded, strict=True)
@@ -53,8 +56,11 @@ class Answering:
         if made and self.runtime.settings.encode_cache:
             await remember(self.store, made, ttl_seconds=self.ttl_seconds)
         all_sent = [one or made[key] for key, one in zip(keys, found, strict=True)]
-        self.usage.source_tokens += sum(one.source_tokens for one in all_sent)
+        self.usage.source_tokens = sum(one.source_tokens for one in all_sent)
         return all_sent
+
+    def _read(self, source_tokens: int) -> None:
+        self.usage.source_tokens = source_tokens
 
     async def keep(self, messages: Sequence[bytes]) -> list[str]:
         """Keep messages under ids of their own (StoreUnavailable)."""

@@ -133,6 +133,7 @@ class _Row(Generic[Item, Result]):
     item: Item
     tokens: int
     answer: "asyncio.Future[Result]"
+    begun: bool = False
 
 
 class Batcher(Generic[Item, Result]):
@@ -172,8 +173,12 @@ class Batcher(Generic[Item, Result]):
         self._queue: list[_Row[Item, Result]] = []
         self._arrived = asyncio.Event()
 
-    async def submit(self, items: Sequence[Item]) -> list[Result]:
+    async def submit(
+        self, items: Sequence[Item], on_begun: Callable[[Item], object] = lambda item: None
+    ) -> list[Result]:
         """Queue all rows of a request and wait for every result; cancelled, rows still queued are taken out.
+
+        At the end, whatever end that is, ``on_begun`` is called with each row that reached ``run``.
 
         Raises:
             InferenceFailed: ``run`` raised for a batch one of them was in.
@@ -192,6 +197,8 @@ class Batcher(Generic[Item, Result]):
         finally:
             for row in rows:
                 row.answer.cancel()
+                if row.begun:
+                    on_begun(row.item)
             self._keep([row for row in self._queue if not row.answer.done()])
 
     async def serve(self) -> None:
@@ -247,6 +254,8 @@ class Batcher(Generic[Item, Result]):
         """Run rows and answer them; or, where memory was too small for them, what the device said."""
         results: Sequence[Result | LatentWireError]
         self._load.running += len(rows)
+        for row in rows:
+            row.begun = True
         try:
             results = await self._run([row.item for row in rows])
             if len(results) != len(rows):

@@ -107,9 +107,8 @@ class Jobs:
         digest = _digest(json.dumps([*_identity(record)]))
         once, listed = f"once_{_digest(tenant, key or '')}", f"list_{_digest(tenant)}"
         async with self._creating:
-            store = self._store.visit()
-            before, ids = await store.get_many("job", [once, listed])
-            if key is not None and before is not None and (earlier := await self._repeated(store, before, digest)):
+            before, ids = await self._store.get_many("job", [once, listed])
+            if key is not None and before is not None and (earlier := await self._repeated(before, digest)):
                 return earlier
             if self.counts()["queued"] >= MAX_QUEUED:
                 raise Overloaded(
@@ -119,7 +118,7 @@ class Jobs:
             values = {record.id: _packed(record), listed: json.dumps(listing).encode()}
             if key is not None:
                 values[once] = json.dumps({"id": record.id, "body": digest}).encode()
-            await store.put_many("job", values, ttl_seconds=KEEP_SECONDS)
+            await self._store.put_many("job", values, ttl_seconds=KEEP_SECONDS)
             self._live[record.id] = record
             self._queue.put_nowait(record)
         return record
@@ -131,16 +130,15 @@ class Jobs:
             UnknownBridge: There is none of that id, or it is another tenant's.
             StoreUnavailable: The store is away, and it is not an unfinished one of this process.
         """
-        found = await self._get(self._store.visit(), [job_id] if ID.fullmatch(job_id) else [], tenant)
+        found = await self._get([job_id] if ID.fullmatch(job_id) else [], tenant)
         if not found:
             raise UnknownBridge(f"no evaluation is called {shorten(repr(job_id), 80)}", param="id")
         return found[0]
 
     async def all(self, tenant: str) -> list[Record]:
         """A tenant's evaluations, the latest first (StoreUnavailable when the store is away)."""
-        store = self._store.visit()
-        listed = await store.get("job", f"list_{_digest(tenant)}")
-        return await self._get(store, list(reversed(json.loads(listed or b"[]"))), tenant)
+        listed = await self._store.get("job", f"list_{_digest(tenant)}")
+        return await self._get(list(reversed(json.loads(listed or b"[]"))), tenant)
 
     async def cancel(self, tenant: str, job_id: str) -> Record:
         """End an evaluation before its next pass; what it has measured stays. A finished one is left as it is.
@@ -151,7 +149,7 @@ class Jobs:
         if job_id in self._live:
             _end(record, "cancelled", None)
         elif record.state in UNFINISHED:
-            await self._store.visit().put("job", _stop_key(job_id), b"1", ttl_seconds=KEEP_SECONDS)
+            await self._store.put("job", _stop_key(job_id), b"1", ttl_seconds=KEEP_SECONDS)
         return record
 
     def _new(self, tenant: str, body: EvaluationRequest) -> Record:
@@ -171,19 +169,19 @@ class Jobs:
             beat=time.time(),
         )
 
-    async def _repeated(self, store: Store, before: bytes, digest: str) -> Record | None:
+    async def _repeated(self, before: bytes, digest: str) -> Record | None:
         known = json.loads(before)
         if known["body"] != digest:
             raise Conflict(
                 f"the Idempotency-Key was used for evaluation {known['id']}, with another body", param="Idempotency-Key"
             )
-        found = await self._get(store, [known["id"]])
+        found = await self._get([known["id"]])
         return found[0] if found else None
 
-    async def _get(self, store: Store, ids: Sequence[str], tenant: str | None = None) -> list[Record]:
+    async def _get(self, ids: Sequence[str], tenant: str | None = None) -> list[Record]:
         live = {job_id: self._live[job_id] for job_id in ids if job_id in self._live}  # one may end while we wait
         elsewhere = [job_id for job_id in ids if job_id not in live]
-        packed = dict(zip(elsewhere, await store.get_many("job", elsewhere) if elsewhere else [], strict=True))
+        packed = dict(zip(elsewhere, await self._store.get_many("job", elsewhere) if elsewhere else [], strict=True))
         records = [live.get(job_id) or _unpacked(packed[job_id]) for job_id in ids]
         return [record for record in records if record is not None and tenant in (None, record.tenant)]
 

@@ -2,20 +2,21 @@
 
 Promises, each with a test:
 
-- A request waits for Redis ``WAIT_SECONDS`` at most, all its operations together, whatever state Redis is in.
+- A request waits for Redis ``WAIT_SECONDS`` at most, whoever asks for it and how often, whatever state Redis is in.
 - A Redis that failed is left alone for ``REST_SECONDS``; then one caller tries it. It comes back by itself.
 - A connection whose answer nobody waited for is never used again: the next answer would be to the last question.
 """
 
 import asyncio
-import copy
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -47,6 +48,24 @@ CONNECTION = {
 }
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Budget:
+    left_seconds: float
+
+
+_of_request: ContextVar[_Budget | None] = ContextVar("_of_request", default=None)
+
+
+@contextmanager
+def one_request() -> Iterator[None]:
+    """Inside, and in tasks begun inside, all questions to Redis wait ``WAIT_SECONDS`` together; elsewhere each does."""
+    token = _of_request.set(_Budget(WAIT_SECONDS))
+    try:
+        yield
+    finally:
+        _of_request.reset(token)
 
 
 class Circuit:
@@ -121,7 +140,6 @@ class RedisStore(Store):
         self._answers, self._takes = Circuit("answers"), Circuit("takes values")
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._asked: set[asyncio.Task[Any]] = set()
-        self._left_seconds: float | None = None
 
     @property
     def available(self) -> bool:
@@ -133,29 +151,17 @@ class RedisStore(Store):
         """Operations that could not be done since the start, those not tried included."""
         return self._answers.failures + self._takes.failures
 
-    def visit(self) -> Self:
-        """This store with ``WAIT_SECONDS`` for all operations of one request, in place of each."""
-        visitor = copy.copy(self)
-        visitor._left_seconds = WAIT_SECONDS
-        return visitor
-
     async def put_many(self, kind: Kind, values: Mapping[str, bytes], *, ttl_seconds: float | None = None) -> None:
         """Keep all of these or none (StoreUnavailable)."""
         ttl_ms = None if ttl_seconds is None else max(1, int(ttl_seconds * 1000))
 
-        async def put(redis: Redis) -> ResponseError | None:
+        async def put(redis: Redis) -> None:
             async with redis.pipeline(transaction=True) as pipe:
                 for key, value in values.items():
                     pipe.set(_redis_key(kind, key), value, px=ttl_ms)
-                try:
-                    await pipe.execute()
-                except ResponseError as refusal:  # full, read-only, unable to save: an answer all the same
-                    return refusal
-            return None
+                await pipe.execute()
 
-        with self._takes.guard((ResponseError,)):
-            if refusal := await self.ask(put):
-                raise refusal
+        await self.write(put)
 
     async def get_many(self, kind: Kind, keys: Sequence[str]) -> list[bytes | None]:
         """The values of keys in order, None where there is none (StoreUnavailable)."""
@@ -179,6 +185,21 @@ class RedisStore(Store):
         with suppress(*FAILURES):  # a peer that is away need not hear of it
             async with asyncio.timeout(WAIT_SECONDS):
                 await self.pool.aclose()
+
+    async def write(self, work: Callable[[Redis], Awaitable[Answer]]) -> Answer:
+        """``ask``, where ``work`` gives Redis something to keep (StoreUnavailable, also where it takes nothing)."""
+
+        async def answered(redis: Redis) -> Answer | ResponseError:
+            try:
+                return await work(redis)
+            except ResponseError as refusal:  # full, read-only, unable to save: an answer all the same
+                return refusal
+
+        with self._takes.guard((ResponseError,)):
+            answer = await self.ask(answered)
+            if isinstance(answer, ResponseError):
+                raise answer
+            return answer
 
     async def ask(self, work: Callable[[Redis], Awaitable[Answer]]) -> Answer:
         """Let ``work`` use the connections, as bounded and as spared as the store's own operations.
@@ -206,27 +227,26 @@ class RedisStore(Store):
                 raise StoreUnavailable(f"the request waited for Redis for {WAIT_SECONDS * 1000:.0f} ms") from None
 
     async def _bounded(self, operation: Callable[[], Coroutine[None, None, Answer]]) -> Answer:
-        """The outcome of an operation, waited for as long as this visit may (TimeoutError).
+        """The outcome of an operation, waited for as long as the request still may (TimeoutError).
 
         ``asyncio.wait``, not ``timeout``: it returns on time however long cancelling takes, and where the loop itself
         was late it still takes an answer that had arrived.
         """
-        allowed = WAIT_SECONDS if self._left_seconds is None else self._left_seconds
-        if allowed <= 0:
+        budget = _of_request.get() or _Budget(WAIT_SECONDS)
+        if budget.left_seconds <= 0:
             raise TimeoutError
         started = time.monotonic()
         task = asyncio.create_task(operation())
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
         try:
-            await asyncio.wait({task}, timeout=allowed)
+            await asyncio.wait({task}, timeout=budget.left_seconds)
             if task.done():
                 return task.result()
             raise TimeoutError
         finally:
             task.cancel()
-            if self._left_seconds is not None:
-                self._left_seconds -= time.monotonic() - started
+            budget.left_seconds -= time.monotonic() - started
 
 
 def _redis_key(kind: Kind, key: str) -> bytes:

@@ -82,7 +82,8 @@ class Runtime:
         self.settings = settings
         secret = settings.api_keys
         self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
-        self.limiter = Limiter(self.keys, settings.redis_url)
+        redis = RedisStore(settings.redis_url) if settings.redis_url else None
+        self.limiter = Limiter(self.keys, redis)
         self.residency = Residency()
         self.residency.budget_bytes = budget_bytes(settings.memory_budget, self.residency.device)
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
@@ -101,7 +102,7 @@ class Runtime:
             on_death=self._died,
             on_step=self._note_step,
         )
-        self.store: Store = RedisStore(settings.redis_url) if settings.redis_url else MemoryStore(_budgets(settings))
+        self.store: Store = redis or MemoryStore(_budgets(settings))
         self.jobs = Jobs(self)
         self.metrics = Metrics(self)
         self._prepare = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # one: a tokenizer is no place for two
@@ -161,7 +162,6 @@ class Runtime:
         for threads in (self._device, self._prepare):
             await asyncio.to_thread(threads.shutdown)
         await self.store.close()
-        await self.limiter.close()
 
     def find(self, name: str | None) -> Served:
         """The bridge of a name, or the first one.
@@ -186,8 +186,13 @@ class Runtime:
         if len(text) > limit:
             raise TooLarge(f"the text has {len(text)} characters; at most {limit} are taken", param=param)
 
-    async def encode(self, served: Served, rows: Sequence[Text]) -> list[Encoded]:
-        """Latents of texts, batched with whatever else is waiting."""
+    async def encode(
+        self, served: Served, rows: Sequence[Text], on_cost: Callable[[int], None] = lambda source_tokens: None
+    ) -> list[Encoded]:
+        """Latents of texts, batched with whatever else is waiting.
+
+        ``on_cost`` is called at the end, whatever end that is, with the tokens of the texts that reached the sender.
+        """
 
         def tokenize() -> list[SourceTokens]:
             sources = []
@@ -197,7 +202,11 @@ class Runtime:
             return sources
 
         sources = await self._off_loop(tokenize)
-        return await self._encoders[served.name].submit(sources)
+        read: list[int] = []
+        try:
+            return await self._encoders[served.name].submit(sources, lambda source: read.append(len(source.ids)))
+        finally:
+            on_cost(sum(read))
 
     async def generate(
         self,

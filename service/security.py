@@ -1,8 +1,6 @@
 """Who may do what, and how often. What is not listed in ``ACCESS`` is closed as soon as there are keys."""
 
-import asyncio
 import ipaddress
-import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -11,18 +9,24 @@ from typing import Literal, TypeVar
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
-from redis.asyncio import ConnectionPool
-from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bridge.errors import Forbidden, InvalidRequest, LatentWireError, RateLimited, Unauthenticated, shorten
+from bridge.errors import (
+    Forbidden,
+    InvalidRequest,
+    LatentWireError,
+    RateLimited,
+    StoreUnavailable,
+    Unauthenticated,
+    shorten,
+)
 from service import keys
 from service.keys import SCOPES, Caller, Entry, Keys
 from service.pages import Pages
+from service.redis_store import RedisStore, one_request
 
-log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 Access = keys.Scope | Literal["open", "any key"]
@@ -48,8 +52,6 @@ ACCESS: dict[str, Access] = {  # a path, or with /* all paths below it; a path t
 }
 ANYONE = Caller("", SCOPES)
 NOBODY = Caller("", frozenset())
-REDIS_SECONDS = 0.05  # longest that a request waits for Redis
-PAUSE_SECONDS = 1.0  # how long a Redis that failed is left alone
 
 
 def access_of(path: str) -> Access | None:
@@ -62,6 +64,8 @@ def access_of(path: str) -> Access | None:
 
 class Guard:
     """Before every route: from where and who calls, whether they may, whether there is room, whether not too often.
+
+    Around it and the route is what ``one_request`` may wait for Redis.
 
     Plain ASGI, because a dependency of FastAPI runs after the body was read, and only for routes that remembered it;
     and what a full service spends on callers it refuses is taken from those it answers. A request that passes has its
@@ -86,13 +90,14 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        try:
-            caller = await self._admit(scope)
-        except LatentWireError as error:
-            await self._refuse(error, scope, receive, send)
-            return
-        scope.setdefault("state", {})["caller"] = caller
-        await self.app(scope, receive, send)
+        with one_request():
+            try:
+                caller = await self._admit(scope)
+            except LatentWireError as error:
+                await self._refuse(error, scope, receive, send)
+                return
+            scope.setdefault("state", {})["caller"] = caller
+            await self.app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> Caller:
         self.pages.check(scope)
@@ -141,17 +146,13 @@ class Limiter:
     Windows are fixed: one opens with a tenant's first request and ends a minute later. Tokens are known only after the
     work, so a count can pass its limit, and only a fixed window keeps such a count instead of refusing it. The price:
     across the border of two windows a tenant can use twice its limit within a minute.
-
-    ``available`` says whether Redis answered last time; true without one.
     """
 
-    def __init__(self, keys: Keys, redis_url: str | None = None) -> None:
-        self.available = True
+    def __init__(self, keys: Keys, redis: RedisStore | None = None) -> None:
         self._items = {entry.name: _items(entry) for entry in keys.entries}
         self._local = FixedWindowRateLimiter(MemoryStorage())
-        self._pool = ConnectionPool.from_url(redis_url) if redis_url else None
-        self._shared = None if self._pool is None else _in_redis(self._pool)
-        self._ask_again = 0.0
+        self._redis = redis
+        self._shared = None if redis is None else _in_redis(redis)
 
     async def admit(self, tenant: str, *, work: bool) -> None:
         """Count a request; with ``work``, refuse it also while the tokens of this minute are used up.
@@ -176,34 +177,19 @@ class Limiter:
         if item is not None and tokens > 0:
             await self._ask(lambda window: window.hit(item, tenant, cost=tokens))
 
-    async def close(self) -> None:
-        """Let go of connections."""
-        if self._pool is not None:
-            await self._pool.aclose()
-
     async def _ask(self, question: Callable[[FixedWindowRateLimiter], Awaitable[Answer]]) -> Answer:
-        """The answer of Redis, or within ``REDIS_SECONDS`` that of this process.
+        """The answer of Redis, or where it gives none that of this process.
 
         This process counts in any case, so that a Redis that goes away hands nobody a fresh minute.
         """
         here = await question(self._local)
-        if self._shared is None or time.monotonic() < self._ask_again:
+        if self._redis is None or self._shared is None:
             return here
-        if not self.available:  # one request finds out; those beside it need not wait for the same answer
-            self._ask_again = time.monotonic() + PAUSE_SECONDS
+        shared = self._shared
         try:
-            async with asyncio.timeout(REDIS_SECONDS):
-                shared = await question(self._shared)
-        except (RedisError, OSError, TimeoutError) as error:
-            self._ask_again = time.monotonic() + PAUSE_SECONDS
-            if self.available:
-                log.warning("rate limits are counted in this process alone: Redis said %s", type(error).__name__)
-            self.available = False
+            return await self._redis.write(lambda _: question(shared))
+        except StoreUnavailable:
             return here
-        if not self.available:
-            log.info("rate limits are counted in Redis again")
-        self.available, self._ask_again = True, 0.0
-        return shared
 
 
 def check_binding(host: str, *, has_keys: bool, insecure: bool) -> None:
@@ -234,13 +220,13 @@ def _items(entry: Entry) -> dict[str, RateLimitItem]:
     return {kind: RateLimitItemPerMinute(n, namespace=kind) for kind, n in limits.items() if n is not None}
 
 
-def _in_redis(pool: ConnectionPool) -> FixedWindowRateLimiter:
+def _in_redis(redis: RedisStore) -> FixedWindowRateLimiter:
     # The pool knows the address; the library's own address parser takes no unix:// and retries behind our back.
     storage = RedisStorage(
         "redis://",
         implementation="redispy",
         key_prefix="latentwire:limits",
-        connection_pool=pool,  # type: ignore[arg-type]
+        connection_pool=redis.pool,  # type: ignore[arg-type]
     )
     return FixedWindowRateLimiter(storage)
 

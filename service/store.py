@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol
 
 from cachetools import TLRUCache
 
@@ -65,10 +65,6 @@ class Store(Protocol):
     async def get(self, kind: Kind, key: str) -> bytes | None:
         """The value of a key, None where there is none (StoreUnavailable when the store is away)."""
         return (await self.get_many(kind, [key]))[0]
-
-    def visit(self) -> Self:
-        """This store as one request may use it: its waiting, over all operations, is bounded by ``WAIT_SECONDS``."""
-        return self
 
 
 class _Entry(NamedTuple):

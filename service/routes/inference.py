@@ -48,13 +48,15 @@ async def encode(body: EncodeRequest, request: Request) -> EncodeResponse | Resp
     for at, text in enumerate(body.inputs):
         runtime.check_text(text, f"inputs.{at}")
     work = Answering(runtime, request.state.caller.name, served)
+
+    async def answer() -> EncodeResponse | Response:
+        try:
+            return await _encode(work, body, raw=RAW in request.headers.get("accept", ""))
+        finally:
+            await charge(request, work.usage)
+
     with runtime.load.admit(len(body.inputs)):
-        answer = await attend(
-            request, _encode(work, body, raw=RAW in request.headers.get("accept", "")),
-            deadline(request, body.timeout_seconds),
-        )  # fmt: skip
-    await charge(request, work.usage)
-    return answer
+        return await attend(request, answer(), deadline(request, body.timeout_seconds))
 
 
 @router.post("/generate", response_model=GenerateResponse, responses=STREAMED)
@@ -100,7 +102,7 @@ async def answering(
 
 
 async def charge(request: Request, usage: Usage) -> None:
-    """Count what an answer has cost; after the fact, because nobody knows it before."""
+    """Count what a request has cost, whatever came of it; after the fact, because nobody knows it before."""
     runtime: Runtime = request.app.state.runtime
     tokens = usage.source_tokens + usage.prompt_tokens + usage.soft_tokens + usage.generated_tokens
     await runtime.limiter.charge(request.state.caller.name, tokens)

@@ -1,16 +1,21 @@
 """The generation engines: requests come and go at every step, and each gets what it would get alone."""
 
 import random
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching.requests import logger
 
 from bridge import continuous, softids
 from bridge.answer import Generation
@@ -323,6 +328,66 @@ def test_out_of_memory_splits_a_padded_batch(
     assert made.out_of_memory == len(refused) > 0
 
 
+def test_out_of_memory_the_old_cache_is_gone_before_the_new_one_is_made(
+    lms: dict[str, FrozenLM], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, max_rows=4)
+    real, begin_again, left = lm.model.forward, made._new_manager, list[int]()
+    old: list[weakref.ref[Tensor]] = []
+
+    def too_large(*args: Any, **kwargs: Any) -> Any:
+        if not old:
+            old.append(weakref.ref(kwargs["cache"].cache_tensor))
+            raise torch.OutOfMemoryError("out of memory")  # one that no test holds
+        return real(*args, **kwargs)
+
+    def new_manager() -> Any:
+        left.append(sum(cache() is not None for cache in old))
+        return begin_again()
+
+    monkeypatch.setattr(lm.model, "forward", too_large)
+    monkeypatch.setattr(made, "_new_manager", new_manager)
+    monkeypatch.setattr(logger, "disabled", True)  # pytest would keep the record, and with it the error's frames
+    (one,) = ask(made, [0], [SamplingParams(4)])
+    assert told(one.answer()) == told(alone(lm, 0, SamplingParams(4)))
+    assert old and left == [0]
+
+
+def test_out_of_memory_what_a_padded_batch_held_is_gone_before_a_part_of_it_is_tried(
+    lms: dict[str, FrozenLM], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(PaddedEngine, lm)
+    real, left = lm.model.forward, list[int]()
+    old: list[weakref.ref[Tensor]] = []
+
+    def too_large(*args: Any, **kwargs: Any) -> Any:
+        if not old:
+            activation = torch.zeros(8)
+            old.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("out of memory")
+        left.append(sum(held() is not None for held in old))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lm.model, "forward", too_large)
+    ready = threading.Event()
+    monkeypatch.setattr(made, "_next_batch", waits_for(ready, made._next_batch))
+    asked = ask(made, [0, 1], [SamplingParams(4)] * 2)
+    ready.set()
+    for number, one in enumerate(asked):
+        assert told(one.answer()) == told(alone(lm, number, SamplingParams(4)))
+    assert old and left and not any(left)
+
+
+def waits_for(event: threading.Event, real: Callable[[], Any]) -> Callable[[], Any]:
+    def waiting() -> Any:
+        assert event.wait(PATIENCE)
+        return real()
+
+    return waiting
+
+
 @pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
 def test_a_single_request_that_cannot_fit_is_refused_and_the_engine_lives(
     lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: type[Engine]
@@ -452,3 +517,80 @@ def test_an_engine_that_cannot_begin_again_fails_its_requests_and_says_so(
         one.answer()
     made._supervisor.join(PATIENCE)
     assert died == [1] and not made._supervisor.is_alive()
+
+
+# Passes of a model that an engine runs, one after the other
+
+
+class Turns:
+    """A model whose passes, each on a thread of its own, end when they may."""
+
+    def __init__(self, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lm, self.within, self.most_within = lm, 0, 0
+        self.may_end = threading.Event()
+        self.real = lm.model.base_model.forward
+        monkeypatch.setattr(lm.model.base_model, "forward", self.forward)
+        self.threads: list[threading.Thread] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.within += 1
+        self.most_within = max(self.most_within, self.within)
+        assert self.may_end.wait(PATIENCE)
+        said = self.real(*args, **kwargs)
+        self.within -= 1
+        return said
+
+    def begin(self, work: Callable[[], object] | None = None) -> threading.Thread:
+        ids = torch.tensor([[1, 2, 3]])
+        thread = threading.Thread(target=work or (lambda: self.lm.model(ids)), daemon=True)
+        thread.start()
+        self.threads.append(thread)
+        return thread
+
+    def wait(self, thread: threading.Thread, function: str) -> None:
+        """Until a thread has come to a function that it cannot leave by itself."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            frame = sys._current_frames().get(thread.ident or 0)
+            if frame is not None and function in _names(frame):
+                return
+            time.sleep(0.001)
+        raise AssertionError(f"no thread came to {function}")
+
+    def all_end(self, seconds: float = 10.0) -> bool:
+        for thread in self.threads:
+            thread.join(seconds)
+        return not any(thread.is_alive() for thread in self.threads)
+
+
+def _names(frame: FrameType | None) -> list[str]:
+    return [] if frame is None else [frame.f_code.co_name, *_names(frame.f_back)]
+
+
+def test_passes_of_a_model_with_an_engine_come_one_after_the_other(
+    lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    turns, let_go = Turns(lm, monkeypatch), continuous._exclusive(lm)
+    first = turns.begin()
+    turns.wait(first, "forward")
+    for _ in range(3):
+        turns.wait(turns.begin(), "begin")
+    turns.may_end.set()
+    assert turns.all_end() and turns.most_within == 1
+    let_go()
+
+
+def test_a_pass_that_waits_while_the_engine_closes_gets_its_turn_and_nobody_waits_for_ever(
+    lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    turns, let_go = Turns(lm, monkeypatch), continuous._exclusive(lm)
+    turns.wait(turns.begin(), "wait")
+    turns.wait(turns.begin(let_go), "let_go")  # the first that waits, so it is next
+    for _ in range(3):
+        turns.wait(turns.begin(), "begin")
+    turns.may_end.set()
+    assert turns.all_end(), "a pass has waited for a turn that nobody ends"
+    assert turns.within == 0
+    assert not lm.model.base_model._forward_pre_hooks and not lm.model.base_model._forward_hooks

