@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge import errors
 from service.answers_openai import OpenAIErrorBody, error_type
+from service.prefix import Prefix
 from service.routes import admin, evaluations, inference, openai, page, status
 from service.runtime import Runtime
 from service.schemas import ErrorBody
@@ -76,8 +77,11 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
     }
     # The pages at /docs come with their scripts: a GPU node often reaches no CDN.
     app = FastAPIOffline(
-        title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented
-    )
+        title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented,
+        servers=[{"url": "."}],  # relative to /openapi.json, as a proxy shows it
+        docs_url=None, redoc_url=None,  # in ``page``, with relative addresses
+        redirect_slashes=False,  # redirects are absolute: behind a proxy they would lead elsewhere
+    )  # fmt: skip
     app.state.runtime = runtime
     app.state.jobs = runtime.jobs
     app.state.error_body = error_body
@@ -95,6 +99,8 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         Guard, keys=runtime.keys, limiter=runtime.limiter, check_room=runtime.load.check_room, answer=_deliberate
     )
     app.add_middleware(Envelope, runtime=runtime)  # added last, so outermost: a refusal has its id and is counted too
+    if settings.root_path:  # outside even of that: within, a path has one name
+        app.add_middleware(Prefix, prefix=settings.root_path)
     return app
 
 

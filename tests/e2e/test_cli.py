@@ -22,7 +22,7 @@ from bridge.checkpoint import load_bridge, make_bridge, read_manifest, save_brid
 from bridge.models import fingerprint_of
 from service.__main__ import app, main
 from service.client import Client, ServiceError
-from service.demo import check_free, listen
+from service.demo import check_free
 from training import loop, prepare
 
 LATENTWIRE = Path(sys.executable).with_name("latentwire")
@@ -592,11 +592,3 @@ def test_a_served_bridge_answers_as_the_command_line_does_and_stops_when_told(
     log = (tmp_path / "serve.log").read_text()
     assert "Traceback" not in log and TEXT not in log
     assert not client.ready()
-
-
-def test_an_answer_is_sent_without_waiting_for_an_acknowledgement() -> None:
-    """Where it waits, every request takes 40 ms more."""
-    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
-        accepted, _ = listener.accept()
-        with accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
