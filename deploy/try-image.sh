@@ -12,12 +12,12 @@ if docker info >/dev/null 2>&1; then  # the client alone is not enough
     docker build --tag "$image" "$@" .
     container=$(docker run --detach --network host --read-only --user "$user" "$image" "${serve[@]}")
     trap 'docker rm --force "$container" >/dev/null' EXIT
-    inside() { docker exec "$container" "$@"; }
+    inside=(docker exec "$container")
 else
     buildah bud --isolation chroot --format docker --layers=false --tag "$image" "$@" .
     container=$(buildah from --pull-never "$image")
-    inside() { buildah run --isolation chroot --user "$user" --env HOME=/ "$container" -- "$@"; }
-    inside latentwire "${serve[@]}" &
+    inside=(buildah run --isolation chroot --user "$user" "$container" --)
+    "${inside[@]}" latentwire "${serve[@]}" &
     server=$!
     trap 'kill "$server"; wait "$server" || true; buildah rm "$container" >/dev/null' EXIT
 fi
@@ -26,7 +26,7 @@ ask() { curl --silent --show-error --fail-with-body --max-time 60 "http://127.0.
 json() { ask "$1" --header 'content-type: application/json' --data "$2"; }
 
 deadline=$((SECONDS + 180))
-until inside python -Pm service.health ready 2>/dev/null; do
+until "${inside[@]}" python -Pm service.health ready 2>/dev/null; do
     ((SECONDS < deadline)) || { echo "the service was not ready within 180 s" >&2; exit 1; }
     sleep 1
 done

@@ -4,8 +4,10 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -16,6 +18,7 @@ from tests.e2e.test_page import browser, run, said
 
 __all__ = ["browser"]  # the fixture
 PLACES = ["lw", "other/lw"]
+TOOLS = Path(sys.executable).parent.parent / "proxies"  # where the Makefile unpacks what is not installed
 WAIT_SECONDS = 30.0
 CONFIGURATION = """
 daemon off; pid {folder}/pid; error_log {folder}/error.log; {user}
@@ -41,7 +44,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """nginx before a service of the built-in bridge; the address of nginx."""
-    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:{TOOLS}/usr/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
     folder, service, port = tmp_path_factory.mktemp("nginx"), free_port(), free_port()
