@@ -20,17 +20,17 @@ COPY service service
 RUN pip install --no-deps .
 
 FROM ${PYTHON_IMAGE}
-# A number, so that Kubernetes can see that it is not root.
-RUN useradd --uid 10001 --create-home latentwire && install -d -o 10001 -g 10001 /models
+# A number, so that Kubernetes can see that it is not root. Clusters that give every pod a user of its own give it group 0.
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp latentwire \
+    && install -d -o 10001 -g 0 -m 775 /models /home/latentwire
 COPY --from=build /opt/latentwire /opt/latentwire
-ENV PATH=/opt/latentwire/bin:$PATH HF_HOME=/models PYTHONUNBUFFERED=1
+# Caches that are no models go below HOME: the one folder that is there to be written by anyone, read-only root or not.
+ENV PATH=/opt/latentwire/bin:$PATH HF_HOME=/models HOME=/tmp PYTHONUNBUFFERED=1
 USER 10001:10001
 WORKDIR /home/latentwire
 VOLUME /models
 EXPOSE 8000
-# Past any proxy: the address is the container's own.
-HEALTHCHECK --interval=15s --timeout=10s --start-period=120s CMD ["python", "-c", "\
-import os, urllib.request as r; \
-r.build_opener(r.ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ.get('LW_PORT', 8000)}/health/live\", timeout=8)"]
+# Wherever the service listens. -P: whatever lies in the working folder is not imported.
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s CMD ["python", "-Pm", "service.health"]
 ENTRYPOINT ["latentwire"]
 CMD ["serve", "--host", "0.0.0.0"]

@@ -3,8 +3,10 @@
 Heavy imports stand inside the commands: ``latentwire --help`` must not wait for torch.
 """
 
+import logging
 import os
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from functools import partial
@@ -17,7 +19,9 @@ from rich.console import Console
 from bridge.errors import InvalidRequest, LatentWireError, first_line, shorten
 from service.commands import encode, generate
 from service.flags import flags_of
+from service.health import SHARED_MEMORY, written_down
 from service.keys import key_command
+from service.listening import listen, url
 from service.logs import configure, restore
 from training.config import TrainConfig, read_config
 from training.slurm import app as slurm
@@ -38,6 +42,7 @@ app = typer.Typer(
 app.add_typer(slurm, name="slurm")
 app.command("key")(key_command)
 out, errors = Console(), Console(stderr=True)
+log = logging.getLogger(__name__)
 WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
@@ -186,8 +191,11 @@ def serve(
     bridge: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="A bridge to serve; repeat for several. [builtin]")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
+    host: Annotated[str | None, typer.Option(help="Name or address to listen on. [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [8000]")] = None,
+    root_path: Annotated[
+        str | None, typer.Option(help="Path that a proxy in front leaves before every address, e.g. /lw.")
+    ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen beyond this machine without asking anyone for a key.")
     ] = None,
@@ -199,13 +207,12 @@ def serve(
     from pydantic import ValidationError
 
     from service.app import create_app
-    from service.demo import listen
     from service.security import check_binding
     from service.serving import serve as run
-    from service.settings import Settings
+    from service.settings import Settings, service_links
 
     flags: dict[str, Any] = {
-        "host": host, "port": port, "insecure": insecure, "memory_budget": memory_budget,
+        "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
     }  # fmt: skip
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
@@ -219,14 +226,17 @@ def serve(
     has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
     check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
     application = create_app(settings, _named(bridge or ["builtin=builtin"]))
-    listeners = [listen(settings.host, settings.port)]
-    if settings.admin_port is not None:
-        listeners.append(listen(settings.host, settings.admin_port))
-        application.state.runtime.admin_port = listeners[1].getsockname()[1]
+    listeners = listen(settings.host, settings.port)
+    operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)
+    if operators:
+        application.state.runtime.admin_port = operators[0].getsockname()[1]
     configure("info", console=sys.stderr)
-    address = f"http://{settings.host}:{listeners[0].getsockname()[1]}"
+    if links := service_links():
+        log.warning("left aside, as links to a Service of Kubernetes (enableServiceLinks: false): %s", ", ".join(links))
+    address = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
     _say(f"LatentWire listens on {address} (page: {address}/, reference: {address}/docs)")
-    sys.exit(run(application, listeners))
+    with written_down(listeners[0]):
+        sys.exit(run(application, [*listeners, *operators]))
 
 
 @app.command()
@@ -288,10 +298,20 @@ def _named(bridges: list[str]) -> dict[str, str]:
     return named
 
 
+def _settle_temporary_folder() -> None:
+    """Libraries want one when they are loaded. Where the root is read-only and none is mounted, there is memory."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        if not os.access(SHARED_MEMORY, os.W_OK):
+            raise InvalidRequest(
+                "no temporary folder can be written; mount one at /tmp or name one in TMPDIR"
+            ) from None
+        tempfile.tempdir = os.environ["TMPDIR"] = str(SHARED_MEMORY)
+
+
 def _check_writable(file: Path) -> None:
     """Refuse before the work what could not be written after it."""
-    import tempfile
-
     if file.is_dir():
         raise InvalidRequest(f"--out {file}: is a folder; expected a file", param="out")
     try:
@@ -328,6 +348,7 @@ def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any
 def main() -> None:
     """Entry point of ``latentwire`` and ``python -m service``: bad input is one line and exit code 2."""
     try:
+        _settle_temporary_folder()
         app()
     except LatentWireError as error:
         print(f"latentwire: {first_line(error)}", file=sys.stderr)

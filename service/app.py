@@ -21,6 +21,7 @@ from bridge import errors
 from service.answers_openai import OpenAIErrorBody, error_type
 from service.bodies import Bodies
 from service.pages import Pages
+from service.prefix import Prefix
 from service.routes import admin, evaluations, inference, openai, page, status
 from service.runtime import Runtime
 from service.schemas import ErrorBody
@@ -84,8 +85,11 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
     }
     # The pages at /docs come with their scripts: a GPU node often reaches no CDN.
     app = FastAPIOffline(
-        title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented
-    )
+        title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented,
+        servers=[{"url": "."}],  # relative to /openapi.json, as a proxy shows it
+        docs_url=None, redoc_url=None,  # in ``page``, with relative addresses
+        redirect_slashes=False,  # redirects are absolute: behind a proxy they would lead elsewhere
+    )  # fmt: skip
     app.state.runtime = runtime
     app.state.jobs = runtime.jobs
     app.state.error_body = error_body
@@ -108,8 +112,10 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         answer=_deliberate,
     )
     app.add_middleware(Envelope, runtime=runtime)  # added later, so outside: a refusal has its id and is counted too
-    if settings.cors_origins:  # outermost: pages may read refusals and crashes, and their preflights bear no key
+    if settings.cors_origins:  # outside even of that: pages may read refusals and crashes, and preflights bear no key
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    if settings.root_path:  # outermost: within, a path has one name
+        app.add_middleware(Prefix, prefix=settings.root_path)
     return app
 
 

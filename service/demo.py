@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,30 +14,15 @@ from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 
-from bridge.errors import InferenceFailed, InvalidRequest
+from bridge.errors import InferenceFailed
 from bridge.evaluation.tasks import Example
 from bridge.prompt import LATENT
 from service.client import Client
+from service.listening import listen
 
 START_SECONDS = 120.0
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections send without delay.
-
-    asyncio sees to that for sockets of its own making only; without it every answer waits 40 ms for an acknowledgement.
-
-    Raises:
-        InvalidRequest: The address cannot be had.
-    """
-    try:
-        listener = socket.create_server((host, port), backlog=2048)
-    except OSError as error:
-        raise InvalidRequest(f"{host}:{port} cannot be listened on: {error.strerror}; give another --port") from None
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 def check_free(port: int) -> None:
@@ -47,7 +31,8 @@ def check_free(port: int) -> None:
     Raises:
         InvalidRequest: Something listens on the port already.
     """
-    listen("127.0.0.1", port).close()
+    for listener in listen("127.0.0.1", port):
+        listener.close()
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Everything an operator can set, read once at start-up from ``LW_*`` variables or the flags of ``serve``.
 
-The prefix is not the Kubernetes Service name: a Service called ``latentwire`` would inject
-``LATENTWIRE_PORT=tcp://...`` into every pod of its namespace.
+Kubernetes tells every pod of the Services of its namespace, in variables named after them: a Service called ``lw``
+makes ``LW_PORT=tcp://10.0.0.1:80`` and more. What has exactly that shape is no setting and is left aside.
 """
 
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
@@ -20,6 +20,25 @@ from bridge.wire import as_key
 PREFIX = "LW_"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, Field(ge=1)]
+
+KIND, IP = "(?:TCP|UDP|SCTP)", "[0-9a-f.:]+"
+URL = rf"(?i:{KIND})://(?:{IP}|\[{IP}\]):\d+"
+SERVICE = re.compile(rf"({PREFIX[:-1]}(?:_[A-Z0-9_]+?)?)_PORT(?:_\d+_{KIND})?={URL}")
+LINK = re.compile(
+    rf"_(?:SERVICE_HOST={IP}|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+|PORT(?:_\d+_{KIND})?={URL}"
+    rf"|PORT_\d+_{KIND}_(?:PROTO=(?i:{KIND})|PORT=\d+|ADDR={IP}))"
+)
+
+
+def service_links() -> list[str]:
+    """The variables under our prefix that Kubernetes made for its Services."""
+    lines = {name: f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX)}
+    services = {found[1] for line in lines.values() if (found := SERVICE.fullmatch(line))}
+    return sorted(
+        name
+        for name, line in lines.items()
+        if any(line.startswith(service) and LINK.fullmatch(line, len(service)) for service in services)
+    )
 
 
 HOST, ORIGIN = re.compile(r"\*|(\*\.)?[^\s/:*@]+"), re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/*@]+")
@@ -54,6 +73,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     admin_port: int | None = Field(
         None, ge=0, le=65535, description="Port for /admin and /metrics alone; without it they are on the main one."
+    )
+    root_path: str = Field(
+        "", description="Path before every address, e.g. /lw, where a proxy in front of the service leaves it in."
     )
     insecure: bool = Field(False, description="Listen on other addresses than this machine's own without any keys.")
     allowed_hosts: Hosts = Field(
@@ -148,6 +170,19 @@ class Settings(BaseSettings):
             raise ValueError(f"expected redis://HOST:PORT/DB, rediss://… or unix://PATH, got {place!r}")
         return url
 
+    @field_validator("root_path")
+    @classmethod
+    def _is_a_path(cls, path: str) -> str:
+        if not re.fullmatch(r"/?|(/[\w.~-]+)+/?", path):
+            raise ValueError("expected a path such as /lw")
+        return path.rstrip("/")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_links(cls, given: dict[str, Any]) -> dict[str, Any]:
+        links = {link.removeprefix(PREFIX).lower() for link in service_links()}
+        return {name: value for name, value in given.items() if name not in links or not isinstance(value, str)}
+
     @model_validator(mode="after")
     def _room_for_one_body(self) -> Self:
         if self.all_bodies < self.max_body:
@@ -158,7 +193,7 @@ class Settings(BaseSettings):
     def _refuse_unknown_variables(self) -> Self:
         # extra="forbid" covers arguments and .env files, not the environment itself.
         known = {PREFIX + name.upper() for name in type(self).model_fields}
-        unknown = {name for name in os.environ if name.startswith(PREFIX)} - known
+        unknown = {name for name in os.environ if name.startswith(PREFIX)} - known - set(service_links())
         if unknown:
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         return self

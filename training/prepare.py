@@ -1,6 +1,7 @@
 """Before the first step: load the task and both models, make the bridge, and refuse what would stop a later step."""
 
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -378,11 +379,14 @@ def _cached(run: Run, console: Console) -> CachedStates:
 def code_version() -> str:
     """The package's version, with the commit where the code runs from a checkout."""
     root = Path(__file__).resolve().parents[1]
+    git = shutil.which("git") if (root / ".git").exists() else None
+    if git is None:
+        return version("latentwire")
     done = subprocess.run(
-        ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"],
+        [git, "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,
     )
-    commit = done.stdout.strip() if (root / ".git").exists() and done.returncode == 0 else ""
+    commit = done.stdout.strip() if done.returncode == 0 else ""
     return version("latentwire") + (f"+{commit}" if commit else "")

@@ -8,9 +8,11 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from bridge.checkpoint import load_bridge, make_bridge, read_manifest, save_brid
 from bridge.models import fingerprint_of
 from service.__main__ import app, main
 from service.client import Client, ServiceError
-from service.demo import check_free, listen
+from service.demo import check_free
 from training import loop, prepare
+from training.prepare import code_version
 
 LATENTWIRE = Path(sys.executable).with_name("latentwire")
 TEXT = "Mara lives in Rome."
@@ -519,6 +522,35 @@ def test_the_demo_refuses_a_port_it_could_not_serve_on_before_it_trains(
     check_free(port)
 
 
+@pytest.fixture
+def no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a read-only root where nothing is mounted at /tmp."""
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", "/proc/nowhere")
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_without_a_temporary_folder_memory_is_one(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("service.__main__.SHARED_MEMORY", tmp_path)
+    run("key", "someone")
+    assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(tmp_path)
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_where_nothing_can_be_written_every_command_says_what_is_missing(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.__main__.SHARED_MEMORY", Path("/proc/nowhere"))
+    assert "mount one at /tmp" in refuse("serve")
+
+
+def test_the_version_of_the_code_needs_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The image has none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert code_version() == version("latentwire")
+
+
 def test_an_interrupt_that_reaches_the_entry_point_ends_with_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -592,11 +624,3 @@ def test_a_served_bridge_answers_as_the_command_line_does_and_stops_when_told(
     log = (tmp_path / "serve.log").read_text()
     assert "Traceback" not in log and TEXT not in log
     assert not client.ready()
-
-
-def test_an_answer_is_sent_without_waiting_for_an_acknowledgement() -> None:
-    """Where it waits, every request takes 40 ms more."""
-    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
-        accepted, _ = listener.accept()
-        with accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1

@@ -1,6 +1,7 @@
 """A service as a process: how it ends, on which ports it listens, what it does under load."""
 
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -21,8 +22,6 @@ ASK: dict[str, Any] = {"inputs": [{"text": "Mara lives in Rome."}], "prompt": "W
 
 
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 
@@ -175,6 +174,34 @@ def test_operators_can_have_a_port_of_their_own(serve: Serve) -> None:
     for path in ("/metrics", "/health/live", "/admin/bridges/tiny/load"):
         assert httpx.get(f"{admin}{path}", headers={"host": "evil.example"}).status_code == 403
     assert httpx.post(f"{url}/admin/bridges/tiny/pin").json()["error"]["message"].endswith("is not on this port")
+
+
+def test_all_addresses_of_both_families_are_served_and_probes_find_the_service_where_flags_put_it(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # probes of a container see its variables, and not the flags
+    admin = free_port()
+    process, url = serve("--host", "::", "--insecure", LW_ADMIN_PORT=str(admin), LW_PORT="9")
+    port, probe = url.rpartition(":")[2], [sys.executable, "-Pm", "service.health"]
+    for host in ("127.0.0.1", "[::1]"):
+        assert httpx.post(f"http://{host}:{port}/generate", json=ASK).status_code == 200
+        assert httpx.get(f"http://{host}:{port}/metrics").status_code == 404
+        assert httpx.get(f"http://{host}:{admin}/metrics").status_code == 200
+    for question in ("live", "ready"):
+        assert subprocess.run([*probe, question], check=True, capture_output=True, text=True).stdout
+    assert f"listens on http://[::]:{port} (page: http://[::]:{port}/, " in (tmp_path / "serve.log").read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(ENDS_SECONDS) == 0
+    assert subprocess.run(probe, capture_output=True).returncode == 1
+    assert not list(tmp_path.glob("latentwire*"))
+
+
+def test_links_to_a_service_called_as_our_prefix_are_named_and_left_aside(serve: Serve, tmp_path: Path) -> None:
+    serve(LW_PORT="tcp://10.0.0.1:80", LW_SERVICE_HOST="10.0.0.1", LW_SERVICE_PORT="80")
+    (line,) = (line for line in (tmp_path / "serve.log").read_text().splitlines() if "WARNING" in line)
+    assert "Kubernetes" in line and line.endswith(": LW_PORT, LW_SERVICE_HOST, LW_SERVICE_PORT")
 
 
 def running_rows(url: str) -> float:
