@@ -12,6 +12,7 @@ import torch
 from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from bridge.config import DEVICE, Precision
 from bridge.errors import InvalidRequest
 from bridge.memory import budget_bytes
 from bridge.wire import as_key
@@ -32,6 +33,12 @@ class Settings(BaseSettings):
         None, ge=0, le=65535, description="Port for /admin and /metrics alone; without it they are on the main one."
     )
     insecure: bool = Field(False, description="Listen on other addresses than this machine's own without any keys.")
+    device: str | None = Field(
+        None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"
+    )
+    dtype: Precision | None = Field(
+        None, description="What models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
+    )
     memory_budget: str | int | None = Field(
         None,
         description="Most bytes of models and their caches at once, e.g. 24GB, or a share of the device, e.g. 0.8; "

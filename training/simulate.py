@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from bridge.checkpoint import Bridge, make_bridge
 from bridge.config import RANDOM, Fingerprint, Head
-from bridge.devices import default_device, default_dtype
+from bridge.devices import DTYPES, default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
 from bridge.models import FrozenLM, folder_of
@@ -31,7 +31,7 @@ from bridge.reader import SourceTokens
 from bridge.residency import Residency
 from training.config import TrainConfig
 from training.features import CachedStates, LiveStates, States
-from training.machine import DTYPES, Ranks, recompute
+from training.machine import Ranks, recompute
 from training.prepare import completed, describe, learned_modes, optimisers, with_heads
 from training.step import Run, take_step
 from training.tokens import Tokens
@@ -128,7 +128,8 @@ def _simulate(config: TrainConfig, name: str, lengths: Lengths) -> list[Cost]:
     """Every moment of a step with one of the receivers."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        dtype = DTYPES[config.precision] if config.precision else default_dtype(default_device())
+        device = torch.device(config.device) if config.device else default_device()  # of another machine, maybe
+        dtype = DTYPES[config.precision] if config.precision else default_dtype(device)
         lms = {each: _shapes(each, dtype) for each in config.receivers}
         sender, receiver = _shapes(config.sender, dtype), lms[name]
     held = [(RECEIVER, lm.model) for lm in lms.values()]
