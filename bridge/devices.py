@@ -67,7 +67,7 @@ def why_no_cuda() -> str:
     if not has_nvidia():
         return "no NVIDIA driver is loaded"
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return first_line(error)
     return "torch finds no GPU"

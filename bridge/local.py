@@ -28,7 +28,7 @@ def encode_text(checkpoint: str, text: str, *, truncate: bool = False) -> tuple[
         LatentWireError: The checkpoint or its sender cannot be loaded, or is another one.
     """
     manifest, bridge = load_bridge(checkpoint)
-    sender = load_model(manifest.bridge.sender.name)
+    sender = load_model(manifest.bridge.sender.name, role="sender")
     check_sender(manifest.bridge, sender)
     config = manifest.bridge
     source = tokenize_source(sender, text, config.source, max_tokens=config.max_source_tokens, truncate=truncate)
@@ -65,7 +65,7 @@ def answer(
     manifest, bridge = load_bridge(checkpoint)
     name = receiver or bridge.default_receiver
     bridge.head(name)
-    lm = load_model(name)
+    lm = load_model(name, role="receiver")
     check_receiver(manifest.bridge, name, lm)
     layout = manifest.bridge.heads[name].layout
     room = lm.max_tokens - params.max_tokens

@@ -25,8 +25,10 @@ from bridge.config import RANDOM, Fingerprint, Head
 from bridge.devices import DTYPES, default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
+from bridge.families import Role, check_usable
 from bridge.models import FrozenLM, folder_of
 from bridge.prompt import IGNORE, TEXT, Row, layout_for
+from bridge.quantised import dequantised
 from bridge.reader import SourceTokens
 from bridge.residency import Residency
 from training.config import TrainConfig
@@ -130,8 +132,8 @@ def _simulate(config: TrainConfig, name: str, lengths: Lengths) -> list[Cost]:
     with mode:
         device = torch.device(config.device) if config.device else default_device()  # of another machine, maybe
         dtype = DTYPES[config.precision] if config.precision else default_dtype(device)
-        lms = {each: _shapes(each, dtype) for each in config.receivers}
-        sender, receiver = _shapes(config.sender, dtype), lms[name]
+        lms = {each: _shapes(each, dtype, "receiver") for each in config.receivers}
+        sender, receiver = _shapes(config.sender, dtype, "sender"), lms[name]
     held = [(RECEIVER, lm.model) for lm in lms.values()]
     if not config.cache_features and config.sender not in lms:
         held.append((SENDER, sender.model))
@@ -175,13 +177,14 @@ def _extend(runs: list[Any], depths: Sequence[int], depth: int) -> list[Cost]:
     return costs
 
 
-def _shapes(name: str, dtype: torch.dtype) -> FrozenLM:
+def _shapes(name: str, dtype: torch.dtype, role: Role) -> FrozenLM:
     """A model of the right shapes; call it under a ``FakeTensorMode``."""
     plain = name.removeprefix(RANDOM)
     try:
-        local = plain.startswith("builtin:") or Path(plain).is_dir()
+        local = plain.startswith("builtin:") or Path(plain).exists()
         config = AutoConfig.from_pretrained(folder_of(plain) if local else plain, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        check_usable(name, config, role)
+        model = AutoModelForCausalLM.from_config(dequantised(config), dtype=dtype)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelUnavailable(f"model {name!r} cannot be planned: {first_line(error)}") from None
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))

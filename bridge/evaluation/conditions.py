@@ -103,7 +103,7 @@ class Setting(Asking):
 
     def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
         """The same measurement of another bridge to the same receiver."""
-        sender = load_model(manifest.bridge.sender.name, **self.where)
+        sender = load_model(manifest.bridge.sender.name, role="sender", **self.where)
         return replace(
             self,
             checkpoint=str(checkpoint),
@@ -212,12 +212,13 @@ def open_setting(
         LatentWireError: Any of them is missing, damaged or another one than the checkpoint knows.
     """
     placed = device_named(device)
-    where = {"device": placed, "dtype": dtype_named(precision, placed)}
+    where: dict[str, Any] = {"device": placed, "dtype": dtype_named(precision, placed)}
     manifest, bridge = load_bridge(checkpoint, device=placed)
     name = receiver or bridge.default_receiver
     bridge.head(name)
     loaded = load_task(task)
-    sender, answering = load_model(manifest.bridge.sender.name, **where), load_model(name, **where)
+    sender = load_model(manifest.bridge.sender.name, role="sender", **where)
+    answering = load_model(name, role="receiver", **where)
     check_sender(manifest.bridge, sender)
     check_receiver(manifest.bridge, name, answering)
     check_room(loaded, answering)
