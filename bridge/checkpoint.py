@@ -19,9 +19,9 @@ from bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, d
 from bridge.devices import default_device
 from bridge.encoder import Encoder, make_encoder
 from bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
-from bridge.families import Role, check_usable
+from bridge.families import Role
 from bridge.heads import SoftTokenHead
-from bridge.models import BUILTIN, FrozenLM, config_of, fingerprint_of
+from bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of
 from bridge.prompt import check_layout
 
 CONFIG = "config.json"
@@ -169,7 +169,7 @@ def check_models(config: BridgeConfig) -> None:
     refs: list[tuple[Role, ModelRef]] = [("sender", config.sender)]
     refs += [("receiver", head.receiver) for head in config.heads.values()]
     for role, ref in refs:
-        check_usable(ref.name, config_of(ref.name), role)
+        check_role(ref.name, role)
         check_identity(ref, fingerprint_of(ref.name), role)
 
 

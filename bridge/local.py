@@ -14,7 +14,7 @@ from bridge.checkpoint import check_receiver, check_sender, load_bridge, read_ma
 from bridge.config import Manifest
 from bridge.engine import Encoded
 from bridge.errors import InvalidMessage
-from bridge.models import load_model
+from bridge.models import check_role, load_model
 from bridge.prompt import compose, place
 from bridge.reader import tokenize_source
 from bridge.sampling import SamplingParams
@@ -28,7 +28,8 @@ def encode_text(checkpoint: str, text: str, *, truncate: bool = False) -> tuple[
         LatentWireError: The checkpoint or its sender cannot be loaded, or is another one.
     """
     manifest, bridge = load_bridge(checkpoint)
-    sender = load_model(manifest.bridge.sender.name, role="sender")
+    check_role(manifest.bridge.sender.name, "sender")
+    sender = load_model(manifest.bridge.sender.name)
     check_sender(manifest.bridge, sender)
     config = manifest.bridge
     source = tokenize_source(sender, text, config.source, max_tokens=config.max_source_tokens, truncate=truncate)
@@ -65,7 +66,8 @@ def answer(
     manifest, bridge = load_bridge(checkpoint)
     name = receiver or bridge.default_receiver
     bridge.head(name)
-    lm = load_model(name, role="receiver")
+    check_role(name, "receiver")
+    lm = load_model(name)
     check_receiver(manifest.bridge, name, lm)
     layout = manifest.bridge.heads[name].layout
     room = lm.max_tokens - params.max_tokens

@@ -206,6 +206,11 @@ def config_of(name: str) -> PreTrainedConfig:
     return config
 
 
+def check_role(name: str, role: Role) -> None:
+    """Refuse a model before any weight is read: it is not there, or could not play its part (ModelUnavailable)."""
+    check_usable(name, config_of(name), role)
+
+
 def predicted_bytes(name: str, dtype: torch.dtype) -> int:
     """Bytes the weights of ``name`` will take in ``dtype``; none of them is read.
 
@@ -225,7 +230,6 @@ def load_model(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     device_map: str | None = None,
-    role: Role | None = None,
 ) -> FrozenLM:
     """Load a frozen model: evaluation mode, no gradients, safetensors only, never remote code.
 
@@ -236,7 +240,6 @@ def load_model(
         device: Default: the accelerator where there is one.
         dtype: Default: ``default_dtype(device)``.
         device_map: ``auto`` spreads a model that one accelerator cannot hold over all of them.
-        role: Refuse it where it could not be that.
 
     Raises:
         ModelUnavailable: Not found, not a causal language model, not usable, or its files are damaged.
@@ -244,7 +247,7 @@ def load_model(
     device = device or default_device()
     dtype = dtype or default_dtype(device)
     config = config_of(name)
-    check_usable(name, config, role)
+    check_usable(name, config)
     fingerprint, folder = fingerprint_of(name), folder_of(name.removeprefix(RANDOM))
     shown = predicted_bytes(name, dtype) >= LARGE_BYTES and sys.stderr.isatty()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()  # type: ignore[no-untyped-call]

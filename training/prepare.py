@@ -22,8 +22,7 @@ from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
 from bridge.devices import device_named, dtype_named
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.families import check_usable
-from bridge.models import FrozenLM, config_of, fingerprint_of, load_model
+from bridge.models import FrozenLM, check_role, fingerprint_of, load_model
 from bridge.prompt import compose, layout_for
 from bridge.reader import Reader, tokenize_source
 from bridge.residency import Residency
@@ -74,7 +73,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     console = console if ranks.first else Console(quiet=True)
     check_writable(config.out)
     for name in (config.sender, *config.receivers):
-        check_usable(name, config_of(name), "sender" if name == config.sender else "receiver")
+        check_role(name, "sender" if name == config.sender else "receiver")
     residency = Residency(config.memory_budget, device, dtype, partial(_load, config))
     sides, described = _meet(config, task, residency)
     torch.manual_seed(config.seed)

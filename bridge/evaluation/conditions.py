@@ -22,7 +22,7 @@ from bridge.config import Layout, Manifest
 from bridge.devices import device_named, dtype_named
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task, said_after
-from bridge.models import FrozenLM, load_model
+from bridge.models import FrozenLM, check_role, load_model
 from bridge.prompt import LATENT, Row, collate, compose, text_layout
 from bridge.reader import Reader, SourceTokens, text_ids, tokenize_source
 from bridge.sampling import SamplingParams
@@ -103,7 +103,7 @@ class Setting(Asking):
 
     def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
         """The same measurement of another bridge to the same receiver."""
-        sender = load_model(manifest.bridge.sender.name, role="sender", **self.where)
+        sender = load_model(manifest.bridge.sender.name, **self.where)
         return replace(
             self,
             checkpoint=str(checkpoint),
@@ -217,8 +217,9 @@ def open_setting(
     name = receiver or bridge.default_receiver
     bridge.head(name)
     loaded = load_task(task)
-    sender = load_model(manifest.bridge.sender.name, role="sender", **where)
-    answering = load_model(name, role="receiver", **where)
+    check_role(manifest.bridge.sender.name, "sender")
+    check_role(name, "receiver")
+    sender, answering = load_model(manifest.bridge.sender.name, **where), load_model(name, **where)
     check_sender(manifest.bridge, sender)
     check_receiver(manifest.bridge, name, answering)
     check_room(loaded, answering)
