@@ -353,8 +353,13 @@ def hidden_states(
 
 
 def blocks_of(lm: FrozenLM) -> list[nn.Module]:
-    """The decoder blocks, whatever the family calls them: the one list as long as the model is deep."""
-    for module in lm.model.base_model.modules():
+    """The decoder blocks, whatever the family calls them."""
+    return list(stack_of(lm))
+
+
+def stack_of(lm: FrozenLM) -> nn.ModuleList:
+    """The list of blocks itself: the one as long as the model is deep, in the part of it that reads text."""
+    for module in cast(Any, lm.model).get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == lm.layers:
-            return list(module)
+            return module
     raise ModelUnavailable(f"{lm.name!r} shows no list of {lm.layers} decoder blocks")

@@ -26,7 +26,7 @@ from bridge.devices import DTYPES, default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
 from bridge.families import Role, check_usable
-from bridge.models import FrozenLM, folder_of
+from bridge.models import FrozenLM, folder_of, stack_of
 from bridge.prompt import IGNORE, TEXT, Row, layout_for
 from bridge.quantised import dequantised
 from bridge.reader import SourceTokens
@@ -138,7 +138,7 @@ def _simulate(config: TrainConfig, name: str, lengths: Lengths) -> list[Cost]:
     if not config.cache_features and config.sender not in lms:
         held.append((SENDER, sender.model))
     ledger = Ledger()
-    stack, depth = _stack(receiver)
+    stack, depth = stack_of(receiver), receiver.layers
     if config.gradient_checkpointing:
         recompute(receiver)
     _watch(ledger, receiver, stack)
@@ -192,15 +192,6 @@ def _shapes(name: str, dtype: torch.dtype, role: Role) -> FrozenLM:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)  # type: ignore[no-untyped-call]
     model = model.eval().requires_grad_(False)
     return FrozenLM(name, tokenizer, model.config, (1,), model, Fingerprint("", "", ""))
-
-
-def _stack(lm: FrozenLM) -> tuple[nn.ModuleList, int]:
-    """The list of decoder blocks itself, which can be cut, and its length."""
-    lists = (m for m in lm.model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == lm.layers)
-    found = next(lists, None)
-    if found is None:
-        raise ModelUnavailable(f"{lm.name!r} shows no list of {lm.layers} decoder blocks")
-    return found, lm.layers
 
 
 def _alike(lm: FrozenLM, stack: nn.ModuleList) -> bool:
