@@ -19,8 +19,9 @@ from bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, d
 from bridge.devices import default_device
 from bridge.encoder import Encoder, make_encoder
 from bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
+from bridge.families import Role
 from bridge.heads import SoftTokenHead
-from bridge.models import BUILTIN, FrozenLM, fingerprint_of
+from bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of
 from bridge.prompt import check_layout
 
 CONFIG = "config.json"
@@ -163,11 +164,12 @@ def check_models(config: BridgeConfig) -> None:
 
     Raises:
         IncompatibleBridge: A model has changed; both digests are named.
-        ModelUnavailable: A model is not there.
+        ModelUnavailable: A model is not there, or cannot play its part here.
     """
-    refs: list[tuple[str, ModelRef]] = [("sender", config.sender)]
+    refs: list[tuple[Role, ModelRef]] = [("sender", config.sender)]
     refs += [("receiver", head.receiver) for head in config.heads.values()]
     for role, ref in refs:
+        check_role(ref.name, role)
         check_identity(ref, fingerprint_of(ref.name), role)
 
 

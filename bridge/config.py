@@ -16,6 +16,10 @@ WINDOWED = ("pooling", "linear")
 RANDOM = "random:"
 """Prefix of a model with the same shape and tokenizer but untrained weights: a control."""
 
+Precision = Literal["bf16", "fp16", "fp32"]
+DEVICE = r"^(cpu|mps|xpu|cuda(:\d+)?)$"
+"""What a device may be called, wherever one is named."""
+
 STRICT = ConfigDict(extra="forbid")
 
 

@@ -1,29 +1,126 @@
-"""Where models compute, and in what, unless told."""
+"""Where models compute, and in what: as an operator says it, or as the machine allows.
+
+The words are the same everywhere: ``LW_DEVICE`` and ``LW_DTYPE`` of the service, ``--device`` and ``--precision`` of
+the commands.
+"""
 
 import logging
+import os
+import re
+import shutil
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from bridge.errors import first_line
+from bridge.config import DEVICE
+from bridge.errors import InvalidRequest, first_line
 
 log = logging.getLogger(__name__)
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NVIDIA = Path("/proc/driver/nvidia/version")
+NO_HALF = (7, 0)  # compute capability below which half precision is no faster than float32
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where half precision is slow; bfloat16 on an accelerator."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+def device_named(name: str | None) -> torch.device:
+    """The device that was asked for, or the best there is.
+
+    Raises:
+        InvalidRequest: It is not there, and why; nothing else is taken in its place. Or it is no device's name.
+    """
+    if name is None:
+        return default_device()
+    if not re.fullmatch(DEVICE, name):
+        raise InvalidRequest(f"device {name!r}: expected cpu, cuda, cuda:1, mps or xpu", param="device")
+    device = torch.device(name)
+    if trouble := _missing(device):
+        raise InvalidRequest(f"device {name!r} was asked for, but {trouble}", param="device")
+    return device
 
 
 @cache
 def default_device() -> torch.device:
-    """The accelerator where there is one; Apple's only if it computes what we need."""
+    """The accelerator where there is one; Apple's only if it computes what we need. A GPU left unused is named."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type == "mps" and (why := _unusable(device)):
         log.warning("MPS cannot be used (%s): computing on the CPU", why)
         return torch.device("cpu")
+    if device.type == "cpu" and has_nvidia():
+        log.warning("this machine has an NVIDIA GPU, but %s: computing on the CPU", why_no_cuda())
     return device
+
+
+def has_nvidia() -> bool:
+    """Whether there is an NVIDIA driver, or its tools, whatever torch makes of it."""
+    return NVIDIA.is_file() or shutil.which("nvidia-smi") is not None
+
+
+def why_no_cuda() -> str:
+    """Why torch computes on no NVIDIA GPU here: what hides it, what the build lacks, or what the driver says."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if hidden is not None and not hidden.strip(" -1"):
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r} and hides every GPU"
+    if not has_nvidia():
+        return "no NVIDIA driver is loaded"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return "torch finds no GPU"
+
+
+def _missing(device: torch.device) -> str | None:
+    """Why a device cannot be had, or None where it can."""
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) < count:
+            return None
+        return f"torch finds {count} GPU{'s' * (count > 1)} here, counted from cuda:0" if count else why_no_cuda()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type != device.type:
+        return f"torch finds {'no accelerator' if found is None else repr(found.type)} here"
+    return _unusable(device)
+
+
+def dtype_named(precision: str | None, device: torch.device) -> torch.dtype:
+    """What was asked for, or what suits the device; what is slow there is said in one line.
+
+    Raises:
+        InvalidRequest: Not one of bf16, fp16 and fp32.
+    """
+    if precision is None:
+        return default_dtype(device)
+    if precision not in DTYPES:
+        raise InvalidRequest(f"precision {precision!r}: expected {', '.join(DTYPES)}", param="precision")
+    if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        log.warning("this CPU computes bfloat16 in software, about five times slower than fp32")
+    return DTYPES[precision]
+
+
+@cache
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where half precision is slow; bfloat16 on an accelerator that computes it itself."""
+    if device.type == "cpu":
+        return torch.float32
+    if device.type != "cuda" or not torch.cuda.is_available():  # a run planned for another machine
+        return torch.bfloat16
+    with torch.cuda.device(device):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        name, half = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= NO_HALF
+    log.warning("%s only emulates bfloat16: computing in %s, unless told otherwise", name, "fp16" if half else "fp32")
+    return torch.float16 if half else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself: AVX-512 BF16, AMX, or their like elsewhere."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def _unusable(device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ from bridge.checkpoint import check_receiver, check_sender, load_bridge, read_ma
 from bridge.config import Manifest
 from bridge.engine import Encoded
 from bridge.errors import InvalidMessage
-from bridge.models import load_model
+from bridge.models import check_role, load_model
 from bridge.prompt import compose, place
 from bridge.reader import tokenize_source
 from bridge.sampling import SamplingParams
@@ -28,6 +28,7 @@ def encode_text(checkpoint: str, text: str, *, truncate: bool = False) -> tuple[
         LatentWireError: The checkpoint or its sender cannot be loaded, or is another one.
     """
     manifest, bridge = load_bridge(checkpoint)
+    check_role(manifest.bridge.sender.name, "sender")
     sender = load_model(manifest.bridge.sender.name)
     check_sender(manifest.bridge, sender)
     config = manifest.bridge
@@ -65,6 +66,7 @@ def answer(
     manifest, bridge = load_bridge(checkpoint)
     name = receiver or bridge.default_receiver
     bridge.head(name)
+    check_role(name, "receiver")
     lm = load_model(name)
     check_receiver(manifest.bridge, name, lm)
     layout = manifest.bridge.heads[name].layout

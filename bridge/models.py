@@ -6,7 +6,6 @@ Dimensions used in this file:
 
 import hashlib
 import json
-import math
 import re
 import sys
 import threading
@@ -21,13 +20,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
@@ -35,6 +33,9 @@ from transformers.utils import logging
 from bridge.config import RANDOM, Fingerprint, ModelRef
 from bridge.devices import default_device, default_dtype
 from bridge.errors import IncompatibleBridge, ModelUnavailable, first_line
+from bridge.families import Role, check_usable
+from bridge.loading import bytes_of, pretrained, untrained
+from bridge.quantised import refuse_gguf
 from bridge.reader import Reader, SourceTokens, end_ids_of
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -115,7 +116,7 @@ def folder_of(name: str) -> Path:
     """Where the files of ``builtin:…``, a local folder or a Hub name are (fetched when missing).
 
     Raises:
-        ModelUnavailable: No such built-in model, folder or reachable Hub repository.
+        ModelUnavailable: No such built-in model, folder or reachable Hub repository, or it holds GGUF files alone.
     """
     if name.startswith("builtin:"):
         folder = BUILTIN / name.removeprefix("builtin:")
@@ -123,10 +124,13 @@ def folder_of(name: str) -> Path:
             known = ", ".join(f"builtin:{p.parent.name}" for p in sorted(BUILTIN.glob("*/tokenizer.json")))
             raise ModelUnavailable(f"no built-in model is called {name!r}; there are {known}")
         return folder
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if folder.is_file() or (folder.is_dir() and not any(folder.glob("*.safetensors"))):
+        refuse_gguf(folder)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
             raise ModelUnavailable(f"the folder {name!r} holds no config.json; expected a Hugging Face model folder")
-        return Path(name)
+        return folder
     return _hub_folder(name)
 
 
@@ -192,20 +196,32 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """What a model's files say of it (ModelUnavailable as ``folder_of``, or it is no language model's)."""
+    folder = folder_of(name.removeprefix(RANDOM))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a damaged file surfaces as whatever the library trips over
+        raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
+    return config
+
+
+def check_role(name: str, role: Role) -> None:
+    """Refuse a model before any weight is read: it is not there, or could not play its part (ModelUnavailable)."""
+    check_usable(name, config_of(name), role)
+
+
 def predicted_bytes(name: str, dtype: torch.dtype) -> int:
-    """Bytes the weights of ``name`` will take in ``dtype``, read from the safetensors headers alone.
+    """Bytes the weights of ``name`` will take in ``dtype``; none of them is read.
+
+    From the safetensors headers, or where weights are packed, from the shapes they are unpacked into.
 
     Raises:
-        ModelUnavailable: As ``folder_of``, or a header is damaged.
+        ModelUnavailable: As ``folder_of`` and ``check_usable``, or a header is damaged.
     """
-    total = 0
-    for path in _weight_files(name):
-        try:
-            with safe_open(path, framework="pt") as file:
-                total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
-        except SafetensorError as error:
-            raise ModelUnavailable(f"model {name!r} cannot be loaded: {path.name}: {error}") from None
-    return total * dtype.itemsize
+    config = config_of(name)
+    check_usable(name, config)
+    return bytes_of(name, config, _weight_files(name), dtype)
 
 
 def load_model(
@@ -226,21 +242,24 @@ def load_model(
         device_map: ``auto`` spreads a model that one accelerator cannot hold over all of them.
 
     Raises:
-        ModelUnavailable: Not found, not a causal language model, or its files are damaged.
+        ModelUnavailable: Not found, not a causal language model, not usable, or its files are damaged.
     """
     device = device or default_device()
     dtype = dtype or default_dtype(device)
+    config = config_of(name)
+    check_usable(name, config)
     fingerprint, folder = fingerprint_of(name), folder_of(name.removeprefix(RANDOM))
     shown = predicted_bytes(name, dtype) >= LARGE_BYTES and sys.stderr.isatty()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()  # type: ignore[no-untyped-call]
     reader = load_reader(name)
     try:
-        model, holes = _untrained(folder) if name.startswith(RANDOM) else _pretrained(folder, dtype, device_map)
+        random = name.startswith(RANDOM)
+        model, holes = untrained(config, dtype) if random else pretrained(config, folder, dtype, device_map)
     except Exception as error:  # a damaged file surfaces as whatever the library trips over
         raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     if holes:
         raise ModelUnavailable(f"model {name!r} cannot be loaded: its weights lack {holes[0]}")
-    model = (model if device_map else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
+    model = (model if device_map else cast(Any, model).to(device)).eval().requires_grad_(False)
     # Its own defaults (penalties, sampling) would change every answer.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     lm = FrozenLM(name, reader.tokenizer, model.config, reader.end_ids, model, fingerprint)
@@ -249,22 +268,6 @@ def load_model(
             f"model {name!r} cannot be used: its embedding has {lm.rows} rows, its config.json says {reader.rows}"
         )
     return lm
-
-
-def _pretrained(folder: Path, dtype: torch.dtype, device_map: str | None) -> tuple[Any, list[str]]:
-    """A model, and the weights its files lack, which the library would fill with random numbers."""
-    fixed = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **fixed)
-    model, info = loaded
-    return model, sorted(info["missing_keys"])
-
-
-def _untrained(folder: Path) -> tuple[Any, list[str]]:
-    """A model of the same shape, drawn in float32 so that it is the same one in every dtype."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), []  # type: ignore[no-untyped-call]
 
 
 def load_reader(name: str) -> Reader:
@@ -350,8 +353,13 @@ def hidden_states(
 
 
 def blocks_of(lm: FrozenLM) -> list[nn.Module]:
-    """The decoder blocks, whatever the family calls them: the one list as long as the model is deep."""
-    for module in lm.model.base_model.modules():
+    """The decoder blocks, whatever the family calls them."""
+    return list(stack_of(lm))
+
+
+def stack_of(lm: FrozenLM) -> nn.ModuleList:
+    """The list of blocks itself: the one as long as the model is deep, in the part of it that reads text."""
+    for module in cast(Any, lm.model).get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == lm.layers:
-            return list(module)
+            return module
     raise ModelUnavailable(f"{lm.name!r} shows no list of {lm.layers} decoder blocks")

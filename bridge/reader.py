@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from bridge.config import SourceLayout
 from bridge.errors import InvalidRequest, ModelUnavailable
+from bridge.families import context_tokens
 
 _NONCE = secrets.token_hex(16)  # names of pieces that no text may hold: nobody can guess them
 _PLAIN: "WeakKeyDictionary[PreTrainedTokenizerBase, Tokenizer]" = WeakKeyDictionary()
@@ -38,8 +39,8 @@ class Reader:
 
     @cached_property
     def max_tokens(self) -> int:
-        """Longest input the position embeddings allow."""
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 1 << 20))
+        """Longest input that the model reads as it would alone."""
+        return context_tokens(self.config)
 
     @property
     def rows(self) -> int:

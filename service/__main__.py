@@ -87,14 +87,14 @@ def plan(
     **flags: Any,
 ) -> None:
     """Predict the peak memory of a training run, and what would fit; reads configurations only."""
-    from bridge.devices import default_device
+    from bridge.devices import device_named
     from training.machine import memory_of
     from training.plan import plan as predict
     from training.plan import table
 
     file = flags.pop("config", None)
     settings = read_config(file, ({} if file else {"task": "world", "out": Path("unused")}) | _given(flags))
-    device = _bytes(device_memory) if device_memory else memory_of(default_device()).device_bytes
+    device = _bytes(device_memory) if device_memory else memory_of(device_named(settings.device)).device_bytes
     source = source_tokens or settings.max_source_tokens
     with out.status("simulating a step, and what would change it"):
         made = predict(
@@ -140,6 +140,8 @@ def evaluate(
     out_: Annotated[Path | None, typer.Option("--out", help="Write the report here as JSON.")] = None,
     dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8 or float32.")] = "float16",
     receiver: Receiver = None,
+    device: Annotated[str | None, typer.Option(help="Where models compute; as in 'train'. [the best there is]")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [bf16; fp32 on a CPU]")] = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also train and measure the 'prompt' and 'random_sender' controls.")
     ] = False,
@@ -156,7 +158,7 @@ def evaluate(
     configure("debug" if debug else log_level, console=errors)
     if out_ is not None:
         _check_writable(out_)
-    setting = _open(checkpoint, task, limit, dtype, receiver)
+    setting = _open(checkpoint, task, limit, dtype, receiver, device, precision)
     first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
     for line in shown(setting, setting.latents(range(min(max(first, 1), len(setting.examples)))), first, topk):
         _say(line)
@@ -321,11 +323,16 @@ def _check_writable(file: Path) -> None:
         raise InvalidRequest(f"--out {file}: {error.strerror}", param="out") from None
 
 
-def _open(checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None) -> "Setting":
+def _open(
+    checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None,
+    device: str | None = None, precision: str | None = None,
+) -> "Setting":  # fmt: skip
     from bridge.evaluation.conditions import open_setting
     from bridge.wire import as_dtype
 
-    return open_setting(checkpoint, task, limit=limit, dtype=as_dtype(dtype), receiver=receiver)
+    return open_setting(
+        checkpoint, task, limit=limit, dtype=as_dtype(dtype), receiver=receiver, device=device, precision=precision
+    )
 
 
 def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any]:

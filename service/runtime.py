@@ -18,7 +18,7 @@ from typing import TypeVar
 from bridge import engine
 from bridge.answer import Generation
 from bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
-from bridge.devices import is_out_of_memory
+from bridge.devices import device_named, dtype_named, is_out_of_memory
 from bridge.engine import Encoded
 from bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from bridge.memory import budget_bytes, free_caches, peak_bytes
@@ -84,8 +84,9 @@ class Runtime:
         self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
         redis = RedisStore(settings.redis_url) if settings.redis_url else None
         self.limiter = Limiter(self.keys, redis)
-        self.residency = Residency()
-        self.residency.budget_bytes = budget_bytes(settings.memory_budget, self.residency.device)
+        device = device_named(settings.device)
+        budget = budget_bytes(settings.memory_budget, device)
+        self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.load = Load(settings.max_queue)
         self.ready = self.draining = self._stopped = False

@@ -13,6 +13,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from bridge.config import DEVICE, Precision
 from bridge.errors import InvalidRequest
 from bridge.memory import budget_bytes
 from bridge.wire import as_key
@@ -88,6 +89,12 @@ class Settings(BaseSettings):
         (),
         description="Origins of web pages that may call, such as https://example.com, with commas between them; * is "
         "any. Without keys other pages are refused.",
+    )
+    device: str | None = Field(
+        None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"
+    )
+    dtype: Precision | None = Field(
+        None, description="What models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
     )
     memory_budget: str | int | None = Field(
         None,

@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bridge.config import RANDOM, WINDOWED
+from bridge.config import DEVICE, RANDOM, WINDOWED, Precision
 from bridge.errors import InvalidRequest
 from bridge.wire import MAX_SLOTS, MAX_WIDTH
 
 CACHE = Path("~/.cache/latentwire")
-Precision = Literal["bf16", "fp16", "fp32"]
 Metric = Literal["em", "accuracy", "token_f1", "loss"]
 
 
@@ -91,6 +90,9 @@ class TrainConfig(BaseModel):
     cache: Path = Field(CACHE, description="Folder of tokenised data and sender features.")
     cache_features: bool = Field(False, description="Run the sender once, keep its states on disk, and free it.")
     # the machine
+    device: str | None = Field(
+        None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"
+    )
     precision: Precision | None = Field(
         None, description="What the frozen models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
     )

@@ -28,7 +28,9 @@ def control_config(name: str, setting: Setting, out: Path) -> TrainConfig:
     ``random_sender`` reads a sender of the same shape with untrained weights: what it reaches needs no
     understanding. ``prompt`` learns as many soft tokens as the bridge sends on average, and reads nothing.
     """
-    config = read_config(None, {**setting.bridge.config.provenance.recipe, "out": out})
+    device = setting.where.get("device")
+    here = {"out": out, "device": None if device is None else str(device)}
+    config = read_config(None, {**setting.bridge.config.provenance.recipe, **here})
     if name == "random_sender":
         return config.model_copy(update={"sender": RANDOM + config.sender.removeprefix(RANDOM)})
     slots = [len(latent) for latent in setting.recall(range(min(64, len(setting.examples))))]

@@ -17,11 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bridge.devices import default_device
 from bridge.errors import InvalidRequest
 from bridge.models import FrozenLM, blocks_of
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -69,13 +67,19 @@ class Ranks:
             dist.barrier()
 
 
-def join_ranks() -> Ranks:
-    """The processes that ``torchrun`` or ``accelerate launch`` started, or this one alone."""
+def join_ranks(device: torch.device) -> Ranks:
+    """The processes that ``torchrun`` or ``accelerate launch`` started, or this one alone, on devices of this kind.
+
+    Raises:
+        InvalidRequest: Others are missing, or all were told to share one GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     from accelerate import PartialState
 
-    state = PartialState(cpu=default_device().type == "cpu")
+    if device.type == "cuda" and device.index is not None:
+        raise InvalidRequest(f"--device {device}: each process takes a GPU of its own; expected cuda", param="device")
+    state = PartialState(cpu=device.type == "cpu")
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise InvalidRequest(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} met; start them with torchrun"

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bridge.checkpoint import replace_file
-from bridge.devices import default_device
+from bridge.devices import device_named
 from bridge.errors import InvalidRequest
 from training.config import TrainConfig
 from training.journal import EVENTS, LOG, read_jsonl
@@ -267,7 +267,9 @@ def open_trackers(config: TrainConfig) -> Any:
     there = {str(name) for name in get_available_trackers()}
     if missing := [name for name in config.log_with if name not in there]:
         raise InvalidRequest(f"--log-with {missing[0]}: its package is not installed", param="log_with")
-    accelerator = Accelerator(cpu=default_device().type == "cpu", log_with=config.log_with, project_dir=str(config.out))
+    accelerator = Accelerator(
+        cpu=device_named(config.device).type == "cpu", log_with=config.log_with, project_dir=str(config.out)
+    )
     plain = {k: v if type(v) in (int, float, str, bool) else str(v) for k, v in config.model_dump(mode="json").items()}
     accelerator.init_trackers("latentwire", config=plain)
     return accelerator

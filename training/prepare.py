@@ -20,17 +20,17 @@ from torch.optim import AdamW, Optimizer
 
 from bridge.checkpoint import Bridge, check_sender, head_key, load_bridge, make_bridge, read_manifest
 from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
-from bridge.devices import default_device
+from bridge.devices import device_named, dtype_named
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.models import FrozenLM, fingerprint_of, load_model
+from bridge.models import FrozenLM, check_role, fingerprint_of, load_model
 from bridge.prompt import compose, layout_for
 from bridge.reader import Reader, tokenize_source
 from bridge.residency import Residency
 from training.config import TrainConfig
 from training.data import Order, split_off
 from training.features import CachedStates, LiveStates, build, features_key, open_cache
-from training.machine import DTYPES, Ranks, compile_model, join_ranks, recompute, shard
+from training.machine import Ranks, compile_model, join_ranks, recompute, shard
 from training.muon import Muon
 from training.step import Run
 from training.tokens import Tokeniser, Tokens, tokenise, unflatten
@@ -69,12 +69,13 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     Raises:
         InvalidRequest: A model cannot play its part, or an example does not fit.
     """
-    ranks, task, device = join_ranks(), load_task(config.task), default_device()
+    device = device_named(config.device)
+    ranks, task, dtype = join_ranks(device), load_task(config.task), dtype_named(config.precision, device)
     console = console if ranks.first else Console(quiet=True)
     check_writable(config.out)
-    residency = Residency(
-        config.memory_budget, device, DTYPES[config.precision] if config.precision else None, partial(_load, config)
-    )
+    for name in (config.sender, *config.receivers):
+        check_role(name, "sender" if name == config.sender else "receiver")
+    residency = Residency(config.memory_budget, device, dtype, partial(_load, config))
     sides, described = _meet(config, task, residency)
     torch.manual_seed(config.seed)
     bridge = _bridge(config, described)
@@ -109,7 +110,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
         sample=sample,
         parameters=parameters,
         optimizers=optimisers(bridge, modes, config),
-        scaler=GradScaler(device.type, enabled=config.precision == "fp16"),
+        scaler=GradScaler(device.type, enabled=dtype == torch.float16),
         ranks=ranks,
         identity=identity_of(config, described, task, ranks),
         alignment_steps=alignment_steps,
@@ -215,7 +216,7 @@ def _provenance(config: TrainConfig, task: Task) -> Provenance:
         seed=config.seed,
         steps=config.max_steps,
         code_version=code_version(),
-        recipe=config.model_dump(mode="json", exclude={"out", "cache"}),
+        recipe=config.model_dump(mode="json", exclude={"out", "cache", "device"}),
     )
 
 
@@ -358,7 +359,7 @@ def _cached(run: Run, console: Console) -> CachedStates:
         template=run.task.template,
         longest=described.max_source_tokens,
         precision=config.precision,
-        device=str(default_device()),
+        device=str(run.residency.device),
     )
     folder = config.cache.expanduser() / "features" / key
     if run.ranks.first:
@@ -373,7 +374,7 @@ def _cached(run: Run, console: Console) -> CachedStates:
         console.print(f"sender states of {len(states.rows)} sources: {size:,} bytes in {folder}", soft_wrap=True)
     run.ranks.wait()
     run.residency.unload(config.sender)
-    return states if run.ranks.first else open_cache(folder, default_device())
+    return states if run.ranks.first else open_cache(folder, run.residency.device)
 
 
 def code_version() -> str:

@@ -22,16 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from bridge.checkpoint import Bridge, make_bridge
 from bridge.config import RANDOM, Fingerprint, Head
-from bridge.devices import default_device, default_dtype
+from bridge.devices import DTYPES, default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
-from bridge.models import FrozenLM, folder_of
+from bridge.families import Role, check_usable
+from bridge.models import FrozenLM, folder_of, stack_of
 from bridge.prompt import IGNORE, TEXT, Row, layout_for
+from bridge.quantised import dequantised
 from bridge.reader import SourceTokens
 from bridge.residency import Residency
 from training.config import TrainConfig
 from training.features import CachedStates, LiveStates, States
-from training.machine import DTYPES, Ranks, recompute
+from training.machine import Ranks, recompute
 from training.prepare import completed, describe, learned_modes, optimisers, with_heads
 from training.step import Run, take_step
 from training.tokens import Tokens
@@ -128,14 +130,15 @@ def _simulate(config: TrainConfig, name: str, lengths: Lengths) -> list[Cost]:
     """Every moment of a step with one of the receivers."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        dtype = DTYPES[config.precision] if config.precision else default_dtype(default_device())
-        lms = {each: _shapes(each, dtype) for each in config.receivers}
-        sender, receiver = _shapes(config.sender, dtype), lms[name]
+        device = torch.device(config.device) if config.device else default_device()  # of another machine, maybe
+        dtype = DTYPES[config.precision] if config.precision else default_dtype(device)
+        lms = {each: _shapes(each, dtype, "receiver") for each in config.receivers}
+        sender, receiver = _shapes(config.sender, dtype, "sender"), lms[name]
     held = [(RECEIVER, lm.model) for lm in lms.values()]
     if not config.cache_features and config.sender not in lms:
         held.append((SENDER, sender.model))
     ledger = Ledger()
-    stack, depth = _stack(receiver)
+    stack, depth = stack_of(receiver), receiver.layers
     if config.gradient_checkpointing:
         recompute(receiver)
     _watch(ledger, receiver, stack)
@@ -174,13 +177,14 @@ def _extend(runs: list[Any], depths: Sequence[int], depth: int) -> list[Cost]:
     return costs
 
 
-def _shapes(name: str, dtype: torch.dtype) -> FrozenLM:
+def _shapes(name: str, dtype: torch.dtype, role: Role) -> FrozenLM:
     """A model of the right shapes; call it under a ``FakeTensorMode``."""
     plain = name.removeprefix(RANDOM)
     try:
-        local = plain.startswith("builtin:") or Path(plain).is_dir()
+        local = plain.startswith("builtin:") or Path(plain).exists()
         config = AutoConfig.from_pretrained(folder_of(plain) if local else plain, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        check_usable(name, config, role)
+        model = AutoModelForCausalLM.from_config(dequantised(config), dtype=dtype)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelUnavailable(f"model {name!r} cannot be planned: {first_line(error)}") from None
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
@@ -188,15 +192,6 @@ def _shapes(name: str, dtype: torch.dtype) -> FrozenLM:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)  # type: ignore[no-untyped-call]
     model = model.eval().requires_grad_(False)
     return FrozenLM(name, tokenizer, model.config, (1,), model, Fingerprint("", "", ""))
-
-
-def _stack(lm: FrozenLM) -> tuple[nn.ModuleList, int]:
-    """The list of decoder blocks itself, which can be cut, and its length."""
-    lists = (m for m in lm.model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == lm.layers)
-    found = next(lists, None)
-    if found is None:
-        raise ModelUnavailable(f"{lm.name!r} shows no list of {lm.layers} decoder blocks")
-    return found, lm.layers
 
 
 def _alike(lm: FrozenLM, stack: nn.ModuleList) -> bool:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 NAME = re.compile(r"state-(\d{8})\.json")
 # May differ between a run and its continuation without changing its result.
-FREE = {"out", "save_every", "keep_last", "cache", "memory_budget", "on_collapse", "log_with", "probe_every"}
+FREE = {"out", "save_every", "keep_last", "cache", "memory_budget", "device", "on_collapse", "log_with", "probe_every"}
 FREE |= {"debug_print_first", "debug_topk"}
 
 

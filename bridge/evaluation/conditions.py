@@ -4,11 +4,12 @@ Dimensions used in this file:
     K slots    C latent width
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from bridge import engine, wire
 from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
 from bridge.config import Layout, Manifest
+from bridge.devices import device_named, dtype_named
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task, said_after
-from bridge.models import FrozenLM, load_model
+from bridge.models import FrozenLM, check_role, load_model
 from bridge.prompt import LATENT, Row, collate, compose, text_layout
 from bridge.reader import Reader, SourceTokens, text_ids, tokenize_source
 from bridge.sampling import SamplingParams
@@ -88,20 +90,24 @@ class Asking:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(Asking):
-    """Everything an evaluation runs on. ``bridge_id`` and ``dtype`` say how latents cross the wire."""
+    """Everything an evaluation runs on.
+
+    ``bridge_id`` and ``dtype`` say how latents cross the wire; ``where`` are arguments of ``load_model``.
+    """
 
     checkpoint: str
     bridge_id: str
     sender: Reader
     dtype: wire.DType = "float16"
+    where: Mapping[str, Any] = field(default_factory=dict)
 
     def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
         """The same measurement of another bridge to the same receiver."""
-        sender = load_model(manifest.bridge.sender.name)
+        sender = load_model(manifest.bridge.sender.name, **self.where)
         return replace(
             self,
             checkpoint=str(checkpoint),
-            bridge=load_bridge(checkpoint)[1],
+            bridge=load_bridge(checkpoint, device=self.where.get("device"))[1],
             bridge_id=manifest.bridge_id,
             sender=sender,
         )
@@ -195,18 +201,25 @@ def cut_text(lm: Reader, text: str, tokens: int) -> str:
 
 
 def open_setting(
-    checkpoint: str | Path, task: str, *, limit: int | None, dtype: wire.DType, receiver: str | None
-) -> Setting:
+    checkpoint: str | Path, task: str, *, limit: int | None, dtype: wire.DType, receiver: str | None,
+    device: str | None = None, precision: str | None = None,
+) -> Setting:  # fmt: skip
     """Load a checkpoint, its models and a task's test split.
+
+    ``device`` and ``precision`` are those of ``bridge.devices``; the best there is, unless given.
 
     Raises:
         LatentWireError: Any of them is missing, damaged or another one than the checkpoint knows.
     """
-    manifest, bridge = load_bridge(checkpoint)
+    placed = device_named(device)
+    where: dict[str, Any] = {"device": placed, "dtype": dtype_named(precision, placed)}
+    manifest, bridge = load_bridge(checkpoint, device=placed)
     name = receiver or bridge.default_receiver
     bridge.head(name)
     loaded = load_task(task)
-    sender, answering = load_model(manifest.bridge.sender.name), load_model(name)
+    check_role(manifest.bridge.sender.name, "sender")
+    check_role(name, "receiver")
+    sender, answering = load_model(manifest.bridge.sender.name, **where), load_model(name, **where)
     check_sender(manifest.bridge, sender)
     check_receiver(manifest.bridge, name, answering)
     check_room(loaded, answering)
@@ -220,6 +233,7 @@ def open_setting(
         receiver_name=name,
         receiver=answering,
         dtype=dtype,
+        where=where,
     )
 
 

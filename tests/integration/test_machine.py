@@ -20,7 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.autograd.graph import saved_tensors_hooks
 
 from bridge import devices
-from bridge.devices import default_device, is_out_of_memory
+from bridge.devices import DTYPES, default_device, is_out_of_memory
 from bridge.engine import answer_logits, token_losses
 from bridge.models import FrozenLM, blocks_of, load_model
 from bridge.prompt import Batch, collate, compose, layout_for
@@ -29,7 +29,6 @@ from tests.integration.conftest import MakeConfig
 from tests.integration.runs import prepared, same, states_of, step_of, weights_of_run
 from training import machine
 from training.machine import (
-    DTYPES,
     STOPPING,
     compile_model,
     graphs,

@@ -229,7 +229,7 @@ def test_processes_share_all_rows_evenly_and_lose_none() -> None:
 
 
 def test_one_process_needs_no_launcher_and_no_exchange() -> None:
-    assert join_ranks() == Ranks(0, 1)
+    assert join_ranks(torch.device("cpu")) == Ranks(0, 1)
     gradient = torch.ones(3)
     Ranks().add_up([gradient])
     Ranks().wait()

@@ -1,0 +1,71 @@
+"""Read a model's weights, whatever their dtype on disk, and tell beforehand how many bytes they will take."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from bridge.errors import ModelUnavailable
+from bridge.quantised import dequantised, dequantising, method_of, refuse_unnamed
+
+
+def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
+    """Bytes that weights take in ``dtype``: from the headers of their files, or where they are packed, from the shapes
+    they are unpacked into.
+
+    Raises:
+        ModelUnavailable: A header is damaged, or weights are packed and the configuration does not say how.
+    """
+    if method_of(config) is not None:
+        return _shaped_bytes(config, dtype)
+    total = 0
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                pieces = {key: file.get_slice(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ModelUnavailable(f"model {name!r} cannot be loaded: {path.name}: {error}") from None
+        refuse_unnamed(name, {key: piece.get_dtype() for key, piece in pieces.items()})
+        total += sum(math.prod(piece.get_shape()) for piece in pieces.values())
+    return total * dtype.itemsize
+
+
+def _shaped_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of a model's unpacked weights in ``dtype``, from its shapes alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dequantised(config))  # type: ignore[no-untyped-call]
+    weights: list[nn.Parameter] = list(model.parameters())
+    return sum(p.numel() for p in weights) * dtype.itemsize
+
+
+def pretrained(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, device_map: str | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model, and the weights its files lack, which the library would fill with random numbers."""
+    packed = method_of(config) is not None
+    fixed = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=dequantising(config), dtype=dtype, device_map=device_map, **fixed
+    )
+    model, info = loaded
+    return _in(dtype, model) if packed else model, sorted(info["missing_keys"])
+
+
+def untrained(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """A model of the same shape, drawn in float32 so that it is the same one in every dtype."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(dequantised(config), dtype=torch.float32)  # type: ignore[no-untyped-call]
+    return _in(dtype, model), []
+
+
+def _in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
+    """A model with its weights in ``dtype``. Its buffers stay: rotary frequencies of bfloat16 are another model's."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

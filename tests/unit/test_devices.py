@@ -1,0 +1,184 @@
+"""Where models compute: what was asked for or nothing, and never silently on something slower."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridge import devices
+from bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
+from bridge.errors import InvalidRequest
+from service.runtime import Runtime
+from service.settings import Settings
+from training.config import TrainConfig
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing remembered about this machine, before and after."""
+    for known in (default_device, default_dtype):
+        known.cache_clear()
+    yield
+    for known in (default_device, default_dtype):
+        known.cache_clear()
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with an NVIDIA driver, a build of torch for it, and no GPU that torch would take."""
+    path = tmp_path / "version"
+    path.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  418.67")
+    monkeypatch.setattr(devices, "NVIDIA", path)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return path
+
+
+def too_old() -> None:
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 10010).\nPlease update it.")
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        device_named(name)
+    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_there_is_taken_under_its_name() -> None:
+    assert device_named("cpu") == device_named(None) == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_cuda_that_is_not_there_is_refused_and_the_cpu_is_not_taken_for_it() -> None:
+    assert "without CUDA" in refusal("cuda") or "driver" in refusal("cuda")
+
+
+def test_each_reason_why_there_is_no_cuda_is_named(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert "driver on your system is too old (found version 10010)" in refusal("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert "CUDA_VISIBLE_DEVICES is '-1'" in refusal("cuda:0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES is ''" in refusal("cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    driver.unlink()
+    monkeypatch.setenv("PATH", "")
+    assert "no NVIDIA driver is loaded" in refusal("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a build without CUDA" in refusal("cuda")
+
+
+def test_a_gpu_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "torch finds 1 GPU here, counted from cuda:0" in refusal("cuda:7")
+    assert device_named("cuda:0") == torch.device("cuda:0") and device_named("cuda") == CUDA
+
+
+def test_another_accelerator_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert "torch finds no accelerator here" in refusal("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: CUDA)
+    assert "torch finds 'cuda' here" in refusal("xpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "meta", ""])
+def test_a_word_that_names_no_device_is_refused_wherever_one_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "expected cpu, cuda, cuda:1, mps or xpu" in refusal(name)
+    with pytest.raises(ValueError, match="device"):
+        TrainConfig(sender="a", receiver=["b"], task="world", out=tmp_path, device=name)
+    monkeypatch.setenv("LW_DEVICE", name)
+    with pytest.raises(ValueError, match="device"):
+        Settings()
+
+
+def test_the_same_words_name_a_precision_everywhere(tmp_path: Path) -> None:
+    for word in DTYPES:
+        config = TrainConfig.model_validate(
+            {"sender": "a", "receiver": "b", "task": "world", "out": tmp_path, "precision": word}
+        )
+        assert config.precision == Settings.model_validate({"dtype": word}).dtype == word
+        assert dtype_named(word, CUDA) == DTYPES[word]
+    for refused in (lambda: Settings.model_validate({"dtype": "float16"}), lambda: dtype_named("float16", CPU)):
+        with pytest.raises((ValueError, InvalidRequest), match="bf16"):
+            refused()
+
+
+def test_a_machine_with_a_driver_that_torch_cannot_use_says_so_once(
+    driver: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    with caplog.at_level(logging.WARNING):
+        assert [device_named(None), default_device()] == [CPU, CPU]
+    (record,) = caplog.records
+    assert "NVIDIA GPU, but The NVIDIA driver on your system is too old" in record.getMessage()
+    assert "computing on the CPU" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_a_machine_without_a_driver_and_one_told_to_use_its_cpu_say_nothing(
+    driver: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        device_named("cpu")
+        driver.unlink()
+        monkeypatch.setenv("PATH", "")
+        assert not has_nvidia() and device_named(None) == CPU
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("native", "capability", "dtype", "said"),
+    [
+        (True, (8, 0), torch.bfloat16, ""),
+        (False, (7, 5), torch.float16, "T4 only emulates bfloat16: computing in fp16"),
+        (False, (6, 1), torch.float32, "T4 only emulates bfloat16: computing in fp32"),
+    ],
+)
+def test_a_card_that_emulates_bfloat16_computes_in_something_else_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, native: bool, capability: tuple[int, int],
+    dtype: torch.dtype, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with caplog.at_level(logging.WARNING):
+        assert [default_dtype(CUDA), dtype_named(None, CUDA)] == [dtype] * 2
+    assert [said in record.getMessage() for record in caplog.records] == ([True] if said else [])
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_on_a_cpu_without_it_says_that_it_is_slow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
+) -> None:
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": has, "amx_bf16": False}
+    )
+    with caplog.at_level(logging.WARNING):
+        assert dtype_named("bf16", CPU) == torch.bfloat16
+        assert dtype_named("fp32", CPU) == dtype_named(None, CPU) == torch.float32
+    assert ["about five times slower than fp32" in record.getMessage() for record in caplog.records] == [True] * (
+        not has
+    )
+
+
+def test_a_service_computes_where_and_in_what_it_is_told(checkpoint: Path) -> None:
+    runtime = Runtime(Settings(device="cpu", dtype="bf16"), {"tiny": str(checkpoint)})
+    assert (runtime.residency.device, runtime.residency.dtype) == (CPU, torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_service_that_does_not_get_the_gpu_it_was_told_to_use_does_not_start(checkpoint: Path) -> None:
+    with pytest.raises(InvalidRequest, match="device 'cuda' was asked for, but"):
+        Runtime(Settings(device="cuda"), {"tiny": str(checkpoint)})
