@@ -4,6 +4,7 @@ Nothing is tidied up: a text is its tokens, so that pieces of it can be put toge
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
@@ -50,7 +51,7 @@ class Text:
 
     def add(self, ids: Sequence[int]) -> None:
         """Take more tokens."""
-        self._pending += [i for i in ids if i not in self._hidden]
+        self._pending += [i for i in ids if i not in self._hidden and self._written(i) is not None]
         self._unsettled = None
 
     def settle(self) -> None:
@@ -64,5 +65,9 @@ class Text:
 
     def _is_byte(self, token: int) -> bool:
         """Whether it may be one of ``<0x00>`` to ``<0xFF>``, whichever way the digits are written."""
-        written = str(self._lm.tokenizer.convert_ids_to_tokens(token))
+        written = self._written(token) or ""
         return len(written) == 6 and written.startswith("<0x") and written.endswith(">")
+
+    def _written(self, token: int) -> str | None:
+        """How a token is written; None for a row of the model's that no token belongs to."""
+        return cast(str | None, self._lm.tokenizer.convert_ids_to_tokens(token))

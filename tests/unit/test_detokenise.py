@@ -186,7 +186,7 @@ def test_nothing_is_held_back_but_the_first_spaces_halves_of_characters_and_runs
 
 def named(kind: str, pieces: Sequence[str]) -> list[int]:
     vocabulary = reader(kind).tokenizer.get_vocab()
-    return [vocabulary[piece] for piece in pieces]
+    return [vocabulary.get(piece, len(vocabulary)) for piece in pieces]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,7 @@ def named(kind: str, pieces: Sequence[str]) -> list[int]:
         (["a", "<0xE5>", "<0xA5>", "<0xBD>", "<0xFF>"], "a", "a" + 4 * UNFINISHED),
         (["a", "<0x0A>", "<|gap|>"], "a", "a\n"),
         (["a", "<0x0A>", "<|gap|>", "<0xFF>", "e"], "a" + 2 * UNFINISHED + "e", "a" + 2 * UNFINISHED + "e"),
+        (["a", "<0x0A>", "no token", "<0xFF>"], "a", "a" + 2 * UNFINISHED),
         (["a", "<a b>", "<0x0A>", "e"], "a<a b>\ne", "a<a b>\ne"),
     ],
 )
