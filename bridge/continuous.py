@@ -110,7 +110,7 @@ class ContinuousEngine(Engine):
 
     def _leave(self) -> None:
         """Nobody waits any more, and the model is as it was found."""
-        self._telling.close()
+        self._end_threads()
         self.soft_ids.close()
         self._let_go()
 

@@ -46,7 +46,7 @@ class PaddedEngine(Engine):
         self._die(NotReady("the service is stopping"))
         self._arrived.set()
         self._thread.join()
-        self._telling.close()
+        self._end_threads()
 
     def _prepare(self, running: Running) -> None:
         if running.soft is not None:

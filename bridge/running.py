@@ -8,6 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -96,6 +97,7 @@ class Engine(ABC):
         out_of_memory: How often a step did not fit.
         on_step: Called after every step (of a padded engine: every batch) with its rows and seconds.
         on_death: Called after an error that leaves the engine dead.
+        submitting: A thread for calls of ``submit``, which make soft tokens, and wait while the engine begins again.
     """
 
     kind: ClassVar[Kind]
@@ -111,6 +113,7 @@ class Engine(ABC):
         self._running: dict[str, Running] = {}  # until they are told how they ended
         self._lock = threading.RLock()
         self._telling = Telling()
+        self.submitting = ThreadPoolExecutor(1, thread_name_prefix="submit")
 
     @property
     def running(self) -> int:
@@ -174,6 +177,11 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the thread and free what it holds; requests still running fail."""
+
+    def _end_threads(self) -> None:
+        """Those that all engines have, once everybody has been told."""
+        self._telling.close()
+        self.submitting.shutdown(wait=False)
 
     @abstractmethod
     def _begin(self, running: Running) -> None:
