@@ -23,6 +23,7 @@ import numpy as np
 from bridge import engine
 from bridge.checkpoint import load_bridge
 from bridge.continuous import ContinuousEngine
+from bridge.detokenise import decode
 from bridge.engine import encode, generate
 from bridge.evaluation.conditions import RELAY_TOKENS
 from bridge.evaluation.tasks import world_task
@@ -198,7 +199,7 @@ def first_tokens() -> Work:
     source = " ".join(texts(40))
     kept = asking.bridge.manifest.bridge.source
     ids = tokenize_source(sender, source, kept, max_tokens=limit, truncate=True).ids
-    source = str(sender.tokenizer.decode(ids, skip_special_tokens=True))
+    source = decode(sender, ids)
     cut = tokenize_source(sender, source, kept, max_tokens=limit, truncate=True)
     read = encode(asking.bridge.bridge, sender, [cut])[0]
     params, prompt = SamplingParams(max_tokens=1), "\nQuestion: Where does Mara live?\nAnswer:"

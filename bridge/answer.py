@@ -1,4 +1,4 @@
-"""What a receiver has said so far in one answer: where it ends, and which part of it can be shown already.
+"""One answer: its tokens, taken by the thread that makes them, and its text, read by another.
 
 Dimensions used in this file:
     B batch    V vocabulary
@@ -6,16 +6,17 @@ Dimensions used in this file:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from bridge.detokenise import Text, decode
 from bridge.reader import Reader
 from bridge.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
-UNFINISHED = "\ufffd"  # what a decoder shows for the first bytes of a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,20 @@ class TokenLogprob:
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Odds:
+    """As ``TokenLogprob``, in ids."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+    def told(self, lm: Reader) -> TokenLogprob:
+        """With the text of its tokens."""
+        top = tuple((decode(lm, [i], special=True), p) for i, p in self.top)
+        return TokenLogprob(decode(lm, [self.token], special=True), self.logprob, top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +61,28 @@ class Generation:
 
 @dataclass(eq=False)
 class Answer:
-    """One answer while it is generated, token by token.
+    """The tokens of an answer while it is generated. One thread adds to them; others may look, cut it, or give it up.
 
     Attributes:
         ids: Tokens said, without the one that ended the answer.
+        odds: Of each of them, where log-probabilities were asked for.
         ended_by: Set by the token that ends the answer; more tokens are refused.
     """
 
     lm: Reader
     params: SamplingParams
     ids: list[int] = field(default_factory=list)
+    odds: list[Odds] = field(default_factory=list)
     ended_by: FinishReason | None = None
-    _logprobs: list[TokenLogprob] = field(default_factory=list)
     _closing: int = 0  # 1 when a token that is not text ended the answer
-    _cut: int | None = None  # where a stop string begins
-    _shown: int = 0
+    _kept: int | None = None  # tokens that count, where it was cut
+    _given_up: bool = False
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end the answer and are no part of it; a stop string that is one is found in no text."""
+        named = (self.lm.special.get(stop) for stop in self.params.stop)
+        return frozenset([*self.lm.end_ids, *self.params.stop_ids, *(i for i in named if i is not None)])
 
     @property
     def left(self) -> int:
@@ -68,90 +90,133 @@ class Answer:
         return self.params.max_tokens - len(self.ids)
 
     @property
-    def token_count(self) -> int:
-        """Tokens so far, EOS or the stop id included."""
-        return len(self.ids) + self._closing
+    def over(self) -> bool:
+        """Whether it takes no more tokens."""
+        return self.ended_by is not None or self._kept is not None or self._given_up
 
     @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end the answer and are no part of it."""
-        return [*self.lm.end_ids, *self.params.stop_ids]
+    def token_count(self) -> int:
+        """Tokens so far, EOS or the stop id included."""
+        return len(self.ids) + self._closing if self._kept is None else self._kept
 
-    def add(self, token: int, logprob: TokenLogprob | None = None) -> bool:
-        """Take the next token; True when it ends the answer."""
-        if self.ended_by is not None:  # given up by another thread just now
+    def add(self, token: int, odds: Odds | None = None) -> bool:
+        """Take the next token; True when the answer is over."""
+        if self.over:  # another thread has just seen to that
             return True
         if token in self.end_ids:
             self._closing, self.ended_by = 1, "stop"
             return True
+        if odds is not None:
+            self.odds.append(odds)
         self.ids.append(token)
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        if self._met_a_stop():
-            self.ended_by = "stop"
-        elif len(self.ids) >= self.params.max_tokens:
+        if len(self.ids) >= self.params.max_tokens:
             self.ended_by = "length"
-        return self.ended_by is not None
+        return self.over
+
+    def cut(self, tokens: int) -> None:
+        """End it after so many tokens: those that are added before their maker hears of it do not count."""
+        self._kept = tokens
+
+    def give_up(self) -> None:
+        """Take no more tokens: nobody waits for them."""
+        self._given_up = True
+
+
+class Transcript:
+    """The text of an answer, with its stop strings and log-probabilities, read from its tokens at any pace.
+
+    A stop string ends the answer after the token that completed it, however many more were added before it was read.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self._text = Text(answer.lm)
+        self._logprobs: list[TokenLogprob] = []
+        self._read = self._shown = 0
+        self._cut: int | None = None  # where a stop string begins
+        self._ended_by: FinishReason | None = None
 
     @property
     def text(self) -> str:
-        """What was said, up to a stop string."""
-        return self._decode(self.ids)[: self._cut]
+        """What was read, up to a stop string."""
+        return (self._text.settled + self._text.unsettled)[: self._cut]
 
-    def news(self) -> str:
-        """Text since the last call that no later token can change: no half of a character, no start of a stop string.
+    @property
+    def is_cut(self) -> bool:
+        """Whether a stop string was read."""
+        return self._cut is not None
+
+    @property
+    def generation(self) -> Generation | None:
+        """The answer, once its last token was read."""
+        if self._ended_by is None:
+            return None
+        logprobs = tuple(self._logprobs) if self.answer.params.logprobs is not None else None
+        return Generation(self.text, self._ended_by, self.answer.token_count, logprobs)
+
+    def finish(self) -> Generation:
+        """The answer, of one that has ended."""
+        self.read()
+        generation = self.generation
+        assert generation is not None
+        return generation
+
+    def read(self) -> str:
+        """Text of the tokens added since the last call that no later token can change: no half of a character, no
+        start of a stop string.
 
         The pieces of an answer, put together, are its text.
         """
-        text = self.text
-        if self.ended_by is None:
-            text = text.rstrip(UNFINISHED)
-            held = max((self._overlap(text, stop) for stop in self.params.stop), default=0)
-            text = text[: len(text) - held]
-        fresh = text[self._shown :]
-        self._shown = max(self._shown, len(text))
-        return fresh
+        if self._ended_by is None:
+            ended_by = self.answer.ended_by  # looked up first: it then speaks of all the tokens looked up next
+            self._take(self.answer.ids[self._read :])
+            self._ended_by = "stop" if self.is_cut else ended_by
+        text = self.text if self._ended_by else self._certain()
+        news = text[self._shown :]
+        self._shown += len(news)
+        return news
 
-    def finish(self) -> Generation:
-        """The answer as it stands."""
-        logprobs = tuple(self._logprobs) if self.params.logprobs is not None else None
-        return Generation(self.text, self.ended_by or "length", len(self.ids) + self._closing, logprobs)
+    def _take(self, ids: Sequence[int]) -> None:
+        """Read tokens: one by one where the one that completes a stop string must be known."""
+        stop = self.answer.params.stop
+        for some in [[token] for token in ids] if stop else [ids]:
+            self._text.add(some)
+            before, self._read = self._read, self._read + len(some)
+            self._logprobs += [odds.told(self.answer.lm) for odds in self.answer.odds[before : self._read]]
+            if stop and self._met(stop):
+                self.answer.cut(self._read)
+                return
+            self._text.settle()
 
-    def _met_a_stop(self) -> bool:
-        """Whether the newest token completed a stop string; looks at no more than that takes."""
-        if not self.params.stop:
-            return False
-        tail = 4 * max(map(len, self.params.stop)) + 8  # a character takes four bytes, a byte takes a token
-        recent = self._decode(self.ids[-tail:])
-        if not any(stop in recent for stop in self.params.stop):
-            return False
-        text = self._decode(self.ids)
-        found = [text.index(stop) for stop in self.params.stop if stop in text]
+    def _met(self, stop: Sequence[str]) -> bool:
+        """Whether a stop string stands in the text now; none did before the newest token."""
+        settled = self._text.settled
+        start = max(len(settled) - max(map(len, stop)) + 1, 0)
+        recent = settled[start:] + self._text.unsettled
+        found = [start + recent.index(one) for one in stop if one in recent]
         self._cut = min(found, default=None)
-        return self._cut is not None
+        return self.is_cut
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True))
-
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of ``text`` that ``stop`` begins with."""
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    def _certain(self) -> str:
+        text = self._text.settled
+        return text[: len(text) - max((_overlap(text, stop) for stop in self.answer.params.stop), default=0)]
 
 
-def logprobs_of(
-    answers: Sequence[Answer], logits: Float[Tensor, "B V"], chosen: Float[Tensor, "B V"]
-) -> list[TokenLogprob | None]:
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def odds_of(answers: Sequence[Answer], logits: Float[Tensor, "B V"], chosen: Float[Tensor, "B V"]) -> list[Odds | None]:
     """For each row that reports them: the log-probability of the token chosen, and the likeliest tokens with theirs."""
     return [
-        None if answer.params.logprobs is None else _logprob(answer, row, int(choice.argmax()))
+        None if answer.params.logprobs is None else _odds(answer.params.logprobs, row, int(choice.argmax()))
         for answer, row, choice in zip(answers, logits, chosen, strict=True)
     ]
 
 
-def _logprob(answer: Answer, logits: Float[Tensor, " V"], token: int) -> TokenLogprob:
+def _odds(count: int, logits: Float[Tensor, " V"], token: int) -> Odds:
     scores = logits.float().log_softmax(dim=-1)
-    likeliest = scores.topk(min(answer.params.logprobs or 0, len(scores)))
-    decode = answer.lm.tokenizer.decode
-    top = [(str(decode([i])), p) for i, p in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)]
-    return TokenLogprob(str(decode([token])), float(scores[token]), tuple(top))
+    likeliest = scores.topk(min(count, len(scores)))
+    top = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return Odds(token, float(scores[token]), tuple(top))

@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from bridge.answer import TokenLogprob, logprobs_of
+from bridge.answer import Odds, odds_of
 from bridge.devices import is_out_of_memory
 from bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
 from bridge.memory import free_caches
@@ -75,7 +75,7 @@ class ContinuousEngine(Engine):
         self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
         self.soft_ids = SoftIds(lm.model.get_input_embeddings(), kept_tokens=KEPT_SOFT_TOKENS)
         self._let_go = _exclusive(lm)
-        self._logprobs: dict[str, TokenLogprob | None] = {}
+        self._odds: dict[str, Odds | None] = {}
         self._trouble = threading.Event()
         self._closed = False
         try:
@@ -109,7 +109,8 @@ class ContinuousEngine(Engine):
         self._leave()
 
     def _leave(self) -> None:
-        """The model as it was found."""
+        """Nobody waits any more, and the model is as it was found."""
+        self._end_threads()
         self.soft_ids.close()
         self._let_go()
 
@@ -149,10 +150,11 @@ class ContinuousEngine(Engine):
             log.info("soft ids are used up: beginning again with an empty cache")
             self._trouble.set()
             while self.soft_ids.hold(running.soft.key, running.soft.make) is None:
+                self._check_alive()
                 time.sleep(POLL_SECONDS / 10)
 
     def _discard(self, running: Running) -> None:
-        self._logprobs.pop(running.name, None)
+        self._odds.pop(running.name, None)
         if running.soft is not None:
             self.soft_ids.release(running.soft.key)
 
@@ -167,7 +169,7 @@ class ContinuousEngine(Engine):
             request_id=running.name,
             max_new_tokens=running.answer.params.max_tokens - len(said),
             streaming=True,
-            eos_token_id=running.answer.end_ids or -1,
+            eos_token_id=sorted(running.answer.end_ids) or -1,
             request=running.name,
         )
 
@@ -180,29 +182,23 @@ class ContinuousEngine(Engine):
         return self._manager.background_thread_status.can_accept_new_requests() is None
 
     def _rows(self, names: Sequence[str]) -> list[Running | None]:
-        return [self._running.get(name) for name in names]
+        found = [self._running.get(name) for name in names]
+        return [running if self._is_live(running) else None for running in found]
 
     def _take(self, output: GenerationOutput) -> None:
         """A token, or the failure of one request, from the library's thread."""
+        odds = self._odds.pop(output.request_id, None)
         running = self._running.get(output.request_id)
-        if running is None:
-            self._logprobs.pop(output.request_id, None)
-            if not output.is_finished():  # cancelled between two looks of the library: it has not heard
+        if not self._is_live(running):
+            if not output.is_finished():  # over between two looks of the library: it has not heard
                 self._manager.cancel_request(output.request_id)
-            return
-        if output.error is not None:
-            if self._takes_requests:  # its own failure, not the thread's
-                self._end(running, InferenceFailed(f"the engine refused the request: {output.error}"))
-            return
-        try:
-            ended = running.answer.add(output.generated_tokens[-1], self._logprobs.pop(running.name, None))
+        elif output.error is None:
+            ended = running.answer.add(output.generated_tokens[-1], odds)
             if ended and not output.is_finished():
                 self._stop(running)
-            self._advance(running, ended)
-        except Exception as error:  # of one request's reading: no reason to end the others
-            log.exception("a request failed while its answer was read")
-            self._stop(running)
-            self._end(running, failed(error))
+            self._advance(running)
+        elif self._takes_requests:  # its own failure, not the thread's
+            self._end(running, InferenceFailed(f"the engine refused the request: {output.error}"))
 
     def _supervise(self) -> None:
         """Wait for the library's thread to die, and bring the requests to a new one or to an end."""
@@ -229,7 +225,7 @@ class ContinuousEngine(Engine):
         with self._lock:
             self.soft_ids.renumber()
             self._manager = self._new_manager()
-            for running in list(self._running.values()):
+            for running in filter(self._is_live, list(self._running.values())):
                 self._begin(running)
 
     def _make_smaller(self, error: Exception) -> bool:
@@ -238,7 +234,7 @@ class ContinuousEngine(Engine):
             return False
         self.out_of_memory += 1
         with self._lock:
-            first = next(iter(self._running.values()), None)
+            first = next(filter(self._is_live, self._running.values()), None)
         if self.max_rows > 1 or self._step_tokens > SMALLEST_STEP_TOKENS:
             self.max_rows = max(1, self.max_rows // 2)
             self._step_tokens = max(SMALLEST_STEP_TOKENS, self._step_tokens // 2)
@@ -323,8 +319,8 @@ class _Choose(ContinuousBatchingLogitsProcessor):
             return scores
         logits = scores[: len(rows)][live]
         chosen = choose(logits, [a.params for a in answers], [len(a.ids) for a in answers])
-        for i, logprob in zip(live, logprobs_of(answers, logits, chosen), strict=True):
-            self._engine._logprobs[self._names[i]] = logprob
+        for i, odds in zip(live, odds_of(answers, logits, chosen), strict=True):
+            self._engine._odds[self._names[i]] = odds
         return scores.index_copy(0, torch.tensor(live, device=scores.device), chosen)
 
 

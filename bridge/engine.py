@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from bridge.answer import Answer, Generation, TokenLogprob, logprobs_of
+from bridge.answer import Answer, Generation, Odds, Transcript, odds_of
 from bridge.checkpoint import Bridge
 from bridge.models import FrozenLM, hidden_states, pad_sources
 from bridge.prompt import IGNORE, Batch, Row, collate, embed
@@ -101,9 +101,14 @@ def generate(
     Returns:
         Generations in order, and the seconds until the first token of the first batch was chosen.
     """
-    answers = [Answer(receiver, p) for p in params]
-    first_token_seconds = run(receiver, rows, soft_tokens, answers)
-    return [answer.finish() for answer in answers], first_token_seconds
+    transcripts = [Transcript(Answer(receiver, p)) for p in params]
+
+    def look_for_stops(row: int) -> None:
+        if params[row].stop:
+            transcripts[row].read()
+
+    seconds = run(receiver, rows, soft_tokens, [transcript.answer for transcript in transcripts], look_for_stops)
+    return [transcript.finish() for transcript in transcripts], seconds
 
 
 @torch.inference_mode()
@@ -208,13 +213,13 @@ class _Watch(LogitsProcessor):
     def __init__(self, answers: Sequence[Answer], on_token: Sequence[Callable[[], None]]) -> None:
         self.answers, self.on_token = answers, on_token
         self.params = [answer.params for answer in answers]
-        self.logprobs: list[TokenLogprob | None] = []
+        self.odds: list[Odds | None] = []
         self.started = time.perf_counter()
         self.first_token_seconds = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         chosen = choose(scores, self.params, [len(answer.ids) for answer in self.answers])
-        self.logprobs = logprobs_of(self.answers, scores, chosen)
+        self.odds = odds_of(self.answers, scores, chosen)
         if not self.first_token_seconds:
             chosen.argmax(dim=-1).tolist()  # wait for the device: this is the moment a user sees a token
             self.first_token_seconds = time.perf_counter() - self.started
@@ -230,7 +235,7 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         tokens = input_ids[:, -1].tolist()
         for row, (answer, token) in enumerate(zip(self.watch.answers, tokens, strict=True)):
-            if answer.ended_by is None:
-                answer.add(token, self.watch.logprobs[row])
+            if not answer.over:
+                answer.add(token, self.watch.odds[row])
                 self.watch.on_token[row]()
-        return torch.tensor([answer.ended_by is not None for answer in self.watch.answers], device=input_ids.device)
+        return torch.tensor([answer.over for answer in self.watch.answers], device=input_ids.device)

@@ -46,6 +46,7 @@ class PaddedEngine(Engine):
         self._die(NotReady("the service is stopping"))
         self._arrived.set()
         self._thread.join()
+        self._end_threads()
 
     def _prepare(self, running: Running) -> None:
         if running.soft is not None:
@@ -59,8 +60,7 @@ class PaddedEngine(Engine):
         self._arrived.set()
 
     def _stop(self, running: Running) -> None:
-        if running.answer.ended_by is None:
-            running.answer.ended_by = "length"  # its row takes no more tokens, and does not hold the batch up
+        running.answer.give_up()  # its row takes no more tokens, and does not hold the batch up
 
     def _serve(self) -> None:
         try:
@@ -78,7 +78,7 @@ class PaddedEngine(Engine):
         batch: list[Running] = []
         while self._waiting and len(batch) < self.max_rows:
             running = self._waiting.popleft()
-            if running.name in self._running:
+            if self._is_live(running):
                 batch.append(running)
         return batch
 
@@ -87,7 +87,7 @@ class PaddedEngine(Engine):
         parts, started = [batch], time.monotonic()
         while parts:
             with self._lock:  # one that is given up meanwhile has lost its soft tokens
-                part = [running for running in parts.pop() if running.name in self._running]
+                part = list(filter(self._is_live, parts.pop()))
                 soft = [self._soft.get(running.name) for running in part]
             if part and (shortage := self._attempt(part, soft)):
                 parts += self._halve(part, shortage)
@@ -107,7 +107,7 @@ class PaddedEngine(Engine):
             if is_out_of_memory(error):
                 return first_line(error)  # and the error goes, with the tensors that its frames hold
             log.error("a batch of %d rows failed: %s", len(batch), first_line(error), exc_info=error)
-            for running in batch:
+            for running in filter(self._is_live, batch):
                 self._end(running, failed(error))
         return ""
 
@@ -122,8 +122,7 @@ class PaddedEngine(Engine):
 
     def _token(self, running: Running) -> None:
         self.last_step = time.monotonic()
-        if running.name in self._running:
-            self._advance(running, running.answer.ended_by is not None)
+        self._advance(running)
 
 
 def _padded(soft: Sequence[Float[Tensor, "K D"] | None]) -> Float[Tensor, "B K D"] | None:

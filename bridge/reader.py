@@ -53,6 +53,11 @@ class Reader:
         return _marks(self.tokenizer)
 
     @cached_property
+    def special(self) -> dict[str, int]:
+        """Ids of the tokens that stand for no text when they are said, by how they are written."""
+        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
     def source_layout(self) -> SourceLayout:
         """What the tokenizer itself puts around a text, tried on one; a model was trained on texts like that.
 

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 from bridge import engine
 from bridge.answer import Generation
@@ -32,15 +31,13 @@ from service.batching import Batcher, Load
 from service.engines import Engines
 from service.jobs import Jobs
 from service.keys import load_keys
+from service.lanes import Lanes
 from service.metrics import Metrics
 from service.redis_store import RedisStore
 from service.security import Limiter
 from service.served import Question, Served, Text
 from service.settings import Settings
 from service.store import Kind, MemoryStore, Store
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +103,7 @@ class Runtime:
         self.store: Store = redis or MemoryStore(_budgets(settings))
         self.jobs = Jobs(self)
         self.metrics = Metrics(self)
-        self._prepare = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # one: a tokenizer is no place for two
+        self._lanes = Lanes()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -160,8 +157,8 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.engines.close()
-        for threads in (self._device, self._prepare):
-            await asyncio.to_thread(threads.shutdown)
+        await asyncio.to_thread(self._device.shutdown)
+        await asyncio.to_thread(self._lanes.close)
         await self.store.close()
 
     def find(self, name: str | None) -> Served:
@@ -195,14 +192,11 @@ class Runtime:
         ``on_cost`` is called at the end, whatever end that is, with the tokens of the texts that reached the sender.
         """
 
-        def tokenize() -> list[SourceTokens]:
-            sources = []
-            for row in rows:
-                with at_fault(row.param):
-                    sources.append(served.tokenize(row))
-            return sources
+        def tokenize(row: Text) -> SourceTokens:
+            with at_fault(row.param):
+                return served.tokenize(row)
 
-        sources = await self._off_loop(tokenize)
+        sources = await self._lanes.each(tokenize, rows, lambda row: len(row.text))
         read: list[int] = []
         try:
             return await self._encoders[served.name].submit(sources, lambda source: read.append(len(source.ids)))
@@ -222,17 +216,14 @@ class Runtime:
         ``on_piece`` is called on the event loop with every piece of text as it comes, ``on_cost`` at the end, whatever
         end that is. Cancelled, what still runs is given up at once.
         """
-        rows = await self._off_loop(lambda: [served.compose(receiver, question) for question in questions])
+        rows = await self._lanes.each(partial(served.compose, receiver), questions, lambda asked: asked.characters)
         async with self.engines.lend(receiver, partial(check_receiver, served.manifest.bridge, receiver)) as lent:
             asked = _Asked(lent, served, receiver, rows, questions, on_piece)
             try:
-                answers, firsts = await asked.answers(self._prepare)
+                answers, firsts = await asked.answers()
             finally:
                 on_cost([row.slots.count(TEXT) for row in rows], asked.generated_tokens)
         return Said(answers, firsts)
-
-    async def _off_loop(self, work: Callable[[], Made]) -> Made:
-        return await asyncio.get_running_loop().run_in_executor(self._prepare, work)
 
     async def _encode(self, served: Served, sources: Sequence[SourceTokens]) -> list[Encoded]:
         def run() -> list[Encoded]:
@@ -317,9 +308,9 @@ class _Asked:
         """Tokens so far, of all outputs."""
         return sum(running.answer.token_count for running in self._running)
 
-    async def answers(self, threads: ThreadPoolExecutor) -> tuple[list[Generation], list[float]]:
+    async def answers(self) -> tuple[list[Generation], list[float]]:
         """All answers, and the seconds to the first token of each."""
-        submitting = self._loop.run_in_executor(threads, self._submit)
+        submitting = self._loop.run_in_executor(self._engine.submitting, self._submit)
         try:
             await asyncio.shield(submitting)
             said = await asyncio.gather(*self._results)

@@ -38,6 +38,11 @@ class Question:
     prompt: Prompt
     params: SamplingParams
 
+    @property
+    def characters(self) -> int:
+        """Of all its text."""
+        return len(self.prompt) + (len(self.given) if isinstance(self.given, str) else 0)
+
 
 @dataclass(frozen=True)
 class Served:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bridge import chat, prompt, reader
 from bridge.config import BridgeConfig, Layout
+from bridge.detokenise import decode
 from bridge.errors import LatentWireError
 from bridge.evaluation.conditions import fit
 from bridge.evaluation.tasks import Example
@@ -100,7 +101,7 @@ class Tokeniser:
         if (over := len(row) - self.receiver.max_tokens) <= 0:
             return row
         ids = text_ids(self.receiver, answer)
-        said = str(self.receiver.tokenizer.decode(ids[: max(len(ids) - over - SPARE, 1)]))
+        said = decode(self.receiver, ids[: max(len(ids) - over - SPARE, 1)], special=True)
         return self._compose(template, slots, said)
 
     def _halves(self, text: str, source: SourceTokens) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bridge import engine, wire
 from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
 from bridge.config import Layout, Manifest
+from bridge.detokenise import decode
 from bridge.devices import device_named, dtype_named
 from bridge.errors import InvalidRequest
 from bridge.evaluation.tasks import Example, Task, load_task, said_after
@@ -196,7 +197,7 @@ def fit(lm: Reader, layout: Layout, template: str, text: str, room: int, answer:
 def cut_text(lm: Reader, text: str, tokens: int) -> str:
     """The start of ``text`` that the model reads as at most ``tokens`` tokens; half a character can read as more."""
     ids = text_ids(lm, text)
-    starts = (str(lm.tokenizer.decode(ids[:kept])) for kept in range(min(tokens, len(ids)), 0, -1))
+    starts = (decode(lm, ids[:kept], special=True) for kept in range(min(tokens, len(ids)), 0, -1))
     return next((start for start in starts if len(text_ids(lm, start)) <= tokens), "")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from bridge.detokenise import decode
 from bridge.evaluation.conditions import Asking, Reading, answer, soft_tokens
 from bridge.prompt import collate, embed
 
@@ -41,7 +42,7 @@ def first_tokens(asking: Asking, readings: Sequence[Reading], count: int, topk: 
     best = logits.float().softmax(dim=-1).topk(min(topk, logits.shape[-1]), dim=-1)
     for i, tokens, shares in zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True):
         shown = (
-            f"{asking.receiver.tokenizer.decode([token])!r} {share:.3f}"
+            f"{decode(asking.receiver, [token], special=True)!r} {share:.3f}"
             for token, share in zip(tokens, shares, strict=True)
         )
         yield f"example {i + 1}: first token {', '.join(shown)}"

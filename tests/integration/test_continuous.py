@@ -1,5 +1,6 @@
 """The generation engines: requests come and go at every step, and each gets what it would get alone."""
 
+import json
 import random
 import sys
 import threading
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from transformers.generation.continuous_batching.requests import logger
 
-from bridge import continuous, softids
-from bridge.answer import Generation
+from bridge import answer, continuous, detokenise, softids
+from bridge.answer import Generation, Transcript
 from bridge.continuous import PAGE_TOKENS, ContinuousEngine
+from bridge.detokenise import decode
 from bridge.engine import generate
 from bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError, NotReady
 from bridge.models import FrozenLM, load_model
@@ -28,7 +32,7 @@ from bridge.probe import open_engine
 from bridge.prompt import IGNORE, TEXT, Row
 from bridge.running import Engine, Running, Soft
 from bridge.sampling import SamplingParams
-from tests.integration.test_engine import rows_of, soft_of
+from tests.integration.test_engine import rows_of, soft_of, stop_within
 
 PATIENCE = 60.0
 MIXED = [
@@ -115,7 +119,9 @@ def test_greedy_output_is_the_references_token_for_token(lm: FrozenLM, opened: C
         one.answer()
         reference = alone(lm, i, params)
         assert told(one.answer()) == told(reference)
-        assert one.running.answer.text == reference.text and len(one.running.answer.ids) >= reference.token_count - 1
+        assert (
+            one.running.transcript.text == reference.text and len(one.running.answer.ids) >= reference.token_count - 1
+        )
 
 
 def test_a_request_joins_while_others_run_and_leaves_before_them(
@@ -447,6 +453,137 @@ def test_an_error_while_one_answer_is_read_fails_that_one_alone(
         with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
             bad.answer()
     assert told(good.answer()) == told(alone(lm, 1, SamplingParams(30))) and made.failure is None
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_the_thread_that_steps_makes_no_text(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: type[Engine]
+) -> None:
+    """Whatever is asked for: streams, stop strings, log-probabilities; the library's own decoding included."""
+    made = opened(kind, lms["llama"])
+    stepping, decoding = set[str](), set[str]()
+
+    def noting(owner: Any, name: str, seen: set[str]) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            seen.add(threading.current_thread().name)
+            return real(*given, **named)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    noting(made.lm.model, "forward", stepping)
+    noting(detokenise, "decode", decoding)
+    noting(answer, "decode", decoding)
+    noting(PreTrainedTokenizerFast, "_decode", decoding)
+    for one in ask(made, range(4), MIXED):
+        one.answer()
+    assert decoding == {"telling"} and stepping and "telling" not in stepping
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def read_when(event: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold the thread that makes text."""
+    read = Transcript.read
+
+    def late(transcript: Transcript) -> str:
+        assert event.wait(PATIENCE)
+        return read(transcript)
+
+    monkeypatch.setattr(Transcript, "read", late)
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_tokens_made_before_anybody_read_are_cut_behind_the_stop_string(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: type[Engine]
+) -> None:
+    lm, made, held = lms["llama"], opened(kind, lms["llama"]), threading.Event()
+    params = SamplingParams(30, stop=(stop_within(alone(lm, 0, SamplingParams(30)).text),), logprobs=1)
+    wanted = alone(lm, 0, params)
+    read_when(held, monkeypatch)
+    (one,) = ask(made, [0], [params])
+    until(lambda: one.running.answer.over)
+    assert len(one.running.answer.ids) == 30 and not one.pieces
+    held.set()
+    said = one.answer()
+    assert told(said) == told(wanted) and wanted.token_count < 30 and "".join(one.pieces) == said.text
+    assert said.logprobs is not None and len(said.logprobs) == said.token_count == one.running.answer.token_count
+    assert one.ends == 1 and made.running == 0
+
+
+def test_a_stop_string_frees_the_cache_that_the_library_thinks_in_use(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+) -> None:
+    lm = lms["llama"]
+    made, params = opened(ContinuousEngine, lm), SamplingParams(200, 1.0, seed=1)
+    (one,) = ask(made, [0], [replace(params, stop=(stop_within(alone(lm, 0, params).text),))])
+    assert one.answer().finish_reason == "stop"
+    ask(made, [1], [SamplingParams(2)])[0].answer()  # a step later
+    assert made.blocks_in_use == 0 and len(one.running.answer.ids) < 200
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_an_answer_that_is_there_is_told_though_the_engine_ends_first(
+    lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch, kind: type[Engine]
+) -> None:
+    """And one that is not there fails: nobody is told twice, and nobody is left waiting."""
+    lm, held, step = lms["llama"], threading.Event(), threading.Event()
+    wanted, forward = alone(lm, 0, SamplingParams(2)), lm.model.forward
+    made: Any = kind(lm)
+    read_when(held, monkeypatch)
+    short, long = ask(made, [0, 1], [SamplingParams(2), SamplingParams(200, 1.0, seed=1)])
+
+    def waiting(*given: Any, **named: Any) -> Any:
+        assert not short.running.answer.over or step.wait(PATIENCE)
+        return forward(*given, **named)
+
+    monkeypatch.setattr(lm.model, "forward", waiting)
+    until(lambda: short.running.answer.over)
+    closing = threading.Thread(target=made.close)
+    closing.start()
+    until(lambda: made._closed)
+    step.set()
+    until(lambda: made.failure)
+    assert not short.ended.is_set()
+    held.set()
+    closing.join(PATIENCE)
+    assert told(short.answer()) == told(wanted)
+    with pytest.raises(NotReady, match="stopping"):
+        long.answer()
+    assert short.ends == long.ends == 1 and made.running == 0
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
+def test_a_stop_string_that_is_a_special_token_ends_the_answer(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], kind: type[Engine]
+) -> None:
+    """It is in no text: the decoder leaves it out."""
+    lm = lms["llama"]
+    said = alone(lm, 0, params := SamplingParams(12, stop=("<mark>",)))
+    (free,) = ask(opened(PaddedEngine, lm), [0], [params])
+    ids = (free.answer(), free.running.answer.ids)[1]
+    at = next(i for i in range(3, len(ids)) if ids[i] not in ids[:i])
+    marked = replace(lm, tokenizer=with_special(lm, ids[at], "<mark>"))
+    assert "<mark>" not in said.text
+    (cut,) = ask(opened(kind, marked), [0], [params])
+    assert told(cut.answer()) == told(alone(marked, 0, params)) == (decode(lm, ids[:at]), "stop", at + 1)
+    assert cut.running.answer.ids == ids[:at]
+
+
+def with_special(lm: FrozenLM, token: int, written: str) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, in which one id is a special token."""
+    described = json.loads(lm.tokenizer.backend_tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    described["model"]["vocab"] = {written if i == token else piece: i for piece, i in vocabulary.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token="</s>")
+    tokenizer.add_tokens([AddedToken(written, special=True)])
+    return tokenizer
 
 
 def test_a_failed_padded_batch_fails_its_requests_and_no_others(

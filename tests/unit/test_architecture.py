@@ -59,6 +59,17 @@ def test_no_file_above_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+@each_file
+def test_ids_become_text_in_one_place_or_untidied(path: Path) -> None:
+    """A decoder that tidies up shows texts whose pieces do not make the whole."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and re.search(r"tokenizer\.(batch_)?decode$", ast.unparse(node.func)):
+            tidied = {named.arg: ast.unparse(named.value) for named in node.keywords}.get(
+                "clean_up_tokenization_spaces"
+            )
+            assert path.name == "detokenise.py" or tidied == "False", ast.unparse(node)
+
+
 @pytest.mark.parametrize("name", ["bridge", "training", "service"])
 def test_no_other_distribution_shadows_our_names(name: str) -> None:
     module = importlib.import_module(name)

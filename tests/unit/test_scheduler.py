@@ -33,6 +33,6 @@ def test_a_request_that_is_cancelled_lets_those_in_that_wait_for_a_full_cache(
 
 def test_a_token_for_an_answer_that_was_given_up_is_no_error() -> None:
     answer = Answer(load_reader("builtin:llama"), SamplingParams(max_tokens=4))
-    answer.ended_by = "length"
+    answer.give_up()
     assert answer.add(7)
     assert answer.ids == []

@@ -93,7 +93,7 @@ def exact_match(
         inputs = tokenizer(asked, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
         longest = max(len(ids) for ids in tokenizer(wanted, add_special_tokens=False).input_ids)
         made = model.generate(**inputs, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
-        ends = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :])
+        ends = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], clean_up_tokenization_spaces=False)
         texts = [text.replace(str(tokenizer.pad_token), "") for text in ends]
         right += sum(text == answer for text, answer in zip(texts, wanted, strict=True))
     model.train(True)
