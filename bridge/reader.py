@@ -262,7 +262,7 @@ def tokenize_source(
     Raises:
         InvalidRequest: The text holds no token, or more than ``max_tokens`` when ``truncate`` is off.
     """
-    layout, ids = kept_layout(kept, lm), text_ids(lm, text)
+    layout, ids, max_tokens = kept_layout(kept, lm), text_ids(lm, text), min(max_tokens, lm.max_tokens)
     if not ids or not text.strip():
         raise InvalidRequest(f"the text {text!r} is empty; expected at least one word", param="inputs")
     opening, closing = ([] if i is None else [i] for i in (layout.bos_id, layout.eos_id))

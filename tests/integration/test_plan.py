@@ -138,3 +138,15 @@ def test_a_folder_that_holds_no_causal_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelUnavailable, match="cannot be planned"):
         plan(config_of(tmp_path / "a", receiver, tmp_path), **LENGTHS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_run_for_a_gpu_is_planned_where_there_is_none(tmp_path: Path) -> None:
+    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
+    peak = {
+        (device, precision): plan(
+            config_of(sender, receiver, tmp_path, **LEAN, device=device, precision=precision), **LENGTHS
+        ).peak_bytes()
+        for device, precision in (("cuda", None), ("cpu", "bf16"), ("cpu", None))
+    }
+    assert peak["cuda", None] == peak["cpu", "bf16"] < peak["cpu", None]

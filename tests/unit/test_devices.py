@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ import torch
 from bridge import devices
 from bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
 from bridge.errors import InvalidRequest
+from bridge.evaluation.conditions import open_setting
+from bridge.models import FrozenLM
+from service.__main__ import main
 from service.runtime import Runtime
 from service.settings import Settings
 from training.config import TrainConfig
+from training.controls import control_config
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -182,3 +187,37 @@ def test_a_service_computes_where_and_in_what_it_is_told(checkpoint: Path) -> No
 def test_a_service_that_does_not_get_the_gpu_it_was_told_to_use_does_not_start(checkpoint: Path) -> None:
     with pytest.raises(InvalidRequest, match="device 'cuda' was asked for, but"):
         Runtime(Settings(device="cuda"), {"tiny": str(checkpoint)})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--sender", "builtin:neox", "--receiver", "builtin:llama", "--task", "world", "--device", "cuda"],
+        ["evaluate", "builtin", "--task", "world", "--device", "cuda"],
+        ["serve"],
+    ],
+    ids=lambda command: str(command[0]),
+)
+def test_a_command_that_does_not_get_its_gpu_ends_in_one_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LW_DEVICE", "cuda")  # serve has no flag
+    out = ["--out", str(tmp_path / "run")] if command[0] == "train" else []
+    monkeypatch.setattr("sys.argv", ["latentwire", *command, *out])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "device 'cuda' was asked for, but" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_computes_in_what_it_is_told(tmp_path: Path) -> None:
+    where: dict[str, Any] = {"limit": 1, "dtype": "float16", "receiver": None}
+    setting = open_setting("builtin", "world", device="cpu", precision="bf16", **where)
+    for lm in (setting.sender, setting.receiver):
+        assert isinstance(lm, FrozenLM) and (lm.model.dtype, lm.device) == (torch.bfloat16, CPU)
+    assert control_config("random_sender", setting, tmp_path).device == "cpu"
+    for word in ({"device": "gpu"}, {"precision": "half"}):
+        with pytest.raises(InvalidRequest, match="expected"):
+            open_setting("builtin", "world", **word, **where)  # type: ignore[arg-type]
