@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from bridge.diversity import diversity
+from service.lenient import OTHER
 from service.schemas import Usage
-from service.schemas_openai import OTHER
 
 if TYPE_CHECKING:
     from service.runtime import Runtime, Said

@@ -4,25 +4,15 @@ Null is as good as absent, as OpenAI has it, in fields that nobody knows too. Wh
 from the answer is taken, left out and counted. Every other unknown field is refused: it could be a misspelt one.
 """
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from bridge.config import Role
+from service.lenient import Lenient, Only, Unused, below
 from service.schemas import (
     FAIL_FAST,
     MAX_LOGPROBS,
@@ -32,7 +22,6 @@ from service.schemas import (
     GenerateRequest,
     Input,
     Stops,
-    Strict,
     TurnIn,
     as_list,
 )
@@ -40,29 +29,7 @@ from service.schemas import (
 CARRIES = {"text": "text", "source": "text", "latent": "data", "latent_id": "id"}  # field of each content part
 NATIVE = {"source": "text", "latent": "latent", "latent_id": "latent_id"}  # field of an input of /generate
 SPOKEN: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-OTHER = "other"
 FEW: int = GenerateRequest.model_fields["max_tokens"].default
-
-
-class Only:
-    """Takes a field with values that ask for nothing, any where none are given: clients send every field they know."""
-
-    def __init__(self, *neutral: Any) -> None:
-        self._neutral = list(neutral)
-
-    def _check(self, value: Any) -> Any:
-        if self._neutral and value not in self._neutral:
-            expected = " or ".join(map(json.dumps, self._neutral))
-            raise PydanticCustomError(
-                "not_done", "this service does not do that; expected {expected}", {"expected": expected}
-            )
-        return value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": self._neutral} if self._neutral else {"description": "Taken, and not used."}
 
 
 def _as_parts(value: Any) -> Any:
@@ -70,35 +37,6 @@ def _as_parts(value: Any) -> Any:
 
 
 Texts = Annotated[list[str], FAIL_FAST, Field(min_length=1), BeforeValidator(as_list, str | list[str])]
-
-
-Unused = Annotated[Any, Only()]
-
-
-class Lenient(Strict):
-    """A body in which null is as good as absent, also in a field that is not known."""
-
-    _nulls: int = PrivateAttr(0)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _drop_nulls(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        kept = {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
-        made = handler(kept)
-        if len(kept) < len(body):
-            made._nulls = sum(name not in cls.model_fields for name in body.keys() - kept.keys())
-        return made
-
-    @classmethod
-    @cache
-    def _idle(cls) -> frozenset[str]:
-        fields = cls.model_fields.items()
-        return frozenset(name for name, field in fields if any(isinstance(one, Only) for one in field.metadata))
-
-    @property
-    def left_out(self) -> list[str]:
-        """Fields that were taken and not used, ``OTHER`` for each that is not known."""
-        return [*(self._idle() & self.model_fields_set), *[OTHER] * self._nulls]
 
 
 class StreamOptions(Lenient):
@@ -180,7 +118,7 @@ class Asked(Lenient):
     @property
     def left_out(self) -> list[str]:
         """Also those of parts of the body."""
-        return super().left_out + _below("stream_options", self.stream_options)
+        return super().left_out + below("stream_options", self.stream_options)
 
     @property
     def most_tokens(self) -> int | None:
@@ -326,7 +264,7 @@ class Message(Lenient):
     @property
     def left_out(self) -> list[str]:
         """Also those of its parts."""
-        return super().left_out + _below("content", *self.content)
+        return super().left_out + below("content", *self.content)
 
     @property
     def text(self) -> str:
@@ -378,7 +316,7 @@ class ChatRequest(Asked):
     @property
     def left_out(self) -> list[str]:
         """Also those of messages."""
-        return super().left_out + _below("messages", *self.messages)
+        return super().left_out + below("messages", *self.messages)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -404,10 +342,6 @@ class ChatRequest(Asked):
             for number, part in enumerate(message.content)
             if part.type != "text"
         ]
-
-
-def _below(place: str, *parts: Lenient) -> list[str]:
-    return [f"{place}.{name}" for part in parts for name in part.left_out]
 
 
 def _lines(texts: Sequence[str]) -> str:

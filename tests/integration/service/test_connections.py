@@ -135,6 +135,15 @@ def test_a_body_is_asked_for_when_it_is_wanted_and_a_refusal_instead_ends_the_co
     assert answer.startswith(b"HTTP/1.1 403") and b"\r\nconnection: close\r\n" in answer
 
 
+def test_a_refusal_reaches_one_who_is_still_sending_although_the_connection_ends_with_it(port: int) -> None:
+    """To close it at once would make the caller's machine forget what it has received."""
+    with connect(port) as caller:
+        caller.sendall(HEAD.replace(b"/1.1", b"/1.0") + f"Content-Length: {20 * MOST}\r\n\r\n".encode())
+        assert caller.recv(12) == b"HTTP/1.1 413"
+        caller.sendall(b" " * 20 * MOST)
+        assert b'"TooLarge"' in rest(caller)
+
+
 def test_bodies_under_way_have_a_common_bound(app: FastAPI, port: int) -> None:
     at_rest(app)
     bodies = taken(app)
