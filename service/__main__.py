@@ -8,7 +8,6 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from bridge.errors import InvalidRequest, LatentWireError, first_line, shorten
+from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from service.commands import encode, generate
+from service.ending import ended_by_signals
 from service.flags import flags_of
 from service.health import SHARED_MEMORY, written_down
 from service.keys import key_command
@@ -249,27 +249,36 @@ def demo(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps make a quicker, worse bridge.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Held-out examples per condition.")] = 100,
 ) -> None:
-    """Train a bridge between the built-in models, measure it, serve it and ask it something."""
+    """Train a bridge between the built-in models, measure it, serve it and ask it something.
+
+    Ctrl-C ends it at any moment: with exit code 0, and with nothing left running.
+    """
+    with ended_by_signals():
+        _demo(out_, serve_, port, max_steps, limit)
+
+
+def _demo(folder: Path, serve: bool, port: int, max_steps: int | None, limit: int) -> None:
     from service.demo import ask, check_free, running
     from training.config import demo_config
     from training.loop import train as run
 
     check_free(port)
-    config = demo_config(out_, max_steps)
+    config = demo_config(folder, max_steps)
     started = time.monotonic()
     out.rule("train: two frozen models, a bridge between them")
     run(config, out, overwrite=True)
     out.print(f"trained in {time.monotonic() - started:.0f} s")
     out.rule("evaluate: what crossed, on facts never seen in training")
-    setting = _open(str(out_), "world", limit, "float16", None)
+    setting = _open(str(folder), "world", limit, "float16", None)
     _measure(setting, {})
     out.rule("serve: the same bridge over HTTP")
-    with running(out_, port, out_ / "serve.log") as server:
+    log = folder / "serve.log"
+    with running(folder, port, log) as server:
         ask(out, port, setting.examples[0])
-        if serve_:
+        if serve:
             _say(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
-            with suppress(KeyboardInterrupt):
-                server.wait()
+            if code := server.wait():
+                raise InferenceFailed(f"the service ended by itself, with exit code {code}; its log is {log}")
 
 
 def _say(line: str) -> None:

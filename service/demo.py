@@ -1,28 +1,30 @@
 """The last act of ``latentwire demo``: a real server, a real request to each endpoint, printed."""
 
-import base64
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import httpx
 from rich.console import Console
 
 from bridge.errors import InferenceFailed
-from bridge.evaluation.tasks import Example
-from bridge.prompt import LATENT
 from service.client import Client
 from service.listening import listen
 
+if TYPE_CHECKING:
+    from bridge.evaluation.tasks import Example
+
 START_SECONDS = 120.0
-P = ParamSpec("P")
-Answer = TypeVar("Answer")
+END_SECONDS = 30.0
+ANSWER_SECONDS = 60.0
+SHOWN_CHARACTERS = 24  # of a message
+PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True}
 
 
 def check_free(port: int) -> None:
@@ -58,37 +60,46 @@ def running(checkpoint: Path | str, port: int, log: Path, **variables: str) -> I
         yield server
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        try:
+            server.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
-def ask(console: Console, port: int, example: Example) -> None:
-    """Send one ``/encode`` and one ``/generate``, and print both with their latencies."""
+def ask(console: Console, port: int, example: "Example") -> None:
+    """Send one ``/encode`` and one ``/generate``, and print the answers as they came, with their latencies.
+
+    Raises:
+        InferenceFailed: The service refused or failed; its answer is in the message.
+    """
+    from bridge.prompt import LATENT
+
     prompt = example.prompt.replace(LATENT, "").lstrip("\n")
-    with Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
-        client.generate(example.source, prompt)  # the first request of a connection warms it up
-        sent, encode_ms = _timed(client.encode, example.source)
-        latent = sent.latents[0]
-        said, generate_ms = _timed(client.generate, latent, prompt)
-    shown = {**asdict(latent), "data": base64.b64encode(latent.data[:18]).decode() + "…"}
-    output = said.outputs[0]
-    console.print(
-        "\n[bold]POST /encode[/bold] — the sender reads",
-        f"[cyan]{example.source}[/cyan]",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f"  {json.dumps(shown, ensure_ascii=False)}", highlight=False, markup=False, soft_wrap=True)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=ANSWER_SECONDS) as http:
+        _post(http, "/generate", inputs=[{"text": example.source}], prompt=prompt)  # the first of a connection warms it
+        encoded, encode_ms = _post(http, "/encode", inputs=[example.source])
+        (latent,) = encoded["latents"]
+        said, generate_ms = _post(http, "/generate", inputs=[{"latent": latent["data"]}], prompt=prompt)
+    (output,) = said["outputs"]
+    console.print("\n[bold]POST /encode[/bold] — the sender reads", f"[cyan]{example.source}[/cyan]", **PLAIN)
+    _show(console, {**latent, "data": latent["data"][:SHOWN_CHARACTERS] + "…"})
     console.print(f"  {encode_ms:.1f} ms")
-    console.print(
-        "[bold]POST /generate[/bold] — the receiver gets that latent and", repr(prompt), highlight=False, soft_wrap=True
-    )
-    console.print(f"  {json.dumps(asdict(output), ensure_ascii=False)}", highlight=False, markup=False, soft_wrap=True)
+    console.print("[bold]POST /generate[/bold] — the receiver gets that latent and", repr(prompt), **PLAIN)
+    _show(console, output)
     console.print(f"  {generate_ms:.1f} ms; together {encode_ms + generate_ms:.1f} ms")
-    right = output.text.strip() == example.answer.strip()
+    right = output["text"].strip() == example.answer.strip()
     console.print(f"  expected {example.answer.strip()!r}: {'right' if right else 'wrong'}")
 
 
-def _timed(call: Callable[P, Answer], *given: P.args, **options: P.kwargs) -> tuple[Answer, float]:
+def _post(http: httpx.Client, path: str, **body: Any) -> tuple[dict[str, Any], float]:
+    """An answer, and the milliseconds it took."""
     started = time.perf_counter()
-    answer = call(*given, **options)
-    return answer, (time.perf_counter() - started) * 1000
+    answer = http.post(path, json=body)
+    if answer.is_error:
+        raise InferenceFailed(f"{path} answered {answer.status_code}: {answer.text}")
+    return answer.json(), (time.perf_counter() - started) * 1000
+
+
+def _show(console: Console, answer: dict[str, Any]) -> None:
+    console.print(f"  {json.dumps(answer, ensure_ascii=False)}", markup=False, **PLAIN)

@@ -1,0 +1,49 @@
+"""Signals as a way to end a command: heard at any moment, one at a time."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import psutil
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Ended(BaseException):
+    """A signal asked for the end.
+
+    No KeyboardInterrupt: where that passes through ``exec``, as in the making of any dataclass, Python remembers it
+    and dies of the signal in the end, whoever caught it.
+    """
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside, at any moment, without an error and with no child process left.
+
+    While one is obeyed, others are not heard: what is being tidied up is tidied up to its end. Nor are they heard
+    afterwards, when the process ends. One that somebody swallowed has no such effect: the next is heard again.
+    """
+    before = {number: signal.signal(number, _interrupt) for number in ENDING}
+    try:
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    except Ended:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        for child in psutil.Process().children():  # one just started may be known to nobody else
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+                child.wait()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    # What is handled where the signal met the program; a handler or a finally of an interrupt is its tidying up.
+    error = sys.exception()
+    while error is not None and not isinstance(error, Ended):
+        error = error.__context__
+    if error is None:
+        raise Ended
