@@ -41,7 +41,8 @@ class Question:
     @property
     def characters(self) -> int:
         """Of all its text."""
-        return len(self.prompt) + (len(self.given) if isinstance(self.given, str) else 0)
+        said = [self.prompt] if isinstance(self.prompt, str) else [turn.text for turn in self.prompt]
+        return sum(map(len, [*said, self.given if isinstance(self.given, str) else ""]))
 
 
 @dataclass(frozen=True)
