@@ -40,13 +40,8 @@ from bridge.reader import Reader, SourceTokens, end_ids_of
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
-WANTED_FILES = [
-    "*.json",
-    "*.jinja",
-    "model*.safetensors",
-    "*.model",
-    "*.txt",
-]  # never pickles, never code, no weights twice
+# Never pickles, never code, no weights twice.
+WANTED_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt"]
 TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges).*\.(json|txt)|.*\.model")
 CHUNK_ROWS = 8192  # vocabulary rows measured at once
 VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -134,12 +129,18 @@ def folder_of(name: str) -> Path:
     return _hub_folder(name)
 
 
+def revision_of(name: str) -> tuple[str, str | None]:
+    """A Hub name as repository and revision; None for its main branch."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 @cache
 def _hub_folder(name: str) -> Path:
     """``org/model``, or ``org/model@revision``; asked once a process, so that no fingerprint is older than the load."""
-    repository, _, revision = name.partition("@")
+    repository, revision = revision_of(name)
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED_FILES))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelUnavailable(
             f"model {name!r} is neither builtin:…, a folder, nor a reachable Hub name ({first_line(error)})"
@@ -272,10 +273,9 @@ def load_model(
 
 def load_reader(name: str) -> Reader:
     """The tokenizer of a model without its weights, which may come and go (ModelUnavailable as ``load_model``)."""
-    folder = folder_of(name.removeprefix(RANDOM))
+    folder, config = folder_of(name.removeprefix(RANDOM)), config_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         settings: Any = config.get_text_config()
         if (folder / "generation_config.json").is_file():  # where instruct models name every token that ends a turn
             settings = GenerationConfig.from_pretrained(folder)

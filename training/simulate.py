@@ -26,7 +26,7 @@ from bridge.devices import DTYPES, default_device, default_dtype
 from bridge.errors import ModelUnavailable, first_line
 from bridge.evaluation.tasks import Task
 from bridge.families import Role, check_usable
-from bridge.models import FrozenLM, folder_of, stack_of
+from bridge.models import FrozenLM, folder_of, revision_of, stack_of
 from bridge.prompt import IGNORE, TEXT, Row, layout_for
 from bridge.quantised import dequantised
 from bridge.reader import SourceTokens
@@ -182,7 +182,8 @@ def _shapes(name: str, dtype: torch.dtype, role: Role) -> FrozenLM:
     plain = name.removeprefix(RANDOM)
     try:
         local = plain.startswith("builtin:") or Path(plain).exists()
-        config = AutoConfig.from_pretrained(folder_of(plain) if local else plain, trust_remote_code=False)
+        where, revision = (folder_of(plain), None) if local else revision_of(plain)
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
         check_usable(name, config, role)
         model = AutoModelForCausalLM.from_config(dequantised(config), dtype=dtype)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError, TypeError) as error:
