@@ -1,10 +1,11 @@
 """Run every benchmark: ``python -m benchmarks``."""
 
-from benchmarks import ablation, fuzz, memory, real, residency, serve, service, training, world
+from benchmarks import ablation, fuzz, memory, real, residency, serve, service, texts, training, world
 
 world.main()
 service.main()
 serve.main()
+texts.main()
 fuzz.main()
 residency.main()
 training.main()

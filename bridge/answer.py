@@ -142,11 +142,6 @@ class Transcript:
         return (self._text.settled + self._text.unsettled)[: self._cut]
 
     @property
-    def is_cut(self) -> bool:
-        """Whether a stop string was read."""
-        return self._cut is not None
-
-    @property
     def generation(self) -> Generation | None:
         """The answer, once its last token was read."""
         if self._ended_by is None:
@@ -170,7 +165,7 @@ class Transcript:
         if self._ended_by is None:
             ended_by = self.answer.ended_by  # looked up first: it then speaks of all the tokens looked up next
             self._take(self.answer.ids[self._read :])
-            self._ended_by = "stop" if self.is_cut else ended_by
+            self._ended_by = ended_by if self._cut is None else "stop"
         text = self.text if self._ended_by else self._certain()
         news = text[self._shown :]
         self._shown += len(news)
@@ -195,7 +190,7 @@ class Transcript:
         recent = settled[start:] + self._text.unsettled
         found = [start + recent.index(one) for one in stop if one in recent]
         self._cut = min(found, default=None)
-        return self.is_cut
+        return self._cut is not None
 
     def _certain(self) -> str:
         text = self._text.settled

@@ -55,7 +55,10 @@ class Reader:
     @cached_property
     def special(self) -> dict[str, int]:
         """Ids of the tokens that stand for no text when they are said, by how they are written."""
-        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        tokenizer = self.tokenizer
+        if not tokenizer.is_fast:  # which leaves out fewer
+            return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     @cached_property
     def source_layout(self) -> SourceLayout:

@@ -226,10 +226,9 @@ class Engine(ABC):
             said: Generation | LatentWireError | None = running.transcript.generation
         except Exception as error:  # of one request's reading: no reason to end the others
             log.exception("a request failed while its answer was read")
+            self._stop(running)
             said = failed(error)
         if said is not None:
-            if isinstance(said, LatentWireError) or running.transcript.is_cut:  # more tokens may be on their way
-                self._stop(running)
             self._tell_end(running, said)
 
     def _tell_end(self, running: Running, result: Generation | LatentWireError) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-LONG_CHARACTERS = 10_000  # some milliseconds; a run without spaces, or of joined emoji, takes ten times as long
+LONG_CHARACTERS = 10_000  # one to eight milliseconds of a core
 
 
 class Lanes:

@@ -441,17 +441,19 @@ def test_an_error_at_any_stage_fails_all_requests_and_says_so(
         ask(made, [0], [SamplingParams(2)])
 
 
+@pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
 def test_an_error_while_one_answer_is_read_fails_that_one_alone(
-    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: type[Engine]
 ) -> None:
     lm = lms["llama"]
-    made = opened(ContinuousEngine, lm)
+    made = opened(kind, lm)
+    held = threading.Event()
+    read_when(held, monkeypatch)
     bad, good = ask(made, [0, 1], [SamplingParams(30), SamplingParams(30)])
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(bad.running, "on_news", lambda _: 1 / 0)
-        with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
-            bad.answer()
+    monkeypatch.setattr(bad.running, "on_news", lambda _: 1 / 0)
+    held.set()
+    with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
+        bad.answer()
     assert told(good.answer()) == told(alone(lm, 1, SamplingParams(30))) and made.failure is None
 
 
@@ -517,7 +519,7 @@ def test_tokens_made_before_anybody_read_are_cut_behind_the_stop_string(
     assert one.ends == 1 and made.running == 0
 
 
-def test_a_stop_string_frees_the_cache_that_the_library_thinks_in_use(
+def test_a_stop_string_frees_the_cache_at_the_next_step(
     lms: dict[str, FrozenLM], opened: Callable[..., Engine]
 ) -> None:
     lm = lms["llama"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from bridge.answer import Answer, Generation, Odds, Transcript
 from bridge.detokenise import UNFINISHED, Text, decode
@@ -84,7 +84,8 @@ MADE: dict[str, Callable[[], Tokenizer]] = {
     "words without a decoder": without_decoder,
 }
 FOUND = {path.parent.name: str(path.parent) for path in sorted(MATERIAL.glob("*/tokenizer.json"))}
-KINDS = [*MADE, "builtin:llama", "builtin:neox", *FOUND]
+PYTHON = "bytes, by a tokenizer written in Python"
+KINDS = [*MADE, PYTHON, "builtin:llama", "builtin:neox", *FOUND]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -93,6 +94,8 @@ def reader(kind: str) -> Reader:
     """A tokenizer that also has tokens for no text, and one with spaces in it, and asks for texts to be tidied up."""
     if kind in MADE:
         made = PreTrainedTokenizerFast(tokenizer_object=MADE[kind](), clean_up_tokenization_spaces=True)
+    elif kind == PYTHON:
+        made = ByT5Tokenizer(extra_ids=2)
     elif kind in FOUND:
         made = AutoTokenizer.from_pretrained(FOUND[kind])
     else:
@@ -109,7 +112,7 @@ def whole(lm: Reader, ids: Sequence[int]) -> str:
 def ids_of(kind: str) -> st.SearchStrategy[list[int]]:
     """Tokens without any sense, texts, and runs of bytes that may be no text, with tokens for no text among them."""
     tokenizer = reader(kind).tokenizer
-    token = st.integers(0, len(tokenizer) + 1)  # two have no name
+    token = st.integers(0, len(tokenizer) + (1 if tokenizer.is_fast else -1))  # two have no name
     named = st.sampled_from(range(len(tokenizer) - 3, len(tokenizer)))
     ids = st.one_of(st.sampled_from(TEXTS), st.text(max_size=12)).map(
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
