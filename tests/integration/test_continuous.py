@@ -449,7 +449,7 @@ def test_an_error_while_one_answer_is_read_fails_that_one_alone(
     bad, good = ask(made, [0, 1], [SamplingParams(30), SamplingParams(30)])
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(bad.running, "on_news", lambda _: 1 / 0)
+        patch.setattr(bad.running, "on_news", lambda *_: 1 / 0)
         with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
             bad.answer()
     assert told(good.answer()) == told(alone(lm, 1, SamplingParams(30))) and made.failure is None
