@@ -4,6 +4,7 @@ Dimensions used in this file:
     B batch    V vocabulary
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,7 +133,8 @@ class Transcript:
         self.answer = answer
         self._text = Text(answer.lm)
         self._logprobs: list[TokenLogprob] = []
-        self._read = self._shown = 0
+        self._ends: list[int] = []  # where the text of each token ends, as far as it is settled
+        self._read = self._shown = self._told = 0
         self._cut: int | None = None  # where a stop string begins
         self._ended_by: FinishReason | None = None
 
@@ -171,6 +173,17 @@ class Transcript:
         self._shown += len(news)
         return news
 
+    def told(self) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the tokens whose text ``read`` has shown, without those of the last call.
+
+        Those of a stop string are never shown: only ``generation`` has them.
+        """
+        is_whole = self._ended_by is not None and not self.is_cut
+        end = len(self._logprobs) if is_whole else bisect_right(self._ends, self._shown)
+        news = tuple(self._logprobs[self._told : end])
+        self._told = end
+        return news
+
     def _take(self, ids: Sequence[int]) -> None:
         """Read tokens: one by one where the one that completes a stop string must be known."""
         stop = self.answer.params.stop
@@ -182,6 +195,8 @@ class Transcript:
                 self.answer.cut(self._read)
                 return
             self._text.settle()
+            if self._text.is_settled:
+                self._ends += [len(self._text.settled)] * (self._read - len(self._ends))
 
     def _met(self, stop: Sequence[str]) -> bool:
         """Whether a stop string stands in the text now; none did before the newest token."""

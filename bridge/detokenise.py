@@ -49,6 +49,11 @@ class Text:
             self._unsettled = decode(self._lm, self._context + self._pending)[self._before :]
         return self._unsettled
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was taken is."""
+        return not self._pending
+
     def add(self, ids: Sequence[int]) -> None:
         """Take more tokens."""
         self._pending += [i for i in ids if i not in self._hidden and self._written(i) is not None]

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, TypeGuard
 from jaxtyping import Float
 from torch import Tensor
 
-from bridge.answer import Answer, Generation, Transcript
+from bridge.answer import Answer, Generation, TokenLogprob, Transcript
 from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, at_fault
 from bridge.models import FrozenLM
 from bridge.prompt import Row
@@ -42,7 +42,8 @@ class Running:
 
     Attributes:
         on_end: Called once, on the thread of the engine's ``Telling``, with the answer or the error.
-        on_news: Called there with each piece of text that may be shown, when given.
+        on_news: Called there with each piece of text that may be shown, and the log-probabilities of its tokens where
+            those were asked for; when given.
         first_token_at: ``time.monotonic()`` when the first token was there.
     """
 
@@ -51,7 +52,7 @@ class Running:
     soft: Soft | None
     answer: Answer
     on_end: Callable[[Generation | LatentWireError], None]
-    on_news: Callable[[str], None] | None = None
+    on_news: Callable[[str, tuple[TokenLogprob, ...]], None] | None = None
     first_token_at: float | None = None
     transcript: Transcript = field(init=False)
 
@@ -131,7 +132,7 @@ class Engine(ABC):
         params: SamplingParams,
         soft: Soft | None,
         on_end: Callable[[Generation | LatentWireError], None],
-        on_news: Callable[[str], None] | None = None,
+        on_news: Callable[[str, tuple[TokenLogprob, ...]], None] | None = None,
     ) -> Running:
         """Take a request; it joins the running batch at the next step.
 
@@ -222,7 +223,7 @@ class Engine(ABC):
         try:
             news = running.transcript.read()
             if news and running.on_news is not None:
-                running.on_news(news)
+                running.on_news(news, running.transcript.told())
             said: Generation | LatentWireError | None = running.transcript.generation
         except Exception as error:  # of one request's reading: no reason to end the others
             log.exception("a request failed while its answer was read")

@@ -179,11 +179,11 @@ def ms_since(started: float) -> float:
 
 
 def _output(index: int, answer: Generation) -> Output:
-    logprobs = answer.logprobs and [TokenLogprobOut(**asdict(token)) for token in answer.logprobs]
+    logprobs = None if answer.logprobs is None else [TokenLogprobOut.of(token) for token in answer.logprobs]
     return Output(
         index=index,
         text=answer.text,
         finish_reason=answer.finish_reason,
         token_count=answer.token_count,
-        logprobs=None if answer.logprobs is None else logprobs or [],
+        logprobs=logprobs,
     )

@@ -3,6 +3,7 @@
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -182,6 +183,7 @@ class Reply(ABC, Generic[Whole, Choice]):
 
     def __init__(self, body: Asked, bridge_id: str) -> None:
         self.choices = range(body.questions * body.n)
+        self._told, self._characters = Counter[int](), Counter[int]()  # of each choice: tokens reported, and of them
         self._reports_usage = body.stream_options.include_usage
         self._head: dict[str, Any] = {
             "id": f"{self.PREFIX}-{uuid.uuid4().hex}",
@@ -204,11 +206,29 @@ class Reply(ABC, Generic[Whole, Choice]):
 
     @abstractmethod
     def ending(self, output: Output) -> Choice:
-        """A choice's finish reason, and the log-probabilities of all its tokens."""
+        """A choice's finish reason, and the log-probabilities of tokens that no piece had: those of a stop string."""
+
+    @abstractmethod
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> BaseModel:
+        """The log-probabilities of tokens; so many characters came before them."""
 
     @abstractmethod
     def chunk(self, choices: Sequence[Choice], **usage: Any) -> BaseModel:
         """One chunk of the stream."""
+
+    def of_piece(self, piece: Piece) -> dict[str, Any]:
+        """The field of a choice for the log-probabilities of a piece, where it has any."""
+        return self._reported(piece.index, [TokenLogprobOut.of(token) for token in piece.logprobs])
+
+    def of_rest(self, output: Output) -> dict[str, Any]:
+        """The same for those that no piece had."""
+        return self._reported(output.index, (output.logprobs or [])[self._told[output.index] :])
+
+    def _reported(self, index: int, tokens: Sequence[TokenLogprobOut]) -> dict[str, Any]:
+        before = self._characters[index]
+        self._told[index] += len(tokens)
+        self._characters[index] += sum(len(token.token) for token in tokens)
+        return {"logprobs": self.logprobs(tokens, before)} if tokens else {}
 
     def line(self, *choices: Choice, usage: CompletionUsage | None = None) -> str:
         """One chunk of the stream as JSON; ``usage`` is in every one, null or not, when it was asked for."""
@@ -231,7 +251,16 @@ class CompletionReply(Reply[Completion, CompletionChoice]):
 
     def whole(self, said: GenerateResponse) -> Completion:
         """All of it at once."""
-        return self.chunk([self._choice(output, output.text) for output in said.outputs], usage=usage_of(said.usage))
+        choices = [
+            CompletionChoice(
+                index=output.index,
+                text=output.text,
+                logprobs=None if output.logprobs is None else self.logprobs(output.logprobs, 0),
+                finish_reason=output.finish_reason,
+            )
+            for output in said.outputs
+        ]
+        return self.chunk(choices, usage=usage_of(said.usage))
 
     def openings(self) -> list[CompletionChoice]:
         """Nothing."""
@@ -239,19 +268,25 @@ class CompletionReply(Reply[Completion, CompletionChoice]):
 
     def piece(self, piece: Piece) -> CompletionChoice:
         """A choice's newest text."""
-        return CompletionChoice(index=piece.index, text=piece.text, finish_reason=None)
+        return CompletionChoice(index=piece.index, text=piece.text, finish_reason=None, **self.of_piece(piece))
 
     def ending(self, output: Output) -> CompletionChoice:
-        """A choice's finish reason, and the log-probabilities of all its tokens."""
-        return self._choice(output, "")
+        """A choice's finish reason, and the log-probabilities of tokens that no piece had."""
+        rest = self.of_rest(output)
+        return CompletionChoice(index=output.index, text="", finish_reason=output.finish_reason, **rest)
+
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> Logprobs:
+        """In four lists."""
+        return Logprobs(
+            tokens=[token.token for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[_likeliest(token) for token in tokens],
+            text_offset=list(accumulate((len(token.token) for token in tokens), initial=before))[: len(tokens)],
+        )
 
     def chunk(self, choices: Sequence[CompletionChoice], **usage: Any) -> Completion:
         """One chunk of the stream, or the whole."""
         return Completion(**self._head, object="text_completion", choices=list(choices), **usage)
-
-    def _choice(self, output: Output, text: str) -> CompletionChoice:
-        logprobs = None if output.logprobs is None else _logprobs(output.logprobs)
-        return CompletionChoice(index=output.index, text=text, logprobs=logprobs, finish_reason=output.finish_reason)
 
 
 class ChatReply(Reply[ChatCompletion, ChatChunkChoice]):
@@ -265,7 +300,7 @@ class ChatReply(Reply[ChatCompletion, ChatChunkChoice]):
             ChatChoice(
                 index=output.index,
                 message=ChatMessage(role="assistant", content=output.text),
-                logprobs=_chat_logprobs(output.logprobs),
+                logprobs=None if output.logprobs is None else self.logprobs(output.logprobs, 0),
                 finish_reason=output.finish_reason,
             )
             for output in said.outputs
@@ -279,12 +314,25 @@ class ChatReply(Reply[ChatCompletion, ChatChunkChoice]):
 
     def piece(self, piece: Piece) -> ChatChunkChoice:
         """A choice's newest text."""
-        return ChatChunkChoice(index=piece.index, delta=Delta(content=piece.text), finish_reason=None)
+        delta = Delta(content=piece.text)
+        return ChatChunkChoice(index=piece.index, delta=delta, finish_reason=None, **self.of_piece(piece))
 
     def ending(self, output: Output) -> ChatChunkChoice:
-        """A choice's finish reason, and the log-probabilities of all its tokens."""
-        logprobs = _chat_logprobs(output.logprobs)
-        return ChatChunkChoice(index=output.index, delta=Delta(), logprobs=logprobs, finish_reason=output.finish_reason)
+        """A choice's finish reason, and the log-probabilities of tokens that no piece had."""
+        rest = self.of_rest(output)
+        return ChatChunkChoice(index=output.index, delta=Delta(), finish_reason=output.finish_reason, **rest)
+
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> ChatLogprobs:
+        """One after the other."""
+        return ChatLogprobs(
+            content=[
+                ChatTokenLogprob(
+                    **_token(token.token, token.logprob),
+                    top_logprobs=[TokenLogprob(**_token(*one)) for one in token.top],
+                )
+                for token in tokens
+            ]
+        )
 
     def chunk(self, choices: Sequence[ChatChunkChoice], **usage: Any) -> ChatChunk:
         """One chunk of the stream."""
@@ -307,34 +355,12 @@ def error_type(status: int) -> str:
     return ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
-def _logprobs(tokens: Sequence[TokenLogprobOut]) -> Logprobs:
-    return Logprobs(
-        tokens=[token.token for token in tokens],
-        token_logprobs=[token.logprob for token in tokens],
-        top_logprobs=[_likeliest(token) for token in tokens],
-        text_offset=[0, *accumulate(len(token.token) for token in tokens)][: len(tokens)],
-    )
-
-
 def _likeliest(token: TokenLogprobOut) -> dict[str, float]:
     """The likeliest tokens and the one said. Of tokens with one text, as halves of characters have, the likeliest."""
     found: dict[str, float] = {}
     for text, logprob in (*token.top, (token.token, token.logprob)):
         found.setdefault(text, logprob)
     return found
-
-
-def _chat_logprobs(tokens: Sequence[TokenLogprobOut] | None) -> ChatLogprobs | None:
-    if tokens is None:
-        return None
-    return ChatLogprobs(
-        content=[
-            ChatTokenLogprob(
-                **_token(token.token, token.logprob), top_logprobs=[TokenLogprob(**_token(*one)) for one in token.top]
-            )
-            for token in tokens
-        ]
-    )
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

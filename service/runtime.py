@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from bridge import engine
-from bridge.answer import Generation
+from bridge.answer import Generation, TokenLogprob
 from bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
 from bridge.devices import device_named, dtype_named, is_out_of_memory
 from bridge.engine import Encoded
@@ -49,10 +49,11 @@ QUIET_SECONDS = 0.25  # without work, before the service stops: requests on thei
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that an output got: ``index`` says which."""
+    """Text that an output got, and the log-probabilities of its tokens: ``index`` says which output."""
 
     index: int
     text: str
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -343,9 +344,9 @@ class _Asked:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *given)
 
-    def _show(self, index: int, text: str) -> None:
+    def _show(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...]) -> None:
         if self._on_piece is not None and not self._given_up:
-            self._on_piece(Piece(index, text))
+            self._on_piece(Piece(index, text, logprobs))
 
     @staticmethod
     def _end(result: asyncio.Future[Generation], said: Generation | LatentWireError) -> None:

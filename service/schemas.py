@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from bridge.answer import TokenLogprob
 from bridge.config import Prompt, Role, Turn
 from bridge.errors import InvalidMessage
 
@@ -220,6 +221,11 @@ class TokenLogprobOut(BaseModel):
     token: str
     logprob: LogProb
     top: list[tuple[str, LogProb]]
+
+    @classmethod
+    def of(cls, token: TokenLogprob) -> Self:
+        """The same, as it goes over HTTP."""
+        return cls(token=token.token, logprob=token.logprob, top=list(token.top))
 
 
 class Output(BaseModel):

@@ -22,8 +22,8 @@ BEGAN = int(time.time())  # a checkpoint does not know when it was made
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answers. With `stream`, server-sent events without names: chunks, then `[DONE]`; an error "
-        "on the way is `data` with the error body, and ends the stream. Log-probabilities come with the last chunk "
-        "of each choice.",
+        "on the way is `data` with the error body, and ends the stream. Log-probabilities come with the text of "
+        "their tokens; those of a stop string with the finish reason.",
         "content": {"text/event-stream": {"schema": EVENT}},
     }
 }

@@ -450,7 +450,7 @@ def test_an_error_while_one_answer_is_read_fails_that_one_alone(
     held = threading.Event()
     read_when(held, monkeypatch)
     bad, good = ask(made, [0, 1], [SamplingParams(30), SamplingParams(30)])
-    monkeypatch.setattr(bad.running, "on_news", lambda _: 1 / 0)
+    monkeypatch.setattr(bad.running, "on_news", lambda *_: 1 / 0)
     held.set()
     with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
         bad.answer()

@@ -246,3 +246,42 @@ def test_tokens_added_before_a_stop_string_was_read_do_not_count() -> None:
     said = Transcript(answer).finish()
     assert (said.text, said.finish_reason, said.token_count, answer.token_count) == ("one ", "stop", at, at)
     assert said.logprobs is not None and [t.token for t in said.logprobs] == [decode(lm, [i]) for i in ids[:at]]
+
+
+@each_kind
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_log_probabilities_are_told_once_and_not_before_the_text_of_their_tokens(
+    kind: str, data: st.DataObject
+) -> None:
+    lm = reader(kind)
+    ids = data.draw(ids_of(kind).filter(bool))
+    stop = data.draw(st.sampled_from([(), ("e ", "never this"), ("\ufffd", "世界")]))
+    transcript, shown = Transcript(Answer(lm, SamplingParams(len(ids), stop=stop, logprobs=0))), ""
+    told: list[float] = []
+    for piece in paced(data, ids):
+        for token in piece:
+            transcript.answer.add(token, Odds(token, -float(len(transcript.answer.ids)), ()))
+        shown += transcript.read()
+        told += [one.logprob for one in transcript.told()]
+        if transcript.generation is None:
+            assert shown.startswith(whole(lm, ids[: len(told)]))
+    said = transcript.generation
+    assert said is not None and said.logprobs is not None
+    assert told == [one.logprob for one in said.logprobs][: len(told)]
+    assert transcript.is_cut or len(told) == len(ids)
+
+
+def test_log_probabilities_of_held_back_text_are_held_back_with_it() -> None:
+    lm = reader("builtin:llama")
+    ids = lm.tokenizer("one two three four", add_special_tokens=False)["input_ids"]
+    before = next(n for n in range(len(ids)) if "th" in whole(lm, ids[: n + 1]))
+    transcript = Transcript(Answer(lm, SamplingParams(len(ids), stop=("three five",), logprobs=0)))
+    for token in ids[: before + 1]:
+        transcript.answer.add(token, Odds(token, -1.0, ()))
+    assert transcript.read().strip() == "one two"
+    assert [one.token for one in transcript.told()] == [decode(lm, [token]) for token in ids[:before]]
+    for token in ids[before + 1 :]:
+        transcript.answer.add(token, Odds(token, -1.0, ()))
+    assert transcript.read().strip() == "three four"
+    assert [one.token for one in transcript.told()] == [decode(lm, [token]) for token in ids[before:]]
