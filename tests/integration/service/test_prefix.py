@@ -27,6 +27,10 @@ def test_every_address_is_there_with_the_prefix_and_without(below: TestClient) -
     assert below.get("/lwx/bridges").status_code == below.get("/lw/lw/bridges").status_code == 404
 
 
+def test_a_prefix_ends_where_a_part_of_the_path_ends(start: Start) -> None:
+    assert start(Settings(root_path="/doc")).get("/docs").status_code == 200
+
+
 def test_the_bare_prefix_leads_to_the_page_whose_addresses_are_relative(below: TestClient) -> None:
     answer = below.get("/lw", follow_redirects=False)
     assert urljoin("http://proxy/lw", answer.headers["location"]) == "http://proxy/lw/"
