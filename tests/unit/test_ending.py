@@ -65,8 +65,8 @@ def test_a_signal_in_code_made_from_a_string_ends_with_code_0_too() -> None:
 
 def test_a_process_that_was_just_started_is_not_left_behind() -> None:
     inside = """
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        print(child.pid, flush=True)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
+        print(child.pid)
         interrupt()
     """
     pid, *_ = ended(inside)
