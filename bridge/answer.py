@@ -178,7 +178,7 @@ class Transcript:
 
         Those of a stop string are never shown: only ``generation`` has them.
         """
-        is_whole = self._ended_by is not None and not self.is_cut
+        is_whole = self._ended_by is not None and self._cut is None
         end = len(self._logprobs) if is_whole else bisect_right(self._ends, self._shown)
         news = tuple(self._logprobs[self._told : end])
         self._told = end

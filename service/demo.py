@@ -41,18 +41,19 @@ def check_free(port: int) -> None:
 def running(checkpoint: Path | str, port: int, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """``latentwire serve`` as a process of its own, its output in ``log``; ended on the way out.
 
-    ``variables`` are added to its environment.
+    ``variables`` are added to its environment. Ready is what it has said itself: another may answer on the port.
 
     Raises:
         InferenceFailed: It ended, or was not ready in time; the last line it printed is named.
     """
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "service", "serve", "--bridge", f"demo={checkpoint}", "--port", str(port)]
     with log.open("wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables})
     try:
-        with Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
+        with Client(url, trust_env=False) as client:
             deadline = time.monotonic() + START_SECONDS
-            while server.poll() is not None or not client.ready():
+            while server.poll() is not None or url not in log.read_text() or not client.ready():
                 if server.poll() is not None or time.monotonic() > deadline:
                     last = (log.read_text().strip().splitlines() or ["nothing"])[-1]
                     raise InferenceFailed(f"the service did not start; it said: {last}")

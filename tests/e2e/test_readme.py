@@ -1,25 +1,31 @@
 """What the README says to type works as written; only numbers that take minutes are made small."""
 
+import io
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from rich.console import Console
 from typer.main import get_command
 
+from bridge.evaluation.tasks import world_task
 from service.__main__ import app
 from service.client import Client
-from service.demo import running
+from service.demo import ask, running
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [
     shlex.split(line, comments=True)
     for kind, block in BLOCKS
@@ -40,8 +46,7 @@ def latentwire(*arguments: str, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service of the built-in bridge: its address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with running("builtin", port, tmp_path_factory.mktemp("serve") / "log"):
         yield f"http://127.0.0.1:{port}"
 
@@ -85,17 +90,33 @@ def test_the_python_examples_print_what_the_receiver_says(
     assert capsys.readouterr().out.strip() == said
 
 
+def answers(shown: str) -> list[dict[str, Any]]:
+    """What the demo printed of /encode and of /generate."""
+    return [json.loads(line) for line in shown.splitlines() if line.startswith("  {")]
+
+
+def test_the_demo_and_the_readme_show_what_the_service_sends(service: str) -> None:
+    said, example = io.StringIO(), world_task().test[0]
+    ask(Console(file=said), int(service.rpartition(":")[2]), example)
+    encoded, generated = answers(said.getvalue())
+    (sent,) = httpx.post(f"{service}/encode", json={"inputs": [example.source]}).json()["latents"]
+    assert encoded == {**sent, "data": encoded["data"]} and sent["data"].startswith(encoded["data"].removesuffix("…"))
+    prompt = example.prompt.replace("{latent}", "").lstrip("\n")
+    asked = {"inputs": [{"text": example.source}], "prompt": prompt}
+    assert [generated] == httpx.post(f"{service}/generate", json=asked).json()["outputs"]
+    (block,) = [block for kind, block in BLOCKS if not kind and "POST /encode" in block]
+    assert [list(answer) for answer in answers(block)] == [list(encoded), list(generated)]
+
+
 def test_the_demo_trains_measures_serves_and_ends(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     shown = latentwire("demo", "--no-serve", "--max-steps", "3", "--limit", "4", "--port", port, cwd=tmp_path)
     for expected in ("step 3/3", "mismatched", "POST /encode", "POST /generate", "together"):
         assert expected in shown
 
 
 def test_the_demo_stays_up_until_interrupted_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "service", "demo", "--max-steps", "2", "--limit", "2", "--port", str(port)]
     started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
     with started, Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
