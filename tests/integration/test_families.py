@@ -17,11 +17,11 @@ from bridge.answer import Generation
 from bridge.checkpoint import make_bridge, save_bridge
 from bridge.continuous import PAGE_TOKENS
 from bridge.engine import answer_logits, generate, token_losses
-from bridge.errors import LatentWireError, ModelUnavailable
+from bridge.errors import InvalidRequest, LatentWireError, ModelUnavailable
 from bridge.models import FrozenLM, check_role, hidden_states, load_model, pad_sources
 from bridge.probe import open_engine
 from bridge.prompt import IGNORE, TEXT, Row, collate
-from bridge.reader import SourceTokens
+from bridge.reader import SourceTokens, tokenize_source
 from bridge.running import Soft
 from bridge.sampling import SamplingParams
 from service.runtime import Runtime
@@ -227,6 +227,8 @@ def test_an_engine_whose_tries_all_end_at_once_is_not_trusted(
 def test_frequencies_that_depend_on_the_longest_row_end_the_context_where_they_begin_to(load: Load, name: str) -> None:
     lm = load(name)
     assert lm.max_tokens == lm.reader.max_tokens == 64
+    with pytest.raises(InvalidRequest, match="reads at most 64"):  # whatever an older bridge was made for
+        tokenize_source(lm, "a" * 65, None, max_tokens=200)
     long = SourceTokens(list(range(3, 3 + 200)), 200)
     short = sources(lm)[0]
     ids, mask = pad_sources(lm, [short, long])

@@ -28,6 +28,7 @@ from tests.conftest import FAMILIES
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import prepared, same, states_of, step_of, weights_of_run
 from training import machine
+from training import prepare as preparing
 from training.machine import (
     STOPPING,
     compile_model,
@@ -306,3 +307,11 @@ def test_beside_the_main_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [None, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_loss_is_scaled_where_models_compute_in_half_precision_without_being_told(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(preparing, "dtype_named", lambda _precision, _device: dtype)
+    assert prepared(make()).scaler.is_enabled() == (dtype == torch.float16)

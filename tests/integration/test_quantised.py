@@ -240,6 +240,22 @@ def test_answers_and_gradients_are_those_of_the_whole_weights_but_for_rounding(
         assert packed.isfinite().all() and 0 < (packed - plain).norm() < 0.25 * plain.norm()
 
 
+def test_the_library_is_told_to_unpack_and_does_not_decide_by_the_device(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_as(tmp_path / "packed", model_folders["llama"], packed_fp8, BLOCKS)
+    told: list[Any] = []
+    read = AutoModelForCausalLM.from_pretrained
+
+    def noting(*args: Any, **rest: Any) -> Any:
+        told.append(rest["config"].quantization_config["dequantize"])
+        return read(*args, **rest)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noting)
+    load_model(str(folder))
+    assert told == [True]
+
+
 OTHERS = [
     {"quant_method": "gptq", "bits": 4, "group_size": 128},
     {"quant_method": "awq", "bits": 4},
