@@ -25,9 +25,9 @@ fi
 ask() { curl --silent --show-error --fail-with-body --max-time 60 "http://127.0.0.1:$port/lw/$1" "${@:2}"; }
 json() { ask "$1" --header 'content-type: application/json' --data "$2"; }
 
-deadline=$((SECONDS + 180))
+deadline=$((SECONDS + 600))
 until "${inside[@]}" python -Pm service.health ready 2>/dev/null; do
-    ((SECONDS < deadline)) || { echo "the service was not ready within 180 s" >&2; exit 1; }
+    ((SECONDS < deadline)) || { echo "the service was not ready within 600 s" >&2; exit 1; }
     sleep 1
 done
 text="Mara wants a cup of tea. Ben lives in Rome."
