@@ -189,6 +189,7 @@ def inspect(checkpoint: Checkpoint) -> None:
 
 
 @app.command()
+@ended_by_signals()
 def serve(
     bridge: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="A bridge to serve; repeat for several. [builtin]")
@@ -242,6 +243,7 @@ def serve(
 
 
 @app.command()
+@ended_by_signals()
 def demo(
     out_: Annotated[Path, typer.Option("--out", help="Folder of the demo's checkpoint.")] = Path("runs/demo"),
     serve_: Annotated[bool, typer.Option("--serve/--no-serve", help="Stay up after the requests.")] = True,
@@ -253,32 +255,27 @@ def demo(
 
     Ctrl-C ends it at any moment: with exit code 0, and with nothing left running.
     """
-    with ended_by_signals():
-        _demo(out_, serve_, port, max_steps, limit)
-
-
-def _demo(folder: Path, serve: bool, port: int, max_steps: int | None, limit: int) -> None:
     from service.demo import ask, check_free, running
     from training.config import demo_config
     from training.loop import train as run
 
     check_free(port)
-    config = demo_config(folder, max_steps)
+    config = demo_config(out_, max_steps)
     started = time.monotonic()
     out.rule("train: two frozen models, a bridge between them")
     run(config, out, overwrite=True)
     out.print(f"trained in {time.monotonic() - started:.0f} s")
     out.rule("evaluate: what crossed, on facts never seen in training")
-    setting = _open(str(folder), "world", limit, "float16", None)
+    setting = _open(str(out_), "world", limit, "float16", None)
     _measure(setting, {})
     out.rule("serve: the same bridge over HTTP")
-    log = folder / "serve.log"
-    with running(folder, port, log) as server:
+    log_file = out_ / "serve.log"
+    with running(out_, port, log_file) as server:
         ask(out, port, setting.examples[0])
-        if serve:
+        if serve_:
             _say(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
             if code := server.wait():
-                raise InferenceFailed(f"the service ended by itself, with exit code {code}; its log is {log}")
+                raise InferenceFailed(f"the service ended by itself, with exit code {code}; see {log_file}")
 
 
 def _say(line: str) -> None:

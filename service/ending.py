@@ -2,9 +2,10 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -28,12 +29,13 @@ def ended_by_signals() -> Iterator[None]:
     """
     before = {number: signal.signal(number, _interrupt) for number in ENDING}
     try:
-        yield
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            if not _obeyed():
+                _handle(before)
     except Ended:
-        for number in ENDING:
-            signal.signal(number, signal.SIG_IGN)
+        _handle(dict.fromkeys(ENDING, signal.SIG_IGN))
         for child in psutil.Process().children():  # one just started may be known to nobody else
             with suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -41,9 +43,18 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    # What is handled where the signal met the program; a handler or a finally of an interrupt is its tidying up.
+    if not _obeyed():
+        raise Ended
+
+
+def _obeyed() -> bool:
+    """Whether an ``Ended`` is on its way out: it is what is handled here, or that came up in handling it."""
     error = sys.exception()
     while error is not None and not isinstance(error, Ended):
         error = error.__context__
-    if error is None:
-        raise Ended
+    return error is not None
+
+
+def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

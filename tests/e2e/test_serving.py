@@ -1,5 +1,6 @@
 """A service as a process: how it ends, on which ports it listens, what it does under load."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -16,14 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.ports import free_port
+
 READY_SECONDS = 120.0
 ENDS_SECONDS = 60.0
 ASK: dict[str, Any] = {"inputs": [{"text": "Mara lives in Rome."}], "prompt": "Where?", "max_tokens": 24}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 Serve = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -35,8 +33,6 @@ def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Serve]:
     processes: list[subprocess.Popen[str]] = []
 
     def start(*flags: str, code: str | None = None, **variables: str) -> tuple[subprocess.Popen[str], str]:
-        import os
-
         port = free_port()
         main = ["-m", "service"] if code is None else ["-c", textwrap.dedent(code)]
         command = [sys.executable, *main, "serve", "--bridge", f"tiny={checkpoint}", "--port", str(port), *flags]
@@ -51,7 +47,8 @@ def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Serve]:
                 if httpx.get(f"{url}/health/ready").status_code == 200:
                     return process, url
             except httpx.TransportError:
-                time.sleep(0.05)
+                pass
+            time.sleep(0.05)
 
     yield start
     for process in processes:
@@ -90,6 +87,25 @@ def callers(url: str, count: int) -> Iterator[Counter[str]]:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_service_that_is_told_to_end_while_it_starts_ends_with_code_0_and_leaves_no_file(
+    checkpoint: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """It has said where it listens, to people and to probes, and its server does not hear signals yet."""
+    code = f"""
+        import gc, os
+        from service.__main__ import main
+
+        gc.freeze = lambda: os.kill(os.getpid(), {number.value})
+        main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), "serve", "--bridge", f"tiny={checkpoint}", "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=READY_SECONDS)
+    assert (done.returncode, done.stderr) == (0, "") and "listens on" in done.stdout
+    assert not list(tmp_path.glob("latentwire*"))
 
 
 def test_sigterm_under_load_loses_no_accepted_request_and_exits_0(serve: Serve) -> None:
