@@ -40,7 +40,6 @@ app = typer.Typer(
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
-app.command("key")(key_command)
 out, errors = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
 WIDE = 120  # columns in which a table has room for explanations
@@ -80,10 +79,14 @@ def train(
 @app.command()
 @flags_of(TrainConfig)
 def plan(
-    source_tokens: Annotated[int | None, typer.Option(min=1, help="Longest source. [--max-source-tokens]")] = None,
+    source_tokens: Annotated[
+        int | None, typer.Option(min=1, help=r"Longest source. \[default: --max-source-tokens]")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in receiver tokens.")] = 32,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in receiver tokens.")] = 32,
-    device_memory: Annotated[str | None, typer.Option(help="Memory of the device, e.g. 80GB. [this one's]")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help=r"Memory of the device, e.g. 80GB. \[default: this one's]")
+    ] = None,
     **flags: Any,
 ) -> None:
     """Predict the peak memory of a training run, and what would fit; reads configurations only."""
@@ -107,7 +110,7 @@ def plan(
 @app.command()
 def plot(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The --out folder of a training run.")],
-    out_: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures. [RUN]")] = None,
+    out_: Annotated[Path | None, typer.Option("--out", help=r"Folder for the pictures. \[default: RUN]")] = None,
 ) -> None:
     """Draw a run's curves, as curves.png and as a page curves.html."""
     from training.plot import plot as draw
@@ -140,8 +143,10 @@ def evaluate(
     out_: Annotated[Path | None, typer.Option("--out", help="Write the report here as JSON.")] = None,
     dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8 or float32.")] = "float16",
     receiver: Receiver = None,
-    device: Annotated[str | None, typer.Option(help="Where models compute; as in 'train'. [the best there is]")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [bf16; fp32 on a CPU]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help=r"Where models compute; as in 'train'. \[default: the best there is]")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help=r"bf16, fp16 or fp32. \[default: bf16; fp32 on a CPU]")] = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also train and measure the 'prompt' and 'random_sender' controls.")
     ] = False,
@@ -192,10 +197,11 @@ def inspect(checkpoint: Checkpoint) -> None:
 @ended_by_signals()
 def serve(
     bridge: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="A bridge to serve; repeat for several. [builtin]")
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help=r"A bridge to serve; repeat for several. \[default: builtin]"),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Name or address to listen on. [127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on. [8000]")] = None,
+    host: Annotated[str | None, typer.Option(help=r"Name or address to listen on. \[default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help=r"Port to listen on. \[default: 8000]")] = None,
     root_path: Annotated[
         str | None, typer.Option(help="Path that a proxy in front leaves before every address, e.g. /lw.")
     ] = None,
@@ -276,6 +282,9 @@ def demo(
             _say(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
             if code := server.wait():
                 raise InferenceFailed(f"the service ended by itself, with exit code {code}; see {log_file}")
+
+
+app.command("key")(key_command)
 
 
 def _say(line: str) -> None:

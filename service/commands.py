@@ -48,11 +48,13 @@ def generate(
     text: Annotated[str | None, typer.Option(help="A text for the sender; the receiver does not see it.")] = None,
     latent: Annotated[Path | None, typer.Option(help="A message written by 'latentwire encode'.")] = None,
     receiver: Annotated[str | None, typer.Option(help="Which receiver answers; the first when absent.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 32,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="How freely it is sampled; 0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="Sample from the likeliest of this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many of the likeliest; 0 from all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed samples the same answer.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this; repeat for several.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
     url: Url = None,

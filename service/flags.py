@@ -3,30 +3,36 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 
 Command = Callable[..., None]
-PLAIN = {bool: bool, int: int, float: float, Path: Path}
+CONFIG = Annotated[Path | None, typer.Option(help="TOML file with these flags as keys; flags win.")]
+CONVERTED = (bool, int, float, Path)  # by typer; everything else reaches the model as it was typed
 
 
 def flags_of(model: type[BaseModel]) -> Callable[[Command], Command]:
-    """Give a command ``--config`` and a flag for each field; those not typed reach it as None.
+    """Give a command, in place of its ``**flags``, ``--config`` and a flag for each field of a model.
 
-    Limits are left to the model, whose message names the value.
+    Flags that are not typed reach it as None. Limits are left to the model, whose message names the value.
+
+    Raises:
+        TypeError: A field does not say in which panel of ``--help`` its flag stands.
     """
-    file = Annotated[Path | None, typer.Option(help="TOML file with these flags as keys; flags win.")]
-    annotations = {"config": file, **{name: _flag(name, field) for name, field in model.model_fields.items()}}
+    flags = {"config": CONFIG, **{name: _flag(name, field) for name, field in model.model_fields.items()}}
 
     def decorate(command: Command) -> Command:
         own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for name, annotation in annotations.items()
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for name, kind in flags.items()
         ]
+        # typer makes its options from these two.
         command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in [*own, *more]}
         return command
@@ -35,16 +41,33 @@ def flags_of(model: type[BaseModel]) -> Callable[[Command], Command]:
 
 
 def _flag(name: str, field: FieldInfo) -> Any:
-    flag, kinds = "--" + name.replace("_", "-"), [k for k in _kinds(field.annotation) if k is not type(None)]
-    plain, default = PLAIN.get(kinds[0], str), field.get_default()
-    shown = "" if field.is_required() or plain is bool or default in (None, "", []) else f" [{default}]"
-    help_ = (field.description or "") + shown
-    if get_origin(kinds[0]) is list:
-        item: Any = list[int] if get_args(kinds[0]) == (int,) else list[str]
-        return Annotated[item | None, typer.Option(flag, help=help_)]
-    return Annotated[plain | None, typer.Option(f"{flag}/--no-{flag[2:]}" if default is True else flag, help=help_)]
+    """The annotation from which typer makes the option of a field."""
+    words = name.replace("_", "-")
+    names = f"--{words}/--no-{words}" if field.default is True else f"--{words}"
+    return Annotated[_kind(field) | None, typer.Option(names, help=_help(field), rich_help_panel=_panel(name, field))]
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type."""
-    return (annotation,) if get_origin(annotation) in (list, None) else get_args(annotation)
+def _kind(field: FieldInfo) -> Any:
+    """What typer makes of the words that are typed."""
+    members = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+    kind = next(member for member in members if member is not NoneType)
+    if get_origin(kind) is list:
+        return list[int] if get_args(kind) == (int,) else list[str]
+    return kind if kind in CONVERTED else str
+
+
+def _help(field: FieldInfo) -> str:
+    """The description, and what holds where the flag is not typed. Brackets would be markup to typer."""
+    said, default = field.description or "", field.get_default()
+    if default is True:
+        said += " [on]"
+    elif default not in (None, "", []) and default is not False and not field.is_required():
+        said += f" [{default}]"
+    return escape(said.replace(" [", " [default: "))
+
+
+def _panel(name: str, field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    if not isinstance(extra, dict) or "panel" not in extra:
+        raise TypeError(f"the field {name!r} does not say in which panel of --help it stands")
+    return str(extra["panel"])

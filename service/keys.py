@@ -133,8 +133,12 @@ def key_command(
         list[str] | None,
         typer.Option(help="infer, evaluate or admin; repeat for several. Without one it reads /metrics and no more."),
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="Most requests in a minute. [no limit]")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="Most tokens in a minute. [no limit]")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help=r"Most requests in a minute. \[default: no limit]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help=r"Most tokens in a minute. \[default: no limit]")
+    ] = None,
 ) -> None:
     """Make an API key: shown once, on stderr. stdout gets its line for LW_API_KEYS_FILE, so that >> appends it."""
     key, digest = new_key()

@@ -289,7 +289,7 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="Account, part
 
 @app.command("render")
 def render_command(
-    job: JobFile, out: Annotated[Path | None, typer.Option(help="File for the script. [printed]")] = None
+    job: JobFile, out: Annotated[Path | None, typer.Option(help=r"File for the script. \[default: printed]")] = None
 ) -> None:
     """Write the batch script of a job that saves when it is told to end, and goes on when it is started again."""
     script = render(read_job(job))

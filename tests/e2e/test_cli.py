@@ -25,6 +25,7 @@ from bridge.models import fingerprint_of
 from service.__main__ import app, main
 from service.client import Client, ServiceError
 from service.demo import check_free
+from tests.ports import free_port
 from training import loop, prepare
 from training.prepare import code_version
 
@@ -578,8 +579,7 @@ def test_a_process_given_bad_input_ends_with_code_2_and_one_line(tmp_path: Path)
 @pytest.fixture
 def server(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client, str]]:
     """``latentwire serve`` as a process of its own, ready, and a client of it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path / "serve.log"
     command = [LATENTWIRE, "serve", "--bridge", f"tiny={checkpoint}", "--port", str(port)]
     with log.open("wb") as out:

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from bridge import wire
 from service.demo import running
 from service.keys import hash_of, key_line
+from tests.ports import free_port
 
 KEY = "a key for the page"
 PICTURE = Path(__file__).with_name("page.png")  # the README shows it
@@ -50,8 +50,7 @@ def opened_browser() -> Iterator[Browser]:
 @contextmanager
 def running_service(folder: Path, **environment: str) -> Iterator[str]:
     """A service of the built-in bridge: its address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.MonkeyPatch.context() as patched:
         for name, value in environment.items():
             patched.setenv(name, value)

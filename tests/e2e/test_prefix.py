@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 from service.client import Client
 from service.demo import running
 from tests.e2e.test_page import browser, run, said
+from tests.ports import free_port
 
 __all__ = ["browser"]  # the fixture
 PLACES = ["lw", "other/lw"]
@@ -34,11 +35,6 @@ http {{
     }}
 }}
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from bridge import wire
 from service.app import create_app
 from service.client import AsyncClient, Client, Evaluation, Generated, Latent, ServiceError, Token
 from service.settings import Settings
+from tests.ports import free_port
 
 LONG_SECONDS = 20.0
 MESSAGE = wire.encode(np.eye(2, 3, dtype=np.float32), "0" * 32)
@@ -456,8 +457,7 @@ def test_a_lost_connection_is_tried_again(connect: Connect, broken: Broken, firs
 
 
 def test_where_nothing_listens_is_a_failed_connection(connect: Connect) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     client = connect(f"http://someone:secret@127.0.0.1:{port}", retries=1)
     with pytest.raises(ServiceError, match="ConnectionFailed") as caught:
         client.generate("a", "Why?")

@@ -30,6 +30,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, until
 from tests.integration.service.test_storm import ASK, ask, at_rest, connect, listening, request, rest
+from tests.ports import free_port
 
 SLOW_SECONDS = 1.2  # a dozen interim answers long
 IDLE_SECONDS = 0.3
@@ -302,8 +303,7 @@ def proxy(kind: str, service: int, folder: Path) -> Iterator[int]:
     """A proxy before the service: its port."""
     name, flag, text = PROXIES[kind]
     command, environment = program(name)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     configuration = folder / "proxy.conf"
     configuration.write_text(text.format(folder=folder, port=port, service=service, options="", user=getpass.getuser()))
     with (folder / "log").open("wb") as log:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,6 +18,7 @@ from bridge.errors import StoreUnavailable, UnknownBridge
 from service import redis_store
 from service.redis_store import RedisStore
 from service.store import Kind, Sent, find_latents, keep_latents, latent_id, recall, remember
+from tests.ports import free_port
 
 LONG_SECONDS = 30.0  # only ever reached by what hangs
 NOT_ASKED, NO_ANSWER = "is not asked at the moment", "no answer within"
@@ -29,9 +29,7 @@ KINDS: list[Kind] = ["latent", "encode", "job"]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     """A server that comes back on the same port and socket."""
     folder = tmp_path_factory.mktemp("valkey")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = ValkeyServer(port=port, unix_socket_path=folder / "socket", data_dir=folder)
+    server = ValkeyServer(port=free_port(), unix_socket_path=folder / "socket", data_dir=folder)
     yield server
     server.terminate()
 
