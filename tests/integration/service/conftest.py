@@ -1,10 +1,12 @@
 """The real application over a tiny bridge, in this process."""
 
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Event
+from socketserver import BaseRequestHandler, ThreadingUnixStreamServer
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from service import redis_store
 from service.app import create_app
 from service.settings import Settings
 
@@ -52,6 +55,61 @@ def start(checkpoint: Path) -> Iterator[Start]:
             return client
 
         yield run
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no slow Redis where a test does not mean it to be."""
+    monkeypatch.setattr(redis_store, "WAIT_SECONDS", HELD_SECONDS)
+
+
+class Slow(ThreadingUnixStreamServer):
+    """Redis behind somebody with whom every answer takes ``seconds``, by the clock that a store goes by."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path, redis_path: Path | str) -> None:
+        self.seconds = self.now = 0.0
+        self.redis_path = str(redis_path)
+        super().__init__(str(path), _Passing)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class _Passing(BaseRequestHandler):
+    server: Slow
+
+    def handle(self) -> None:
+        with socket.socket(socket.AF_UNIX) as answers:
+            answers.connect(self.server.redis_path)
+            Thread(target=self.ask, args=(answers,), daemon=True).start()
+            while answer := answers.recv(65536):
+                self.server.now += self.server.seconds
+                self.request.sendall(answer)
+
+    def ask(self, answers: socket.socket) -> None:
+        with suppress(OSError):  # either side may have hung up
+            while question := self.request.recv(65536):
+                answers.sendall(question)
+            answers.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Slow]]:
+    """Puts somebody slow before a Redis; a request may wait 50 seconds by the same clock."""
+    monkeypatch.setattr(redis_store, "WAIT_SECONDS", 50.0)
+    monkeypatch.setattr(redis_store, "ENOUGH_SECONDS", 25.0)
+    with ExitStack() as stack:
+
+        def before(redis_path: Path | str) -> Slow:
+            server = stack.enter_context(Slow(tmp_path / "slow", redis_path))
+            stack.callback(server.shutdown)
+            Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setattr(redis_store, "time", server)
+            return server
+
+        yield before
 
 
 class Gate:

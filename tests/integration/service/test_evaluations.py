@@ -281,7 +281,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
 
 
 @pytest.fixture(params=["folder", "redis"])
-def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+def shared(request: pytest.FixtureRequest, tmp_path: Path, patient: None) -> Iterator[Settings]:
     """Settings with which a second service knows the evaluations of a first."""
     if request.param == "folder":
         yield Settings(jobs_dir=tmp_path / "jobs")

