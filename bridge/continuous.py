@@ -193,10 +193,14 @@ class ContinuousEngine(Engine):
             if not output.is_finished():  # over between two looks of the library: it has not heard
                 self._manager.cancel_request(output.request_id)
         elif output.error is None:
-            ended = running.answer.add(output.generated_tokens[-1], odds)
-            if ended and not output.is_finished():
+            try:
+                if running.answer.add(output.generated_tokens[-1], odds) and not output.is_finished():
+                    self._stop(running)
+                self._advance(running)
+            except Exception as error:  # of one request: no reason to end the others
+                log.exception("a request failed at one of its tokens")
                 self._stop(running)
-            self._advance(running)
+                self._end(running, failed(error))
         elif self._takes_requests:  # its own failure, not the thread's
             self._end(running, InferenceFailed(f"the engine refused the request: {output.error}"))
 

@@ -269,7 +269,7 @@ def test_log_probabilities_are_told_once_and_not_before_the_text_of_their_tokens
     said = transcript.generation
     assert said is not None and said.logprobs is not None
     assert told == [one.logprob for one in said.logprobs][: len(told)]
-    assert transcript.is_cut or len(told) == len(ids)
+    assert said.finish_reason == "stop" or len(told) == len(ids)
 
 
 def test_log_probabilities_of_held_back_text_are_held_back_with_it() -> None:
