@@ -48,7 +48,10 @@ class Asked:
 
     def __init__(self, made: Engine, row: Row, params: SamplingParams, soft: Soft | None) -> None:
         self.ended, self.pieces, self.ends = threading.Event(), list[str](), 0
-        self.running: Running = made.submit(row, params, soft, self._end, self.pieces.append)
+        self.running: Running = made.submit(row, params, soft, self._end, self._hear)
+
+    def _hear(self, piece: str, _: object) -> None:
+        self.pieces.append(piece)
 
     def _end(self, result: Generation | LatentWireError) -> None:
         self.result, self.ends = result, self.ends + 1

@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, lms: dict[str, FrozenLM], i
 @pytest.fixture(scope="module")
 def client(folder: Path, checkpoint: Path) -> Iterator[TestClient]:
     app = create_app(Settings(), {"chat": str(folder), "plain": str(checkpoint)})
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         wait_until_ready(client)
         yield client
 

@@ -261,7 +261,7 @@ def test_a_crash_of_the_receivers_engine_fails_its_requests_and_ends_the_service
         ({"n": True}, 422, "n", "True"),
         ({f"f{i}": 1 for i in range(65)}, 422, None, "fields; expected bridge"),
         ({"stop": ""}, 422, "stop.0", "at least 1"),
-        ({"prompt": None}, 422, "prompt", "string"),
+        ({"prompt": None}, 422, None, "exactly one of prompt and messages"),
         ({"prompt": [5]}, 422, "prompt", "string"),
         ({"stop": ["a", ""]}, 422, "stop.1", "at least 1"),
         ({"prompt": ["a", "b"]}, 422, None, "2 prompts for 1 inputs"),

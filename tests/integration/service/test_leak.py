@@ -117,7 +117,7 @@ def test_an_id_below_zero_is_no_stop_id(service: TestClient) -> None:
 def test_no_id_that_a_tokenizer_can_have_names_a_soft_token(service: TestClient) -> None:
     engine = engine_of(service)
     assert engine.soft_ids.tokens > 0
-    others = (one.soft for key, one in engine.soft_ids._held.items() if key != "probe")  # that one has words' own
+    others = (one.soft for key, one in engine.soft_ids._held.items() if "probe" not in str(key))  # that has words' own
     held = torch.cat(list(others))
     for i in range(ROWS):
         embedded = engine.lm.embed(torch.tensor([[i]]))[0, 0]

@@ -31,6 +31,7 @@ SOUND: dict[str, Any] = {  # what a schema cannot say: names that are served, te
     "text": TEXT, "source": TEXT, "prompt": TEXT, "inputs": {"type": "array", "minItems": 1, "maxItems": 2},
     "timeout_seconds": {"type": "null"}, "max_tokens": {"type": "integer", "minimum": 1, "maximum": 4},
     "n": {"type": "integer", "minimum": 1, "maximum": 2},
+    "stop_ids": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 258}, "maxItems": 16},
     "messages": {"const": [{"role": "user", "content": "Where?"}]},
 }  # fmt: skip
 LEFT_OUT = {"latent", "latent_id", "max_completion_tokens", "top_logprobs"}  # excluded by others, or made by /encode
