@@ -240,7 +240,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     value = (
         "" if isinstance(first.get("input"), dict | list) else f", got {errors.shorten(repr(first.get('input')), 80)}"
     )
-    return _answer(request, 422, "InvalidRequest", f"{param or 'body'}: {first['msg']}{value}", param)
+    said = first["msg"].removeprefix("Value error, ")  # pydantic's word for what a validator of ours says
+    return _answer(request, 422, "InvalidRequest", f"{param or 'body'}: {said}{value}", param)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
