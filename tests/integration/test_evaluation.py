@@ -602,7 +602,8 @@ def trained(lms: dict[str, FrozenLM], tmp_path_factory: pytest.TempPathFactory) 
 def test_a_control_differs_from_the_recipe_in_what_it_controls_and_nothing_else(
     trained: tuple[TrainConfig, Setting], tmp_path: Path
 ) -> None:
-    config, made = trained
+    recipe, made = trained
+    config = recipe.model_copy(update={"device": str(made.where["device"])})  # where the evaluation computes
     random = control_config("random_sender", made, tmp_path)
     assert random == config.model_copy(update={"sender": f"random:{config.sender}", "out": tmp_path})
     prompt = control_config("prompt", made, tmp_path)

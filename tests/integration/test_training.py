@@ -67,7 +67,7 @@ def test_a_checkpoint_says_where_it_comes_from(make: MakeConfig) -> None:
     config = make(max_steps=1)
     origin = train(config, quiet()).bridge
     assert (origin.sender.fingerprint, origin.sender.name) == (fingerprint_of(config.sender), config.sender)
-    assert origin.provenance.recipe == config.model_dump(mode="json", exclude={"out", "cache"})
+    assert origin.provenance.recipe == config.model_dump(mode="json", exclude={"out", "cache", "device"})
     assert (origin.provenance.task, origin.provenance.seed, origin.provenance.steps) == ("world", 0, 1)
     assert origin.provenance.data_sha256 == load_task("world").data_sha256
     number, _, commit = origin.provenance.code_version.partition("+")
