@@ -124,7 +124,7 @@ def check_layout(layout: Layout, lm: Reader) -> None:
         layout,
         bos_id=None if layout.chat else bos,
         eos_id=layout.eos_id if layout.chat and layout.eos_id in lm.end_ids else lm.tokenizer.eos_token_id,
-        end_ids=layout.end_ids and lm.end_ids,
+        end_ids=None if layout.end_ids is None else lm.end_ids,
     )
     for name in ("bos_id", "eos_id", "end_ids"):
         want, have = getattr(layout, name), getattr(expected, name)

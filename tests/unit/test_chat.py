@@ -224,6 +224,8 @@ def test_the_layout_keeps_the_template_whatever_becomes_of_the_models_files(lms:
     check_layout(layout, lm)
     with pytest.raises(IncompatibleBridge, match=r"end ids \(1,\); .* has \(1, 7\)"):
         check_layout(layout, replace(lm, end_ids=(1, 7)))
+    with pytest.raises(IncompatibleBridge, match=r"end ids \(\); .* has \(1,\)"):
+        check_layout(replace(layout, end_ids=()), lm)
 
 
 def test_a_layout_made_before_chat_templates_still_loads() -> None:
