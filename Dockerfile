@@ -14,6 +14,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
         > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
 COPY README.md LICENSE ./
+COPY latentwire latentwire
 COPY bridge bridge
 COPY training training
 COPY service service
@@ -31,6 +32,6 @@ WORKDIR /home/latentwire
 VOLUME /models
 EXPOSE 8000
 # Wherever the service listens. -P: whatever lies in the working folder is not imported.
-HEALTHCHECK --interval=15s --timeout=10s --start-period=120s CMD ["python", "-Pm", "service.health"]
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s CMD ["python", "-Pm", "latentwire.service.health"]
 ENTRYPOINT ["latentwire"]
 CMD ["serve", "--host", "0.0.0.0"]

@@ -47,6 +47,8 @@ demo: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	@mkdir -p .venv/typing/latentwire
+	@ln -sf ../../../latentwire/__init__.py ../../../latentwire/__main__.py ../../../bridge ../../../training ../../../service .venv/typing/latentwire/
 	.venv/bin/mypy
 
 # The page is tested in a real Chromium; without one those tests say that they were skipped.

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.real import MATERIAL, RECEIVER, SENDER, task_file
 from benchmarks.record import RESULTS, record
-from bridge.checkpoint import save_bridge
-from bridge.evaluation.conditions import CONDITIONS, answer, open_setting
-from bridge.evaluation.metrics import exact_match
-from training.config import TrainConfig
-from training.monitor import StepRecord
-from training.prepare import order_of, prepare
-from training.step import Run, take_step
+from latentwire.bridge.checkpoint import save_bridge
+from latentwire.bridge.evaluation.conditions import CONDITIONS, answer, open_setting
+from latentwire.bridge.evaluation.metrics import exact_match
+from latentwire.training.config import TrainConfig
+from latentwire.training.monitor import StepRecord
+from latentwire.training.prepare import order_of, prepare
+from latentwire.training.step import Run, take_step
 
 WORLD = {
     "sender": "builtin:neox", "receiver": "builtin:llama", "task": "world", "max_steps": 220, "batch_size": 32,

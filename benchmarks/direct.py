@@ -20,18 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from bridge import engine
-from bridge.checkpoint import load_bridge
-from bridge.continuous import ContinuousEngine
-from bridge.detokenise import decode
-from bridge.engine import encode, generate
-from bridge.evaluation.conditions import RELAY_TOKENS
-from bridge.evaluation.tasks import world_task
-from bridge.models import load_model, load_reader
-from bridge.prompt import compose
-from bridge.reader import tokenize_source
-from bridge.sampling import SamplingParams
-from service.served import Question, Served
+from latentwire.bridge import engine
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.continuous import ContinuousEngine
+from latentwire.bridge.detokenise import decode
+from latentwire.bridge.engine import encode, generate
+from latentwire.bridge.evaluation.conditions import RELAY_TOKENS
+from latentwire.bridge.evaluation.tasks import world_task
+from latentwire.bridge.models import load_model, load_reader
+from latentwire.bridge.prompt import compose
+from latentwire.bridge.reader import tokenize_source
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.service.served import Question, Served
 
 ROWS = 32  # of a step, and of a static batch
 CALLERS = 64

@@ -23,8 +23,8 @@ from hypothesis.strategies import DrawFn
 from numpy.typing import NDArray
 
 from benchmarks.record import record
-from bridge import wire
-from bridge.errors import LatentWireError
+from latentwire.bridge import wire
+from latentwire.bridge.errors import LatentWireError
 
 BRIDGE, KEY = "00112233445566778899aabbccddeeff", b"a key of sixteen bytes or more"
 SPARE_BYTES = 1 << 14  # views, numbers of a slot, the error and its words: measured 3 KB

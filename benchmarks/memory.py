@@ -22,13 +22,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from benchmarks.record import record
-from bridge.models import BUILTIN
-from training import prepare as preparing
-from training.config import TrainConfig
-from training.plan import plan
-from training.prepare import prepare
-from training.simulate import Lengths, tokens_of
-from training.step import Run, take_step
+from latentwire.bridge.models import BUILTIN
+from latentwire.training import prepare as preparing
+from latentwire.training.config import TrainConfig
+from latentwire.training.plan import plan
+from latentwire.training.prepare import prepare
+from latentwire.training.simulate import Lengths, tokens_of
+from latentwire.training.step import Run, take_step
 
 # Freed memory goes back at once, so that the resident set follows what is alive; a serving heap would keep holes.
 GLIBC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}

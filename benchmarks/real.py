@@ -58,7 +58,7 @@ def main(material: Path = MATERIAL, limit: int = 1000, task: list[str] | None = 
             ]
             for command in commands:
                 arguments = shlex.split(command)[1:]
-                subprocess.run([sys.executable, "-m", "service", *arguments], check=True)
+                subprocess.run([sys.executable, "-m", "latentwire", *arguments], check=True)
             report = json.loads((Path(folder) / "report.json").read_text())
             typed = [line.replace(folder, "runs").replace(str(models), "models") for line in commands]
         record(

@@ -26,16 +26,16 @@ import typer
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from benchmarks.record import record
-from bridge import engine
-from bridge.checkpoint import Bridge, make_bridge
-from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
-from bridge.engine import Encoded
-from bridge.memory import free_caches
-from bridge.models import BUILTIN, FrozenLM
-from bridge.prompt import compose, layout_for, place
-from bridge.reader import tokenize_source
-from bridge.residency import Residency
-from bridge.sampling import SamplingParams
+from latentwire.bridge import engine
+from latentwire.bridge.checkpoint import Bridge, make_bridge
+from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
+from latentwire.bridge.engine import Encoded
+from latentwire.bridge.memory import free_caches
+from latentwire.bridge.models import BUILTIN, FrozenLM
+from latentwire.bridge.prompt import compose, layout_for, place
+from latentwire.bridge.reader import tokenize_source
+from latentwire.bridge.residency import Residency
+from latentwire.bridge.sampling import SamplingParams
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 16, "vocab_size": 32000, "max_position_embeddings": 1024}
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {

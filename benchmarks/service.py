@@ -14,9 +14,9 @@ from pathlib import Path
 import typer
 
 from benchmarks.record import record
-from bridge.evaluation.tasks import world_task
-from service.client import Client
-from service.demo import running
+from latentwire.bridge.evaluation.tasks import world_task
+from latentwire.service.client import Client
+from latentwire.service.demo import running
 
 PORT = 8123
 IMPORT = (
@@ -44,7 +44,7 @@ def main(rounds: int = 100) -> None:
                     generate_ms.append((done - encoded) * 1000)
                     right += said.strip() == example.answer.strip()
     imports = {}
-    for module in ("service.client", "bridge.errors", "bridge.wire"):
+    for module in ("latentwire.service.client", "latentwire.bridge.errors", "latentwire.bridge.wire"):
         run = subprocess.run(
             [sys.executable, "-c", IMPORT.format(module=module)], capture_output=True, text=True, check=True
         )

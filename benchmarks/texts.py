@@ -13,11 +13,11 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.record import record
-from bridge.answer import Answer, Transcript
-from bridge.models import BUILTIN, load_reader
-from bridge.reader import Reader, text_ids
-from bridge.running import Telling
-from bridge.sampling import SamplingParams
+from latentwire.bridge.answer import Answer, Transcript
+from latentwire.bridge.models import BUILTIN, load_reader
+from latentwire.bridge.reader import Reader, text_ids
+from latentwire.bridge.running import Telling
+from latentwire.bridge.sampling import SamplingParams
 
 STREAMS, TOKENS, STEPS = 256, 300, 15
 STOPS = {"no stop strings": (), "two stop strings": ("\n\n", "Question:")}

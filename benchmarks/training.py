@@ -25,15 +25,15 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from benchmarks.memory import distillation_ratio
 from benchmarks.record import record
-from bridge.engine import answer_logits
-from bridge.models import BUILTIN
-from bridge.prompt import collate
-from training.config import TrainConfig
-from training.loop import train
-from training.monitor import EVENTS, read_jsonl, records_of
-from training.objectives import answer_loss
-from training.prepare import order_of, prepare
-from training.step import take_step
+from latentwire.bridge.engine import answer_logits
+from latentwire.bridge.models import BUILTIN
+from latentwire.bridge.prompt import collate
+from latentwire.training.config import TrainConfig
+from latentwire.training.loop import train
+from latentwire.training.monitor import EVENTS, read_jsonl, records_of
+from latentwire.training.objectives import answer_loss
+from latentwire.training.prepare import order_of, prepare
+from latentwire.training.step import take_step
 
 BUILT_IN = {"sender": "builtin:neox", "receiver": "builtin:llama", "task": "world", "reconstruction_weight": 0.0}
 QUICK = {"validate_every": 0, "probe_every": 0, "alignment_steps": 0}
@@ -136,7 +136,7 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     draw, equal, landed = random.Random(0), 0, []
     for number in range(count):
         out = folder / f"killed{number}"
-        command = [sys.executable, "-m", "service", "train", *flags, f"--out={out}", "--resume"]
+        command = [sys.executable, "-m", "latentwire", "train", *flags, f"--out={out}", "--resume"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (out / "log.jsonl").exists() and process.poll() is None:
             time.sleep(0.02)

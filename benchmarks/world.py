@@ -7,9 +7,9 @@ import typer
 from rich.console import Console
 
 from benchmarks.record import record
-from bridge.evaluation.conditions import TRAINED, open_setting
-from bridge.evaluation.report import evaluate, table
-from training.controls import train_controls
+from latentwire.bridge.evaluation.conditions import TRAINED, open_setting
+from latentwire.bridge.evaluation.report import evaluate, table
+from latentwire.training.controls import train_controls
 
 
 def main(checkpoint: str = "builtin", limit: int = 500, controls: bool = True) -> None:

@@ -13,9 +13,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from bridge.detokenise import Text, decode
-from bridge.reader import Reader
-from bridge.sampling import SamplingParams
+from latentwire.bridge.detokenise import Text, decode
+from latentwire.bridge.reader import Reader
+from latentwire.bridge.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from jinja2 import TemplateError
 
-from bridge.config import Chat, Role, Turn
-from bridge.errors import InvalidRequest, ModelUnavailable, first_line
-from bridge.reader import Reader, check_ids
+from latentwire.bridge.config import Chat, Role, Turn
+from latentwire.bridge.errors import InvalidRequest, ModelUnavailable, first_line
+from latentwire.bridge.reader import Reader, check_ids
 
 Segment = int | str
 """A token of the template by its id, or text."""

@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
-from bridge.devices import default_device
-from bridge.encoder import Encoder, make_encoder
-from bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
-from bridge.families import Role
-from bridge.heads import SoftTokenHead
-from bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of
-from bridge.prompt import check_layout
+from latentwire.bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
+from latentwire.bridge.devices import default_device
+from latentwire.bridge.encoder import Encoder, make_encoder
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
+from latentwire.bridge.families import Role
+from latentwire.bridge.heads import SoftTokenHead
+from latentwire.bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of
+from latentwire.bridge.prompt import check_layout
 
 CONFIG = "config.json"
 BUILTIN_BRIDGE = BUILTIN / "bridge"

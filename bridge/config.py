@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bridge.errors import CorruptCheckpoint
+from latentwire.bridge.errors import CorruptCheckpoint
 
 EncoderKind = Literal["pooling", "perceiver", "mean", "linear", "prompt"]
 WINDOWED = ("pooling", "linear")

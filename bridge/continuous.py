@@ -26,15 +26,15 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from bridge.answer import Odds, odds_of
-from bridge.devices import is_out_of_memory
-from bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
-from bridge.memory import free_caches
-from bridge.models import FrozenLM
-from bridge.prompt import TEXT
-from bridge.running import Engine, Running, failed
-from bridge.sampling import choose
-from bridge.softids import SoftIds
+from latentwire.bridge.answer import Odds, odds_of
+from latentwire.bridge.devices import is_out_of_memory
+from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
+from latentwire.bridge.memory import free_caches
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import TEXT
+from latentwire.bridge.running import Engine, Running, failed
+from latentwire.bridge.sampling import choose
+from latentwire.bridge.softids import SoftIds
 
 log = logging.getLogger(__name__)
 

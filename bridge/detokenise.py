@@ -8,7 +8,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
-from bridge.reader import Reader
+from latentwire.bridge.reader import Reader
 
 UNFINISHED = "\ufffd"  # what a decoder shows for the first bytes of a character
 CONTEXT = 4  # tokens decoded again before new ones

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bridge.config import DEVICE
-from bridge.errors import InvalidRequest, first_line
+from latentwire.bridge.config import DEVICE
+from latentwire.bridge.errors import InvalidRequest, first_line
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from bridge.config import EncoderConfig, EncoderKind
+from latentwire.bridge.config import EncoderConfig, EncoderKind
 
 HEAD_WIDTH = 32  # attention head width inside the encoder
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from bridge.answer import Answer, Generation, Odds, Transcript, odds_of
-from bridge.checkpoint import Bridge
-from bridge.models import FrozenLM, hidden_states, pad_sources
-from bridge.prompt import IGNORE, Batch, Row, collate, embed
-from bridge.reader import SourceTokens
-from bridge.sampling import SamplingParams, choose
+from latentwire.bridge.answer import Answer, Generation, Odds, Transcript, odds_of
+from latentwire.bridge.checkpoint import Bridge
+from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
+from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
+from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.sampling import SamplingParams, choose
 
 
 @dataclass(frozen=True, eq=False)

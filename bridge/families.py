@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from bridge.errors import ModelUnavailable
-from bridge.quantised import check_quantisation
+from latentwire.bridge.errors import ModelUnavailable
+from latentwire.bridge.quantised import check_quantisation
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bridge.config import Head
+from latentwire.bridge.config import Head
 
 
 class SoftTokenHead(nn.Module):

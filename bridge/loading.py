@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from bridge.errors import ModelUnavailable
-from bridge.quantised import dequantised, dequantising, method_of, refuse_unnamed
+from latentwire.bridge.errors import ModelUnavailable
+from latentwire.bridge.quantised import dequantised, dequantising, method_of, refuse_unnamed
 
 
 def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge import engine, wire
-from bridge.answer import Generation
-from bridge.checkpoint import check_receiver, check_sender, load_bridge, read_manifest
-from bridge.config import Manifest
-from bridge.engine import Encoded
-from bridge.errors import InvalidMessage
-from bridge.models import check_role, load_model
-from bridge.prompt import compose, place
-from bridge.reader import tokenize_source
-from bridge.sampling import SamplingParams
+from latentwire.bridge import engine, wire
+from latentwire.bridge.answer import Generation
+from latentwire.bridge.checkpoint import check_receiver, check_sender, load_bridge, read_manifest
+from latentwire.bridge.config import Manifest
+from latentwire.bridge.engine import Encoded
+from latentwire.bridge.errors import InvalidMessage
+from latentwire.bridge.models import check_role, load_model
+from latentwire.bridge.prompt import compose, place
+from latentwire.bridge.reader import tokenize_source
+from latentwire.bridge.sampling import SamplingParams
 
 
 def encode_text(checkpoint: str, text: str, *, truncate: bool = False) -> tuple[Manifest, Encoded]:

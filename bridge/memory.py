@@ -14,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from bridge.errors import InvalidRequest
+from latentwire.bridge.errors import InvalidRequest
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt

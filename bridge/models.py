@@ -30,13 +30,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from bridge.config import RANDOM, Fingerprint, ModelRef
-from bridge.devices import default_device, default_dtype
-from bridge.errors import IncompatibleBridge, ModelUnavailable, first_line
-from bridge.families import Role, check_usable
-from bridge.loading import bytes_of, pretrained, untrained
-from bridge.quantised import refuse_gguf
-from bridge.reader import Reader, SourceTokens, end_ids_of
+from latentwire.bridge.config import RANDOM, Fingerprint, ModelRef
+from latentwire.bridge.devices import default_device, default_dtype
+from latentwire.bridge.errors import IncompatibleBridge, ModelUnavailable, first_line
+from latentwire.bridge.families import Role, check_usable
+from latentwire.bridge.loading import bytes_of, pretrained, untrained
+from latentwire.bridge.quantised import refuse_gguf
+from latentwire.bridge.reader import Reader, SourceTokens, end_ids_of
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar

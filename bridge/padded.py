@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bridge import engine
-from bridge.devices import is_out_of_memory
-from bridge.errors import InsufficientMemory, NotReady, first_line
-from bridge.memory import free_caches
-from bridge.models import FrozenLM
-from bridge.running import Engine, Running, failed
+from latentwire.bridge import engine
+from latentwire.bridge.devices import is_out_of_memory
+from latentwire.bridge.errors import InsufficientMemory, NotReady, first_line
+from latentwire.bridge.memory import free_caches
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.running import Engine, Running, failed
 
 log = logging.getLogger(__name__)
 

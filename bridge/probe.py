@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import torch
 
-from bridge import engine
-from bridge.answer import Generation
-from bridge.continuous import PAGE_TOKENS, ContinuousEngine
-from bridge.errors import LatentWireError, first_line
-from bridge.families import window_tokens
-from bridge.models import FrozenLM
-from bridge.padded import PaddedEngine
-from bridge.prompt import IGNORE, TEXT, Row
-from bridge.running import Engine, Soft
-from bridge.sampling import SamplingParams
+from latentwire.bridge import engine
+from latentwire.bridge.answer import Generation
+from latentwire.bridge.continuous import PAGE_TOKENS, ContinuousEngine
+from latentwire.bridge.errors import LatentWireError, first_line
+from latentwire.bridge.families import window_tokens
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.padded import PaddedEngine
+from latentwire.bridge.prompt import IGNORE, TEXT, Row
+from latentwire.bridge.running import Engine, Soft
+from latentwire.bridge.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridge.chat import Segment, chat_of, closing_of, segments
-from bridge.config import Chat, Layout, Prompt, Turn
-from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.models import FrozenLM
-from bridge.reader import Reader, ids_of_texts, text_ids
+from latentwire.bridge.chat import Segment, chat_of, closing_of, segments
+from latentwire.bridge.config import Chat, Layout, Prompt, Turn
+from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.reader import Reader, ids_of_texts, text_ids
 
 LATENT, PROMPT = "{latent}", "{prompt}"
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips

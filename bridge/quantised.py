@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from bridge.errors import ModelUnavailable
+from latentwire.bridge.errors import ModelUnavailable
 
 PACKED = ("F8", "F6", "F4")  # dtypes of safetensors
 UNPACKED = "save it unquantised (where its library runs: model.dequantize(), then save_pretrained)"

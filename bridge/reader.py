@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from bridge.config import SourceLayout
-from bridge.errors import InvalidRequest, ModelUnavailable
-from bridge.families import context_tokens
+from latentwire.bridge.config import SourceLayout
+from latentwire.bridge.errors import InvalidRequest, ModelUnavailable
+from latentwire.bridge.families import context_tokens
 
 _NONCE = secrets.token_hex(16)  # names of pieces that no text may hold: nobody can guess them
 _PLAIN: "WeakKeyDictionary[PreTrainedTokenizerBase, Tokenizer]" = WeakKeyDictionary()

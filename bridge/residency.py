@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from bridge.config import Fingerprint
-from bridge.devices import default_device, default_dtype, is_out_of_memory
-from bridge.errors import InsufficientMemory, ModelInUse, first_line
-from bridge.memory import free_caches, held_bytes, mapped_apart, weights_bytes
-from bridge.models import FrozenLM, fingerprint_of, load_model, predicted_bytes
+from latentwire.bridge.config import Fingerprint
+from latentwire.bridge.devices import default_device, default_dtype, is_out_of_memory
+from latentwire.bridge.errors import InsufficientMemory, ModelInUse, first_line
+from latentwire.bridge.memory import free_caches, held_bytes, mapped_apart, weights_bytes
+from latentwire.bridge.models import FrozenLM, fingerprint_of, load_model, predicted_bytes
 
 log = logging.getLogger(__name__)
 

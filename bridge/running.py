@@ -17,12 +17,12 @@ from typing import ClassVar, Literal, TypeGuard
 from jaxtyping import Float
 from torch import Tensor
 
-from bridge.answer import Answer, Generation, TokenLogprob, Transcript
-from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, at_fault
-from bridge.models import FrozenLM
-from bridge.prompt import Row
-from bridge.reader import check_ids
-from bridge.sampling import SamplingParams
+from latentwire.bridge.answer import Answer, Generation, TokenLogprob, Transcript
+from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, at_fault
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import Row
+from latentwire.bridge.reader import check_ids
+from latentwire.bridge.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 Kind = Literal["continuous", "padded"]

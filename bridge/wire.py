@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.errors import Forbidden, IncompatibleBridge, InvalidMessage, InvalidRequest
+from latentwire.bridge.errors import Forbidden, IncompatibleBridge, InvalidMessage, InvalidRequest
 
 Latent = NDArray[np.float32]
 DType = Literal["float32", "float16", "int8"]

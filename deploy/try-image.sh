@@ -26,7 +26,7 @@ ask() { curl --silent --show-error --fail-with-body --max-time 60 "http://127.0.
 json() { ask "$1" --header 'content-type: application/json' --data "$2"; }
 
 deadline=$((SECONDS + 600))
-until "${inside[@]}" python -Pm service.health ready 2>/dev/null; do
+until "${inside[@]}" python -Pm latentwire.service.health ready 2>/dev/null; do
     ((SECONDS < deadline)) || { echo "the service was not ready within 600 s" >&2; exit 1; }
     sleep 1
 done

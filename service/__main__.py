@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
-from service.commands import encode, generate
-from service.ending import ended_by_signals
-from service.flags import flags_of
-from service.health import SHARED_MEMORY, written_down
-from service.keys import key_command
-from service.listening import listen, url
-from service.logs import configure, restore
-from training.config import TrainConfig, read_config
-from training.slurm import app as slurm
+from latentwire import __version__
+from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
+from latentwire.service.commands import encode, generate
+from latentwire.service.ending import ended_by_signals
+from latentwire.service.flags import flags_of
+from latentwire.service.health import SHARED_MEMORY, written_down
+from latentwire.service.keys import key_command
+from latentwire.service.listening import listen, url
+from latentwire.service.logs import configure, restore
+from latentwire.training.config import TrainConfig, read_config
+from latentwire.training.slurm import app as slurm
 
 if TYPE_CHECKING:
-    from bridge.evaluation.conditions import Setting
+    from latentwire.bridge.evaluation.conditions import Setting
 
 # Read when torch is loaded, which happens inside the commands. Threads that spin while they wait made training on a
 # busy machine three times slower than threads that sleep.
@@ -50,8 +51,19 @@ LogLevel = Annotated[str, typer.Option(help="Least that is logged: debug, info, 
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"latentwire {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _start(context: typer.Context) -> None:
+def _start(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     context.call_on_close(restore)
 
 
@@ -65,7 +77,7 @@ def train(
     **flags: Any,
 ) -> None:
     """Train a bridge between two frozen models."""
-    from training.loop import train as run
+    from latentwire.training.loop import train as run
 
     file = flags.pop("config", None)
     settings = read_config(file, ({"debug_print_first": 3, "debug_topk": 5} if debug else {}) | _given(flags))
@@ -90,10 +102,10 @@ def plan(
     **flags: Any,
 ) -> None:
     """Predict the peak memory of a training run, and what would fit; reads configurations only."""
-    from bridge.devices import device_named
-    from training.machine import memory_of
-    from training.plan import plan as predict
-    from training.plan import table
+    from latentwire.bridge.devices import device_named
+    from latentwire.training.machine import memory_of
+    from latentwire.training.plan import plan as predict
+    from latentwire.training.plan import table
 
     file = flags.pop("config", None)
     settings = read_config(file, ({} if file else {"task": "world", "out": Path("unused")}) | _given(flags))
@@ -113,7 +125,7 @@ def plot(
     out_: Annotated[Path | None, typer.Option("--out", help=r"Folder for the pictures. \[default: RUN]")] = None,
 ) -> None:
     """Draw a run's curves, as curves.png and as a page curves.html."""
-    from training.plot import plot as draw
+    from latentwire.training.plot import plot as draw
 
     for path in draw(run, out_):
         _say(str(path))
@@ -126,7 +138,7 @@ def export(
     best: Annotated[bool, typer.Option("--best", help="The best one by validation, not the last.")] = False,
 ) -> None:
     """Write a run's checkpoint without its resumable state."""
-    from training.export import export as export_run
+    from latentwire.training.export import export as export_run
 
     done = export_run(run, out_, best=best)
     _say(
@@ -156,9 +168,9 @@ def evaluate(
     debug_topk: Annotated[int, typer.Option(min=0, help="Print the N likeliest first answer tokens.")] = 0,
 ) -> None:
     """Measure a bridge against every condition, and print one table."""
-    from bridge.evaluation.debug import shown
-    from bridge.evaluation.report import write_report
-    from training.controls import train_controls
+    from latentwire.bridge.evaluation.debug import shown
+    from latentwire.bridge.evaluation.report import write_report
+    from latentwire.training.controls import train_controls
 
     configure("debug" if debug else log_level, console=errors)
     if out_ is not None:
@@ -181,8 +193,8 @@ app.command()(generate)
 @app.command()
 def inspect(checkpoint: Checkpoint) -> None:
     """Show what a checkpoint is: its models, fingerprints and sizes; and whether the models are still those."""
-    from bridge.checkpoint import check_models, load_bridge
-    from bridge.config import dump_manifest
+    from latentwire.bridge.checkpoint import check_models, load_bridge
+    from latentwire.bridge.config import dump_manifest
 
     manifest, bridge = load_bridge(checkpoint)
     weights = sum(p.numel() for p in bridge.parameters())
@@ -215,10 +227,10 @@ def serve(
     """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
     from pydantic import ValidationError
 
-    from service.app import create_app
-    from service.security import check_binding
-    from service.serving import serve as run
-    from service.settings import Settings, service_links
+    from latentwire.service.app import create_app
+    from latentwire.service.security import check_binding
+    from latentwire.service.serving import serve as run
+    from latentwire.service.settings import Settings, service_links
 
     flags: dict[str, Any] = {
         "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
@@ -261,9 +273,9 @@ def demo(
 
     Ctrl-C ends it at any moment: with exit code 0, and with nothing left running.
     """
-    from service.demo import ask, check_free, running
-    from training.config import demo_config
-    from training.loop import train as run
+    from latentwire.service.demo import ask, check_free, running
+    from latentwire.training.config import demo_config
+    from latentwire.training.loop import train as run
 
     check_free(port)
     config = demo_config(out_, max_steps)
@@ -342,8 +354,8 @@ def _open(
     checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None,
     device: str | None = None, precision: str | None = None,
 ) -> "Setting":  # fmt: skip
-    from bridge.evaluation.conditions import open_setting
-    from bridge.wire import as_dtype
+    from latentwire.bridge.evaluation.conditions import open_setting
+    from latentwire.bridge.wire import as_dtype
 
     return open_setting(
         checkpoint, task, limit=limit, dtype=as_dtype(dtype), receiver=receiver, device=device, precision=precision
@@ -353,8 +365,8 @@ def _open(
 def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any]:
     from rich.progress import Progress
 
-    from bridge.evaluation.report import evaluate as measure
-    from bridge.evaluation.report import table
+    from latentwire.bridge.evaluation.report import evaluate as measure
+    from latentwire.bridge.evaluation.report import table
 
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("evaluating", total=None)
@@ -368,7 +380,7 @@ def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any
 
 
 def main() -> None:
-    """Entry point of ``latentwire`` and ``python -m service``: bad input is one line and exit code 2."""
+    """Entry point of ``latentwire`` and ``python -m latentwire``: bad input is one line and exit code 2."""
     try:
         _settle_temporary_folder()
         app()

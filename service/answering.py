@@ -8,13 +8,13 @@ from dataclasses import asdict
 
 import numpy as np
 
-from bridge import wire
-from bridge.answer import Generation
-from bridge.diversity import diversity
-from bridge.errors import LatentWireError, TooLarge, at_fault
-from bridge.sampling import SamplingParams
-from service.runtime import Piece, Runtime, sample_params
-from service.schemas import (
+from latentwire.bridge import wire
+from latentwire.bridge.answer import Generation
+from latentwire.bridge.diversity import diversity
+from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.service.runtime import Piece, Runtime, sample_params
+from latentwire.service.schemas import (
     DiversityOut,
     GenerateRequest,
     GenerateResponse,
@@ -24,8 +24,8 @@ from service.schemas import (
     Usage,
     message_of,
 )
-from service.served import Question, Served, Text
-from service.store import Sent, encode_key, find_latents, keep_latents, recall, remember
+from latentwire.service.served import Question, Served, Text
+from latentwire.service.store import Sent, encode_key, find_latents, keep_latents, recall, remember
 
 
 class Answering:

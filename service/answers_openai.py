@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from service.runtime import Piece
-from service.schemas import GenerateResponse, Output, TokenLogprobOut, Usage
-from service.schemas_openai import Asked
+from latentwire.service.runtime import Piece
+from latentwire.service.schemas import GenerateResponse, Output, TokenLogprobOut, Usage
+from latentwire.service.schemas_openai import Asked
 
 FinishReason = Literal["stop", "length"]
 UNFINISHED = "\ufffd"  # what stands for half of a character

@@ -17,16 +17,16 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bridge import errors
-from service.answers_openai import OpenAIErrorBody, error_type
-from service.bodies import Bodies
-from service.pages import Pages
-from service.prefix import Prefix
-from service.routes import admin, evaluations, inference, openai, page, status
-from service.runtime import Runtime
-from service.schemas import ErrorBody
-from service.security import Guard
-from service.settings import Settings
+from latentwire.bridge import errors
+from latentwire.service.answers_openai import OpenAIErrorBody, error_type
+from latentwire.service.bodies import Bodies
+from latentwire.service.pages import Pages
+from latentwire.service.prefix import Prefix
+from latentwire.service.routes import admin, evaluations, inference, openai, page, status
+from latentwire.service.runtime import Runtime
+from latentwire.service.schemas import ErrorBody
+from latentwire.service.security import Guard
+from latentwire.service.settings import Settings
 
 log = logging.getLogger(__name__)
 

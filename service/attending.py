@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from bridge.errors import CallerLeft, DeadlineExceeded
+from latentwire.bridge.errors import CallerLeft, DeadlineExceeded
 
 Answer = TypeVar("Answer")
 KEEP_ALIVE_SECONDS = 15.0

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from bridge.errors import (
+from latentwire.bridge.errors import (
     InferenceFailed,
     InsufficientMemory,
     LatentWireError,

@@ -6,8 +6,8 @@ from contextlib import contextmanager, suppress
 
 from starlette.types import Message, Receive, Scope
 
-from bridge.errors import DeadlineExceeded, Overloaded, TooLarge
-from service.settings import Settings
+from latentwire.bridge.errors import DeadlineExceeded, Overloaded, TooLarge
+from latentwire.service.settings import Settings
 
 DROP_SECONDS = 2.0  # for which the rest of a body is read that nobody wants
 

@@ -20,8 +20,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import httpx
 
-from service import client_protocol as protocol
-from service.client_types import (
+from latentwire.service import client_protocol as protocol
+from latentwire.service.client_types import (
     Bridge,
     Bridges,
     CallOptions,

@@ -23,8 +23,8 @@ from urllib.parse import quote
 
 import httpx
 
-from bridge.errors import shorten
-from service.client_types import (
+from latentwire.bridge.errors import shorten
+from latentwire.service.client_types import (
     CONNECTION_FAILED,
     DEADLINE_EXCEEDED,
     HTTP_ERROR,

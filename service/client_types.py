@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.wire import decode
+from latentwire.bridge.wire import decode
 
 CONNECTION_FAILED, DEADLINE_EXCEEDED = "ConnectionFailed", "DeadlineExceeded"
 INVALID_ANSWER, INVALID_REQUEST, HTTP_ERROR = "InvalidAnswer", "InvalidRequest", "HTTPError"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bridge.errors import InferenceFailed, InvalidMessage, InvalidRequest
+from latentwire.bridge.errors import InferenceFailed, InvalidMessage, InvalidRequest
 
 if TYPE_CHECKING:
-    from service.client import Client
-    from service.client_types import GenerateOptions, Input
+    from latentwire.service.client import Client
+    from latentwire.service.client_types import GenerateOptions, Input
 
 Bridge = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'; with --url, a bridge's name.")
@@ -70,8 +70,8 @@ def generate(
         }  # fmt: skip
         _say_there(url, text if latent is None else _message(latent), asked, options)
         return
-    from bridge.local import answer, encode_text, read_latent
-    from bridge.sampling import SamplingParams
+    from latentwire.bridge.local import answer, encode_text, read_latent
+    from latentwire.bridge.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, stops)
     numbers = encode_text(checkpoint, text, truncate=truncate)[1].latent if text is not None else None
@@ -82,8 +82,8 @@ def generate(
 
 
 def _encoded_here(checkpoint: str, text: str, dtype: str, truncate: bool) -> tuple[bytes, tuple[int, ...], int]:
-    from bridge import wire
-    from bridge.local import encode_text
+    from latentwire.bridge import wire
+    from latentwire.bridge.local import encode_text
 
     manifest, encoded = encode_text(checkpoint, text, truncate=truncate)
     message = wire.encode(encoded.latent, manifest.bridge_id, wire.as_dtype(dtype))
@@ -98,7 +98,7 @@ def _encoded_there(url: str, bridge: str, text: str, dtype: str, truncate: bool)
 
 def _say_there(url: str, source: "Input | None", prompt: str, options: "GenerateOptions") -> None:
     """Print an answer; to a terminal as it is said, elsewhere all or nothing."""
-    from service.client_types import Token
+    from latentwire.service.client_types import Token
 
     assert source is not None
     with _service(url) as client:
@@ -119,7 +119,7 @@ def _message(file: Path) -> bytes:
 @contextmanager
 def _service(url: str) -> "Iterator[Client]":
     """A client whose errors are those of a command: one line, exit code 2."""
-    from service.client import Client, ServiceError
+    from latentwire.service.client import Client, ServiceError
 
     try:
         client = Client(url)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from rich.console import Console
 
-from bridge.errors import InferenceFailed
-from service.client import Client
-from service.listening import listen
+from latentwire.bridge.errors import InferenceFailed
+from latentwire.service.client import Client
+from latentwire.service.listening import listen
 
 if TYPE_CHECKING:
-    from bridge.evaluation.tasks import Example
+    from latentwire.bridge.evaluation.tasks import Example
 
 START_SECONDS = 120.0
 END_SECONDS = 30.0
@@ -47,7 +47,7 @@ def running(checkpoint: Path | str, port: int, log: Path, **variables: str) -> I
         InferenceFailed: It ended, or was not ready in time; the last line it printed is named.
     """
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "service", "serve", "--bridge", f"demo={checkpoint}", "--port", str(port)]
+    command = [sys.executable, "-m", "latentwire", "serve", "--bridge", f"demo={checkpoint}", "--port", str(port)]
     with log.open("wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables})
     try:
@@ -74,7 +74,7 @@ def ask(console: Console, port: int, example: "Example") -> None:
     Raises:
         InferenceFailed: The service refused or failed; its answer is in the message.
     """
-    from bridge.prompt import LATENT
+    from latentwire.bridge.prompt import LATENT
 
     prompt = example.prompt.replace(LATENT, "").lstrip("\n")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=ANSWER_SECONDS) as http:

@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from bridge.config import Fingerprint
-from bridge.errors import InsufficientMemory
-from bridge.models import FrozenLM
-from bridge.probe import open_engine
-from bridge.residency import Residency
-from bridge.running import Engine, Kind
+from latentwire.bridge.config import Fingerprint
+from latentwire.bridge.errors import InsufficientMemory
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.probe import open_engine
+from latentwire.bridge.residency import Residency
+from latentwire.bridge.running import Engine, Kind
 
 log = logging.getLogger(__name__)
 

@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bridge.checkpoint import check_receiver, check_sender
-from bridge.errors import InsufficientMemory
-from bridge.evaluation import conditions
-from bridge.evaluation.conditions import Setting, check_room
-from bridge.evaluation.report import Progress, evaluate
-from bridge.evaluation.tasks import Task
-from bridge.models import FrozenLM
-from bridge.reader import Reader
-from service.served import Served
+from latentwire.bridge.checkpoint import check_receiver, check_sender
+from latentwire.bridge.errors import InsufficientMemory
+from latentwire.bridge.evaluation import conditions
+from latentwire.bridge.evaluation.conditions import Setting, check_room
+from latentwire.bridge.evaluation.report import Progress, evaluate
+from latentwire.bridge.evaluation.tasks import Task
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.reader import Reader
+from latentwire.service.served import Served
 
 if TYPE_CHECKING:
-    from service.runtime import Runtime
+    from latentwire.service.runtime import Runtime
 
 BATCH_ROWS = 4  # one pass delays a request that comes meanwhile
 YIELD_SECONDS = 2.0  # longest that one pass waits for requests: under steady load an evaluation should still end

@@ -1,4 +1,6 @@
-"""``python -m service.health [ready]``: whether the service in this container is live, or ready; exit code 0 is yes.
+"""``python -m latentwire.service.health [ready]``: whether the service in this container is live, or ready.
+
+Exit code 0 is yes.
 
 Flags and variables can say where a service listens, and a probe sees neither. So the service writes it down.
 The standard library alone: this runs every few seconds beside a model.
@@ -26,7 +28,7 @@ def written_down(listener: socket) -> Iterator[None]:
     host, port = listener.getsockname()[:2]
     file = _write(json.dumps([_reached(host), port]))
     if file is None:
-        log.warning("no temporary folder can be written: python -m service.health will not find this service")
+        log.warning("no temporary folder can be written: latentwire.service.health will not find this service")
     try:
         yield
     finally:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from bridge.devices import is_out_of_memory
-from bridge.errors import (
+from latentwire.bridge.devices import is_out_of_memory
+from latentwire.bridge.errors import (
     Conflict,
     InvalidRequest,
     LatentWireError,
@@ -31,15 +31,15 @@ from bridge.errors import (
     first_line,
     shorten,
 )
-from bridge.evaluation.conditions import CONDITIONS, TRAINED
-from bridge.evaluation.tasks import Task, load_task
-from service.evaluating import measure
-from service.folder import FolderStore
-from service.schemas_jobs import UNFINISHED, EvaluationRequest, Progress, Record, State
-from service.store import Store
+from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED
+from latentwire.bridge.evaluation.tasks import Task, load_task
+from latentwire.service.evaluating import measure
+from latentwire.service.folder import FolderStore
+from latentwire.service.schemas_jobs import UNFINISHED, EvaluationRequest, Progress, Record, State
+from latentwire.service.store import Store
 
 if TYPE_CHECKING:
-    from service.runtime import Runtime
+    from latentwire.service.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

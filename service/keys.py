@@ -21,7 +21,7 @@ from typing import Annotated, Literal, get_args
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from bridge.errors import InvalidRequest, shorten
+from latentwire.bridge.errors import InvalidRequest, shorten
 
 Scope = Literal["infer", "evaluate", "admin"]
 SCOPES: frozenset[Scope] = frozenset(get_args(Scope))

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from bridge.errors import InvalidRequest
+from latentwire.bridge.errors import InvalidRequest
 
 NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}  # a name can have addresses of a family that this machine lacks
 TAKEN = {errno.EADDRINUSE, errno.EACCES}

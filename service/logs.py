@@ -15,7 +15,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from bridge.errors import InvalidRequest
+from latentwire.bridge.errors import InvalidRequest
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

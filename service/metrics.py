@@ -9,12 +9,12 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from bridge.diversity import diversity
-from service.lenient import OTHER
-from service.schemas import Usage
+from latentwire.bridge.diversity import diversity
+from latentwire.service.lenient import OTHER
+from latentwire.service.schemas import Usage
 
 if TYPE_CHECKING:
-    from service.runtime import Runtime, Said
+    from latentwire.service.runtime import Runtime, Said
 
 WINDOW = 256  # latest outputs of a bridge over which diversity is measured
 LATENCY_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

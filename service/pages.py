@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from bridge.errors import Forbidden, shorten
-from service.settings import Settings
+from latentwire.bridge.errors import Forbidden, shorten
+from latentwire.service.settings import Settings
 
 READING = {"GET", "HEAD", "OPTIONS"}  # do nothing, and a foreign page cannot see the answer
 OWN = {b"same-origin", b"none"}  # what a browser says of this service's own page, and of its user

@@ -24,8 +24,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as NotConnected
 from redis.exceptions import RedisError, ResponseError
 
-from bridge.errors import StoreUnavailable, first_line
-from service.store import Kind, Store
+from latentwire.bridge.errors import StoreUnavailable, first_line
+from latentwire.service.store import Kind, Store
 
 Answer = TypeVar("Answer")
 

@@ -14,30 +14,30 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from bridge import engine
-from bridge.answer import Generation, TokenLogprob
-from bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
-from bridge.devices import device_named, dtype_named, is_out_of_memory
-from bridge.engine import Encoded
-from bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
-from bridge.memory import budget_bytes, free_caches, peak_bytes
-from bridge.models import load_reader
-from bridge.prompt import TEXT, Row
-from bridge.reader import SourceTokens
-from bridge.residency import Residency
-from bridge.running import Engine, Running
-from bridge.sampling import SamplingParams
-from service.batching import Batcher, Load
-from service.engines import Engines
-from service.jobs import Jobs
-from service.keys import load_keys
-from service.lanes import Lanes
-from service.metrics import Metrics
-from service.redis_store import RedisStore
-from service.security import Limiter
-from service.served import Question, Served, Text
-from service.settings import Settings
-from service.store import Kind, MemoryStore, Store
+from latentwire.bridge import engine
+from latentwire.bridge.answer import Generation, TokenLogprob
+from latentwire.bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
+from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory
+from latentwire.bridge.engine import Encoded
+from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
+from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
+from latentwire.bridge.models import load_reader
+from latentwire.bridge.prompt import TEXT, Row
+from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.residency import Residency
+from latentwire.bridge.running import Engine, Running
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.service.batching import Batcher, Load
+from latentwire.service.engines import Engines
+from latentwire.service.jobs import Jobs
+from latentwire.service.keys import load_keys
+from latentwire.service.lanes import Lanes
+from latentwire.service.metrics import Metrics
+from latentwire.service.redis_store import RedisStore
+from latentwire.service.security import Limiter
+from latentwire.service.served import Question, Served, Text
+from latentwire.service.settings import Settings
+from latentwire.service.store import Kind, MemoryStore, Store
 
 log = logging.getLogger(__name__)
 

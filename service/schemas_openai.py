@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bridge.config import Role
-from service.lenient import Lenient, Only, Unused, below
-from service.schemas import (
+from latentwire.bridge.config import Role
+from latentwire.service.lenient import Lenient, Only, Unused, below
+from latentwire.service.schemas import (
     FAIL_FAST,
     MAX_LOGPROBS,
     MAX_TURNS,

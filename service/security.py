@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bridge.errors import (
+from latentwire.bridge.errors import (
     Forbidden,
     InvalidRequest,
     LatentWireError,
@@ -22,10 +22,10 @@ from bridge.errors import (
     Unauthenticated,
     shorten,
 )
-from service import keys
-from service.keys import SCOPES, Caller, Entry, Keys
-from service.pages import Pages
-from service.redis_store import RedisStore, one_request
+from latentwire.service import keys
+from latentwire.service.keys import SCOPES, Caller, Entry, Keys
+from latentwire.service.pages import Pages
+from latentwire.service.redis_store import RedisStore, one_request
 
 Answer = TypeVar("Answer")
 

@@ -9,16 +9,16 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bridge import wire
-from bridge.checkpoint import Bridge
-from bridge.config import Manifest, Prompt
-from bridge.engine import soften
-from bridge.errors import InvalidRequest, at_fault
-from bridge.models import FrozenLM
-from bridge.prompt import Row, compose, place
-from bridge.reader import Reader, SourceTokens, check_ids, tokenize_source
-from bridge.running import Soft
-from bridge.sampling import SamplingParams
+from latentwire.bridge import wire
+from latentwire.bridge.checkpoint import Bridge
+from latentwire.bridge.config import Manifest, Prompt
+from latentwire.bridge.engine import soften
+from latentwire.bridge.errors import InvalidRequest, at_fault
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import Row, compose, place
+from latentwire.bridge.reader import Reader, SourceTokens, check_ids, tokenize_source
+from latentwire.bridge.running import Soft
+from latentwire.bridge.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

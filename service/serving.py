@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from service.runtime import Runtime
+from latentwire.service.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bridge.config import DEVICE, Precision
-from bridge.errors import InvalidRequest
-from bridge.memory import budget_bytes
-from bridge.wire import as_key
+from latentwire.bridge.config import DEVICE, Precision
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.memory import budget_bytes
+from latentwire.bridge.wire import as_key
 
 PREFIX = "LW_"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

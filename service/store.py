@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from cachetools import TLRUCache
 
-from bridge.errors import StoreUnavailable, UnknownBridge, shorten
+from latentwire.bridge.errors import StoreUnavailable, UnknownBridge, shorten
 
 Kind = Literal["latent", "encode", "job"]
 

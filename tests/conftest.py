@@ -28,10 +28,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from bridge.checkpoint import make_bridge, save_bridge
-from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
-from bridge.models import FrozenLM, load_model
-from bridge.prompt import layout_for
+from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
+from latentwire.bridge.models import FrozenLM, load_model
+from latentwire.bridge.prompt import layout_for
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)

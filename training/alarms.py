@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from training.monitor import StepRecord
+    from latentwire.training.monitor import StepRecord
 
 GRADIENT_NORM = 10.0  # before clipping
 FIRST_TOKEN_TOP1 = 0.10

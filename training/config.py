@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bridge.config import DEVICE, RANDOM, WINDOWED, Precision
-from bridge.errors import InvalidRequest
-from bridge.wire import MAX_SLOTS, MAX_WIDTH
+from latentwire.bridge.config import DEVICE, RANDOM, WINDOWED, Precision
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.wire import MAX_SLOTS, MAX_WIDTH
 
 CACHE = Path("~/.cache/latentwire")
 Metric = Literal["em", "accuracy", "token_f1", "loss"]

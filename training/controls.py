@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bridge.config import RANDOM
-from bridge.evaluation.conditions import TRAINED, Setting
-from training.config import TrainConfig, read_config
-from training.loop import train
+from latentwire.bridge.config import RANDOM
+from latentwire.bridge.evaluation.conditions import TRAINED, Setting
+from latentwire.training.config import TrainConfig, read_config
+from latentwire.training.loop import train
 
 
 def train_controls(setting: Setting, console: Console) -> dict[str, Setting]:

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM
+from latentwire.bridge.evaluation.tasks import Example
+from latentwire.bridge.models import FrozenLM
 
 T = TypeVar("T")
 GROUPED = 8  # steps whose examples are sorted by length together: enough to pad little, few enough to stay random

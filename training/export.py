@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.checkpoint import CONFIG, load_bridge, save_bridge
-from bridge.config import Manifest
-from bridge.errors import InvalidRequest
-from training.loop import BEST
+from latentwire.bridge.checkpoint import CONFIG, load_bridge, save_bridge
+from latentwire.bridge.config import Manifest
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.training.loop import BEST
 
 
 @dataclass(frozen=True)

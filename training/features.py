@@ -21,12 +21,12 @@ from jaxtyping import Bool, Float
 from safetensors import safe_open
 from torch import Tensor
 
-from bridge.checkpoint import read_part, replace_file, write_part
-from bridge.config import Part
-from bridge.errors import CorruptCheckpoint
-from bridge.models import FrozenLM, hidden_states, pad_sources
-from bridge.reader import SourceTokens
-from bridge.residency import Residency
+from latentwire.bridge.checkpoint import read_part, replace_file, write_part
+from latentwire.bridge.config import Part
+from latentwire.bridge.errors import CorruptCheckpoint
+from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
+from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.residency import Residency
 
 log = logging.getLogger(__name__)
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bridge.checkpoint import CONFIG, read_manifest, save_bridge
-from bridge.config import Manifest
-from bridge.errors import InvalidRequest, TrainingFailed
-from training.alarms import Alarm, Alarms
-from training.config import TrainConfig
-from training.data import Prefetch
-from training.machine import graphs, stop_requests
-from training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
-from training.prepare import completed, order_of, prepare
-from training.state import Trained, load_state, save_state, states_in
-from training.step import Run, take_step
-from training.tokens import Tokens
-from training.validation import is_better, validate
+from latentwire.bridge.checkpoint import CONFIG, read_manifest, save_bridge
+from latentwire.bridge.config import Manifest
+from latentwire.bridge.errors import InvalidRequest, TrainingFailed
+from latentwire.training.alarms import Alarm, Alarms
+from latentwire.training.config import TrainConfig
+from latentwire.training.data import Prefetch
+from latentwire.training.machine import graphs, stop_requests
+from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
+from latentwire.training.prepare import completed, order_of, prepare
+from latentwire.training.state import Trained, load_state, save_state, states_in
+from latentwire.training.step import Run, take_step
+from latentwire.training.tokens import Tokens
+from latentwire.training.validation import is_better, validate
 
 BEST = "best"  # folder of the best checkpoint so far, inside the run's
 

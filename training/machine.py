@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bridge.errors import InvalidRequest
-from bridge.models import FrozenLM, blocks_of
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.models import FrozenLM, blocks_of
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 

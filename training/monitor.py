@@ -22,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from bridge.checkpoint import replace_file
-from bridge.devices import device_named
-from bridge.errors import InvalidRequest
-from training.config import TrainConfig
-from training.journal import EVENTS, LOG, read_jsonl
-from training.objectives import answer_mask, answers_right, first_logits
+from latentwire.bridge.checkpoint import replace_file
+from latentwire.bridge.devices import device_named
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.training.config import TrainConfig
+from latentwire.training.journal import EVENTS, LOG, read_jsonl
+from latentwire.training.objectives import answer_mask, answers_right, first_logits
 
 SMOOTHING = 0.95
 PLAIN_LINES = 20  # lines a run prints where there is no terminal

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridge.engine import token_losses
-from bridge.prompt import IGNORE
+from latentwire.bridge.engine import token_losses
+from latentwire.bridge.prompt import IGNORE
 
 
 def answer_loss(

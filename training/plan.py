@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from training.config import TrainConfig
-from training.simulate import PARTS, Cost, Lengths, moments_of
+from latentwire.training.config import TrainConfig
+from latentwire.training.simulate import PARTS, Cost, Lengths, moments_of
 
 USABLE = 0.94  # share of a device that tensors can have; driver, kernels and fragments take the rest
 

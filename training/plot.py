@@ -13,10 +13,10 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bridge.config import parse_manifest
-from bridge.errors import CorruptCheckpoint, InvalidRequest
-from training.alarms import DELTA_NATS, FIRST_TOKEN_TOP1, GRADIENT_NORM, MEMORY_SHARE
-from training.curves import (
+from latentwire.bridge.config import parse_manifest
+from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
+from latentwire.training.alarms import DELTA_NATS, FIRST_TOKEN_TOP1, GRADIENT_NORM, MEMORY_SHARE
+from latentwire.training.curves import (
     BLUE,
     GREEN,
     GREY,
@@ -38,7 +38,7 @@ from training.curves import (
     mark_refused,
     mark_zero,
 )
-from training.journal import EVENTS, LOG, read_jsonl
+from latentwire.training.journal import EVENTS, LOG, read_jsonl
 
 CONFIG = "config.json"  # not imported: what writes it needs torch
 PICTURE, PAGE = "curves.png", "curves.html"

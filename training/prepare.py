@@ -18,22 +18,22 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
-from bridge.checkpoint import Bridge, check_sender, head_key, load_bridge, make_bridge, read_manifest
-from bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
-from bridge.devices import device_named, dtype_named
-from bridge.errors import InvalidRequest
-from bridge.evaluation.tasks import Example, Task, load_task
-from bridge.models import FrozenLM, check_role, fingerprint_of, load_model
-from bridge.prompt import compose, layout_for
-from bridge.reader import Reader, tokenize_source
-from bridge.residency import Residency
-from training.config import TrainConfig
-from training.data import Order, split_off
-from training.features import CachedStates, LiveStates, build, features_key, open_cache
-from training.machine import Ranks, compile_model, join_ranks, recompute, shard
-from training.muon import Muon
-from training.step import Run
-from training.tokens import Tokeniser, Tokens, tokenise, unflatten
+from latentwire.bridge.checkpoint import Bridge, check_sender, head_key, load_bridge, make_bridge, read_manifest
+from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
+from latentwire.bridge.devices import device_named, dtype_named
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.tasks import Example, Task, load_task
+from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_model
+from latentwire.bridge.prompt import compose, layout_for
+from latentwire.bridge.reader import Reader, tokenize_source
+from latentwire.bridge.residency import Residency
+from latentwire.training.config import TrainConfig
+from latentwire.training.data import Order, split_off
+from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
+from latentwire.training.machine import Ranks, compile_model, join_ranks, recompute, shard
+from latentwire.training.muon import Muon
+from latentwire.training.step import Run
+from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
 
 CHECKED = 2000  # examples of a generated task that are looked at before the first step
 OBJECTIVES = ("reconstruction", "continuation")  # those with learned mode tokens

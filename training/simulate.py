@@ -20,23 +20,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from bridge.checkpoint import Bridge, make_bridge
-from bridge.config import RANDOM, Fingerprint, Head
-from bridge.devices import DTYPES, default_device, default_dtype
-from bridge.errors import ModelUnavailable, first_line
-from bridge.evaluation.tasks import Task
-from bridge.families import Role, check_usable
-from bridge.models import FrozenLM, folder_of, revision_of, stack_of
-from bridge.prompt import IGNORE, TEXT, Row, layout_for
-from bridge.quantised import dequantised
-from bridge.reader import SourceTokens
-from bridge.residency import Residency
-from training.config import TrainConfig
-from training.features import CachedStates, LiveStates, States
-from training.machine import Ranks, recompute
-from training.prepare import completed, describe, learned_modes, optimisers, with_heads
-from training.step import Run, take_step
-from training.tokens import Tokens
+from latentwire.bridge.checkpoint import Bridge, make_bridge
+from latentwire.bridge.config import RANDOM, Fingerprint, Head
+from latentwire.bridge.devices import DTYPES, default_device, default_dtype
+from latentwire.bridge.errors import ModelUnavailable, first_line
+from latentwire.bridge.evaluation.tasks import Task
+from latentwire.bridge.families import Role, check_usable
+from latentwire.bridge.models import FrozenLM, folder_of, revision_of, stack_of
+from latentwire.bridge.prompt import IGNORE, TEXT, Row, layout_for
+from latentwire.bridge.quantised import dequantised
+from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.residency import Residency
+from latentwire.training.config import TrainConfig
+from latentwire.training.features import CachedStates, LiveStates, States
+from latentwire.training.machine import Ranks, recompute
+from latentwire.training.prepare import completed, describe, learned_modes, optimisers, with_heads
+from latentwire.training.step import Run, take_step
+from latentwire.training.tokens import Tokens
 
 ROWS, DEPTHS = (2, 3), (3, 4)  # batch sizes and receiver blocks that are run; one row has no other row to compare with
 TEMPLATE_TOKENS = 12  # tokens of the sentence that asks for a repetition

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bridge.errors import InvalidRequest, first_line
-from training.config import in_one_sentence
+from latentwire.bridge.errors import InvalidRequest, first_line
+from latentwire.training.config import in_one_sentence
 
 WORD = r"^[\w.+-]+$"  # what SLURM's own names are made of
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<of_day>\d+(?::\d\d){0,2})|(?P<clock>\d+(?::\d\d){0,2}))", re.ASCII)
@@ -210,7 +210,7 @@ def _command(job: SlurmJob) -> str:
         cores = "" if job.cpus is None else f" --cpus-per-task={job.cpus}"  # srun does not take it from the job
         return f"srun --kill-on-bad-exit=1{cores} bash -c '{RANKS} exec \"$@\"' bash latentwire {train}"
     if job.processes > 1:
-        return f"torchrun --standalone --nproc-per-node {job.processes} -m service {train}"
+        return f"torchrun --standalone --nproc-per-node {job.processes} -m latentwire {train}"
     return f"latentwire {train}"
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from bridge.checkpoint import read_part, remove_stale_parts, replace_file, write_part
-from bridge.config import Part
-from bridge.errors import CorruptCheckpoint, InvalidRequest
+from latentwire.bridge.checkpoint import read_part, remove_stale_parts, replace_file, write_part
+from latentwire.bridge.config import Part
+from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
 
 log = logging.getLogger(__name__)
 

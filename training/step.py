@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from bridge.checkpoint import Bridge, head_key
-from bridge.devices import is_out_of_memory
-from bridge.engine import answer_logits
-from bridge.errors import TrainingFailed
-from bridge.evaluation.tasks import Example, Task
-from bridge.models import FrozenLM
-from bridge.prompt import Row, collate
-from bridge.residency import Residency
-from training.config import TrainConfig
-from training.data import chunks, word_targets
-from training.features import CachedStates, LiveStates
-from training.machine import Ranks, clear_gradients, memory_of
-from training.monitor import AnswerStats, StepRecord
-from training.objectives import (
+from latentwire.bridge.checkpoint import Bridge, head_key
+from latentwire.bridge.devices import is_out_of_memory
+from latentwire.bridge.engine import answer_logits
+from latentwire.bridge.errors import TrainingFailed
+from latentwire.bridge.evaluation.tasks import Example, Task
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import Row, collate
+from latentwire.bridge.residency import Residency
+from latentwire.training.config import TrainConfig
+from latentwire.training.data import chunks, word_targets
+from latentwire.training.features import CachedStates, LiveStates
+from latentwire.training.machine import Ranks, clear_gradients, memory_of
+from latentwire.training.monitor import AnswerStats, StepRecord
+from latentwire.training.objectives import (
     alignment_loss,
     answer_loss,
     distillation_loss,
@@ -44,7 +44,7 @@ from training.objectives import (
     first_logits,
     margin_loss,
 )
-from training.tokens import Tokeniser, Tokens
+from latentwire.training.tokens import Tokeniser, Tokens
 
 log = logging.getLogger(__name__)
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from bridge import chat, prompt, reader
-from bridge.config import BridgeConfig, Layout
-from bridge.detokenise import decode
-from bridge.errors import LatentWireError
-from bridge.evaluation.conditions import fit
-from bridge.evaluation.tasks import Example
-from bridge.prompt import IGNORE, LATENT, TEXT, Row, compose
-from bridge.reader import Reader, SourceTokens, kept_layout, text_ids, text_offsets, tokenize_source
-from training.config import TrainConfig
+from latentwire.bridge import chat, prompt, reader
+from latentwire.bridge.config import BridgeConfig, Layout
+from latentwire.bridge.detokenise import decode
+from latentwire.bridge.errors import LatentWireError
+from latentwire.bridge.evaluation.conditions import fit
+from latentwire.bridge.evaluation.tasks import Example
+from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, compose
+from latentwire.bridge.reader import Reader, SourceTokens, kept_layout, text_ids, text_offsets, tokenize_source
+from latentwire.training.config import TrainConfig
 
 SPARE = 8  # receiver tokens left free beside a repeated source, whose tokens can join otherwise than counted
 

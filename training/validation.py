@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bridge import engine
-from bridge.evaluation.conditions import Asking, answer
-from bridge.evaluation.debug import shown
-from bridge.evaluation.metrics import exact_match, token_f1
-from bridge.prompt import collate
-from bridge.reader import tokenize_source
-from training.config import Metric
-from training.data import chunks
-from training.objectives import answer_loss
-from training.step import Run
+from latentwire.bridge import engine
+from latentwire.bridge.evaluation.conditions import Asking, answer
+from latentwire.bridge.evaluation.debug import shown
+from latentwire.bridge.evaluation.metrics import exact_match, token_f1
+from latentwire.bridge.prompt import collate
+from latentwire.bridge.reader import tokenize_source
+from latentwire.training.config import Metric
+from latentwire.training.data import chunks
+from latentwire.training.objectives import answer_loss
+from latentwire.training.step import Run
 
 SCORES: dict[str, Callable[[str, str], float]] = {
     "em": exact_match,

@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bridge import engine, wire
-from bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
-from bridge.config import Layout, Manifest
-from bridge.detokenise import decode
-from bridge.devices import device_named, dtype_named
-from bridge.errors import InvalidRequest
-from bridge.evaluation.tasks import Example, Task, load_task, said_after
-from bridge.models import FrozenLM, check_role, load_model
-from bridge.prompt import LATENT, Row, collate, compose, text_layout
-from bridge.reader import Reader, SourceTokens, text_ids, tokenize_source
-from bridge.sampling import SamplingParams
+from latentwire.bridge import engine, wire
+from latentwire.bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
+from latentwire.bridge.config import Layout, Manifest
+from latentwire.bridge.detokenise import decode
+from latentwire.bridge.devices import device_named, dtype_named
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.tasks import Example, Task, load_task, said_after
+from latentwire.bridge.models import FrozenLM, check_role, load_model
+from latentwire.bridge.prompt import LATENT, Row, collate, compose, text_layout
+from latentwire.bridge.reader import Reader, SourceTokens, text_ids, tokenize_source
+from latentwire.bridge.sampling import SamplingParams
 
 Latent = NDArray[np.float32]
 Reading = Latent | str | None

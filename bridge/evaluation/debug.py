@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bridge.detokenise import decode
-from bridge.evaluation.conditions import Asking, Reading, answer, soft_tokens
-from bridge.prompt import collate, embed
+from latentwire.bridge.detokenise import decode
+from latentwire.bridge.evaluation.conditions import Asking, Reading, answer, soft_tokens
+from latentwire.bridge.prompt import collate, embed
 
 
 def shown(asking: Asking, readings: Sequence[Reading], first: int, topk: int) -> Iterator[str]:

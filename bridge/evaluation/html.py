@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from bridge.evaluation.report import MEANING
+from latentwire.bridge.evaluation.report import MEANING
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #667085; --line: #d9dee5; --back: #fff; --band: #9db8e8;

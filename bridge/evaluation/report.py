@@ -12,13 +12,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bridge import engine, wire
-from bridge.checkpoint import replace_file
-from bridge.errors import InvalidRequest
-from bridge.evaluation.conditions import CONDITIONS, Condition, Reading, Setting, answer, soft_tokens
-from bridge.evaluation.metrics import bootstrap, exact_match, token_f1
-from bridge.reader import text_ids
-from bridge.sampling import SamplingParams
+from latentwire.bridge import engine, wire
+from latentwire.bridge.checkpoint import replace_file
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, Reading, Setting, answer, soft_tokens
+from latentwire.bridge.evaluation.metrics import bootstrap, exact_match, token_f1
+from latentwire.bridge.reader import text_ids
+from latentwire.bridge.sampling import SamplingParams
 
 Progress = Callable[[str | None, int, int], None]
 """Called with (condition, examples done, examples in all); the condition is None while the sender reads for all."""

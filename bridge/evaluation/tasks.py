@@ -26,9 +26,9 @@ from typing import Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bridge.errors import InvalidRequest, first_line
-from bridge.evaluation import world
-from bridge.prompt import LATENT
+from latentwire.bridge.errors import InvalidRequest, first_line
+from latentwire.bridge.evaluation import world
+from latentwire.bridge.prompt import LATENT
 
 FIELD = re.compile(r"\{(\w+)\}")
 REPEAT = "{latent}\nRepeat:"

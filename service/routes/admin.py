@@ -4,9 +4,9 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
-from service.routes.status import describe
-from service.runtime import Runtime
-from service.schemas import BridgeOut, Unloaded
+from latentwire.service.routes.status import describe
+from latentwire.service.runtime import Runtime
+from latentwire.service.schemas import BridgeOut, Unloaded
 
 router = APIRouter(tags=["admin"], prefix="/admin/bridges/{name}")
 

@@ -5,10 +5,10 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import HTMLResponse
 
-from bridge.evaluation.html import page
-from service.jobs import Jobs
-from service.runtime import Runtime
-from service.schemas_jobs import EvaluationList, EvaluationOut, EvaluationRequest
+from latentwire.bridge.evaluation.html import page
+from latentwire.service.jobs import Jobs
+from latentwire.service.runtime import Runtime
+from latentwire.service.schemas_jobs import EvaluationList, EvaluationOut, EvaluationRequest
 
 router = APIRouter(tags=["evaluations"], prefix="/evaluations")
 LOCKED = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}  # the page needs nothing else

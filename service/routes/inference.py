@@ -7,13 +7,21 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from bridge import wire
-from service.answering import Answering, check_limits, ms_since, within
-from service.attending import Show, attend, deadline, event, stream
-from service.runtime import Piece, Runtime
-from service.schemas import EncodeRequest, EncodeResponse, GenerateRequest, GenerateResponse, LatentOut, Timing, Usage
-from service.served import Text
-from service.store import Sent
+from latentwire.bridge import wire
+from latentwire.service.answering import Answering, check_limits, ms_since, within
+from latentwire.service.attending import Show, attend, deadline, event, stream
+from latentwire.service.runtime import Piece, Runtime
+from latentwire.service.schemas import (
+    EncodeRequest,
+    EncodeResponse,
+    GenerateRequest,
+    GenerateResponse,
+    LatentOut,
+    Timing,
+    Usage,
+)
+from latentwire.service.served import Text
+from latentwire.service.store import Sent
 
 router = APIRouter(tags=["inference"])
 RAW = "application/octet-stream"

@@ -7,15 +7,23 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from bridge.errors import LatentWireError
-from service.answering import within
-from service.answers_openai import ChatCompletion, ChatReply, Completion, CompletionReply, Model, ModelList, Reply
-from service.attending import event
-from service.routes.inference import EVENT, answering
-from service.runtime import Piece, Runtime
-from service.schemas import GenerateResponse
-from service.schemas_openai import Asked, ChatRequest, CompletionRequest
-from service.served import Served
+from latentwire.bridge.errors import LatentWireError
+from latentwire.service.answering import within
+from latentwire.service.answers_openai import (
+    ChatCompletion,
+    ChatReply,
+    Completion,
+    CompletionReply,
+    Model,
+    ModelList,
+    Reply,
+)
+from latentwire.service.attending import event
+from latentwire.service.routes.inference import EVENT, answering
+from latentwire.service.runtime import Piece, Runtime
+from latentwire.service.schemas import GenerateResponse
+from latentwire.service.schemas_openai import Asked, ChatRequest, CompletionRequest
+from latentwire.service.served import Served
 
 router = APIRouter(tags=["openai"], prefix="/v1")
 BEGAN = int(time.time())  # a checkpoint does not know when it was made

@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from bridge.errors import NotReady
-from service.runtime import Runtime
-from service.schemas import BridgeList, BridgeOut, Health
-from service.served import Served
+from latentwire.bridge.errors import NotReady
+from latentwire.service.runtime import Runtime
+from latentwire.service.schemas import BridgeList, BridgeOut, Health
+from latentwire.service.served import Served
 
 router = APIRouter(tags=["status"])
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from service.app import create_app
-from service.settings import Settings
+from latentwire.service.app import create_app
+from latentwire.service.settings import Settings
 
 COMMITTED = Path(__file__).with_name("openapi.json")
 REGENERATE = (

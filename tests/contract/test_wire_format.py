@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bridge import wire
+from latentwire.bridge import wire
 
 BRIDGE = "00112233445566778899aabbccddeeff"
 LATENT = np.array([[1.0, -1.0, 0.5], [0.25, 1.5, -0.75]], dtype=np.float32)

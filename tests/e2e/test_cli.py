@@ -20,14 +20,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bridge.checkpoint import load_bridge, make_bridge, read_manifest, save_bridge
-from bridge.models import fingerprint_of
-from service.__main__ import app, main
-from service.client import Client, ServiceError
-from service.demo import check_free
+from latentwire.bridge.checkpoint import load_bridge, make_bridge, read_manifest, save_bridge
+from latentwire.bridge.models import fingerprint_of
+from latentwire.service.__main__ import app, main
+from latentwire.service.client import Client, ServiceError
+from latentwire.service.demo import check_free
+from latentwire.training import loop, prepare
+from latentwire.training.prepare import code_version
 from tests.ports import free_port
-from training import loop, prepare
-from training.prepare import code_version
 
 LATENTWIRE = Path(sys.executable).with_name("latentwire")
 TEXT = "Mara lives in Rome."
@@ -139,7 +139,7 @@ def test_the_serving_commands_explain_themselves(command: str) -> None:
 
 
 def test_help_lists_every_command_and_needs_no_torch() -> None:
-    code = "import sys; from service.__main__ import main; sys.argv = ['latentwire', '--help']\n"
+    code = "import sys; from latentwire.service.__main__ import main; sys.argv = ['latentwire', '--help']\n"
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -468,7 +468,7 @@ def test_evaluate_refuses_a_bad_value_and_names_it(
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
     refuse: Refuse, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    monkeypatch.setattr("bridge.evaluation.report.evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("latentwire.bridge.evaluation.report.evaluate", lambda *_, **__: pytest.fail("it was measured"))
     file = tmp_path / place
     said = refuse("evaluate", checkpoint, "--task", "world", "--limit", 2, "--out", file)
     assert f"--out {file}: " in said
@@ -533,7 +533,7 @@ def no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_temporary_folder")
 def test_without_a_temporary_folder_memory_is_one(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("service.__main__.SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("latentwire.service.__main__.SHARED_MEMORY", tmp_path)
     run("key", "someone")
     assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(tmp_path)
 
@@ -542,7 +542,7 @@ def test_without_a_temporary_folder_memory_is_one(run: Run, monkeypatch: pytest.
 def test_where_nothing_can_be_written_every_command_says_what_is_missing(
     refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.__main__.SHARED_MEMORY", Path("/proc/nowhere"))
+    monkeypatch.setattr("latentwire.service.__main__.SHARED_MEMORY", Path("/proc/nowhere"))
     assert "mount one at /tmp" in refuse("serve")
 
 
@@ -556,7 +556,7 @@ def test_an_interrupt_that_reaches_the_entry_point_ends_with_code_130(monkeypatc
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("service.__main__.app", interrupted)
+    monkeypatch.setattr("latentwire.service.__main__.app", interrupted)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # what got out would end pytest itself
         main()
     assert isinstance(caught.value, SystemExit) and caught.value.code == 130

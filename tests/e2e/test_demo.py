@@ -12,8 +12,8 @@ from threading import Thread
 import psutil
 import pytest
 
-from bridge.errors import InferenceFailed
-from service.demo import running
+from latentwire.bridge.errors import InferenceFailed
+from latentwire.service.demo import running
 from tests.ports import free_port
 
 END_SECONDS = 120.0  # only ever reached by what hangs
@@ -21,7 +21,7 @@ CACHE = "torchinductor_"  # a library's, shared by all that use it
 # The signal comes before the reader of the sentence could send one: nothing is quicker.
 AT_ONCE = """
 import os, signal
-from service import __main__ as command
+from latentwire.service import __main__ as command
 say = command._say
 command._say = lambda line: say(line) or ("Ctrl-C ends it" in line and os.kill(os.getpid(), signal.SIGINT))
 command.main()
@@ -40,7 +40,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
         options = ["demo", "--max-steps", "2", "--limit", "2", "--port", str(free_port())]
         environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        command = [sys.executable, *(main or ("-m", "service")), *options]
+        command = [sys.executable, *(main or ("-m", "latentwire")), *options]
         started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))  # type: ignore[call-overload]
         return started[0]
 

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
-from bridge import wire
-from service.demo import running
-from service.keys import hash_of, key_line
+from latentwire.bridge import wire
+from latentwire.service.demo import running
+from latentwire.service.keys import hash_of, key_line
 from tests.ports import free_port
 
 KEY = "a key for the page"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from service.client import Client
-from service.demo import running
+from latentwire.service.client import Client
+from latentwire.service.demo import running
 from tests.e2e.test_page import browser, run, said
 from tests.ports import free_port
 

@@ -18,10 +18,10 @@ import pytest
 from rich.console import Console
 from typer.main import get_command
 
-from bridge.evaluation.tasks import world_task
-from service.__main__ import app
-from service.client import Client
-from service.demo import ask, running
+from latentwire.bridge.evaluation.tasks import world_task
+from latentwire.service.__main__ import app
+from latentwire.service.client import Client
+from latentwire.service.demo import ask, running
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--lim
 
 def latentwire(*arguments: str, cwd: Path) -> str:
     """Run the command line in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "service", *arguments], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "latentwire", *arguments], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -117,7 +117,7 @@ def test_the_demo_trains_measures_serves_and_ends(tmp_path: Path) -> None:
 
 def test_the_demo_stays_up_until_interrupted_and_leaves_nothing_behind(tmp_path: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "service", "demo", "--max-steps", "2", "--limit", "2", "--port", str(port)]
+    command = [sys.executable, "-m", "latentwire", "demo", "--max-steps", "2", "--limit", "2", "--port", str(port)]
     started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
     with started, Client(f"http://127.0.0.1:{port}", trust_env=False) as client:
         assert started.stdout is not None

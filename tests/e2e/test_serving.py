@@ -34,7 +34,7 @@ def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Serve]:
 
     def start(*flags: str, code: str | None = None, **variables: str) -> tuple[subprocess.Popen[str], str]:
         port = free_port()
-        main = ["-m", "service"] if code is None else ["-c", textwrap.dedent(code)]
+        main = ["-m", "latentwire"] if code is None else ["-c", textwrap.dedent(code)]
         command = [sys.executable, *main, "serve", "--bridge", f"tiny={checkpoint}", "--port", str(port), *flags]
         with (tmp_path / "serve.log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, **variables})
@@ -96,7 +96,7 @@ def test_a_service_that_is_told_to_end_while_it_starts_ends_with_code_0_and_leav
     """It has said where it listens, to people and to probes, and its server does not hear signals yet."""
     code = f"""
         import gc, os
-        from service.__main__ import main
+        from latentwire.service.__main__ import main
 
         gc.freeze = lambda: os.kill(os.getpid(), {number.value})
         main()
@@ -152,8 +152,8 @@ def test_an_engine_that_dies_ends_the_process_with_an_error_for_its_supervisor(s
     process, url = serve(
         code="""
         import sys
-        from bridge import continuous
-        from service.__main__ import main
+        from latentwire.bridge import continuous
+        from latentwire.service.__main__ import main
 
         choose = continuous.choose
 
@@ -200,7 +200,7 @@ def test_all_addresses_of_both_families_are_served_and_probes_find_the_service_w
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # probes of a container see its variables, and not the flags
     admin = free_port()
     process, url = serve("--host", "::", "--insecure", LW_ADMIN_PORT=str(admin), LW_PORT="9")
-    port, probe = url.rpartition(":")[2], [sys.executable, "-Pm", "service.health"]
+    port, probe = url.rpartition(":")[2], [sys.executable, "-Pm", "latentwire.service.health"]
     for host in ("127.0.0.1", "[::1]"):
         assert httpx.post(f"http://{host}:{port}/generate", json=ASK).status_code == 200
         assert httpx.get(f"http://{host}:{port}/metrics").status_code == 404

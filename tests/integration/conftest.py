@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from training import prepare
-from training.config import TrainConfig
+from latentwire.training import prepare
+from latentwire.training.config import TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
 

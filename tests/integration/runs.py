@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bridge.config import Manifest
-from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM
-from training import loop
-from training.config import TrainConfig
-from training.monitor import StepRecord
-from training.prepare import order_of, prepare
-from training.step import Run, take_step
-from training.tokens import Tokens
+from latentwire.bridge.config import Manifest
+from latentwire.bridge.evaluation.tasks import Example
+from latentwire.bridge.models import FrozenLM
+from latentwire.training import loop
+from latentwire.training.config import TrainConfig
+from latentwire.training.monitor import StepRecord
+from latentwire.training.prepare import order_of, prepare
+from latentwire.training.step import Run, take_step
+from latentwire.training.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from bridge.checkpoint import load_bridge
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.training import loop
+from latentwire.training.config import Metric
+from latentwire.training.loop import BEST, train
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, files_of, interrupted, quiet, same
-from training import loop
-from training.config import Metric
-from training.loop import BEST, train
 
 
 def validating(patch: pytest.MonkeyPatch, *values: float, metric: Metric = "em") -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge import engine
-from bridge.evaluation import world
-from bridge.models import BUILTIN, fingerprint_of, load_model
-from bridge.prompt import compose, layout_for
-from bridge.sampling import SamplingParams
-from training.builtin import __main__ as maker
-from training.builtin.documents import BACKGROUND, END, Mixture, document
-from training.builtin.recipe import RECIPES, Recipe, optimisers
+from latentwire.bridge import engine
+from latentwire.bridge.evaluation import world
+from latentwire.bridge.models import BUILTIN, fingerprint_of, load_model
+from latentwire.bridge.prompt import compose, layout_for
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.training.builtin import __main__ as maker
+from latentwire.training.builtin.documents import BACKGROUND, END, Mixture, document
+from latentwire.training.builtin.recipe import RECIPES, Recipe, optimisers
 
 COPY = Mixture(8, copy=1.0)
 MIXED = Mixture(8, copy=0.2, repeat=0.2, terse=0.5, blank=0.2)

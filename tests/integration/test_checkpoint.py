@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bridge.checkpoint import (
+from latentwire.bridge.checkpoint import (
     Bridge,
     check_models,
     check_receiver,
@@ -22,8 +22,8 @@ from bridge.checkpoint import (
     read_manifest,
     save_bridge,
 )
-from bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
-from bridge.models import FrozenLM
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
+from latentwire.bridge.models import FrozenLM
 from tests.conftest import bridge_config, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,7 +246,7 @@ def test_a_receiver_with_other_special_tokens_is_refused_with_both_ids(
 
 
 def test_a_model_changed_on_disk_is_refused_with_both_digests(tmp_path: Path, lms: dict[str, FrozenLM]) -> None:
-    from bridge.models import fingerprint_of, load_model
+    from latentwire.bridge.models import fingerprint_of, load_model
 
     path = write_model(tmp_path / "sender", "neox")
     save_bridge(tmp_path / "bridge", make_bridge(bridge_config(load_model(str(path)), lms["llama"])))
@@ -299,7 +299,7 @@ def survives(folder, pristine, save, look):  # ``save`` in a child that dies at 
 SURVIVAL = (
     DYING
     + """
-from bridge.checkpoint import load_bridge, make_bridge, save_bridge
+from latentwire.bridge.checkpoint import load_bridge, make_bridge, save_bridge
 
 folder, pristine = Path(sys.argv[1]), Path(sys.argv[2])
 _, old = load_bridge(folder)
@@ -336,10 +336,10 @@ RESUMPTION = (
     + """
 from functools import cache
 from rich.console import Console
-from bridge.checkpoint import load_bridge
-from training import loop, prepare
-from training.config import read_config
-from training.step import take_step
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.training import loop, prepare
+from latentwire.training.config import read_config
+from latentwire.training.step import take_step
 
 # Time saved, no more.
 prepare.CHECKED, prepare.load_model, prepare.code_version = 1, cache(prepare.load_model), lambda: "test"

@@ -20,18 +20,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.continuous_batching.requests import logger
 
-from bridge import answer, continuous, detokenise, softids
-from bridge.answer import Generation, Transcript
-from bridge.continuous import PAGE_TOKENS, ContinuousEngine
-from bridge.detokenise import decode
-from bridge.engine import generate
-from bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError, NotReady
-from bridge.models import FrozenLM, load_model
-from bridge.padded import PaddedEngine
-from bridge.probe import open_engine
-from bridge.prompt import IGNORE, TEXT, Row
-from bridge.running import Engine, Running, Soft
-from bridge.sampling import SamplingParams
+from latentwire.bridge import answer, continuous, detokenise, softids
+from latentwire.bridge.answer import Generation, Transcript
+from latentwire.bridge.continuous import PAGE_TOKENS, ContinuousEngine
+from latentwire.bridge.detokenise import decode
+from latentwire.bridge.engine import generate
+from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError, NotReady
+from latentwire.bridge.models import FrozenLM, load_model
+from latentwire.bridge.padded import PaddedEngine
+from latentwire.bridge.probe import open_engine
+from latentwire.bridge.prompt import IGNORE, TEXT, Row
+from latentwire.bridge.running import Engine, Running, Soft
+from latentwire.bridge.sampling import SamplingParams
 from tests.integration.test_engine import rows_of, soft_of, stop_within
 
 PATIENCE = 60.0

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge import engine
-from bridge.answer import Generation
-from bridge.checkpoint import load_bridge
-from bridge.engine import answer_logits, answer_scores, encode, generate, soften, token_losses
-from bridge.models import FrozenLM, load_model
-from bridge.prompt import IGNORE, Row, collate, compose, embed, layout_for
-from bridge.reader import tokenize_source
-from bridge.sampling import SamplingParams, choose
+from latentwire.bridge import engine
+from latentwire.bridge.answer import Generation
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.engine import answer_logits, answer_scores, encode, generate, soften, token_losses
+from latentwire.bridge.models import FrozenLM, load_model
+from latentwire.bridge.prompt import IGNORE, Row, collate, compose, embed, layout_for
+from latentwire.bridge.reader import tokenize_source
+from latentwire.bridge.sampling import SamplingParams, choose
 from tests.conftest import byte_tokenizer
 
 TEMPLATE = "Text: {latent}\nQuestion: {question}\nAnswer:"

@@ -13,12 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from bridge import engine, local
-from bridge.checkpoint import make_bridge, save_bridge
-from bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest, UnknownBridge
-from bridge.evaluation import conditions
-from bridge.evaluation import report as reporting
-from bridge.evaluation.conditions import (
+from latentwire.bridge import engine, local
+from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest, UnknownBridge
+from latentwire.bridge.evaluation import conditions
+from latentwire.bridge.evaluation import report as reporting
+from latentwire.bridge.evaluation.conditions import (
     CONDITIONS,
     RELAY_TOKENS,
     TRAINED,
@@ -29,18 +29,18 @@ from bridge.evaluation.conditions import (
     fit,
     open_setting,
 )
-from bridge.evaluation.metrics import bootstrap
-from bridge.evaluation.report import evaluate, table, write_report
-from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM, load_model
-from bridge.prompt import IGNORE, LATENT, TEXT, Row
-from bridge.reader import Reader, text_ids
-from bridge.sampling import SamplingParams
+from latentwire.bridge.evaluation.metrics import bootstrap
+from latentwire.bridge.evaluation.report import evaluate, table, write_report
+from latentwire.bridge.evaluation.tasks import Example
+from latentwire.bridge.models import FrozenLM, load_model
+from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row
+from latentwire.bridge.reader import Reader, text_ids
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.training.config import TrainConfig
+from latentwire.training.controls import control_config
+from latentwire.training.loop import train
+from latentwire.training.prepare import prepare
 from tests.conftest import bridge_config, write_model
-from training.config import TrainConfig
-from training.controls import control_config
-from training.loop import train
-from training.prepare import prepare
 
 EVERY = ["bridge", "direct", "relay", "same_budget", "none", "mismatched", "noise"]
 SENTIMENT = """
@@ -108,7 +108,7 @@ def test_truncated_counts_the_sources_of_which_the_bridge_read_only_the_start(
 
 
 def test_bytes_are_those_of_the_messages(report: dict[str, Any], setting: Setting) -> None:
-    from bridge import wire
+    from latentwire.bridge import wire
 
     sent = engine.encode(setting.bridge, setting.sender, setting.sources(range(6)))
     sizes = [len(wire.encode(row.latent, setting.bridge_id, "float16")) for row in sent]
@@ -594,7 +594,7 @@ def trained(lms: dict[str, FrozenLM], tmp_path_factory: pytest.TempPathFactory) 
         reconstruction_weight=0, alignment_steps=1, alignment_weight=0.5, validate_every=0,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.prepare.CHECKED", 20)
+        patch.setattr("latentwire.training.prepare.CHECKED", 20)
         save_bridge(config.out, prepare(config, Console(quiet=True)).bridge)
     return config, open_setting(config.out, "world", limit=4, dtype="float16", receiver=None)
 

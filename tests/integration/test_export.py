@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bridge.checkpoint import load_bridge
-from bridge.errors import InvalidRequest, UnknownBridge
-from service.__main__ import app
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.errors import InvalidRequest, UnknownBridge
+from latentwire.service.__main__ import app
+from latentwire.training.export import export
+from latentwire.training.loop import BEST, train
 from tests.integration.runs import files_of, parts, quiet
-from training.export import export
-from training.loop import BEST, train
 
 
 def test_an_export_is_the_last_checkpoint_and_less_than_half_the_bytes(make: Any, tmp_path: Path) -> None:

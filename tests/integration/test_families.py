@@ -12,26 +12,26 @@ from torch import Tensor
 from transformers.generation.continuous_batching import input_outputs
 from transformers.generation.continuous_batching import utils as library
 
-from bridge import families, probe
-from bridge.answer import Generation
-from bridge.checkpoint import make_bridge, save_bridge
-from bridge.continuous import PAGE_TOKENS
-from bridge.engine import answer_logits, generate, token_losses
-from bridge.errors import InvalidRequest, LatentWireError, ModelUnavailable
-from bridge.models import FrozenLM, check_role, hidden_states, load_model, pad_sources
-from bridge.probe import open_engine
-from bridge.prompt import IGNORE, TEXT, Row, collate
-from bridge.reader import SourceTokens, tokenize_source
-from bridge.running import Soft
-from bridge.sampling import SamplingParams
-from service.runtime import Runtime
-from service.settings import Settings
+from latentwire.bridge import families, probe
+from latentwire.bridge.answer import Generation
+from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.continuous import PAGE_TOKENS
+from latentwire.bridge.engine import answer_logits, generate, token_losses
+from latentwire.bridge.errors import InvalidRequest, LatentWireError, ModelUnavailable
+from latentwire.bridge.models import FrozenLM, check_role, hidden_states, load_model, pad_sources
+from latentwire.bridge.probe import open_engine
+from latentwire.bridge.prompt import IGNORE, TEXT, Row, collate
+from latentwire.bridge.reader import SourceTokens, tokenize_source
+from latentwire.bridge.running import Soft
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.service.runtime import Runtime
+from latentwire.service.settings import Settings
+from latentwire.training.loop import train
+from latentwire.training.plan import plan
 from tests.conftest import bridge_config
 from tests.families import FAMILIES, WINDOW, Family, V, write_family
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import ROOT, quiet
-from training.loop import train
-from training.plan import plan
 
 LENGTHS = [9, WINDOW + PAGE_TOKENS + 42, 40]  # one beyond every window, by more than a page
 SOFT = 5

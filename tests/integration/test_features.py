@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridge.checkpoint import write_part
-from bridge.config import Part
-from bridge.models import FrozenLM, hidden_states, load_model, pad_sources
-from bridge.reader import SourceTokens, tokenize_source
+from latentwire.bridge.checkpoint import write_part
+from latentwire.bridge.config import Part
+from latentwire.bridge.models import FrozenLM, hidden_states, load_model, pad_sources
+from latentwire.bridge.reader import SourceTokens, tokenize_source
+from latentwire.training import features
+from latentwire.training.features import INDEX, CachedStates, LiveStates, build, open_cache
+from latentwire.training.loop import train
+from latentwire.training.prepare import prepare
 from tests.conftest import write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import log_of, prepared, quiet, said, step_of, task_of
-from training import features
-from training.features import INDEX, CachedStates, LiveStates, build, open_cache
-from training.loop import train
-from training.prepare import prepare
 
 TEXTS = [f"Number {count}{' and so on' * count}." for count in range(1, 10)]
 ROWS = [(text, "\nQuestion: how many?\nAnswer:", f" {count}") for count, text in enumerate(TEXTS)]

@@ -23,18 +23,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from bridge.answer import Generation
-from bridge.checkpoint import Bridge, load_bridge, make_bridge, read_manifest, save_bridge
-from bridge.config import EncoderConfig
-from bridge.encoder import KINDS, make_encoder
-from bridge.engine import answer_logits, encode, generate, token_losses
-from bridge.errors import UnknownBridge
-from bridge.models import FrozenLM, hidden_states, load_model
-from bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose, layout_for, place
-from bridge.reader import SourceTokens, tokenize_source
-from bridge.sampling import SamplingParams
+from latentwire.bridge.answer import Generation
+from latentwire.bridge.checkpoint import Bridge, load_bridge, make_bridge, read_manifest, save_bridge
+from latentwire.bridge.config import EncoderConfig
+from latentwire.bridge.encoder import KINDS, make_encoder
+from latentwire.bridge.engine import answer_logits, encode, generate, token_losses
+from latentwire.bridge.errors import UnknownBridge
+from latentwire.bridge.models import FrozenLM, hidden_states, load_model
+from latentwire.bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose, layout_for, place
+from latentwire.bridge.reader import SourceTokens, tokenize_source
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.training.objectives import answer_loss, distillation_loss
 from tests.conftest import FAMILIES, bridge_config, byte_tokenizer
-from training.objectives import answer_loss, distillation_loss
 
 Side = Literal["left", "right"]
 EMPTY = Row([], [], [])
@@ -552,7 +552,7 @@ class Disk:
                 return super().write(data)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bridge.checkpoint.os.fsync", self.fsync)
+            patch.setattr("latentwire.bridge.checkpoint.os.fsync", self.fsync)
             patch.setattr(Path, "replace", lambda path, target: self.rename(path, target))
             patch.setattr(Path, "unlink", lambda path, missing_ok=False: self.delete(path, missing_ok))
             patch.setattr(Path, "open", lambda path, mode="r": File(path, mode))

@@ -19,17 +19,14 @@ from torch._dynamo.utils import counters
 from torch.amp.grad_scaler import GradScaler
 from torch.autograd.graph import saved_tensors_hooks
 
-from bridge import devices
-from bridge.devices import DTYPES, default_device, is_out_of_memory
-from bridge.engine import answer_logits, token_losses
-from bridge.models import FrozenLM, blocks_of, load_model
-from bridge.prompt import Batch, collate, compose, layout_for
-from tests.conftest import FAMILIES
-from tests.integration.conftest import MakeConfig
-from tests.integration.runs import prepared, same, states_of, step_of, weights_of_run
-from training import machine
-from training import prepare as preparing
-from training.machine import (
+from latentwire.bridge import devices
+from latentwire.bridge.devices import DTYPES, default_device, is_out_of_memory
+from latentwire.bridge.engine import answer_logits, token_losses
+from latentwire.bridge.models import FrozenLM, blocks_of, load_model
+from latentwire.bridge.prompt import Batch, collate, compose, layout_for
+from latentwire.training import machine
+from latentwire.training import prepare as preparing
+from latentwire.training.machine import (
     STOPPING,
     compile_model,
     graphs,
@@ -37,8 +34,11 @@ from training.machine import (
     recompute,
     stop_requests,
 )
-from training.state import Trained, load_state, save_state
-from training.step import BUCKET, Run
+from latentwire.training.state import Trained, load_state, save_state
+from latentwire.training.step import BUCKET, Run
+from tests.conftest import FAMILIES
+from tests.integration.conftest import MakeConfig
+from tests.integration.runs import prepared, same, states_of, step_of, weights_of_run
 
 
 def batch_of(lm: FrozenLM, *sources: int, multiple: int = 1) -> Batch:

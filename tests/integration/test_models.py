@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
 
-from bridge.checkpoint import check_identity
-from bridge.engine import generate
-from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
-from bridge.models import FrozenLM, fingerprint_of, hidden_states, load_model, pad_sources, predicted_bytes
-from bridge.prompt import compose, layout_for
-from bridge.reader import SourceTokens, text_ids, tokenize_source
-from bridge.sampling import SamplingParams
+from latentwire.bridge.checkpoint import check_identity
+from latentwire.bridge.engine import generate
+from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
+from latentwire.bridge.models import FrozenLM, fingerprint_of, hidden_states, load_model, pad_sources, predicted_bytes
+from latentwire.bridge.prompt import compose, layout_for
+from latentwire.bridge.reader import SourceTokens, text_ids, tokenize_source
+from latentwire.bridge.sampling import SamplingParams
 from tests.conftest import FAMILIES, SHAPE, byte_tokenizer, write_model
 
 TEXTS = ["Mara lives in Rome.", "Ben sings.", "The lamp is in the attic, and nobody knows why."]

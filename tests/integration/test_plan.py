@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig
 
-from bridge.errors import ModelUnavailable
-from training import prepare as preparing
-from training import simulate
-from training.config import TrainConfig
-from training.plan import USABLE, Plan, largest_batch, plan, table
-from training.prepare import prepare
-from training.simulate import Ledger, Lengths, tokens_of
-from training.step import take_step
+from latentwire.bridge.errors import ModelUnavailable
+from latentwire.training import prepare as preparing
+from latentwire.training import simulate
+from latentwire.training.config import TrainConfig
+from latentwire.training.plan import USABLE, Plan, largest_batch, plan, table
+from latentwire.training.prepare import prepare
+from latentwire.training.simulate import Ledger, Lengths, tokens_of
+from latentwire.training.step import take_step
 
 LENGTHS = {"source_tokens": 40, "prompt_tokens": 6, "answer_tokens": 5}
 DEVICE = 10**9

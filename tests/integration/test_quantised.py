@@ -14,24 +14,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from bridge import quantised
-from bridge.checkpoint import make_bridge, save_bridge
-from bridge.engine import answer_logits
-from bridge.errors import ModelUnavailable
-from bridge.evaluation.conditions import open_setting
-from bridge.local import answer, encode_text
-from bridge.models import FrozenLM, load_model, predicted_bytes
-from bridge.prompt import collate
-from bridge.sampling import SamplingParams
-from service.__main__ import main
-from service.runtime import Runtime
-from service.settings import Settings
+from latentwire.bridge import quantised
+from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.engine import answer_logits
+from latentwire.bridge.errors import ModelUnavailable
+from latentwire.bridge.evaluation.conditions import open_setting
+from latentwire.bridge.local import answer, encode_text
+from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
+from latentwire.bridge.prompt import collate
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.service.__main__ import main
+from latentwire.service.runtime import Runtime
+from latentwire.service.settings import Settings
+from latentwire.training.loop import train
+from latentwire.training.plan import plan
 from tests.conftest import bridge_config, byte_tokenizer
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import quiet
 from tests.integration.test_engine import rows_of, soft_of
-from training.loop import train
-from training.plan import plan
 
 BLOCK = 16
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.checkpoint import load_bridge
-from bridge.errors import InvalidRequest
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.training import loop
+from latentwire.training.config import TrainConfig
+from latentwire.training.machine import Ranks, join_ranks
+from latentwire.training.step import Run, take_step
 from tests.conftest import write_model
 from tests.integration.runs import ROOT, log_of, quiet, states_of, task_of
-from training import loop
-from training.config import TrainConfig
-from training.machine import Ranks, join_ranks
-from training.step import Run, take_step
 
 STEPS = 5
 ROWS = [(f"Number {n}{' and so on' * (n % 4)}.", f"\nWhich of {n}?", f" {n}") for n in range(1, 41)]
@@ -35,9 +35,9 @@ from pathlib import Path
 import torch.distributed
 from rich.console import Console
 
-from training import loop
-from training.config import TrainConfig
-from training.machine import Ranks
+from latentwire.training import loop
+from latentwire.training.config import TrainConfig
+from latentwire.training.machine import Ranks
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 BASE = json.loads((FOLDER / "config.json").read_text())

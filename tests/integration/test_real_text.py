@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bridge.evaluation.conditions import CONDITIONS, TRAINED, open_setting
-from bridge.evaluation.report import evaluate
-from bridge.evaluation.tasks import load_task
-from training.config import TrainConfig
-from training.controls import train_controls
-from training.loop import train
+from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, open_setting
+from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.evaluation.tasks import load_task
+from latentwire.training.config import TrainConfig
+from latentwire.training.controls import train_controls
+from latentwire.training.loop import train
 
 MATERIAL = Path(__file__).resolve().parents[3] / "shared"
 TASK = """

@@ -7,21 +7,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bridge.checkpoint import head_key, load_bridge, read_manifest
-from bridge.config import Manifest
-from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.evaluation.conditions import answer, open_setting
-from bridge.local import answer as answer_locally
-from bridge.local import encode_text
-from bridge.models import predicted_bytes
-from bridge.sampling import SamplingParams
+from latentwire.bridge.checkpoint import head_key, load_bridge, read_manifest
+from latentwire.bridge.config import Manifest
+from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
+from latentwire.bridge.evaluation.conditions import answer, open_setting
+from latentwire.bridge.local import answer as answer_locally
+from latentwire.bridge.local import encode_text
+from latentwire.bridge.models import predicted_bytes
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.training.config import TrainConfig, read_config
+from latentwire.training.loop import train
+from latentwire.training.prepare import completed
+from latentwire.training.step import Run
 from tests.conftest import write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import interrupted, log_of, parts, prepared, quiet, same, step_of, weights_of_run
-from training.config import TrainConfig, read_config
-from training.loop import train
-from training.prepare import completed
-from training.step import Run
 
 
 @pytest.fixture

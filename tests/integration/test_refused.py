@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bridge.checkpoint import load_bridge
-from bridge.engine import answer_logits
-from bridge.errors import TrainingFailed
-from bridge.models import FrozenLM
-from bridge.prompt import Batch
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.engine import answer_logits
+from latentwire.bridge.errors import TrainingFailed
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import Batch
+from latentwire.training import loop
+from latentwire.training import step as stepping
+from latentwire.training.loop import train
+from latentwire.training.monitor import StepRecord
+from latentwire.training.step import REFUSED_IN_A_ROW, Run, take_step
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
     events_of,
@@ -28,11 +33,6 @@ from tests.integration.runs import (
     step_of,
     weights_of_run,
 )
-from training import loop
-from training import step as stepping
-from training.loop import train
-from training.monitor import StepRecord
-from training.step import REFUSED_IN_A_ROW, Run, take_step
 
 Logits = tuple[Tensor, Tensor]
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bridge.errors import InsufficientMemory, InvalidRequest, ModelInUse, ModelUnavailable
-from bridge.memory import budget_bytes, device_bytes
-from bridge.models import FrozenLM, load_model, predicted_bytes
-from bridge.residency import Residency
+from latentwire.bridge.errors import InsufficientMemory, InvalidRequest, ModelInUse, ModelUnavailable
+from latentwire.bridge.memory import budget_bytes, device_bytes
+from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
+from latentwire.bridge.residency import Residency
 from tests.conftest import byte_tokenizer, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -489,7 +489,7 @@ def test_a_container_with_less_memory_than_the_machine_decides_what_a_share_is_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr("bridge.memory.CGROUP_LIMITS", [str(limit)])
+    monkeypatch.setattr("latentwire.bridge.memory.CGROUP_LIMITS", [str(limit)])
     for said, expected in (("1000\n", 1000), ("max\n", psutil.virtual_memory().total)):
         limit.write_text(said)
         assert device_bytes(CPU) == expected
@@ -497,7 +497,7 @@ def test_a_container_with_less_memory_than_the_machine_decides_what_a_share_is_o
 
 UNLOADED = """
 import sys, torch
-from bridge.residency import Residency
+from latentwire.bridge.residency import Residency
 residency = Residency(None, device=torch.device("cpu"), dtype=torch.bfloat16)  # converted while read: no mapped file
 for turn in range(4):
     with residency.use(sys.argv[1]):

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.checkpoint import load_bridge, read_manifest
-from bridge.errors import InvalidRequest
-from bridge.evaluation.tasks import load_task
-from bridge.models import fingerprint_of
+from latentwire.bridge.checkpoint import load_bridge, read_manifest
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.tasks import load_task
+from latentwire.bridge.models import fingerprint_of
+from latentwire.training import loop, prepare
+from latentwire.training.loop import train
+from latentwire.training.state import Trained, load_state, save_state
 from tests.conftest import write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
@@ -33,9 +36,6 @@ from tests.integration.runs import (
     steps_taken,
     write_toml,
 )
-from training import loop, prepare
-from training.loop import train
-from training.state import Trained, load_state, save_state
 
 
 @pytest.mark.parametrize("fatal", [0, 1, 2, 3, 5])
@@ -75,9 +75,9 @@ SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from service.__main__ import main
-from training import prepare
-from training.monitor import Monitor
+from latentwire.service.__main__ import main
+from latentwire.training import prepare
+from latentwire.training.monitor import Monitor
 
 torch.set_num_threads(1)
 prepare.CHECKED = 20

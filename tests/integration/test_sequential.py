@@ -13,16 +13,16 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bridge import engine
-from bridge.checkpoint import Bridge, load_bridge, make_bridge
-from bridge.engine import Encoded
-from bridge.evaluation.tasks import world_task
-from bridge.memory import free_caches
-from bridge.models import FrozenLM, load_model, predicted_bytes
-from bridge.prompt import compose, place
-from bridge.reader import SourceTokens, tokenize_source
-from bridge.residency import Residency
-from bridge.sampling import SamplingParams
+from latentwire.bridge import engine
+from latentwire.bridge.checkpoint import Bridge, load_bridge, make_bridge
+from latentwire.bridge.engine import Encoded
+from latentwire.bridge.evaluation.tasks import world_task
+from latentwire.bridge.memory import free_caches
+from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
+from latentwire.bridge.prompt import compose, place
+from latentwire.bridge.reader import SourceTokens, tokenize_source
+from latentwire.bridge.residency import Residency
+from latentwire.bridge.sampling import SamplingParams
 from tests.conftest import bridge_config, byte_tokenizer
 
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from bridge.checkpoint import read_manifest
+from latentwire.bridge.checkpoint import read_manifest
+from latentwire.training.config import TrainConfig
+from latentwire.training.loop import train
+from latentwire.training.slurm import SlurmJob, render
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import log_of, parts, quiet, task_of, write_toml
-from training.config import TrainConfig
-from training.loop import train
-from training.slurm import SlurmJob, render
 
 PATIENCE_SECONDS = 300.0
 SCONTROL = """\

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.checkpoint import load_bridge
-from bridge.errors import CorruptCheckpoint, InvalidRequest
+from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
+from latentwire.training.loop import train
+from latentwire.training.state import NAME
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
     ROOT,
@@ -26,8 +28,6 @@ from tests.integration.runs import (
     task_of,
     write_toml,
 )
-from training.loop import train
-from training.state import NAME
 
 LATENTWIRE = Path(sys.executable).with_name("latentwire")
 Damage = Callable[[Path], None]
@@ -87,7 +87,7 @@ def test_the_newest_state_damaged_is_named_and_the_one_before_is_used(
     with caplog.at_level(logging.WARNING, logger="training"):
         resumed = train(config, console, resume=True)
     assert "resumed after step 2" in said(console)
-    warnings = [record.getMessage() for record in caplog.records if record.name == "training.state"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "latentwire.training.state"]
     if (kind, damage) != ("json", Path.unlink):  # what is not there has no name
         assert any(str(bad) in warning for warning in warnings)
     assert parts(resumed) == parts(straight) and log_of(config.out) == log_of(tmp_path / "straight")
@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_made_is_named(make: MakeConfig, tmp_path: Path)
 def test_a_folder_that_cannot_be_written_is_named_before_any_model_is_loaded(
     make: MakeConfig, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
-    monkeypatch.setattr("training.prepare.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("latentwire.training.prepare.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(InvalidRequest, match=f"--out {out}: ") as caught:
         train(make(out=Path(out)), quiet())
     assert caught.value.param == "out"

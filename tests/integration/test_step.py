@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.models import FrozenLM, hidden_states
+from latentwire.bridge.models import FrozenLM, hidden_states
+from latentwire.training import features
+from latentwire.training.monitor import ANSWER_FIELDS, StepRecord
+from latentwire.training.step import Run, schedule
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
     WEIGHTS,
@@ -20,9 +23,6 @@ from tests.integration.runs import (
     tokens_of,
     weights_of_run,
 )
-from training import features
-from training.monitor import ANSWER_FIELDS, StepRecord
-from training.step import Run, schedule
 
 PLAIN = {"learning_rate": 1.0, "matrix_learning_rate": 1.0, "warmup_steps": 0}
 

@@ -7,11 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.engine import answer_logits, token_losses
-from bridge.evaluation.tasks import Example
-from bridge.models import FrozenLM
-from bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose
-from bridge.reader import text_ids
+from latentwire.bridge.engine import answer_logits, token_losses
+from latentwire.bridge.evaluation.tasks import Example
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose
+from latentwire.bridge.reader import text_ids
+from latentwire.training import step as stepping
+from latentwire.training import tokens
+from latentwire.training.data import word_targets
+from latentwire.training.objectives import (
+    alignment_loss,
+    answer_loss,
+    diversity_loss,
+    first_k_loss,
+    first_logits,
+    margin_loss,
+)
+from latentwire.training.step import Run, teacher_logits, weights_of, with_mode
+from latentwire.training.tokens import Tokens
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
     WEIGHTS,
@@ -22,12 +35,6 @@ from tests.integration.runs import (
     step_of,
     tokens_of,
 )
-from training import step as stepping
-from training import tokens
-from training.data import word_targets
-from training.objectives import alignment_loss, answer_loss, diversity_loss, first_k_loss, first_logits, margin_loss
-from training.step import Run, teacher_logits, weights_of, with_mode
-from training.tokens import Tokens
 
 EVERYTHING = {f"{name}_weight": weight for name, weight in WEIGHTS.items()}
 SHORT = [

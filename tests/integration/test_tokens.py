@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from bridge.config import BridgeConfig
-from bridge.evaluation.tasks import REPEAT, Example
-from bridge.models import FrozenLM, load_model
-from bridge.prompt import IGNORE, LATENT, TEXT, compose
-from bridge.reader import tokenize_source
+from latentwire.bridge.config import BridgeConfig
+from latentwire.bridge.evaluation.tasks import REPEAT, Example
+from latentwire.bridge.models import FrozenLM, load_model
+from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, compose
+from latentwire.bridge.reader import tokenize_source
+from latentwire.training import tokens as module
+from latentwire.training.config import TrainConfig
+from latentwire.training.prepare import prepare
+from latentwire.training.tokens import Tokeniser, Tokens, flatten, unflatten
 from tests.conftest import FAMILIES, bridge_config, write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import prepared, quiet, said, task_of
-from training import tokens as module
-from training.config import TrainConfig
-from training.prepare import prepare
-from training.tokens import Tokeniser, Tokens, flatten, unflatten
 
 EXAMPLES = [
     Example("Mara wants tea.", "{latent}\nQuestion: What does Mara want?\nAnswer:", " tea"),

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from bridge.checkpoint import load_bridge, read_manifest
-from bridge.errors import InvalidRequest, LatentWireError, TrainingFailed
-from bridge.evaluation.tasks import load_task
-from bridge.models import FrozenLM, fingerprint_of, load_model
+from latentwire.bridge.checkpoint import load_bridge, read_manifest
+from latentwire.bridge.errors import InvalidRequest, LatentWireError, TrainingFailed
+from latentwire.bridge.evaluation.tasks import load_task
+from latentwire.bridge.models import FrozenLM, fingerprint_of, load_model
+from latentwire.training import alarms, loop
+from latentwire.training.loop import train
+from latentwire.training.monitor import StepRecord
 from tests.conftest import GATED, byte_tokenizer
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
@@ -29,9 +32,6 @@ from tests.integration.runs import (
     steps_taken,
     task_of,
 )
-from training import alarms, loop
-from training.loop import train
-from training.monitor import StepRecord
 
 FEW = [(f"Mara has {w}.", " What?", w) for w in ("cats", "a dog", "tea", "no idea")]
 LABELLED = """
@@ -295,9 +295,9 @@ def test_held_out_examples_come_from_the_training_split_alone_and_are_never_trai
 def test_an_alarm_is_said_and_written_and_stops_the_run_when_asked(
     make: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.alarms.WINDOW", 2)
-    monkeypatch.setattr("training.alarms.LENGTHS", dict.fromkeys(alarms.LENGTHS, 2))
-    monkeypatch.setattr("training.alarms.FIRST_TOKEN_TOP1", 1.1)  # nothing is good enough
+    monkeypatch.setattr("latentwire.training.alarms.WINDOW", 2)
+    monkeypatch.setattr("latentwire.training.alarms.LENGTHS", dict.fromkeys(alarms.LENGTHS, 2))
+    monkeypatch.setattr("latentwire.training.alarms.FIRST_TOKEN_TOP1", 1.1)  # nothing is good enough
     console, config = quiet(), make(alignment_steps=0, warmup_steps=0, on_collapse="stop", max_steps=9)
     with pytest.raises(TrainingFailed, match="stopped and saved: ") as caught:
         train(config, console)

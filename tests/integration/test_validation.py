@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from bridge import engine
-from bridge.checkpoint import save_bridge
-from bridge.evaluation import report
-from bridge.evaluation.conditions import CONDITIONS, Setting, answer, open_setting
-from bridge.evaluation.debug import shown
-from bridge.evaluation.tasks import Example
-from bridge.prompt import collate
+from latentwire.bridge import engine
+from latentwire.bridge.checkpoint import save_bridge
+from latentwire.bridge.evaluation import report
+from latentwire.bridge.evaluation.conditions import CONDITIONS, Setting, answer, open_setting
+from latentwire.bridge.evaluation.debug import shown
+from latentwire.bridge.evaluation.tasks import Example
+from latentwire.bridge.prompt import collate
+from latentwire.training.loop import BEST, train
+from latentwire.training.objectives import answer_loss
+from latentwire.training.step import Run
+from latentwire.training.validation import is_better, metric_of, validate
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, prepared, quiet, said, step_of, task_of
-from training.loop import BEST, train
-from training.objectives import answer_loss
-from training.step import Run
-from training.validation import is_better, metric_of, validate
 
 ROWS = [(f"Number {n}{' and so on' * n}.", f"\nWhich of {n}?", f" {n}") for n in range(1, 13)]
 

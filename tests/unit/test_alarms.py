@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from training import alarms
-from training.alarms import CONDITIONS, PLATEAU, PROBES, WINDOW, Alarm, Alarms
-from training.monitor import StepRecord
+from latentwire.training import alarms
+from latentwire.training.alarms import CONDITIONS, PLATEAU, PROBES, WINDOW, Alarm, Alarms
+from latentwire.training.monitor import StepRecord
 
 WARM_UP = 20
 JUDGED = WARM_UP + WINDOW  # the first step at which answers are judged

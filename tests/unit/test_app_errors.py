@@ -7,9 +7,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from bridge import errors
-from service.app import RETRY_LATER, STATUS, create_app
-from service.settings import Settings
+from latentwire.bridge import errors
+from latentwire.service.app import RETRY_LATER, STATUS, create_app
+from latentwire.service.settings import Settings
 
 
 def subclasses(kind: type[errors.LatentWireError]) -> Iterator[type[errors.LatentWireError]]:

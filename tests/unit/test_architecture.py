@@ -9,43 +9,50 @@ from pathlib import Path
 
 import pytest
 
-from bridge import errors
+from latentwire.bridge import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT: dict[str, set[str]] = {
     "bridge": set(),
-    "training": {"bridge"},
-    "service": {"bridge"},
-    "service/__main__.py": {"bridge", "training"},  # the composition root: the one place where all three meet
+    "training": {"latentwire.bridge"},
+    "service": {"latentwire.bridge"},
+    # the composition root: the one place where all three meet
+    "service/__main__.py": {"latentwire.bridge", "latentwire.training"},
 }
-FIRST_PARTY = {"bridge", "training", "service", "tests", "benchmarks"}
+FIRST_PARTY = {"latentwire.bridge", "latentwire.training", "latentwire.service", "tests", "benchmarks"}
 ONLY_IN_SERVICE = {"fastapi", "redis", "prometheus_client", "starlette", "uvicorn"}
 FILES = sorted(path for top in ("bridge", "training", "service") for path in (ROOT / top).rglob("*.py"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def imports(path: Path) -> set[str]:
-    """Top names of everything a file imports, inside functions too."""
+    """Top names of everything a file imports, inside functions too; of our own, the folders."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {top_name(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path} imports relatively"
-            names.add(node.module.split(".")[0])
+            names |= {top_name(f"{node.module}.{alias.name}") for alias in node.names}
     return names
+
+
+def top_name(module: str) -> str:
+    """``os`` of ``os.path``, ``latentwire.bridge`` of ``latentwire.bridge.config``."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "latentwire" else 1])
 
 
 def test_the_walk_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
     file = tmp_path / "odd.py"
-    file.write_text("import a.b\ndef f():\n    from c.d import e\n    import g as h\n")
-    assert imports(file) == {"a", "c", "g"}
+    file.write_text("import a.b\ndef f():\n    from c.d import e\n    import g as h\nfrom latentwire import bridge\n")
+    assert imports(file) == {"a", "c", "g", "latentwire.bridge"}
 
 
 @each_file
 def test_imports_follow_the_arrows(path: Path) -> None:
     name, top = str(path.relative_to(ROOT)), path.relative_to(ROOT).parts[0]
-    assert imports(path) & FIRST_PARTY <= MAY_IMPORT.get(name, MAY_IMPORT[top]) | {top}
+    assert imports(path) & FIRST_PARTY <= MAY_IMPORT.get(name, MAY_IMPORT[top]) | {f"latentwire.{top}"}
 
 
 @each_file
@@ -72,11 +79,14 @@ def test_ids_become_text_in_one_place_or_untidied(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bridge", "training", "service"])
 def test_no_other_distribution_shadows_our_names(name: str) -> None:
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"latentwire.{name}")
     assert module.__file__ is not None and Path(module.__file__).parent == ROOT / name
 
 
-@pytest.mark.parametrize("module", ["bridge.errors", "bridge.wire", "bridge.config", "service.client"])
+@pytest.mark.parametrize(
+    "module",
+    ["latentwire.bridge.errors", "latentwire.bridge.wire", "latentwire.bridge.config", "latentwire.service.client"],
+)
 def test_a_client_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import (
+from latentwire.bridge.errors import (
     InferenceFailed,
     InsufficientMemory,
     InvalidRequest,
@@ -18,7 +18,7 @@ from bridge.errors import (
     Overloaded,
     TooLarge,
 )
-from service.batching import Batcher, Load
+from latentwire.service.batching import Batcher, Load
 
 LONG = 10.0
 

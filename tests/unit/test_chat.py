@@ -8,13 +8,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bridge.config import Chat, Layout, Turn
-from bridge.engine import generate
-from bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
-from bridge.models import FrozenLM
-from bridge.prompt import IGNORE, TEXT, check_layout, compose, layout_for, place
-from bridge.reader import Reader, end_ids_of, text_ids
-from bridge.sampling import SamplingParams
+from latentwire.bridge.config import Chat, Layout, Turn
+from latentwire.bridge.engine import generate
+from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import IGNORE, TEXT, check_layout, compose, layout_for, place
+from latentwire.bridge.reader import Reader, end_ids_of, text_ids
+from latentwire.bridge.sampling import SamplingParams
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"

@@ -19,10 +19,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge import wire
-from bridge.errors import InvalidMessage
-from service import client_protocol as protocol
-from service.client import AsyncClient, Bridge, Client, Encoded, Evaluation, Generated, Latent, ServiceError, Token
+from latentwire.bridge import wire
+from latentwire.bridge.errors import InvalidMessage
+from latentwire.service import client_protocol as protocol
+from latentwire.service.client import (
+    AsyncClient,
+    Bridge,
+    Client,
+    Encoded,
+    Evaluation,
+    Generated,
+    Latent,
+    ServiceError,
+    Token,
+)
 
 NUMBERS = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
 MESSAGE = wire.encode(NUMBERS, "0" * 32, "float32")
@@ -71,7 +81,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_client_needs_neither_a_model_library_nor_a_server_library() -> None:
     heavy = {"torch", "transformers", "fastapi", "starlette", "pydantic", "redis"}
-    code = f"import sys, service.client; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, latentwire.service.client; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,13 +8,23 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bridge.config import BridgeConfig
-from bridge.evaluation.tasks import Example, load_task
-from bridge.models import FrozenLM
+from latentwire.bridge.config import BridgeConfig
+from latentwire.bridge.evaluation.tasks import Example, load_task
+from latentwire.bridge.models import FrozenLM
+from latentwire.training.config import read_config
+from latentwire.training.data import (
+    AHEAD,
+    GROUPED,
+    Order,
+    Prefetch,
+    Subset,
+    chunks,
+    split_off,
+    stratified,
+    word_targets,
+)
+from latentwire.training.tokens import Tokeniser
 from tests.conftest import bridge_config
-from training.config import read_config
-from training.data import AHEAD, GROUPED, Order, Prefetch, Subset, chunks, split_off, stratified, word_targets
-from training.tokens import Tokeniser
 
 
 def length_of(index: int) -> int:

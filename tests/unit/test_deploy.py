@@ -15,8 +15,8 @@ import yaml
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.app import create_app
-from service.settings import PREFIX, Settings
+from latentwire.service.app import create_app
+from latentwire.service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -212,9 +212,13 @@ def test_the_image_serves_and_keeps_models_in_its_volume() -> None:
 
 def test_the_health_checks_ask_where_the_service_says_it_listens() -> None:
     """What they find, the tests of ``service.health`` say."""
-    assert json.loads(instructions("HEALTHCHECK")[0].split(" CMD ")[1]) == ["python", "-Pm", "service.health"]
+    assert json.loads(instructions("HEALTHCHECK")[0].split(" CMD ")[1]) == [
+        "python",
+        "-Pm",
+        "latentwire.service.health",
+    ]
     test = COMPOSE["services"]["latentwire"]["healthcheck"]["test"]
-    assert test == ["CMD", "python", "-Pm", "service.health", "ready"]
+    assert test == ["CMD", "python", "-Pm", "latentwire.service.health", "ready"]
 
 
 def test_any_user_of_group_0_may_write_where_the_image_is_written_to() -> None:

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, PreTrainedTokenizerFast
 
-from bridge.answer import Answer, Generation, Odds, Transcript
-from bridge.detokenise import UNFINISHED, Text, decode
-from bridge.models import load_reader
-from bridge.reader import Reader
-from bridge.sampling import SamplingParams
+from latentwire.bridge.answer import Answer, Generation, Odds, Transcript
+from latentwire.bridge.detokenise import UNFINISHED, Text, decode
+from latentwire.bridge.models import load_reader
+from latentwire.bridge.reader import Reader
+from latentwire.bridge.sampling import SamplingParams
 
 MATERIAL = Path(__file__).resolve().parents[3] / "shared" / "models"
 FAMILY = "👨‍👩‍👧‍👦"

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from bridge import devices
-from bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
-from bridge.errors import InvalidRequest
-from bridge.evaluation.conditions import open_setting
-from bridge.models import FrozenLM
-from service.__main__ import main
-from service.runtime import Runtime
-from service.settings import Settings
-from training.config import TrainConfig
-from training.controls import control_config
+from latentwire.bridge import devices
+from latentwire.bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.conditions import open_setting
+from latentwire.bridge.models import FrozenLM
+from latentwire.service.__main__ import main
+from latentwire.service.runtime import Runtime
+from latentwire.service.settings import Settings
+from latentwire.training.config import TrainConfig
+from latentwire.training.controls import control_config
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.diversity import diversity
+from latentwire.bridge.diversity import diversity
 
 
 def test_the_same_answer_to_everything_is_seen_although_its_words_are_many() -> None:

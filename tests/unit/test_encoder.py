@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.config import EncoderConfig, EncoderKind
-from bridge.encoder import Encoder, make_encoder
+from latentwire.bridge.config import EncoderConfig, EncoderKind
+from latentwire.bridge.encoder import Encoder, make_encoder
 
 N, C = 12, 8
 KINDS: tuple[EncoderKind, ...] = get_args(EncoderKind)

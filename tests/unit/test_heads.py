@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.config import Fingerprint, Head, Layout, ModelRef
-from bridge.heads import SoftTokenHead
-from bridge.models import FrozenLM
+from latentwire.bridge.config import Fingerprint, Head, Layout, ModelRef
+from latentwire.bridge.heads import SoftTokenHead
+from latentwire.bridge.models import FrozenLM
 
 
 def head_of(width: int, rms: float) -> SoftTokenHead:

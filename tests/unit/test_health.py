@@ -1,4 +1,4 @@
-"""``python -m service.health`` finds the service of its container, wherever that was told to listen."""
+"""``python -m latentwire.service.health`` finds the service of its container, wherever that was told to listen."""
 
 import logging
 import socket
@@ -11,8 +11,8 @@ from threading import Thread
 
 import pytest
 
-from service import health
-from service.health import written_down
+from latentwire.service import health
+from latentwire.service.health import written_down
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -47,7 +47,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask(*question: str) -> subprocess.CompletedProcess[str]:
     """A probe; it inherits TMPDIR as one in a container does."""
-    return subprocess.run([sys.executable, "-Pm", "service.health", *question], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-Pm", "latentwire.service.health", *question], capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("server", ["127.0.0.1", "0.0.0.0"], indirect=True)

@@ -8,9 +8,9 @@ from pydantic import BaseModel, Field
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from service.__main__ import app
-from service.flags import flags_of
-from training.config import TrainConfig
+from latentwire.service.__main__ import app
+from latentwire.service.flags import flags_of
+from latentwire.training.config import TrainConfig
 
 COLUMNS = 80
 FLAGS = re.compile(r"--[\w-]+…?")

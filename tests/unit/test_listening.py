@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import InvalidRequest
-from service import listening
-from service.listening import listen, url
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.service import listening
+from latentwire.service.listening import listen, url
 
 Listen = Callable[[str, int], list[socket.socket]]
 

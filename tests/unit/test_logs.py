@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bridge.errors import InvalidRequest
-from service import logs
-from service.logs import CHATTY, configure, restore
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.service import logs
+from latentwire.service.logs import CHATTY, configure, restore
 
 ROOT = Path(__file__).resolve().parents[2]
-log = logging.getLogger("bridge.somewhere")
+log = logging.getLogger("latentwire.bridge.somewhere")
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +53,11 @@ def test_the_console_has_lines_from_its_level_on_and_the_file_has_objects(tmp_pa
     log.debug("nobody sees this")
     log.info("loaded %s", "a model", extra={"step": 7})
     log.warning("bräuchte mehr")
-    assert said(stream) == ["WARNING bridge.somewhere: bräuchte mehr"]
+    assert said(stream) == ["WARNING latentwire.bridge.somewhere: bräuchte mehr"]
     first, second = records(file)
     time = datetime.fromisoformat(first.pop("time"))
     assert time.utcoffset() == timedelta(0) and abs(datetime.now(UTC) - time) < timedelta(minutes=1)
-    assert first == {"level": "info", "logger": "bridge.somewhere", "message": "loaded a model", "step": 7}
+    assert first == {"level": "info", "logger": "latentwire.bridge.somewhere", "message": "loaded a model", "step": 7}
     assert (second["level"], second["message"]) == ("warning", "bräuchte mehr") and "step" not in second
 
 
@@ -65,7 +65,7 @@ def test_debug_reaches_both(tmp_path: Path) -> None:
     stream = io.StringIO()
     configure("debug", file=tmp_path / "run.log", console=stream)
     log.debug("seen")
-    assert said(stream) == ["DEBUG bridge.somewhere: seen"]
+    assert said(stream) == ["DEBUG latentwire.bridge.somewhere: seen"]
     assert [record["message"] for record in records(tmp_path / "run.log")] == ["seen"]
 
 
@@ -94,7 +94,7 @@ def test_a_repeated_warning_is_shown_at_powers_of_ten_and_its_total_at_the_end(
         total = "" if count in (10, 100) else " in all"
         wanted.append(f"the queue is 90% full ({count} times{total})")
     assert [record["message"] for record in records(file)] == wanted
-    assert said(stream) == [f"WARNING bridge.somewhere: {line}" for line in wanted]
+    assert said(stream) == [f"WARNING latentwire.bridge.somewhere: {line}" for line in wanted]
 
 
 def test_only_the_same_warning_of_the_same_logger_is_folded() -> None:
@@ -106,8 +106,8 @@ def test_only_the_same_warning_of_the_same_logger_is_folded() -> None:
         log.info("said each time")
     logging.getLogger("other").warning("step 1")
     assert [line for line in said(stream) if "step" in line] == [
-        "WARNING bridge.somewhere: step 1", "ERROR bridge.somewhere: step 1",
-        "WARNING bridge.somewhere: step 2", "ERROR bridge.somewhere: step 2",
+        "WARNING latentwire.bridge.somewhere: step 1", "ERROR latentwire.bridge.somewhere: step 1",
+        "WARNING latentwire.bridge.somewhere: step 2", "ERROR latentwire.bridge.somewhere: step 2",
         "WARNING other: step 1",
     ]  # fmt: skip
     assert sum("said each time" in line for line in said(stream)) == 3
@@ -119,15 +119,15 @@ def test_counting_is_bounded_and_what_is_forgotten_says_its_total(monkeypatch: p
     configure("info", console=stream)
     for text in ("a", "b", "a", "a", "b", "c"):
         log.warning(text)
-    assert said(stream)[-1] == "WARNING bridge.somewhere: a (3 times in all)"
+    assert said(stream)[-1] == "WARNING latentwire.bridge.somewhere: a (3 times in all)"
     log.warning("d")
-    assert said(stream)[-1] == "WARNING bridge.somewhere: b (2 times in all)"
+    assert said(stream)[-1] == "WARNING latentwire.bridge.somewhere: b (2 times in all)"
 
 
 EXITS = """
 import logging, sys
 from pathlib import Path
-from service.logs import configure
+from latentwire.service.logs import configure
 configure("info", file=Path(sys.argv[1]), console=sys.stderr)
 for _ in range(3):
     logging.getLogger("x").warning("again")
@@ -164,7 +164,7 @@ def test_a_full_file_is_rotated_and_only_so_many_are_kept(tmp_path: Path, monkey
 APPENDS = """
 import io, logging, sys
 from pathlib import Path
-from service.logs import configure
+from latentwire.service.logs import configure
 configure("error", file=Path(sys.argv[1]), console=io.StringIO())
 sys.stdin.read(1)
 for number in range(400):
@@ -191,7 +191,7 @@ def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
 WARNS = """
 import sys, warnings
 from pathlib import Path
-from service.logs import configure
+from latentwire.service.logs import configure
 warnings.simplefilter("always")
 configure("info", file=Path(sys.argv[1]), console=sys.stderr)
 for _ in range(2):
@@ -211,12 +211,12 @@ def test_a_rich_console_shows_a_record_as_it_is_on_one_line() -> None:
     stream = io.StringIO()
     configure("info", console=Console(file=stream, width=40, force_terminal=False))
     log.info("[bold]a/b[/bold] :smile: " + "x" * 100)
-    assert said(stream) == ["INFO bridge.somewhere: [bold]a/b[/bold] :smile: " + "x" * 100]
+    assert said(stream) == ["INFO latentwire.bridge.somewhere: [bold]a/b[/bold] :smile: " + "x" * 100]
 
 
 LIBRARY = """
 import logging, sys
-from service.logs import configure
+from latentwire.service.logs import configure
 if sys.argv[2] == "imported":
     from transformers.utils.logging import get_logger
 configure(sys.argv[1], console=sys.stderr)
@@ -254,7 +254,7 @@ def test_configuring_again_replaces_what_was_set(tmp_path: Path) -> None:
     configure("info", file=tmp_path / "first.log", console=first)
     configure("info", console=second)
     log.info("once")
-    assert said(second) == ["INFO bridge.somewhere: once"]
+    assert said(second) == ["INFO latentwire.bridge.somewhere: once"]
     assert first.getvalue() == "" == (tmp_path / "first.log").read_text()
 
 
@@ -270,4 +270,4 @@ def test_a_file_that_cannot_be_written_is_refused_and_what_was_set_stays(tmp_pat
     with pytest.raises(InvalidRequest, match=rf"log file {tmp_path}: Is a directory"):
         configure("info", file=tmp_path, console=io.StringIO())
     log.info("still here")
-    assert said(stream) == ["INFO bridge.somewhere: still here"]
+    assert said(stream) == ["INFO latentwire.bridge.somewhere: still here"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.evaluation.metrics import bootstrap, exact_match, normalise, token_f1
+from latentwire.bridge.evaluation.metrics import bootstrap, exact_match, normalise, token_f1
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from bridge.errors import InvalidRequest
-from bridge.prompt import IGNORE
-from tests.integration.conftest import make
-from tests.integration.runs import log_of, quiet, said
-from training.loop import train
-from training.monitor import (
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.prompt import IGNORE
+from latentwire.training.loop import train
+from latentwire.training.monitor import (
     ANSWER_FIELDS,
     EVENTS,
     LOG,
@@ -29,6 +27,8 @@ from training.monitor import (
     records_of,
     watch,
 )
+from tests.integration.conftest import make
+from tests.integration.runs import log_of, quiet, said
 
 __all__ = ["make"]  # a fixture of the runs
 

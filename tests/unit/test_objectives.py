@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.prompt import IGNORE
-from training.objectives import (
+from latentwire.bridge.prompt import IGNORE
+from latentwire.training.objectives import (
     alignment_loss,
     answer_loss,
     answers_right,

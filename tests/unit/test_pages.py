@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bridge.errors import Forbidden
-from service.pages import Pages
-from service.settings import Settings
+from latentwire.bridge.errors import Forbidden
+from latentwire.service.pages import Pages
+from latentwire.service.settings import Settings
 
 OWN = "127.0.0.1:8000"
 ANYWHERE: dict[str, Any] = {"host": "0.0.0.0", "insecure": True}

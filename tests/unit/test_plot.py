@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from bridge.checkpoint import BUILTIN_BRIDGE, CONFIG
-from bridge.errors import InvalidRequest
-from training.alarms import CONDITIONS
-from training.curves import STYLE, RunLog, best_of, draw_panel
-from training.monitor import EVENTS, LOG
-from training.plot import PAIR, SINGLE, facts, page, panels_of, picture, plot, read_run
+from latentwire.bridge.checkpoint import BUILTIN_BRIDGE, CONFIG
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.training.alarms import CONDITIONS
+from latentwire.training.curves import STYLE, RunLog, best_of, draw_panel
+from latentwire.training.monitor import EVENTS, LOG
+from latentwire.training.plot import PAIR, SINGLE, facts, page, panels_of, picture, plot, read_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 MEASURES = (

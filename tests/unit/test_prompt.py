@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from transformers import PreTrainedTokenizerFast
 
-from bridge.config import Layout
-from bridge.errors import IncompatibleBridge, InvalidRequest
-from bridge.models import FrozenLM
-from bridge.prompt import (
+from latentwire.bridge.config import Layout
+from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import (
     IGNORE,
     TEXT,
     Row,
@@ -27,7 +27,7 @@ from bridge.prompt import (
     place,
     split_template,
 )
-from bridge.reader import text_ids
+from latentwire.bridge.reader import text_ids
 from tests.conftest import byte_tokenizer
 
 TEMPLATE = "Review: {latent}\nSentiment:"

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from bridge.config import SourceLayout
-from bridge.errors import InvalidRequest, ModelUnavailable
-from bridge.reader import Reader, end_ids_of, ids_of_texts, text_ids, text_offsets, tokenize_source
+from latentwire.bridge.config import SourceLayout
+from latentwire.bridge.errors import InvalidRequest, ModelUnavailable
+from latentwire.bridge.reader import Reader, end_ids_of, ids_of_texts, text_ids, text_offsets, tokenize_source
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MARKS = ["<|endoftext|>", "<think>", "<tool_call>"]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from bridge import reader
-from bridge.models import load_reader
-from bridge.reader import ids_of_texts, text_ids
+from latentwire.bridge import reader
+from latentwire.bridge.models import load_reader
+from latentwire.bridge.reader import ids_of_texts, text_ids
 
 FAMILY = "👨‍👩‍👧‍👦"
 

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from bridge.evaluation.html import page
-from bridge.evaluation.report import MEANING
+from latentwire.bridge.evaluation.html import page
+from latentwire.bridge.evaluation.report import MEANING
 
 EVIL = "<script>alert('\"&')</script>"
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.sampling import SamplingParams, choose
+from latentwire.bridge.sampling import SamplingParams, choose
 
 LOGITS = torch.tensor([0.2, 2.0, 1.0, -1.0, 1.9])
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers.generation.continuous_batching.requests import RequestState
 
-from bridge.answer import Answer
-from bridge.continuous import _Scheduler
-from bridge.models import load_reader
-from bridge.sampling import SamplingParams
+from latentwire.bridge.answer import Answer
+from latentwire.bridge.continuous import _Scheduler
+from latentwire.bridge.models import load_reader
+from latentwire.bridge.sampling import SamplingParams
 
 
 @pytest.mark.parametrize(("cancelled", "blocked"), [({"a"}, False), (set(), True)])

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bridge.errors import InvalidMessage
-from service.schemas import EncodeRequest, GenerateRequest, Input, message_of
+from latentwire.bridge.errors import InvalidMessage
+from latentwire.service.schemas import EncodeRequest, GenerateRequest, Input, message_of
 
 
 def asked(**fields: Any) -> GenerateRequest:

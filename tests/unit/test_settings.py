@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, service_links
+from latentwire.service.settings import Settings, service_links
 
 
 def test_the_defaults_are_valid_and_local() -> None:

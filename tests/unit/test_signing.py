@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bridge import wire
-from bridge.errors import InvalidMessage, InvalidRequest
+from latentwire.bridge import wire
+from latentwire.bridge.errors import InvalidMessage, InvalidRequest
 
 DTYPES = get_args(wire.DType)
 BRIDGE, OTHER = "00112233445566778899aabbccddeeff", "ff" * 16

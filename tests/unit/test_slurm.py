@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import InvalidRequest
-from training import slurm
-from training.slurm import SlurmJob, check, read_job, render, seconds_of
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.training import slurm
+from latentwire.training.slurm import SlurmJob, check, read_job, render, seconds_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy/slurm"
@@ -82,7 +82,7 @@ def test_a_working_directory_reaches_sbatch_as_one_word(folder: str) -> None:
     [
         ({"gpus": 0}, "latentwire train", "kill -USR1"),
         ({"gpus": 1}, "latentwire train", "kill -USR1"),
-        ({"gpus": 4}, "torchrun --standalone --nproc-per-node 4 -m service train", "pkill -USR1 -P"),
+        ({"gpus": 4}, "torchrun --standalone --nproc-per-node 4 -m latentwire train", "pkill -USR1 -P"),
         ({"gpus": 4, "nodes": 2, "cpus": 8}, "srun --kill-on-bad-exit=1 --cpus-per-task=8 bash -c", "kill -USR1"),
         ({"nodes": 2}, "srun --kill-on-bad-exit=1 bash -c", "kill -USR1"),
     ],
@@ -165,7 +165,7 @@ def test_a_job_without_a_run_or_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_making_a_script_needs_no_torch() -> None:
-    code = "import sys, training.slurm; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, latentwire.training.slurm; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.errors import StoreUnavailable, UnknownBridge
-from service.redis_store import RedisStore
-from service.store import (
+from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
+from latentwire.service.redis_store import RedisStore
+from latentwire.service.store import (
     MemoryStore,
     Sent,
     Store,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import InvalidRequest
-from bridge.evaluation.tasks import Example, Task, load_task
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.tasks import Example, Task, load_task
 
 SENTIMENT = """
 name = "sst"

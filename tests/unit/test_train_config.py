@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import InvalidRequest
-from training.config import TrainConfig, demo_config, read_config
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.training.config import TrainConfig, demo_config, read_config
 
 KEYS = {"sender": "a", "receiver": "b", "task": "world", "out": "c"}
 
@@ -30,7 +30,7 @@ def test_a_file_and_flags_mean_the_same(tmp_path: Path) -> None:
 
 
 def test_every_key_is_a_flag_and_every_flag_a_key() -> None:
-    from service.__main__ import train as command
+    from latentwire.service.__main__ import train as command
 
     flags = {name.rstrip("_") for name in inspect.signature(command).parameters}
     assert flags - {"config", "resume", "overwrite", "debug", "log_level"} == set(TrainConfig.model_fields)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.fuzz import BRIDGE, KEY, Case, Seen, decode, fuzz, latent_of, sealed
-from bridge import wire
-from bridge.errors import InvalidMessage
+from latentwire.bridge import wire
+from latentwire.bridge.errors import InvalidMessage
 
 COUNT = 2000
 KINDS = {"decoded", "InvalidMessage", "Forbidden", "IncompatibleBridge"}

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.evaluation import world
-from bridge.evaluation.tasks import World, world_task
+from latentwire.bridge.evaluation import world
+from latentwire.bridge.evaluation.tasks import World, world_task
 
 SPLITS: tuple[world.Split, world.Split] = ("train", "test")
 

@@ -1,1 +1,1 @@
-"""How the pair of small language models that ships with the product is made: ``python -m training.builtin llama``."""
+"""How the built-in pair of small language models is made: ``python -m latentwire.training.builtin llama``."""

@@ -1,4 +1,4 @@
-"""Make one of the built-in models: ``python -m training.builtin llama --out bridge/builtin/llama``."""
+"""Make one of the built-in models: ``python -m latentwire.training.builtin llama --out bridge/builtin/llama``."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bridge.evaluation import world
-from training.builtin.documents import END, Piece, document
-from training.builtin.recipe import RECIPES, Recipe, optimisers
+from latentwire.bridge.evaluation import world
+from latentwire.training.builtin.documents import END, Piece, document
+from latentwire.training.builtin.recipe import RECIPES, Recipe, optimisers
 
 WINDOW = 8
 """Batches are cut from this many batches of documents sorted by length: two in five tokens were padding without."""

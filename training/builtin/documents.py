@@ -11,7 +11,7 @@ from random import Random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bridge.evaluation import world
+from latentwire.bridge.evaluation import world
 
 END = "<end>"
 BACKGROUND = 0.1

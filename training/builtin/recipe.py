@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from training.builtin.documents import Mixture, piece_tokenizer, word_tokenizer
-from training.muon import Muon
+from latentwire.training.builtin.documents import Mixture, piece_tokenizer, word_tokenizer
+from latentwire.training.muon import Muon
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,18 @@ import torch
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
-from bridge.checkpoint import make_bridge, read_manifest, save_bridge
-from bridge.errors import ModelUnavailable
-from bridge.evaluation.conditions import open_setting
-from bridge.models import FrozenLM, load_model
-from bridge.prompt import TEXT
-from service.app import create_app
-from service.settings import Settings
+from latentwire.bridge.checkpoint import make_bridge, read_manifest, save_bridge
+from latentwire.bridge.errors import ModelUnavailable
+from latentwire.bridge.evaluation.conditions import open_setting
+from latentwire.bridge.models import FrozenLM, load_model
+from latentwire.bridge.prompt import TEXT
+from latentwire.service.app import create_app
+from latentwire.service.settings import Settings
+from latentwire.training.loop import train
 from tests.conftest import bridge_config, write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import quiet
 from tests.integration.service.conftest import wait_until_ready
-from training.loop import train
 
 MARKUP = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"

@@ -22,10 +22,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bridge import wire
-from service.app import create_app
-from service.client import AsyncClient, Client, Evaluation, Generated, Latent, ServiceError, Token
-from service.settings import Settings
+from latentwire.bridge import wire
+from latentwire.service.app import create_app
+from latentwire.service.client import AsyncClient, Client, Evaluation, Generated, Latent, ServiceError, Token
+from latentwire.service.settings import Settings
 from tests.ports import free_port
 
 LONG_SECONDS = 20.0

@@ -25,9 +25,9 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ByteSize
 
-from service import serving
-from service.app import create_app
-from service.settings import Settings
+from latentwire.service import serving
+from latentwire.service.app import create_app
+from latentwire.service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, until
 from tests.integration.service.test_storm import ASK, ask, at_rest, connect, listening, request, rest
 from tests.ports import free_port

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from bridge import wire
-from service.settings import Settings
+from latentwire.bridge import wire
+from latentwire.service.settings import Settings
 
 Refused = Callable[..., dict[str, Any]]
 Start = Callable[..., TestClient]

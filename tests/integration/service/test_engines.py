@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.errors import InferenceFailed
-from bridge.models import BUILTIN, FrozenLM
-from bridge.residency import Residency
-from bridge.running import Engine
-from service import engines as module
-from service.engines import Engines
+from latentwire.bridge.errors import InferenceFailed
+from latentwire.bridge.models import BUILTIN, FrozenLM
+from latentwire.bridge.residency import Residency
+from latentwire.bridge.running import Engine
+from latentwire.service import engines as module
+from latentwire.service.engines import Engines
 
 NAMES = "builtin:llama", str(BUILTIN / "llama")
 

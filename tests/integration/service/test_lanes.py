@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from bridge import reader
-from service import served
-from service.lanes import LONG_CHARACTERS, Lanes
+from latentwire.bridge import reader
+from latentwire.service import served
+from latentwire.service.lanes import LONG_CHARACTERS, Lanes
 from tests.integration.service.conftest import HELD_SECONDS, Gate, Start, until
 
 LONG = "_" * (LONG_CHARACTERS + 1)

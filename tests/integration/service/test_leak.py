@@ -9,18 +9,18 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from bridge.checkpoint import make_bridge, save_bridge
-from bridge.continuous import ContinuousEngine
-from bridge.errors import InvalidRequest
-from bridge.models import load_model
-from bridge.padded import PaddedEngine
-from bridge.prompt import TEXT, compose, layout_for
-from bridge.running import Engine, Soft
-from bridge.sampling import SamplingParams
+from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.continuous import ContinuousEngine
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.models import load_model
+from latentwire.bridge.padded import PaddedEngine
+from latentwire.bridge.prompt import TEXT, compose, layout_for
+from latentwire.bridge.running import Engine, Soft
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.training.loop import train
 from tests.conftest import bridge_config, write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import quiet
-from training.loop import train
 
 Start = Callable[..., TestClient]
 ROWS = 259  # of the byte tokenizer: three special tokens and an id for each byte

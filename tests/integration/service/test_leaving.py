@@ -13,11 +13,11 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
-from bridge import engine
-from bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
-from service.attending import attend
-from service.keys import hash_of, key_line
-from service.settings import Settings
+from latentwire.bridge import engine
+from latentwire.bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
+from latentwire.service.attending import attend
+from latentwire.service.keys import hash_of, key_line
+from latentwire.service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
 Start = Callable[..., TestClient]

@@ -21,14 +21,14 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from pydantic import SecretStr
 
-from bridge.checkpoint import make_bridge, save_bridge
-from bridge.config import Head
-from bridge.models import FrozenLM
-from bridge.prompt import layout_for
-from service.app import create_app
-from service.keys import SCOPES, hash_of, key_line
-from service.schemas import TokenLogprobOut
-from service.settings import Settings
+from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.config import Head
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import layout_for
+from latentwire.service.app import create_app
+from latentwire.service.keys import SCOPES, hash_of, key_line
+from latentwire.service.schemas import TokenLogprobOut
+from latentwire.service.settings import Settings
 from tests.conftest import TEMPLATE, bridge_config
 from tests.integration.service.conftest import HELD_SECONDS, READY_SECONDS, until
 

@@ -9,8 +9,8 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from service.keys import hash_of, key_line
-from service.settings import Settings
+from latentwire.service.keys import hash_of, key_line
+from latentwire.service.settings import Settings
 
 Start = Callable[..., TestClient]
 ORIGIN = "https://app.example"

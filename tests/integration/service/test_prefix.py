@@ -8,8 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from service.keys import hash_of, key_line
-from service.settings import Settings
+from latentwire.service.keys import hash_of, key_line
+from latentwire.service.settings import Settings
 
 Start = Callable[..., TestClient]
 ASK = {"inputs": [{"text": "Mara sings."}], "prompt": "What?", "max_tokens": 2}

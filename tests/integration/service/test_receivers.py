@@ -9,13 +9,13 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from bridge.checkpoint import make_bridge, save_bridge
-from bridge.config import Head
-from bridge.local import answer, encode_text
-from bridge.models import FrozenLM
-from bridge.prompt import layout_for
-from bridge.sampling import SamplingParams
-from bridge.wire import decode, encode
+from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.config import Head
+from latentwire.bridge.local import answer, encode_text
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import layout_for
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.wire import decode, encode
 from tests.conftest import TEMPLATE, bridge_config
 
 Start = Callable[..., TestClient]

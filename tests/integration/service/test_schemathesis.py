@@ -16,8 +16,8 @@ from schemathesis import config
 from schemathesis.engine import events, from_schema
 from schemathesis.generation import GenerationMode
 
-from service.app import create_app
-from service.settings import Settings
+from latentwire.service.app import create_app
+from latentwire.service.settings import Settings
 from tests.integration.service.test_storm import at_rest, listening
 
 MOST_EXAMPLES = 12  # of each operation, beside the borders of its fields

@@ -12,11 +12,11 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from bridge import continuous, wire
-from service.app import create_app
-from service.keys import SCOPES, hash_of, key_line
-from service.security import access_of
-from service.settings import Settings
+from latentwire.bridge import continuous, wire
+from latentwire.service.app import create_app
+from latentwire.service.keys import SCOPES, hash_of, key_line
+from latentwire.service.security import access_of
+from latentwire.service.settings import Settings
 
 Start = Callable[..., TestClient]
 ASK = {"prompt": "Where?", "max_tokens": 2}

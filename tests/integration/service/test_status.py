@@ -14,10 +14,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from bridge import engine
-from bridge.checkpoint import read_manifest
-from bridge.errors import IncompatibleBridge, InsufficientMemory
-from service.settings import Settings
+from latentwire.bridge import engine
+from latentwire.bridge.checkpoint import read_manifest
+from latentwire.bridge.errors import IncompatibleBridge, InsufficientMemory
+from latentwire.service.settings import Settings
 from tests.integration.service.conftest import READY_SECONDS, Gate, until, wait_until_ready
 
 Start = Callable[..., TestClient]
@@ -182,7 +182,7 @@ def test_a_service_that_cannot_warm_up_is_never_ready_and_says_why(
         assert response.status_code == 503
         assert response.json()["error"]["type"] == "NotReady"
         assert response.json()["error"]["message"].startswith(cause)
-    (logged,) = [record.getMessage() for record in caplog.records if record.name == "service.runtime"]
+    (logged,) = [record.getMessage() for record in caplog.records if record.name == "latentwire.service.runtime"]
     assert logged.startswith(f"warming up failed: {cause}")
 
 

