@@ -91,13 +91,14 @@ class Answering:
             self.usage.generated_tokens = generated_tokens
 
         said = await self.runtime.generate(self.served, receiver, questions, on_piece, cost)
-        self.runtime.metrics.observe(self.served.name, said, self.usage)
+        texts = [answer.text for answer in said.answers]
+        self.runtime.metrics.observe(self.served.name, texts, said.first_token_seconds, self.usage)
         total_ms = ms_since(started)
         return GenerateResponse(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.served.name,
             outputs=[_output(index, answer) for index, answer in enumerate(said.answers)],
-            diversity=DiversityOut(**asdict(diversity([answer.text for answer in said.answers]))),
+            diversity=DiversityOut(**asdict(diversity(texts))),
             usage=self.usage,
             timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
         )

@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from latentwire.bridge import errors
 from latentwire.service.answers_openai import OpenAIErrorBody, error_type
 from latentwire.service.bodies import Bodies
+from latentwire.service.collector import LiveCollector
+from latentwire.service.jobs import Jobs
 from latentwire.service.pages import Pages
 from latentwire.service.prefix import Prefix
 from latentwire.service.routes import admin, evaluations, inference, openai, page, status
@@ -72,13 +74,26 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         LatentWireError: A checkpoint cannot be read.
     """
     runtime = Runtime(settings, checkpoints)
+    jobs = Jobs(runtime)
+    runtime.metrics.registry.register(LiveCollector(runtime, jobs))
+    stopped = False
+
+    async def stop() -> None:
+        """Does nothing the second time. Jobs first: they borrow models."""
+        nonlocal stopped
+        if stopped:
+            return
+        stopped = runtime.draining = True
+        await jobs.stop()
+        await runtime.stop()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.openapi()  # kept; the first request that asks should not wait for it
         await runtime.start()
+        jobs.start()
         yield
-        await runtime.stop()
+        await stop()
 
     documented: dict[int | str, dict[str, Any]] = {
         code: {"model": ErrorBody} for code in sorted({400, 405, 415, *STATUS.values()})
@@ -91,7 +106,8 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         redirect_slashes=False,  # redirects are absolute: behind a proxy they would lead elsewhere
     )  # fmt: skip
     app.state.runtime = runtime
-    app.state.jobs = runtime.jobs
+    app.state.jobs = jobs
+    app.state.stop = stop
     app.state.error_body = error_body
     app.include_router(inference.router)
     app.include_router(status.router)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentwire.bridge.checkpoint import check_receiver, check_sender
 from latentwire.bridge.errors import InsufficientMemory
@@ -13,10 +13,8 @@ from latentwire.bridge.evaluation.report import Progress, evaluate
 from latentwire.bridge.evaluation.tasks import Task
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader
+from latentwire.service.runtime import Runtime
 from latentwire.service.served import Served
-
-if TYPE_CHECKING:
-    from latentwire.service.runtime import Runtime
 
 BATCH_ROWS = 4  # one pass delays a request that comes meanwhile
 YIELD_SECONDS = 2.0  # longest that one pass waits for requests: under steady load an evaluation should still end
@@ -35,7 +33,7 @@ class PoliteLender(conditions.Lender):
 
     batch_rows = BATCH_ROWS
 
-    def __init__(self, runtime: "Runtime", check: Callable[[], None], verify: Callable[[FrozenLM], None]) -> None:
+    def __init__(self, runtime: Runtime, check: Callable[[], None], verify: Callable[[FrozenLM], None]) -> None:
         self._runtime, self._check, self._verify = runtime, check, verify
 
     @contextmanager
@@ -77,7 +75,7 @@ class PoliteLender(conditions.Lender):
 
 
 def measure(
-    runtime: "Runtime",
+    runtime: Runtime,
     served: Served,
     receiver: str,
     task: Task,

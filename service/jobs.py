@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -35,11 +35,9 @@ from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED
 from latentwire.bridge.evaluation.tasks import Task, load_task
 from latentwire.service.evaluating import measure
 from latentwire.service.folder import FolderStore
+from latentwire.service.runtime import Runtime
 from latentwire.service.schemas_jobs import UNFINISHED, EvaluationRequest, Progress, Record, State
 from latentwire.service.store import Store
-
-if TYPE_CHECKING:
-    from latentwire.service.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ class _Ended(Exception):
 class Jobs:
     """The evaluations of one service process, and through the store those of others."""
 
-    def __init__(self, runtime: "Runtime") -> None:
+    def __init__(self, runtime: Runtime) -> None:
         folder = runtime.settings.jobs_dir
         self._runtime = runtime
         self._store: Store = runtime.store

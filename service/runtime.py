@@ -29,7 +29,6 @@ from latentwire.bridge.running import Engine, Running
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.batching import Batcher, Load
 from latentwire.service.engines import Engines
-from latentwire.service.jobs import Jobs
 from latentwire.service.keys import load_keys
 from latentwire.service.lanes import Lanes
 from latentwire.service.metrics import Metrics
@@ -87,7 +86,7 @@ class Runtime:
         self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.load = Load(settings.max_queue)
-        self.ready = self.draining = self._stopped = False
+        self.ready = self.draining = False
         self.failure: str | None = None
         self.dead: str | None = None
         self.admin_port: int | None = None
@@ -102,8 +101,7 @@ class Runtime:
             on_step=self._note_step,
         )
         self.store: Store = redis or MemoryStore(_budgets(settings))
-        self.jobs = Jobs(self)
-        self.metrics = Metrics(self)
+        self.metrics = Metrics()
         self._lanes = Lanes()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
@@ -135,7 +133,6 @@ class Runtime:
             )
             self._tasks.append(asyncio.create_task(self._encoders[name].serve()))
         self._tasks += [asyncio.create_task(self._warm_up()), asyncio.create_task(self._sweep())]
-        self.jobs.start()
 
     async def drain(self) -> None:
         """Take no more requests, and wait until those accepted are answered, ``drain_timeout`` at most."""
@@ -149,11 +146,7 @@ class Runtime:
                         quiet_since = time.monotonic()
 
     async def stop(self) -> None:
-        """Stop everything; whoever still waits gets an error. Does nothing the second time."""
-        if self._stopped:
-            return
-        self._stopped = self.draining = True
-        await self.jobs.stop()
+        """Stop everything; whoever still waits gets an error."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

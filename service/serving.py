@@ -10,6 +10,7 @@ import gc
 import logging
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import h11
@@ -80,6 +81,7 @@ class Server(uvicorn.Server):
             )
         )
         self.runtime: Runtime = application.state.runtime
+        self._stop: Callable[[], Awaitable[None]] = application.state.stop
         self.runtime.on_death = self._end_now
         self.exit_code = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -104,7 +106,7 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         await self.runtime.drain()
-        await self.runtime.stop()
+        await self._stop()
         self.should_exit = True
 
     def _end_now(self) -> None:

@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,26 +22,33 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 FIRST_PARTY = {"latentwire.bridge", "latentwire.training", "latentwire.service", "tests", "benchmarks"}
 ONLY_IN_SERVICE = {"fastapi", "redis", "prometheus_client", "starlette", "uvicorn"}
-FILES = sorted(path for top in ("bridge", "training", "service") for path in (ROOT / top).rglob("*.py"))
+
+
+def python(folder: Path) -> list[Path]:
+    """Every file of ours."""
+    return sorted(path for top in ("bridge", "training", "service") for path in (folder / top).rglob("*.py"))
+
+
+FILES = python(ROOT)
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def imports(path: Path) -> set[str]:
-    """Top names of everything a file imports, inside functions too; of our own, the folders."""
+def imported(path: Path) -> set[str]:
+    """Full names of everything a file imports, inside functions too: modules, and what is taken out of them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {top_name(alias.name) for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path} imports relatively"
-            names |= {top_name(f"{node.module}.{alias.name}") for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def top_name(module: str) -> str:
-    """``os`` of ``os.path``, ``latentwire.bridge`` of ``latentwire.bridge.config``."""
-    parts = module.split(".")
-    return ".".join(parts[: 2 if parts[0] == "latentwire" else 1])
+def imports(path: Path) -> set[str]:
+    """Top names of everything a file imports: ``os`` for ``os.path``, ``latentwire.bridge`` for all below it."""
+    parts = [name.split(".") for name in imported(path)]
+    return {".".join(name[: 2 if name[0] == "latentwire" else 1]) for name in parts}
 
 
 def test_the_walk_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
@@ -53,6 +61,40 @@ def test_the_walk_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
 def test_imports_follow_the_arrows(path: Path) -> None:
     name, top = str(path.relative_to(ROOT)), path.relative_to(ROOT).parts[0]
     assert imports(path) & FIRST_PARTY <= MAY_IMPORT.get(name, MAY_IMPORT[top]) | {f"latentwire.{top}"}
+
+
+def circle(folder: Path) -> list[str]:
+    """The modules of a circle of imports, those inside functions included; empty where there is none."""
+    files = {f"latentwire.{'.'.join(path.relative_to(folder).with_suffix('').parts)}": path for path in python(folder)}
+    names = {name.removesuffix(".__init__") for name in files}
+    arrows = {
+        name.removesuffix(".__init__"): {full if full in names else full.rpartition(".")[0] for full in imported(path)}
+        for name, path in files.items()
+    }
+    try:
+        TopologicalSorter({name: (found & names) - {name} for name, found in arrows.items()}).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circle(ROOT) == []
+
+
+def test_a_circle_is_found_wherever_its_imports_stand(tmp_path: Path) -> None:
+    lines = {
+        "__init__": "",
+        "a": "def f():\n    from latentwire.bridge import b",
+        "b": "import latentwire.bridge.c",
+        "c": "if TYPE_CHECKING:\n    from latentwire.bridge.a import A",
+    }
+    (tmp_path / "bridge").mkdir()
+    for name, line in lines.items():
+        (tmp_path / "bridge" / f"{name}.py").write_text(line)
+    assert {module[-1] for module in circle(tmp_path)} == set("abc")
+    (tmp_path / "bridge" / "b.py").write_text("")
+    assert circle(tmp_path) == []
 
 
 @each_file

@@ -60,7 +60,7 @@ def test_pages_of_a_listed_origin_may_call_and_read_answers_refusals_and_crashes
 ) -> None:
     client = start(Settings(cors_origins=(ORIGIN,), max_inputs=1))
     headers = {"origin": ORIGIN, "sec-fetch-site": "cross-site"}
-    monkeypatch.setattr(client.app.state.runtime.jobs, "counts", lambda: 1 / 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(client.app.state.jobs, "counts", lambda: 1 / 0)  # type: ignore[attr-defined]
     answers = {
         200: client.post("/generate", json=ASK, headers=headers),
         404: client.get("/bridges/other", headers=headers),
