@@ -22,11 +22,11 @@ import numpy as np
 
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import load_bridge
-from latentwire.bridge.continuous import ContinuousEngine
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.engine import encode, generate
 from latentwire.bridge.evaluation.conditions import RELAY_TOKENS
 from latentwire.bridge.evaluation.tasks import world_task
+from latentwire.bridge.generation.continuous import ContinuousEngine
 from latentwire.bridge.models import load_model, load_reader
 from latentwire.bridge.prompt import compose
 from latentwire.bridge.reader import tokenize_source

@@ -13,10 +13,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.record import record
-from latentwire.bridge.answer import Answer, Transcript
+from latentwire.bridge.generation.base import Telling
+from latentwire.bridge.generation.output import Answer, Transcript
 from latentwire.bridge.models import BUILTIN, load_reader
 from latentwire.bridge.reader import Reader, text_ids
-from latentwire.bridge.running import Telling
 from latentwire.bridge.sampling import SamplingParams
 
 STREAMS, TOKENS, STEPS = 256, 300, 15

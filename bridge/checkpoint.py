@@ -5,7 +5,6 @@ step that commits. Killed at any instant, the folder holds the old checkpoint or
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from latentwire.bridge.devices import default_device
 from latentwire.bridge.encoder import Encoder, make_encoder
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
 from latentwire.bridge.families import Role
+from latentwire.bridge.files import replace_file
 from latentwire.bridge.heads import SoftTokenHead
 from latentwire.bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of
 from latentwire.bridge.prompt import check_layout
@@ -209,25 +209,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` so that a reader, or a crash, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def remove_stale_parts(folder: Path, stem: str, keep: set[str]) -> None:

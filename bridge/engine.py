@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from latentwire.bridge.answer import Answer, Generation, Odds, Transcript, odds_of
 from latentwire.bridge.checkpoint import Bridge
+from latentwire.bridge.generation.output import Answer, Generation, Odds, Transcript, odds_of
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
 from latentwire.bridge.reader import SourceTokens

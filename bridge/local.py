@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentwire.bridge import engine, wire
-from latentwire.bridge.answer import Generation
 from latentwire.bridge.checkpoint import check_receiver, check_sender, load_bridge, read_manifest
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import InvalidMessage
+from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.models import check_role, load_model
 from latentwire.bridge.prompt import compose, place
 from latentwire.bridge.reader import tokenize_source

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentwire.bridge.chat import Segment, chat_of, closing_of, segments
 from latentwire.bridge.config import Chat, Layout, Prompt, Turn
+from latentwire.bridge.detokenise import decode
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader, ids_of_texts, text_ids
@@ -268,6 +269,26 @@ def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
         if head and whole[: len(head)] == head:
             return whole[len(head) :]
     return text_ids(lm, text)
+
+
+def fit(lm: Reader, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
+    """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens.
+
+    Raises:
+        InvalidRequest: The template alone is longer.
+    """
+    row, kept = compose(lm, layout, template, latent=text, answer=answer), len(text_ids(lm, text))
+    while len(row) > room and kept > 0:  # again where a cut word joins its neighbours otherwise than the whole did
+        kept = max(0, kept - (len(row) - room))
+        row = compose(lm, layout, template, latent=cut_text(lm, text, kept), answer=answer)
+    return row if len(row) <= room else compose(lm, layout, template, latent="", answer=answer, max_tokens=room)
+
+
+def cut_text(lm: Reader, text: str, tokens: int) -> str:
+    """The start of ``text`` that the model reads as at most ``tokens`` tokens; half a character can read as more."""
+    ids = text_ids(lm, text)
+    starts = (decode(lm, ids[:kept], special=True) for kept in range(min(tokens, len(ids)), 0, -1))
+    return next((start for start in starts if len(text_ids(lm, start)) <= tokens), "")
 
 
 def collate(rows: Sequence[Row], *, side: Literal["left", "right"], multiple: int = 1) -> Batch:

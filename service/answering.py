@@ -9,9 +9,9 @@ from dataclasses import asdict
 import numpy as np
 
 from latentwire.bridge import wire
-from latentwire.bridge.answer import Generation
 from latentwire.bridge.diversity import diversity
 from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
+from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.runtime import Piece, Runtime, sample_params
 from latentwire.service.schemas import (

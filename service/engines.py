@@ -14,10 +14,10 @@ from typing import Any
 
 from latentwire.bridge.config import Fingerprint
 from latentwire.bridge.errors import InsufficientMemory
+from latentwire.bridge.generation.base import Engine, Kind
+from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM
-from latentwire.bridge.probe import open_engine
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.running import Engine, Kind
 
 log = logging.getLogger(__name__)
 

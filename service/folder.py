@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from latentwire.bridge.checkpoint import replace_file
 from latentwire.bridge.errors import InvalidRequest, StoreUnavailable
+from latentwire.bridge.files import replace_file
 from latentwire.service.store import Kind, Store
 
 KEY = re.compile(r"[a-z]+_[0-9a-f]{32}")

@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from latentwire.bridge import engine
-from latentwire.bridge.answer import Generation, TokenLogprob
 from latentwire.bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
 from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
+from latentwire.bridge.generation.base import Engine, Running
+from latentwire.bridge.generation.output import Generation, TokenLogprob
 from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
 from latentwire.bridge.models import load_reader
 from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.running import Engine, Running
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.batching import Batcher, Load
 from latentwire.service.engines import Engines

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from latentwire.bridge.answer import TokenLogprob
 from latentwire.bridge.config import Prompt, Role, Turn
 from latentwire.bridge.errors import InvalidMessage
+from latentwire.bridge.generation.output import TokenLogprob
 
 Condition = Literal["bridge", "direct", "none"]
 

@@ -14,10 +14,10 @@ from latentwire.bridge.checkpoint import Bridge
 from latentwire.bridge.config import Manifest, Prompt
 from latentwire.bridge.engine import soften
 from latentwire.bridge.errors import InvalidRequest, at_fault
+from latentwire.bridge.generation.base import Soft
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row, compose, place
 from latentwire.bridge.reader import Reader, SourceTokens, check_ids, tokenize_source
-from latentwire.bridge.running import Soft
 from latentwire.bridge.sampling import SamplingParams
 
 

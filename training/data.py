@@ -12,13 +12,9 @@ from functools import lru_cache
 from typing import Generic, TypeVar, overload
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from latentwire.bridge.evaluation.tasks import Example
-from latentwire.bridge.models import FrozenLM
 
 T = TypeVar("T")
 GROUPED = 8  # steps whose examples are sorted by length together: enough to pad little, few enough to stay random
@@ -139,26 +135,6 @@ class Prefetch(Generic[T]):
         started = time.perf_counter()
         made = self._ready.popleft().result()
         return made, time.perf_counter() - started
-
-
-def word_targets(
-    receiver: FrozenLM, words: Sequence[Sequence[tuple[int, int]]]
-) -> tuple[Float[Tensor, "B K D"], Bool[Tensor, "B K"]]:
-    """What the windows of each source hold, in the receiver's own embedding: the sum of the tokens that end there.
-
-    A window in which no receiver token ends has no target (False in the mask).
-
-    ``words`` holds, for each row, pairs (window, receiver token).
-    """
-    K = 1 + max((slot for row in words for slot, _ in row), default=0)
-    total = torch.zeros(len(words), K, receiver.width, device=receiver.device)
-    count = torch.zeros(len(words), K, device=receiver.device)
-    for i, row in enumerate(words):
-        slots = torch.tensor([slot for slot, _ in row], dtype=torch.long, device=receiver.device)
-        tokens = torch.tensor([token for _, token in row], dtype=torch.long, device=receiver.device)
-        total[i].index_add_(0, slots, receiver.embed(tokens).detach().float())
-        count[i].index_add_(0, slots, torch.ones(len(row), device=receiver.device))
-    return total, count > 0
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -21,9 +21,10 @@ from jaxtyping import Bool, Float
 from safetensors import safe_open
 from torch import Tensor
 
-from latentwire.bridge.checkpoint import read_part, replace_file, write_part
+from latentwire.bridge.checkpoint import read_part, write_part
 from latentwire.bridge.config import Part
 from latentwire.bridge.errors import CorruptCheckpoint
+from latentwire.bridge.files import replace_file
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from latentwire.bridge.checkpoint import replace_file
 from latentwire.bridge.devices import device_named
 from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.files import replace_file
 from latentwire.training.config import TrainConfig
 from latentwire.training.journal import EVENTS, LOG, read_jsonl
 from latentwire.training.objectives import answer_mask, answers_right, first_logits

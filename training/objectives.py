@@ -6,12 +6,15 @@ Dimensions used in this file:
     B batch    K slots    D receiver width    A answer columns    V vocabulary
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from latentwire.bridge.engine import token_losses
+from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE
 
 
@@ -92,6 +95,26 @@ def alignment_loss(
     """
     far = 1 - F.cosine_similarity(soft_tokens, words, dim=-1)
     return (far * covered).sum(dim=1) / covered.sum(dim=1).clamp(min=1)
+
+
+def word_targets(
+    receiver: FrozenLM, words: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[Float[Tensor, "B K D"], Bool[Tensor, "B K"]]:
+    """What the windows of each source hold, in the receiver's own embedding: the sum of the tokens that end there.
+
+    A window in which no receiver token ends has no target (False in the mask).
+
+    ``words`` holds, for each row, pairs (window, receiver token).
+    """
+    K = 1 + max((slot for row in words for slot, _ in row), default=0)
+    total = torch.zeros(len(words), K, receiver.width, device=receiver.device)
+    count = torch.zeros(len(words), K, device=receiver.device)
+    for i, row in enumerate(words):
+        slots = torch.tensor([slot for slot, _ in row], dtype=torch.long, device=receiver.device)
+        tokens = torch.tensor([token for _, token in row], dtype=torch.long, device=receiver.device)
+        total[i].index_add_(0, slots, receiver.embed(tokens).detach().float())
+        count[i].index_add_(0, slots, torch.ones(len(row), device=receiver.device))
+    return total, count > 0
 
 
 def answers_right(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, " B"]:

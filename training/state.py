@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from latentwire.bridge.checkpoint import read_part, remove_stale_parts, replace_file, write_part
+from latentwire.bridge.checkpoint import read_part, remove_stale_parts, write_part
 from latentwire.bridge.config import Part
 from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
+from latentwire.bridge.files import replace_file
 
 log = logging.getLogger(__name__)
 

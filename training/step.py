@@ -31,7 +31,7 @@ from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row, collate
 from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
-from latentwire.training.data import chunks, word_targets
+from latentwire.training.data import chunks
 from latentwire.training.features import CachedStates, LiveStates
 from latentwire.training.machine import Ranks, clear_gradients, memory_of
 from latentwire.training.monitor import AnswerStats, StepRecord
@@ -43,6 +43,7 @@ from latentwire.training.objectives import (
     first_k_loss,
     first_logits,
     margin_loss,
+    word_targets,
 )
 from latentwire.training.tokens import Tokeniser, Tokens
 

@@ -18,9 +18,8 @@ from latentwire.bridge import chat, prompt, reader
 from latentwire.bridge.config import BridgeConfig, Layout
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.errors import LatentWireError
-from latentwire.bridge.evaluation.conditions import fit
 from latentwire.bridge.evaluation.tasks import Example
-from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, compose
+from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, compose, fit
 from latentwire.bridge.reader import Reader, SourceTokens, kept_layout, text_ids, text_offsets, tokenize_source
 from latentwire.training.config import TrainConfig
 

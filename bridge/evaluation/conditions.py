@@ -19,13 +19,12 @@ from torch import Tensor
 from latentwire.bridge import engine, wire
 from latentwire.bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
 from latentwire.bridge.config import Layout, Manifest
-from latentwire.bridge.detokenise import decode
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task, said_after
 from latentwire.bridge.models import FrozenLM, check_role, load_model
-from latentwire.bridge.prompt import LATENT, Row, collate, compose, text_layout
-from latentwire.bridge.reader import Reader, SourceTokens, text_ids, tokenize_source
+from latentwire.bridge.prompt import LATENT, Row, collate, compose, cut_text, fit, text_layout
+from latentwire.bridge.reader import Reader, SourceTokens, tokenize_source
 from latentwire.bridge.sampling import SamplingParams
 
 Latent = NDArray[np.float32]
@@ -179,26 +178,6 @@ class Setting(Asking):
             draw = np.random.default_rng(i).normal(mean, std, latent.shape).astype(np.float32)
             rows.append(draw / np.sqrt(np.square(draw).mean(axis=1, keepdims=True)))
         return rows
-
-
-def fit(lm: Reader, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
-    """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens.
-
-    Raises:
-        InvalidRequest: The template alone is longer.
-    """
-    row, kept = compose(lm, layout, template, latent=text, answer=answer), len(text_ids(lm, text))
-    while len(row) > room and kept > 0:  # again where a cut word joins its neighbours otherwise than the whole did
-        kept = max(0, kept - (len(row) - room))
-        row = compose(lm, layout, template, latent=cut_text(lm, text, kept), answer=answer)
-    return row if len(row) <= room else compose(lm, layout, template, latent="", answer=answer, max_tokens=room)
-
-
-def cut_text(lm: Reader, text: str, tokens: int) -> str:
-    """The start of ``text`` that the model reads as at most ``tokens`` tokens; half a character can read as more."""
-    ids = text_ids(lm, text)
-    starts = (decode(lm, ids[:kept], special=True) for kept in range(min(tokens, len(ids)), 0, -1))
-    return next((start for start in starts if len(text_ids(lm, start)) <= tokens), "")
 
 
 def open_setting(

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from latentwire.bridge import engine, wire
-from latentwire.bridge.checkpoint import replace_file
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, Reading, Setting, answer, soft_tokens
 from latentwire.bridge.evaluation.metrics import bootstrap, exact_match, token_f1
+from latentwire.bridge.files import replace_file
 from latentwire.bridge.reader import text_ids
 from latentwire.bridge.sampling import SamplingParams
 

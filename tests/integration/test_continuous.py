@@ -20,17 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.continuous_batching.requests import logger
 
-from latentwire.bridge import answer, continuous, detokenise, softids
-from latentwire.bridge.answer import Generation, Transcript
-from latentwire.bridge.continuous import PAGE_TOKENS, ContinuousEngine
+from latentwire.bridge import detokenise
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.engine import generate
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError, NotReady
+from latentwire.bridge.generation import continuous, softids
+from latentwire.bridge.generation import output as answer
+from latentwire.bridge.generation.base import Engine, Running, Soft
+from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
+from latentwire.bridge.generation.output import Generation, Transcript
+from latentwire.bridge.generation.padded import PaddedEngine
+from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM, load_model
-from latentwire.bridge.padded import PaddedEngine
-from latentwire.bridge.probe import open_engine
 from latentwire.bridge.prompt import IGNORE, TEXT, Row
-from latentwire.bridge.running import Engine, Running, Soft
 from latentwire.bridge.sampling import SamplingParams
 from tests.integration.test_engine import rows_of, soft_of, stop_within
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from latentwire.bridge import engine
-from latentwire.bridge.answer import Generation
 from latentwire.bridge.checkpoint import load_bridge
 from latentwire.bridge.engine import answer_logits, answer_scores, encode, generate, soften, token_losses
+from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import IGNORE, Row, collate, compose, embed, layout_for
 from latentwire.bridge.reader import tokenize_source

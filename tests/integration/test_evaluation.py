@@ -26,14 +26,13 @@ from latentwire.bridge.evaluation.conditions import (
     Reading,
     Setting,
     answer,
-    fit,
     open_setting,
 )
 from latentwire.bridge.evaluation.metrics import bootstrap
 from latentwire.bridge.evaluation.report import evaluate, table, write_report
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.models import FrozenLM, load_model
-from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row
+from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, fit
 from latentwire.bridge.reader import Reader, text_ids
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.training.config import TrainConfig

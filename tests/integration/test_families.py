@@ -12,17 +12,18 @@ from torch import Tensor
 from transformers.generation.continuous_batching import input_outputs
 from transformers.generation.continuous_batching import utils as library
 
-from latentwire.bridge import families, probe
-from latentwire.bridge.answer import Generation
+from latentwire.bridge import families
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
-from latentwire.bridge.continuous import PAGE_TOKENS
 from latentwire.bridge.engine import answer_logits, generate, token_losses
 from latentwire.bridge.errors import InvalidRequest, LatentWireError, ModelUnavailable
+from latentwire.bridge.generation import select as probe
+from latentwire.bridge.generation.base import Soft
+from latentwire.bridge.generation.continuous import PAGE_TOKENS
+from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM, check_role, hidden_states, load_model, pad_sources
-from latentwire.bridge.probe import open_engine
 from latentwire.bridge.prompt import IGNORE, TEXT, Row, collate
 from latentwire.bridge.reader import SourceTokens, tokenize_source
-from latentwire.bridge.running import Soft
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.runtime import Runtime
 from latentwire.service.settings import Settings

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from latentwire.bridge.answer import Generation
 from latentwire.bridge.checkpoint import Bridge, load_bridge, make_bridge, read_manifest, save_bridge
 from latentwire.bridge.config import EncoderConfig
 from latentwire.bridge.encoder import KINDS, make_encoder
 from latentwire.bridge.engine import answer_logits, encode, generate, token_losses
 from latentwire.bridge.errors import UnknownBridge
+from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.models import FrozenLM, hidden_states, load_model
 from latentwire.bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose, layout_for, place
 from latentwire.bridge.reader import SourceTokens, tokenize_source

@@ -14,7 +14,6 @@ from latentwire.bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose
 from latentwire.bridge.reader import text_ids
 from latentwire.training import step as stepping
 from latentwire.training import tokens
-from latentwire.training.data import word_targets
 from latentwire.training.objectives import (
     alignment_loss,
     answer_loss,
@@ -22,6 +21,7 @@ from latentwire.training.objectives import (
     first_k_loss,
     first_logits,
     margin_loss,
+    word_targets,
 )
 from latentwire.training.step import Run, teacher_logits, weights_of, with_mode
 from latentwire.training.tokens import Tokens

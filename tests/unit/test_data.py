@@ -12,17 +12,8 @@ from latentwire.bridge.config import BridgeConfig
 from latentwire.bridge.evaluation.tasks import Example, load_task
 from latentwire.bridge.models import FrozenLM
 from latentwire.training.config import read_config
-from latentwire.training.data import (
-    AHEAD,
-    GROUPED,
-    Order,
-    Prefetch,
-    Subset,
-    chunks,
-    split_off,
-    stratified,
-    word_targets,
-)
+from latentwire.training.data import AHEAD, GROUPED, Order, Prefetch, Subset, chunks, split_off, stratified
+from latentwire.training.objectives import word_targets
 from latentwire.training.tokens import Tokeniser
 from tests.conftest import bridge_config
 

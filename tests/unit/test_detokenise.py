@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, PreTrainedTokenizerFast
 
-from latentwire.bridge.answer import Answer, Generation, Odds, Transcript
 from latentwire.bridge.detokenise import UNFINISHED, Text, decode
+from latentwire.bridge.generation.output import Answer, Generation, Odds, Transcript
 from latentwire.bridge.models import load_reader
 from latentwire.bridge.reader import Reader
 from latentwire.bridge.sampling import SamplingParams

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers.generation.continuous_batching.requests import RequestState
 
-from latentwire.bridge.answer import Answer
-from latentwire.bridge.continuous import _Scheduler
+from latentwire.bridge.generation.continuous import _Scheduler
+from latentwire.bridge.generation.output import Answer
 from latentwire.bridge.models import load_reader
 from latentwire.bridge.sampling import SamplingParams
 

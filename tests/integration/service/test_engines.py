@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from latentwire.bridge.errors import InferenceFailed
+from latentwire.bridge.generation.base import Engine
 from latentwire.bridge.models import BUILTIN, FrozenLM
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.running import Engine
 from latentwire.service import engines as module
 from latentwire.service.engines import Engines
 

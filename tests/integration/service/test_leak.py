@@ -10,12 +10,12 @@ import torch
 from fastapi.testclient import TestClient
 
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
-from latentwire.bridge.continuous import ContinuousEngine
 from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.generation.base import Engine, Soft
+from latentwire.bridge.generation.continuous import ContinuousEngine
+from latentwire.bridge.generation.padded import PaddedEngine
 from latentwire.bridge.models import load_model
-from latentwire.bridge.padded import PaddedEngine
 from latentwire.bridge.prompt import TEXT, compose, layout_for
-from latentwire.bridge.running import Engine, Soft
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.training.loop import train
 from tests.conftest import bridge_config, write_model

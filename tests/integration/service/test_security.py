@@ -12,7 +12,8 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from latentwire.bridge import continuous, wire
+from latentwire.bridge import wire
+from latentwire.bridge.generation import continuous
 from latentwire.service.app import create_app
 from latentwire.service.keys import SCOPES, hash_of, key_line
 from latentwire.service.security import access_of

@@ -19,7 +19,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from latentwire.bridge import answer, continuous, engine
+from latentwire.bridge import engine
+from latentwire.bridge.generation import continuous
+from latentwire.bridge.generation import output as answer
 from latentwire.service import answering, engines, runtime, served
 from latentwire.service.app import create_app
 from latentwire.service.metrics import Metrics

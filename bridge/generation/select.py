@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 
 from latentwire.bridge import engine
-from latentwire.bridge.answer import Generation
-from latentwire.bridge.continuous import PAGE_TOKENS, ContinuousEngine
 from latentwire.bridge.errors import LatentWireError, first_line
 from latentwire.bridge.families import window_tokens
+from latentwire.bridge.generation.base import Engine, Soft
+from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
+from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.generation.padded import PaddedEngine
 from latentwire.bridge.models import FrozenLM
-from latentwire.bridge.padded import PaddedEngine
 from latentwire.bridge.prompt import IGNORE, TEXT, Row
-from latentwire.bridge.running import Engine, Soft
 from latentwire.bridge.sampling import SamplingParams
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave the running batch at every step.
 
 The steps, the paged key/value cache and its blocks are transformers' ``ContinuousBatchingManager``. Ours is what lets
-soft tokens through it (``bridge.softids``), what makes a draw depend on nothing but its request, and what happens to
+soft tokens through it (``softids``), what makes a draw depend on nothing but its request, and what happens to
 requests that end early or meet an error.
 
 Dimensions used in this file:
@@ -26,15 +26,15 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from latentwire.bridge.answer import Odds, odds_of
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
+from latentwire.bridge.generation.base import Engine, Running, failed
+from latentwire.bridge.generation.output import Odds, odds_of
+from latentwire.bridge.generation.softids import SoftIds
 from latentwire.bridge.memory import free_caches
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import TEXT
-from latentwire.bridge.running import Engine, Running, failed
 from latentwire.bridge.sampling import choose
-from latentwire.bridge.softids import SoftIds
 
 log = logging.getLogger(__name__)
 

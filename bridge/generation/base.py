@@ -17,8 +17,8 @@ from typing import ClassVar, Literal, TypeGuard
 from jaxtyping import Float
 from torch import Tensor
 
-from latentwire.bridge.answer import Answer, Generation, TokenLogprob, Transcript
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, at_fault
+from latentwire.bridge.generation.output import Answer, Generation, TokenLogprob, Transcript
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.reader import check_ids

@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from latentwire.bridge import engine
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InsufficientMemory, NotReady, first_line
+from latentwire.bridge.generation.base import Engine, Running, failed
 from latentwire.bridge.memory import free_caches
 from latentwire.bridge.models import FrozenLM
-from latentwire.bridge.running import Engine, Running, failed
 
 log = logging.getLogger(__name__)
 
