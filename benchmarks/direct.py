@@ -31,7 +31,7 @@ from latentwire.bridge.models import load_model, load_reader
 from latentwire.bridge.prompt import compose
 from latentwire.bridge.reader import tokenize_source
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.service.served import Question, Served
+from latentwire.service.inference.bridges import Question, Served
 
 ROWS = 32  # of a step, and of a static batch
 CALLERS = 64

@@ -28,7 +28,7 @@ import typer
 from benchmarks.callers import JSON, PORT, closed_loop, connect, open_loop
 from benchmarks.direct import CALLERS, LENGTHS, ONE_CORE, ROWS, WORDS, bodies, directly, texts, warm_up
 from benchmarks.record import record
-from latentwire.service.demo import running
+from latentwire.service.cli.demo import running
 
 REFUSED = ("429", "503")
 SOON_SECONDS = 0.05  # within which whoever is refused should know

@@ -1,7 +1,7 @@
 """The service by itself: from start to ready, one example end to end, and what a client imports.
 
 Asked: ready within 10 s on the built-in bridge; /encode and /generate of one example together under 100 ms once
-warm; ``service.client`` and ``bridge.errors`` without torch.
+warm; ``service.client.client`` and ``bridge.errors`` without torch.
 """
 
 import statistics
@@ -15,8 +15,8 @@ import typer
 
 from benchmarks.record import record
 from latentwire.bridge.evaluation.tasks import world_task
-from latentwire.service.client import Client
-from latentwire.service.demo import running
+from latentwire.service.cli.demo import running
+from latentwire.service.client.client import Client
 
 PORT = 8123
 IMPORT = (
@@ -44,7 +44,7 @@ def main(rounds: int = 100) -> None:
                     generate_ms.append((done - encoded) * 1000)
                     right += said.strip() == example.answer.strip()
     imports = {}
-    for module in ("latentwire.service.client", "latentwire.bridge.errors", "latentwire.bridge.wire"):
+    for module in ("latentwire.service.client.client", "latentwire.bridge.errors", "latentwire.bridge.wire"):
         run = subprocess.run(
             [sys.executable, "-c", IMPORT.format(module=module)], capture_output=True, text=True, check=True
         )

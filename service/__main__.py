@@ -17,14 +17,13 @@ from rich.console import Console
 
 from latentwire import __version__
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
-from latentwire.service.commands import encode, generate
-from latentwire.service.ending import ended_by_signals
-from latentwire.service.flags import flags_of
+from latentwire.service.cli.infer import encode, generate
+from latentwire.service.cli.key import key_command
+from latentwire.service.cli.logs import configure, restore
+from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY, written_down
-from latentwire.service.keys import key_command
-from latentwire.service.listening import listen, url
-from latentwire.service.logs import configure, restore
 from latentwire.training.config import TrainConfig, read_config
+from latentwire.training.flags import flags_of
 from latentwire.training.slurm import app as slurm
 
 if TYPE_CHECKING:
@@ -228,8 +227,9 @@ def serve(
     from pydantic import ValidationError
 
     from latentwire.service.app import create_app
-    from latentwire.service.security import check_binding
-    from latentwire.service.serving import serve as run
+    from latentwire.service.auth.guard import check_binding
+    from latentwire.service.cli.server import listen, url
+    from latentwire.service.cli.server import serve as run
     from latentwire.service.settings import Settings, service_links
 
     flags: dict[str, Any] = {
@@ -273,7 +273,7 @@ def demo(
 
     Ctrl-C ends it at any moment: with exit code 0, and with nothing left running.
     """
-    from latentwire.service.demo import ask, check_free, running
+    from latentwire.service.cli.demo import ask, check_free, running
     from latentwire.training.config import demo_config
     from latentwire.training.loop import train as run
 

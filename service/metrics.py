@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from latentwire.service.lenient import OTHER
-from latentwire.service.schemas import Usage
+from latentwire.service.schemas.inference import Usage
+from latentwire.service.schemas.lenient import OTHER
 
 WINDOW = 256  # latest outputs of a bridge over which diversity is measured
 LATENCY_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

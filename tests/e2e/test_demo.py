@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from latentwire.bridge.errors import InferenceFailed
-from latentwire.service.demo import running
+from latentwire.service.cli.demo import running
 from tests.ports import free_port
 
 END_SECONDS = 120.0  # only ever reached by what hangs

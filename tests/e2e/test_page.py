@@ -18,8 +18,8 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from latentwire.bridge import wire
-from latentwire.service.demo import running
-from latentwire.service.keys import hash_of, key_line
+from latentwire.service.auth.keys import hash_of, key_line
+from latentwire.service.cli.demo import running
 from tests.ports import free_port
 
 KEY = "a key for the page"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from latentwire.service.client import Client
-from latentwire.service.demo import running
+from latentwire.service.cli.demo import running
+from latentwire.service.client.client import Client
 from tests.e2e.test_page import browser, run, said
 from tests.ports import free_port
 

@@ -20,8 +20,8 @@ from typer.main import get_command
 
 from latentwire.bridge.evaluation.tasks import world_task
 from latentwire.service.__main__ import app
-from latentwire.service.client import Client
-from latentwire.service.demo import ask, running
+from latentwire.service.cli.demo import ask, running
+from latentwire.service.client.client import Client
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +141,7 @@ def test_the_readmes_tree_names_every_module_and_nothing_else() -> None:
     text = (ROOT / "README.md").read_text()
     tree = text[text.index("## Tree") : text.index("## Limits")]
     named = set(re.findall(r"[\w_]+\.py", tree))
-    there = {path.name for name in ("bridge", "training", "service") for path in (ROOT / name).glob("*.py")}
-    assert there - {"__init__.py"} <= named
+    there = {path.name for name in ("bridge", "training", "service") for path in (ROOT / name).rglob("*.py")}
+    assert there - {"__init__.py", "documents.py", "recipe.py"} <= named
     everywhere = {path.name for path in ROOT.glob("*/**/*.py") if ".venv" not in path.parts}
     assert named <= everywhere

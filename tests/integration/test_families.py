@@ -25,7 +25,7 @@ from latentwire.bridge.models import FrozenLM, check_role, hidden_states, load_m
 from latentwire.bridge.prompt import IGNORE, TEXT, Row, collate
 from latentwire.bridge.reader import SourceTokens, tokenize_source
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.service.runtime import Runtime
+from latentwire.service.inference.runtime import Runtime
 from latentwire.service.settings import Settings
 from latentwire.training.loop import train
 from latentwire.training.plan import plan

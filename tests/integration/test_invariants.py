@@ -552,7 +552,7 @@ class Disk:
                 return super().write(data)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("latentwire.bridge.checkpoint.os.fsync", self.fsync)
+            patch.setattr("latentwire.bridge.files.os.fsync", self.fsync)
             patch.setattr(Path, "replace", lambda path, target: self.rename(path, target))
             patch.setattr(Path, "unlink", lambda path, missing_ok=False: self.delete(path, missing_ok))
             patch.setattr(Path, "open", lambda path, mode="r": File(path, mode))

@@ -26,14 +26,7 @@ from latentwire.bridge.models import FrozenLM, blocks_of, load_model
 from latentwire.bridge.prompt import Batch, collate, compose, layout_for
 from latentwire.training import machine
 from latentwire.training import prepare as preparing
-from latentwire.training.machine import (
-    STOPPING,
-    compile_model,
-    graphs,
-    memory_of,
-    recompute,
-    stop_requests,
-)
+from latentwire.training.machine import STOPPING, compile_model, graphs, memory_of, recompute, stop_requests
 from latentwire.training.state import Trained, load_state, save_state
 from latentwire.training.step import BUCKET, Run
 from tests.conftest import FAMILIES

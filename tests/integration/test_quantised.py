@@ -24,7 +24,7 @@ from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
 from latentwire.bridge.prompt import collate
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.__main__ import main
-from latentwire.service.runtime import Runtime
+from latentwire.service.inference.runtime import Runtime
 from latentwire.service.settings import Settings
 from latentwire.training.loop import train
 from latentwire.training.plan import plan

@@ -13,16 +13,7 @@ from latentwire.training import features
 from latentwire.training.monitor import ANSWER_FIELDS, StepRecord
 from latentwire.training.step import Run, schedule
 from tests.integration.conftest import MakeConfig
-from tests.integration.runs import (
-    WEIGHTS,
-    examples_of,
-    measured,
-    prepared,
-    same,
-    step_of,
-    tokens_of,
-    weights_of_run,
-)
+from tests.integration.runs import WEIGHTS, examples_of, measured, prepared, same, step_of, tokens_of, weights_of_run
 
 PLAIN = {"learning_rate": 1.0, "matrix_learning_rate": 1.0, "warmup_steps": 0}
 

@@ -26,15 +26,7 @@ from latentwire.training.objectives import (
 from latentwire.training.step import Run, teacher_logits, weights_of, with_mode
 from latentwire.training.tokens import Tokens
 from tests.integration.conftest import MakeConfig
-from tests.integration.runs import (
-    WEIGHTS,
-    examples_of,
-    measured,
-    prepared,
-    receiver_of,
-    step_of,
-    tokens_of,
-)
+from tests.integration.runs import WEIGHTS, examples_of, measured, prepared, receiver_of, step_of, tokens_of
 
 EVERYTHING = {f"{name}_weight": weight for name, weight in WEIGHTS.items()}
 SHORT = [

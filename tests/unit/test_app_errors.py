@@ -8,7 +8,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from latentwire.bridge import errors
-from latentwire.service.app import RETRY_LATER, STATUS, create_app
+from latentwire.service.api.errors import RETRY_LATER, STATUS
+from latentwire.service.app import create_app
 from latentwire.service.settings import Settings
 
 

@@ -127,7 +127,12 @@ def test_no_other_distribution_shadows_our_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["latentwire.bridge.errors", "latentwire.bridge.wire", "latentwire.bridge.config", "latentwire.service.client"],
+    [
+        "latentwire.bridge.errors",
+        "latentwire.bridge.wire",
+        "latentwire.bridge.config",
+        "latentwire.service.client.client",
+    ],
 )
 def test_a_client_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"

@@ -18,7 +18,8 @@ from latentwire.bridge.errors import (
     Overloaded,
     TooLarge,
 )
-from latentwire.service.batching import Batcher, Load
+from latentwire.service.inference.admission import Load
+from latentwire.service.inference.batching import Batcher
 
 LONG = 10.0
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from latentwire.bridge import wire
 from latentwire.bridge.errors import InvalidMessage
-from latentwire.service import client_protocol as protocol
-from latentwire.service.client import (
+from latentwire.service.client import protocol
+from latentwire.service.client.client import (
     AsyncClient,
     Bridge,
     Client,
@@ -81,7 +81,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_client_needs_neither_a_model_library_nor_a_server_library() -> None:
     heavy = {"torch", "transformers", "fastapi", "starlette", "pydantic", "redis"}
-    code = f"import sys, latentwire.service.client; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, latentwire.service.client.client; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.conditions import open_setting
 from latentwire.bridge.models import FrozenLM
 from latentwire.service.__main__ import main
-from latentwire.service.runtime import Runtime
+from latentwire.service.inference.runtime import Runtime
 from latentwire.service.settings import Settings
 from latentwire.training.config import TrainConfig
 from latentwire.training.controls import control_config

@@ -8,11 +8,11 @@ import textwrap
 
 import pytest
 
-from latentwire.service.ending import ENDING, ended_by_signals
+from latentwire.service.cli.signals import ENDING, ended_by_signals
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
-from latentwire.service.ending import ended_by_signals
+from latentwire.service.cli.signals import ended_by_signals
 interrupt = lambda: os.kill(os.getpid(), signal.{signal})
 with ended_by_signals():
 {inside}

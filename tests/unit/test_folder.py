@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentwire.bridge.errors import InvalidRequest, StoreUnavailable
-from latentwire.service.folder import FolderStore
+from latentwire.service.store.folder import FolderStore
 
 ONE, TWO = "eval_" + "1" * 32, "list_" + "2" * 32
 

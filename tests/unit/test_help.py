@@ -9,8 +9,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from latentwire.service.__main__ import app
-from latentwire.service.flags import flags_of
 from latentwire.training.config import TrainConfig
+from latentwire.training.flags import flags_of
 
 COLUMNS = 80
 FLAGS = re.compile(r"--[\w-]+…?")

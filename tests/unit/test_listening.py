@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.service import listening
-from latentwire.service.listening import listen, url
+from latentwire.service.cli import server as listening
+from latentwire.service.cli.server import listen, url
 
 Listen = Callable[[str, int], list[socket.socket]]
 

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.service import logs
-from latentwire.service.logs import CHATTY, configure, restore
+from latentwire.service.cli import logs
+from latentwire.service.cli.logs import CHATTY, configure, restore
 
 ROOT = Path(__file__).resolve().parents[2]
 log = logging.getLogger("latentwire.bridge.somewhere")
@@ -127,7 +127,7 @@ def test_counting_is_bounded_and_what_is_forgotten_says_its_total(monkeypatch: p
 EXITS = """
 import logging, sys
 from pathlib import Path
-from latentwire.service.logs import configure
+from latentwire.service.cli.logs import configure
 configure("info", file=Path(sys.argv[1]), console=sys.stderr)
 for _ in range(3):
     logging.getLogger("x").warning("again")
@@ -164,7 +164,7 @@ def test_a_full_file_is_rotated_and_only_so_many_are_kept(tmp_path: Path, monkey
 APPENDS = """
 import io, logging, sys
 from pathlib import Path
-from latentwire.service.logs import configure
+from latentwire.service.cli.logs import configure
 configure("error", file=Path(sys.argv[1]), console=io.StringIO())
 sys.stdin.read(1)
 for number in range(400):
@@ -191,7 +191,7 @@ def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
 WARNS = """
 import sys, warnings
 from pathlib import Path
-from latentwire.service.logs import configure
+from latentwire.service.cli.logs import configure
 warnings.simplefilter("always")
 configure("info", file=Path(sys.argv[1]), console=sys.stderr)
 for _ in range(2):
@@ -216,7 +216,7 @@ def test_a_rich_console_shows_a_record_as_it_is_on_one_line() -> None:
 
 LIBRARY = """
 import logging, sys
-from latentwire.service.logs import configure
+from latentwire.service.cli.logs import configure
 if sys.argv[2] == "imported":
     from transformers.utils.logging import get_logger
 configure(sys.argv[1], console=sys.stderr)

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from latentwire.bridge.errors import Forbidden
-from latentwire.service.pages import Pages
+from latentwire.service.auth.pages import Pages
 from latentwire.service.settings import Settings
 
 OWN = "127.0.0.1:8000"

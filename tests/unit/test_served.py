@@ -7,7 +7,7 @@ import numpy as np
 
 from latentwire.bridge.checkpoint import load_bridge
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.service.served import Question, Served
+from latentwire.service.inference.bridges import Question, Served
 
 
 def test_two_checkpoints_with_one_encoder_and_different_heads_share_no_soft_tokens() -> None:

@@ -7,18 +7,10 @@ from pathlib import Path
 import pytest
 
 from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
-from latentwire.service.redis_store import RedisStore
-from latentwire.service.store import (
-    MemoryStore,
-    Sent,
-    Store,
-    encode_key,
-    find_latents,
-    keep_latents,
-    latent_id,
-    recall,
-    remember,
-)
+from latentwire.service.store.base import Store
+from latentwire.service.store.latents import Sent, encode_key, find_latents, keep_latents, latent_id, recall, remember
+from latentwire.service.store.memory import MemoryStore
+from latentwire.service.store.redis import RedisStore
 
 ROOM = 1 << 20
 SMALL, LARGE = bytes(10), bytes(ROOM // 4)  # three large ones fit, a fourth with its key and bookkeeping does not

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from latentwire.service import redis_store
 from latentwire.service.app import create_app
 from latentwire.service.settings import Settings
+from latentwire.service.store import redis as redis_store
 
 Start = Callable[..., TestClient]
 READY_SECONDS = 60.0

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from latentwire.bridge import wire
 from latentwire.service.app import create_app
-from latentwire.service.client import AsyncClient, Client, Evaluation, Generated, Latent, ServiceError, Token
+from latentwire.service.client.client import AsyncClient, Client, Evaluation, Generated, Latent, ServiceError, Token
 from latentwire.service.settings import Settings
 from tests.ports import free_port
 

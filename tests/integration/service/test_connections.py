@@ -25,8 +25,8 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ByteSize
 
-from latentwire.service import serving
 from latentwire.service.app import create_app
+from latentwire.service.cli import server as serving
 from latentwire.service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, until
 from tests.integration.service.test_storm import ASK, ask, at_rest, connect, listening, request, rest

@@ -12,8 +12,8 @@ from latentwire.bridge.errors import InferenceFailed
 from latentwire.bridge.generation.base import Engine
 from latentwire.bridge.models import BUILTIN, FrozenLM
 from latentwire.bridge.residency import Residency
-from latentwire.service import engines as module
-from latentwire.service.engines import Engines
+from latentwire.service.inference import engines as module
+from latentwire.service.inference.engines import Engines
 
 NAMES = "builtin:llama", str(BUILTIN / "llama")
 

@@ -19,10 +19,11 @@ from latentwire.bridge.evaluation import report as reporting
 from latentwire.bridge.evaluation.conditions import CONDITIONS, open_setting
 from latentwire.bridge.evaluation.report import evaluate
 from latentwire.bridge.models import FrozenLM, predicted_bytes
-from latentwire.service import evaluating, jobs
-from latentwire.service.keys import hash_of, key_line
+from latentwire.service.auth.keys import hash_of, key_line
+from latentwire.service.evaluations import jobs
+from latentwire.service.evaluations import runner as evaluating
 from latentwire.service.settings import Settings
-from latentwire.service.store import Kind
+from latentwire.service.store.base import Kind
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
 Start = Callable[..., TestClient]

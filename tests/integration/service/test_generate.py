@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from latentwire.bridge import engine, wire
 from latentwire.bridge.checkpoint import load_bridge, make_bridge, save_bridge
-from latentwire.service import served
+from latentwire.service.inference import bridges as served
 from latentwire.service.settings import Settings
 
 Refused = Callable[..., dict[str, Any]]

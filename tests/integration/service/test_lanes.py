@@ -10,8 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from latentwire.bridge import reader
-from latentwire.service import served
-from latentwire.service.lanes import LONG_CHARACTERS, Lanes
+from latentwire.service.inference import bridges as served
+from latentwire.service.inference.lanes import LONG_CHARACTERS, Lanes
 from tests.integration.service.conftest import HELD_SECONDS, Gate, Start, until
 
 LONG = "_" * (LONG_CHARACTERS + 1)

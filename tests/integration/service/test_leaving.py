@@ -15,8 +15,8 @@ from starlette.datastructures import Headers
 
 from latentwire.bridge import engine
 from latentwire.bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
-from latentwire.service.attending import attend
-from latentwire.service.keys import hash_of, key_line
+from latentwire.service.api.lifetime import attend
+from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 

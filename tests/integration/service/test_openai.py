@@ -26,8 +26,8 @@ from latentwire.bridge.config import Head
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import layout_for
 from latentwire.service.app import create_app
-from latentwire.service.keys import SCOPES, hash_of, key_line
-from latentwire.service.schemas import TokenLogprobOut
+from latentwire.service.auth.keys import SCOPES, hash_of, key_line
+from latentwire.service.schemas.inference import TokenLogprobOut
 from latentwire.service.settings import Settings
 from tests.conftest import TEMPLATE, bridge_config
 from tests.integration.service.conftest import HELD_SECONDS, READY_SECONDS, until

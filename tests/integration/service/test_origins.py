@@ -9,7 +9,7 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from latentwire.service.keys import hash_of, key_line
+from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.settings import Settings
 
 Start = Callable[..., TestClient]

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from latentwire.service.keys import hash_of, key_line
+from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.settings import Settings
 
 Start = Callable[..., TestClient]

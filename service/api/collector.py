@@ -1,0 +1,69 @@
+"""Gauges that are read when Prometheus asks: of memory, models, queues, stores and the latest outputs."""
+
+from collections.abc import Iterator
+
+import psutil
+import torch
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from latentwire.bridge.diversity import diversity
+from latentwire.service.evaluations.jobs import Jobs
+from latentwire.service.inference.runtime import Runtime
+
+DIVERSITY = (
+    ("distinct_ratio", "distinct_ratio", "Different outputs among the latest."),
+    ("top_ratio", "top_output_ratio", "Share of the commonest of the latest outputs."),
+    ("entropy_nats", "entropy_nats", "Word entropy of the latest outputs."),
+    ("distinct_2", "distinct_2", "Different word pairs among the latest outputs."),
+)
+
+
+class LiveCollector(Collector):
+    """Reads a service; registered beside its counters."""
+
+    def __init__(self, runtime: Runtime, jobs: Jobs) -> None:
+        self.runtime, self.jobs = runtime, jobs
+
+    def collect(self) -> Iterator[Metric]:
+        """Every gauge, with its value now."""
+        runtime = self.runtime
+        engines, load, residency = runtime.engines.all(), runtime.load, runtime.residency
+        yield GaugeMetricFamily("latentwire_ready", "1 once warmed up.", value=float(runtime.ready))
+        yield GaugeMetricFamily("latentwire_queue_rows", "Rows waiting.", value=load.waiting)
+        generating = sum(engine.running for engine in engines)
+        yield GaugeMetricFamily("latentwire_running_rows", "Rows in a batch.", value=load.running + generating)
+        yield GaugeMetricFamily("latentwire_admitted_rows", "Rows accepted, not answered yet.", value=load.admitted)
+        oom = load.out_of_memory + sum(engine.out_of_memory for engine in engines)
+        yield CounterMetricFamily("latentwire_out_of_memory", "Batches that memory was too small for.", value=oom)
+        yield GaugeMetricFamily(
+            "latentwire_store_available", "1 while the store answers.", value=float(runtime.store.available)
+        )
+        yield CounterMetricFamily(
+            "latentwire_store_failures", "Calls the store did not answer.", value=runtime.store.failures
+        )
+        evaluations = GaugeMetricFamily("latentwire_evaluations", "Evaluations not finished yet.", labels=["state"])
+        for state in ("queued", "running"):
+            evaluations.add_metric([state], self.jobs.counts()[state])
+        yield evaluations
+        memory = GaugeMetricFamily("latentwire_memory_bytes", "Memory of this process.", labels=["kind"])
+        memory.add_metric(["cpu_resident"], psutil.Process().memory_info().rss)
+        if torch.cuda.is_available():
+            memory.add_metric(["gpu_allocated"], torch.cuda.memory_allocated())
+            memory.add_metric(["gpu_reserved"], torch.cuda.memory_reserved())
+            free, total = torch.cuda.mem_get_info()
+            memory.add_metric(["gpu_free"], free)
+            memory.add_metric(["gpu_total"], total)
+        yield memory
+        models = GaugeMetricFamily("latentwire_model_bytes", "Weights of models now loaded.", labels=["model"])
+        for name, size in residency.resident().items():
+            models.add_metric([name], size)
+        yield models
+        measured = {bridge: diversity(list(texts)) for bridge, texts in list(runtime.metrics.latest.items())}
+        for name, attribute, said in DIVERSITY:
+            gauge = GaugeMetricFamily(f"latentwire_output_{name}", said, labels=["bridge"])
+            for bridge, values in measured.items():
+                gauge.add_metric([bridge], getattr(values, attribute))
+            yield gauge
+        budget = residency.budget_bytes
+        yield GaugeMetricFamily("latentwire_memory_budget_bytes", "0 when unlimited.", value=budget or 0)

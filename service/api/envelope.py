@@ -1,0 +1,79 @@
+"""Around every request; see ``Envelope``."""
+
+import logging
+import time
+import uuid
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from latentwire.bridge import errors
+from latentwire.service.api.bodies import Bodies
+from latentwire.service.api.errors import CRASHED, error_body_of, error_response
+from latentwire.service.inference.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+class Envelope:
+    """Around every request: its id, the limits of its body, its metrics, and the one error body for a crash.
+
+    Plain ASGI, because ``BaseHTTPMiddleware`` hides disconnects from the routes.
+    """
+
+    def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
+        self.app, self.runtime = app, runtime
+        self.bodies = Bodies(runtime.settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+        request_id = scope.setdefault("state", {})["request_id"] = given if usable else uuid.uuid4().hex
+        started, status, replied = time.perf_counter(), 500, False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, replied
+            if message["type"] == "http.response.start":
+                status, replied = message["status"], True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                # The next request should go to another replica. And a caller who waits to be asked for the body, and is
+                # refused instead, may send the body or not: what comes next could be either.
+                if self.runtime.draining or body.unasked:
+                    message["headers"].append((b"connection", b"close"))
+            elif not (message.get("more_body") or body.whole):
+                await send({**message, "more_body": True})
+                await body.drop()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        app = _elsewhere if self._is_elsewhere(scope) else self.app
+        try:
+            with self.bodies.receiving(scope, receive) as body:
+                await app(scope, body.receive, send_with_id)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if not replied:
+                said = error_body_of(scope, 500, *CRASHED, None)
+                await JSONResponse(said, status_code=500)(scope, receive, send_with_id)
+        finally:
+            known = scope["path"] if scope["path"] in scope["app"].openapi()["paths"] else "unknown"
+            route = getattr(scope.get("route"), "path", known)  # none was looked for where the guard refused
+            self.runtime.metrics.requests.labels(route, str(status)).inc()
+            self.runtime.metrics.latency.labels(route).observe(time.perf_counter() - started)
+
+    def _is_elsewhere(self, scope: Scope) -> bool:
+        """Whether a path is on the other of two ports: what operators ask is apart from what users ask."""
+        port, path = self.runtime.admin_port, scope["path"]
+        if port is None or path.startswith("/health/"):
+            return False
+        return bool((path == "/metrics" or path.startswith("/admin/")) != (scope["server"][1] == port))
+
+
+async def _elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+    request = Request(scope)
+    where = f"{request.method} {errors.shorten(request.url.path, 80)} is not on this port"
+    await error_response(request, 404, "NotFound", where, None)(scope, receive, send)

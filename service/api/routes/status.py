@@ -1,0 +1,83 @@
+"""What is served, and whether it is well: bridges, health, metrics."""
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from latentwire.bridge.errors import NotReady
+from latentwire.service.inference.bridges import Served
+from latentwire.service.inference.runtime import Runtime
+from latentwire.service.schemas.inference import BridgeList, BridgeOut, Health
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/bridges")
+async def bridges(request: Request) -> BridgeList:
+    """Every bridge that is served."""
+    runtime: Runtime = request.app.state.runtime
+    return BridgeList(bridges=[describe(runtime, served) for served in runtime.bridges.values()])
+
+
+@router.get("/bridges/{name}")
+async def bridge(name: str, request: Request) -> BridgeOut:
+    """One bridge."""
+    runtime: Runtime = request.app.state.runtime
+    return describe(runtime, runtime.find(name))
+
+
+@router.get("/health/live")
+async def live(request: Request) -> Health:
+    """Whether the process makes progress: 503 when there is work and no step was made for long. Busy is fine."""
+    runtime: Runtime = request.app.state.runtime
+    if runtime.dead is not None:
+        raise NotReady(runtime.dead)
+    if runtime.stalled:
+        raise NotReady(f"no step was made for {runtime.settings.stall_timeout:g} s although there is work")
+    return Health()
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Health:
+    """Whether every bridge has been loaded and has answered once."""
+    runtime: Runtime = request.app.state.runtime
+    runtime.check_open()
+    if runtime.failure is not None:
+        raise NotReady(runtime.failure)
+    if not runtime.ready:
+        raise NotReady("the bridges are still loading")
+    return Health()
+
+
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+)
+async def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    runtime: Runtime = request.app.state.runtime
+    return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def describe(runtime: Runtime, served: Served) -> BridgeOut:
+    """A bridge as callers see it."""
+    config = served.manifest.bridge
+    states = {name: runtime.residency.state(name) for name in served.models}
+    return BridgeOut(
+        name=served.name,
+        bridge_id=served.manifest.bridge_id,
+        sender=config.sender.name,
+        layers=list(config.layers),
+        receivers=list(config.heads),
+        encoder=config.encoder.kind,
+        ratio=config.encoder.ratio,
+        num_latents=config.encoder.num_latents,
+        latent_dim=config.encoder.latent_dim,
+        max_source_tokens=config.max_source_tokens,
+        template=config.heads[served.bridge.default_receiver].layout.template,
+        chat=config.heads[served.bridge.default_receiver].layout.chat is not None,
+        task=config.provenance.task,
+        steps=config.provenance.steps,
+        loaded={name: state.bytes for name, state in states.items() if state is not None},
+        engines={name: runtime.engines.kind(name) for name in config.heads},
+        pinned=all(runtime.residency.is_pinned(name) for name in served.models),
+        keep_alive_seconds=served.keep_alive_seconds,
+    )

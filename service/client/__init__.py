@@ -1,0 +1,1 @@
+"""Call a LatentWire service from Python. Needs httpx and numpy alone."""

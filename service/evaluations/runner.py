@@ -1,0 +1,115 @@
+"""An evaluation among requests: in small passes, each of which waits until nobody is being answered."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from latentwire.bridge.checkpoint import check_receiver, check_sender
+from latentwire.bridge.errors import InsufficientMemory
+from latentwire.bridge.evaluation import conditions
+from latentwire.bridge.evaluation.conditions import Setting, check_room
+from latentwire.bridge.evaluation.report import Progress, evaluate
+from latentwire.bridge.evaluation.tasks import Task
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.reader import Reader
+from latentwire.service.inference.bridges import Served
+from latentwire.service.inference.runtime import Runtime
+
+BATCH_ROWS = 4  # one pass delays a request that comes meanwhile
+YIELD_SECONDS = 2.0  # longest that one pass waits for requests: under steady load an evaluation should still end
+POLL_SECONDS = 0.005
+MEMORY_SECONDS = 300.0  # for which room for a model is tried for, since hours of work may depend on it
+
+
+class PoliteLender(conditions.Lender):
+    """Lends a service's models for one pass each, and lets requests go first.
+
+    Args:
+        runtime: Of the service.
+        check: Raises when the evaluation should go no further; called before every pass, and while one waits.
+        verify: Given each model lent; raises when it is not the one the bridge was trained with.
+    """
+
+    batch_rows = BATCH_ROWS
+
+    def __init__(self, runtime: Runtime, check: Callable[[], None], verify: Callable[[FrozenLM], None]) -> None:
+        self._runtime, self._check, self._verify = runtime, check, verify
+
+    @contextmanager
+    def lend(self, reader: Reader) -> Iterator[FrozenLM]:
+        """A model for one pass, loaded where it is not in memory.
+
+        Raises:
+            InsufficientMemory: Models in use left no room for it for very long.
+            ModelUnavailable: It cannot be read any more.
+            IncompatibleBridge: It is not the one that the bridge was trained with any more.
+        """
+        asked = time.perf_counter()
+        self._let_requests_go_first()
+        lm = self._acquire(reader.name)
+        try:
+            self._verify(lm)
+            self.waited_seconds += time.perf_counter() - asked
+            yield lm
+        finally:
+            self._runtime.residency.release(reader.name)
+
+    def _let_requests_go_first(self) -> None:
+        until = time.monotonic() + YIELD_SECONDS
+        self._check()
+        while self._runtime.load.admitted and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            self._check()
+
+    def _acquire(self, name: str) -> FrozenLM:
+        until = time.monotonic() + MEMORY_SECONDS
+        while True:
+            try:
+                return self._runtime.residency.acquire(name, self._runtime.settings.load_wait)
+            except InsufficientMemory:
+                self._check()
+                if time.monotonic() > until:
+                    raise
+                time.sleep(POLL_SECONDS)
+
+
+def measure(
+    runtime: Runtime,
+    served: Served,
+    receiver: str,
+    task: Task,
+    *,
+    names: list[str],
+    limit: int | None,
+    check: Callable[[], None],
+    progress: Progress,
+    partial: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The report of ``bridge.evaluation`` on a bridge that is being served; blocks, for as long as it takes.
+
+    Raises:
+        LatentWireError: The task does not suit the bridge, or a model cannot be lent.
+    """
+    config, readers = served.manifest.bridge, served.readers
+    check_room(task, readers[receiver])
+
+    def verify(lm: FrozenLM) -> None:
+        # A model can be both.
+        if lm.name == served.sender:
+            check_sender(config, lm)
+        if lm.name == receiver:
+            check_receiver(config, receiver, lm)
+
+    setting = Setting(
+        checkpoint=served.name,
+        task=task,
+        examples=task.test[: limit or len(task.test)],
+        bridge=served.bridge,
+        bridge_id=served.manifest.bridge_id,
+        sender=readers[served.sender],
+        receiver_name=receiver,
+        receiver=readers[receiver],
+        lender=PoliteLender(runtime, check, verify),
+    )
+    return evaluate(setting, conditions=names, progress=progress, partial=partial)

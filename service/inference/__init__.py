@@ -1,0 +1,1 @@
+"""The bridges being served: admit → batch → run → answer. Knows no HTTP."""

@@ -1,0 +1,202 @@
+"""Group concurrent rows into one forward pass.
+
+No row waits for company: while the device works on one batch, the rows that arrive become the next. Promises, each
+with a test in ``tests/unit/test_batching.py``: every row gets exactly one result or one error; a row nobody waits for
+any more never reaches the model; a failing batch fails its own rows only; the row that has waited longest is always
+in the next batch; a batch that memory is too small for is halved until it fits, and only a row that does not fit
+alone is refused.
+"""
+
+import asyncio
+import gc
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, LatentWireError, NotReady, first_line
+from latentwire.service.inference.admission import Load
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Row(Generic[Item, Result]):
+    item: Item
+    tokens: int
+    answer: "asyncio.Future[Result]"
+    begun: bool = False
+
+
+class Batcher(Generic[Item, Result]):
+    """A queue in front of ``run``, which maps N rows to N results, or errors, in order.
+
+    A batch holds at most ``max_batch`` rows, and no more than keep rows × longest row within ``max_batch_tokens``;
+    a longer row goes alone. Batches are made of rows of like length, around the row that has waited longest.
+
+    Args:
+        run: Called with one batch at a time.
+        max_batch: Most rows of a batch.
+        load: Where rows are counted.
+        max_batch_tokens: Most tokens of a batch, padding included; None: no limit.
+        cost: Tokens of a row, asked once when it is submitted.
+        is_out_of_memory: Whether an error of ``run`` says that memory did not suffice.
+        free_caches: Gives back what is held unused, before a smaller batch is tried; called off the event loop.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | LatentWireError]]],
+        *,
+        max_batch: int,
+        load: Load,
+        max_batch_tokens: int | None = None,
+        cost: Callable[[Item], int] = lambda _: 1,
+        is_out_of_memory: Callable[[BaseException], bool] = lambda error: isinstance(error, MemoryError),
+        free_caches: Callable[[], object] = gc.collect,
+    ) -> None:
+        self._run = run
+        self._max_batch = max_batch
+        self._max_tokens = math.inf if max_batch_tokens is None else max_batch_tokens
+        self._cost = cost
+        self._load = load
+        self._is_out_of_memory = is_out_of_memory
+        self._free_caches = free_caches
+        self._queue: list[_Row[Item, Result]] = []
+        self._arrived = asyncio.Event()
+
+    async def submit(
+        self, items: Sequence[Item], on_begun: Callable[[Item], object] = lambda item: None
+    ) -> list[Result]:
+        """Queue all rows of a request and wait for every result; cancelled, rows still queued are taken out.
+
+        At the end, whatever end that is, ``on_begun`` is called with each row that reached ``run``.
+
+        Raises:
+            InferenceFailed: ``run`` raised for a batch one of them was in.
+            InsufficientMemory: One of them does not fit the device's memory, not even alone.
+            LatentWireError: What ``run`` returned for one of them.
+        """
+        loop = asyncio.get_running_loop()
+        rows: list[_Row[Item, Result]] = [_Row(item, self._cost(item), loop.create_future()) for item in items]
+        if not self._load.waiting and not self._load.running:
+            self._load.progress()
+        self._queue += rows
+        self._load.waiting += len(rows)
+        self._arrived.set()
+        try:
+            return list(await asyncio.gather(*(row.answer for row in rows)))
+        finally:
+            for row in rows:
+                row.answer.cancel()
+                if row.begun:
+                    on_begun(row.item)
+            self._keep([row for row in self._queue if not row.answer.done()])
+
+    async def serve(self) -> None:
+        """Run batches until cancelled; rows still waiting then get an error, not silence."""
+        try:
+            while True:
+                await self._arrived.wait()
+                self._arrived.clear()
+                while batch := self._next_batch():
+                    await self._answer(batch)
+        finally:
+            _stopped(self._queue)
+            self._keep([])
+
+    def _keep(self, rows: list[_Row[Item, Result]]) -> None:
+        self._load.waiting -= len(self._queue) - len(rows)
+        self._queue = rows
+
+    def _next_batch(self) -> list[_Row[Item, Result]]:
+        """The row that has waited longest and those nearest to it in length, while at most half would be padding.
+
+        Nearest first, so that lengths mix only where too few alike are waiting; the bound is for a short row beside
+        many long ones, whose own pass is cheaper.
+        """
+        waiting = [row for row in self._queue if not row.answer.done()]
+        if not waiting:
+            return []
+        oldest = waiting[0]
+        batch, longest, real = [oldest], oldest.tokens, oldest.tokens
+        for row in sorted(waiting[1:], key=lambda row: abs(row.tokens - oldest.tokens)):
+            padded = max(longest, row.tokens) * (len(batch) + 1)
+            fits = padded <= self._max_tokens and padded <= 2 * (real + row.tokens)
+            if fits and len(batch) < self._max_batch:
+                batch.append(row)
+                longest, real = max(longest, row.tokens), real + row.tokens
+        taken = set(batch)
+        self._keep([row for row in waiting if row not in taken])
+        return batch
+
+    async def _answer(self, batch: list[_Row[Item, Result]]) -> None:
+        """Give every row its result or an error, in as many parts as memory asks for."""
+        parts = [batch]
+        try:
+            while parts:
+                part = [row for row in parts.pop() if not row.answer.done()]
+                if part and (shortage := await self._attempt(part)):
+                    parts += await self._halve(part, shortage)
+        except asyncio.CancelledError:
+            _stopped(batch)
+            raise
+
+    async def _attempt(self, rows: list[_Row[Item, Result]]) -> str:
+        """Run rows and answer them; or, where memory was too small for them, what the device said."""
+        results: Sequence[Result | LatentWireError]
+        self._load.running += len(rows)
+        for row in rows:
+            row.begun = True
+        try:
+            results = await self._run([row.item for row in rows])
+            if len(results) != len(rows):
+                raise RuntimeError(f"{len(results)} results for {len(rows)} rows")
+        except LatentWireError as error:
+            results = [error] * len(rows)
+        except Exception as error:
+            if self._is_out_of_memory(error):
+                return first_line(error)  # and the error goes, with the tensors that its frames hold
+            log.exception("a batch of %d rows failed", len(rows))
+            results = [_failed(error) for _ in rows]
+        finally:
+            self._load.running -= len(rows)
+            self._load.progress()
+        for row, result in zip(rows, results, strict=True):
+            _settle(row, result)
+        return ""
+
+    async def _halve(self, rows: list[_Row[Item, Result]], said: str) -> list[list[_Row[Item, Result]]]:
+        self._load.out_of_memory += 1
+        await asyncio.to_thread(self._free_caches)
+        tokens = max(row.tokens for row in rows)
+        log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, said)
+        if len(rows) == 1:
+            _settle(rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {said}"))
+            return []
+        middle = len(rows) // 2
+        return [rows[middle:], rows[:middle]]
+
+
+def _settle(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
+    if row.answer.done():
+        return
+    if isinstance(result, LatentWireError):
+        row.answer.set_exception(result)
+    else:
+        row.answer.set_result(result)
+
+
+def _stopped(rows: Sequence[_Row[Item, Result]]) -> None:
+    for row in rows:
+        _settle(row, NotReady("the service is stopping"))
+
+
+def _failed(error: Exception) -> InferenceFailed:
+    failure = InferenceFailed(f"the model failed with {type(error).__name__}")
+    failure.__cause__ = error
+    return failure

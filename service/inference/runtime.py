@@ -1,0 +1,259 @@
+"""The bridges being served: admit → batch → run → answer. Knows no HTTP.
+
+Tokenising, encoding, loading and generating each have threads of their own, off the event loop, so models can take
+turns in memory and the service answers health checks while one loads.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+
+from latentwire.bridge import engine
+from latentwire.bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
+from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory
+from latentwire.bridge.engine import Encoded
+from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
+from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
+from latentwire.bridge.models import load_reader
+from latentwire.bridge.prompt import TEXT
+from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.residency import Residency
+from latentwire.bridge.sampling import SamplingParams
+from latentwire.service.auth.keys import load_keys
+from latentwire.service.auth.limits import Limiter
+from latentwire.service.inference.admission import Load
+from latentwire.service.inference.batching import Batcher
+from latentwire.service.inference.bridges import Question, Served, Text
+from latentwire.service.inference.engines import Engines
+from latentwire.service.inference.lanes import Lanes
+from latentwire.service.inference.request import InFlightRequest, Piece, Said
+from latentwire.service.metrics import Metrics
+from latentwire.service.settings import Settings
+from latentwire.service.store.base import Kind, Store
+from latentwire.service.store.memory import MemoryStore
+from latentwire.service.store.redis import RedisStore
+
+log = logging.getLogger(__name__)
+
+WARM_UP_TEXT = "Mara wants a cup of tea."
+SWEEP_SECONDS = 1.0
+JOB_BYTES = 16 << 20  # of evaluations: some hundred reports
+QUIET_SECONDS = 0.25  # without work, before the service stops: requests on their way still get their 503
+
+
+class Runtime:
+    """Bridges, models, batches, engines and store of one service.
+
+    Attributes:
+        ready: Whether every bridge has been loaded and has answered once.
+        failure: Why it will never be ready.
+        dead: Why it will never answer again: an engine has died.
+        draining: Whether it takes no new requests, because it is about to stop.
+        admin_port: Where /admin and /metrics are alone, when they are.
+        on_death: Called when an engine has died: the process should end, for its supervisor to start another.
+    """
+
+    def __init__(self, settings: Settings, checkpoints: Mapping[str, str]) -> None:
+        self.settings = settings
+        secret = settings.api_keys
+        self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
+        redis = RedisStore(settings.redis_url) if settings.redis_url else None
+        self.limiter = Limiter(self.keys, redis)
+        device = device_named(settings.device)
+        budget = budget_bytes(settings.memory_budget, device)
+        self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
+        self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
+        self.load = Load(settings.max_queue)
+        self.ready = self.draining = False
+        self.failure: str | None = None
+        self.dead: str | None = None
+        self.admin_port: int | None = None
+        self.on_death: Callable[[], None] = lambda: None
+        self.engines = Engines(
+            self.residency,
+            max_rows=settings.max_batch,
+            kv_tokens=settings.kv_tokens,
+            step_tokens=settings.step_tokens,
+            load_wait=settings.load_wait,
+            on_death=self._died,
+            on_step=self._note_step,
+        )
+        self.store: Store = redis or MemoryStore(_budgets(settings))
+        self.metrics = Metrics()
+        self._lanes = Lanes()
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _open(self, name: str, path: str) -> Served:
+        """A bridge from its checkpoint; what no request could ever use stops the start."""
+        settings = self.settings
+        manifest, bridge = load_bridge(path, device=self.residency.device)
+        check_models(manifest.bridge)
+        models = (manifest.bridge.sender.name, *manifest.bridge.heads)
+        for model in models:
+            self.residency.predict(model)
+            self.residency.keep(model, settings.keep_alive_of(name))
+        readers = {model: load_reader(model) for model in models}
+        return Served(name, manifest, bridge, readers, settings.message_key, settings.keep_alive_of(name))
+
+    async def start(self) -> None:
+        """Start the batchers and warm up in the background; ``ready`` turns true when every bridge has answered."""
+        for name, served in self.bridges.items():
+            self._encoders[name] = Batcher(
+                partial(self._encode, served),
+                max_batch=self.settings.max_batch,
+                max_batch_tokens=self.settings.batch_tokens,
+                cost=lambda source: len(source.ids),
+                load=self.load,
+                is_out_of_memory=is_out_of_memory,
+                free_caches=free_caches,
+            )
+            self._tasks.append(asyncio.create_task(self._encoders[name].serve()))
+        self._tasks += [asyncio.create_task(self._warm_up()), asyncio.create_task(self._sweep())]
+
+    async def drain(self) -> None:
+        """Take no more requests, and wait until those accepted are answered, ``drain_timeout`` at most."""
+        self.draining = True
+        quiet_since = time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_timeout):
+                while time.monotonic() - quiet_since < QUIET_SECONDS:
+                    await asyncio.sleep(0.01)
+                    if self.load.admitted:
+                        quiet_since = time.monotonic()
+
+    async def stop(self) -> None:
+        """Stop everything; whoever still waits gets an error."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.engines.close()
+        await asyncio.to_thread(self._device.shutdown)
+        await asyncio.to_thread(self._lanes.close)
+        await self.store.close()
+
+    def find(self, name: str | None) -> Served:
+        """The bridge of a name, or the first one.
+
+        Raises:
+            UnknownBridge: Naming those there are.
+        """
+        if name is None:
+            return next(iter(self.bridges.values()))
+        if name not in self.bridges:
+            raise UnknownBridge(f"no bridge is called {name!r}; there are {', '.join(self.bridges)}", param="bridge")
+        return self.bridges[name]
+
+    def check_open(self) -> None:
+        """Refuse new work while the service stops (NotReady)."""
+        if self.draining:
+            raise NotReady("the service is stopping and takes no more requests")
+
+    def check_text(self, text: str, param: str) -> None:
+        """Refuse a text over the operator's limit before any work (TooLarge)."""
+        limit = self.settings.max_text_characters
+        if len(text) > limit:
+            raise TooLarge(f"the text has {len(text)} characters; at most {limit} are taken", param=param)
+
+    async def encode(
+        self, served: Served, rows: Sequence[Text], on_cost: Callable[[int], None] = lambda source_tokens: None
+    ) -> list[Encoded]:
+        """Latents of texts, batched with whatever else is waiting.
+
+        ``on_cost`` is called at the end, whatever end that is, with the tokens of the texts that reached the sender.
+        """
+
+        def tokenize(row: Text) -> SourceTokens:
+            with at_fault(row.param):
+                return served.tokenize(row)
+
+        sources = await self._lanes.each(tokenize, rows, lambda row: len(row.text))
+        read: list[int] = []
+        try:
+            return await self._encoders[served.name].submit(sources, lambda source: read.append(len(source.ids)))
+        finally:
+            on_cost(sum(read))
+
+    async def generate(
+        self,
+        served: Served,
+        receiver: str,
+        questions: Sequence[Question],
+        on_piece: Callable[[Piece], None] | None = None,
+        on_cost: Callable[[list[int], int], None] = lambda prompt_tokens, generated_tokens: None,
+    ) -> Said:
+        """Answers to questions, each of which joins the receiver's running batch at its next step.
+
+        ``on_piece`` is called on the event loop with every piece of text as it comes, ``on_cost`` at the end, whatever
+        end that is. Cancelled, what still runs is given up at once.
+        """
+        rows = await self._lanes.each(partial(served.compose, receiver), questions, lambda asked: asked.characters)
+        async with self.engines.lend(receiver, partial(check_receiver, served.manifest.bridge, receiver)) as lent:
+            asked = InFlightRequest(lent, served, receiver, rows, questions, on_piece)
+            try:
+                answers, firsts = await asked.answers()
+            finally:
+                on_cost([row.slots.count(TEXT) for row in rows], asked.generated_tokens)
+        return Said(answers, firsts)
+
+    async def _encode(self, served: Served, sources: Sequence[SourceTokens]) -> list[Encoded]:
+        def run() -> list[Encoded]:
+            with self.residency.use(served.sender, self.settings.load_wait) as sender:
+                check_sender(served.manifest.bridge, sender)
+                self.load.progress()  # a large model loads for minutes; that is no stall
+                with peak_bytes(self.residency.device) as peak:
+                    encoded = engine.encode(served.bridge, sender, sources)
+                self.residency.note_activation(served.sender, peak.bytes)
+                return encoded
+
+        self.metrics.batch_rows.labels("encode").observe(len(sources))
+        with self.metrics.device_seconds.labels("encode").time():
+            return await asyncio.get_running_loop().run_in_executor(self._device, run)
+
+    async def _warm_up(self) -> None:
+        try:
+            for served in self.bridges.values():
+                encoded = await self.encode(served, [Text(WARM_UP_TEXT, True, "inputs")])
+                for receiver in served.manifest.bridge.heads:
+                    question = Question(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
+                    await self.generate(served, receiver, [question])
+            self.ready = True
+        except LatentWireError as error:
+            log.error("warming up failed: %s", error)
+            self.failure = str(error)
+        except Exception as error:
+            log.exception("warming up failed")
+            self.failure = first_line(error)
+
+    async def _sweep(self) -> None:
+        """Let models go whose time is over."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.to_thread(self.residency.sweep)
+
+    def _note_step(self, rows: int, seconds: float) -> None:
+        self.metrics.batch_rows.labels("generate").observe(rows)
+        self.metrics.device_seconds.labels("generate").observe(seconds)
+
+    def _died(self) -> None:
+        self.dead = self.failure = "the generation engine died"
+        self.on_death()
+
+    @property
+    def stalled(self) -> bool:
+        """Work is there, no model is being loaded, and nothing has moved for ``stall_timeout`` seconds."""
+        if self.residency.loading is not None:
+            return False
+        latest = [self.load.last_progress] if self.load.waiting + self.load.running else []
+        latest += [engine.last_step for engine in self.engines.all() if engine.running]
+        return any(time.monotonic() - at > self.settings.stall_timeout for at in latest)
+
+
+def _budgets(settings: Settings) -> dict[Kind, int]:
+    """Bytes of each kind kept in the process."""
+    return {"latent": settings.store_memory, "encode": settings.encode_cache_memory, "job": JOB_BYTES}

@@ -1,0 +1,1 @@
+"""What the service keeps: latents, encodings, jobs."""
