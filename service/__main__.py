@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from latentwire import __version__
+from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.service.cli.infer import encode, generate
 from latentwire.service.cli.key import key_command
@@ -42,6 +42,8 @@ app = typer.Typer(
 app.add_typer(slurm, name="slurm")
 out, errors = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
+# What a command needs beside the client; any other needs ``eval``.
+EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
 WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
@@ -386,6 +388,11 @@ def main() -> None:
         app()
     except LatentWireError as error:
         print(f"latentwire: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (message := missing_extra(error, EXTRAS.get(sys.argv[1], "eval"))) is None:
+            raise
+        print(f"latentwire: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
