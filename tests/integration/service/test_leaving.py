@@ -188,13 +188,15 @@ def test_rows_of_a_caller_who_left_never_reach_the_receiver_and_their_blocks_are
     assert {call["cu_seq_lens_q"].numel() for call in gate.named} == {2}  # one row in every step
 
 
-def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start) -> None:
+def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start, hold: Callable[..., Gate]) -> None:
     client = start()
     runtime, hang_up = client.app.state.runtime, Event()  # type: ignore[attr-defined]
     (made,) = runtime.engines.all()
+    gate = hold(made.lm.model, "forward")
+    gate.opened.set()
     body = {**ASK, "max_tokens": 200, "temperature": 1.0, "stream": True, "seed": 5}
     leaving = connect(client, "/generate", body, hang_up)
-    until(lambda: any(len(running.answer.ids) > 8 for running in list(made._running.values())))
+    until(lambda: len(gate.calls) > 8)  # a token each
     hang_up.set()
     sent = leaving.result(HELD_SECONDS)
     assert sent[0]["status"] == 200 and b"event: token" in sent[1]["body"]
