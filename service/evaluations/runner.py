@@ -8,7 +8,7 @@ from typing import Any
 from latentwire.bridge.checkpoint import check_receiver, check_sender
 from latentwire.bridge.errors import InsufficientMemory
 from latentwire.bridge.evaluation import conditions
-from latentwire.bridge.evaluation.conditions import Setting, check_room
+from latentwire.bridge.evaluation.conditions import EvaluationContext, check_room
 from latentwire.bridge.evaluation.report import Progress, evaluate
 from latentwire.bridge.evaluation.tasks import Task
 from latentwire.bridge.models import FrozenLM
@@ -101,7 +101,7 @@ def measure(
         if lm.name == receiver:
             check_receiver(config, receiver, lm)
 
-    setting = Setting(
+    context = EvaluationContext(
         checkpoint=served.name,
         task=task,
         examples=task.test[: limit or len(task.test)],
@@ -112,4 +112,4 @@ def measure(
         receiver=readers[receiver],
         lender=PoliteLender(runtime, check, verify),
     )
-    return evaluate(setting, conditions=names, progress=progress, partial=partial)
+    return evaluate(context, conditions=names, progress=progress, partial=partial)

