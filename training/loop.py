@@ -84,7 +84,7 @@ def _begin(run: Run, ready: Callable[[], None], *, resume: bool, overwrite: bool
                 path.unlink()
             shutil.rmtree(run.config.out / BEST, ignore_errors=True)
     start = _resume(run) if resume else 0
-    run.ranks.wait()
+    run.ranks.barrier()
     return start
 
 
@@ -141,7 +141,7 @@ def _validate(run: Run, done: int, monitor: Monitor) -> None:
         if best:
             run.best = value
             save_bridge(run.config.out / BEST, run.bridge)
-    run.ranks.wait()
+    run.ranks.barrier()
 
 
 def _check_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -203,5 +203,5 @@ def _save(run: Run, step: int, monitor: Monitor) -> Manifest:
         checkpoint_bytes = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
         seconds = time.perf_counter() - started
         monitor.event(step, "save", state_bytes=state_bytes, checkpoint_bytes=checkpoint_bytes, seconds=seconds)
-    run.ranks.wait()
+    run.ranks.barrier()
     return read_manifest(run.config.out)

@@ -300,10 +300,10 @@ def _samples(
         refs = (tokeniser.bridge.sender, tokeniser.bridge.heads[name].receiver)
         key = tokeniser.key(task.data_sha256, task.template, [str(ref.fingerprint) for ref in refs])
         if not ranks.first:
-            ranks.wait()
+            ranks.barrier()
         tables[name] = tokenise(tokeniser, train, key, config.cache)
         if ranks.first:
-            ranks.wait()
+            ranks.barrier()
     table = tables[config.receivers[0]]
     _say_cut(
         console, [full - len(ids) for ids, (full, _) in zip(table["source"], table["lengths"], strict=True)], "all "
@@ -372,7 +372,7 @@ def _cached(run: Run, console: Console) -> CachedStates:
                 )  # fmt: skip
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         console.print(f"sender states of {len(states.rows)} sources: {size:,} bytes in {folder}", soft_wrap=True)
-    run.ranks.wait()
+    run.ranks.barrier()
     run.residency.unload(config.sender)
     return states if run.ranks.first else open_cache(folder, run.residency.device)
 

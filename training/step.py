@@ -111,7 +111,7 @@ def take_step(run: Run, step: int, rows: Sequence[Tokens], *, waited: float = 0.
     started, name = time.perf_counter(), run.receiver_of(step)
     with run.residency.use(name) as receiver:
         sums = _retry(run, step, receiver, rows)
-    run.ranks.add_up([p.grad for p in run.parameters if p.grad is not None])
+    run.ranks.all_reduce([p.grad for p in run.parameters if p.grad is not None])
     sums.share(run.ranks, receiver.device)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
@@ -338,7 +338,7 @@ class _Sums:
         if ranks.count == 1:
             return
         numbers = torch.tensor([self.loss, *self.parts.values(), self.tokens], dtype=torch.float64, device=device)
-        ranks.add_up([numbers])
+        ranks.all_reduce([numbers])
         self.loss, *parts, tokens = numbers.tolist()
         self.parts, self.tokens = dict(zip(self.parts, parts, strict=True)), int(tokens)
 
