@@ -99,7 +99,7 @@ def shard(lm: FrozenLM) -> FrozenLM:
     return lm
 
 
-def recompute(lm: FrozenLM) -> FrozenLM:
+def gradient_checkpointing(lm: FrozenLM) -> FrozenLM:
     """A model whose blocks keep only their inputs for the backward pass and run again in it.
 
     Around the blocks and not through the library's own switch, which needs training mode and, in some families,

@@ -30,7 +30,7 @@ from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Order, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
-from latentwire.training.machine import Ranks, compile_model, join_ranks, recompute, shard
+from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, shard
 from latentwire.training.muon import Muon
 from latentwire.training.step import Run
 from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
@@ -137,7 +137,7 @@ def _held(config: TrainConfig) -> int:
 def _load(config: TrainConfig, name: str, **where: Any) -> FrozenLM:
     lm = load_model(name, device_map=config.device_map, **where)
     if config.gradient_checkpointing and name != config.sender:
-        lm = recompute(lm)
+        lm = gradient_checkpointing(lm)
     if config.fsdp and not (config.cache_features and name == config.sender):  # one process alone fills the cache
         lm = shard(lm)
     return compile_model(lm) if config.compile and name != config.sender else lm

@@ -33,7 +33,7 @@ from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
-from latentwire.training.machine import Ranks, recompute
+from latentwire.training.machine import Ranks, gradient_checkpointing
 from latentwire.training.prepare import completed, describe, learned_modes, optimisers, with_heads
 from latentwire.training.step import Run, take_step
 from latentwire.training.tokens import Tokens
@@ -140,7 +140,7 @@ def _simulate(config: TrainConfig, name: str, lengths: Lengths) -> list[Cost]:
     ledger = Ledger()
     stack, depth = stack_of(receiver), receiver.layers
     if config.gradient_checkpointing:
-        recompute(receiver)
+        gradient_checkpointing(receiver)
     _watch(ledger, receiver, stack)
     whole = list(stack)  # keeps what is cut: freed by the garbage collector at any time, it would seem a cost of rows
     depths = DEPTHS if _alike(receiver, stack) and depth > DEPTHS[1] else (depth,)
