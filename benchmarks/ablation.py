@@ -24,7 +24,7 @@ from latentwire.bridge.evaluation.conditions import CONDITIONS, answer, open_con
 from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
-from latentwire.training.prepare import order_of, prepare
+from latentwire.training.prepare import prepare, sampler_of
 from latentwire.training.step import Run, take_step
 
 WORLD = {
@@ -54,8 +54,8 @@ K = (2, 3, 4, 6, 8, 12, 16)
 
 def steps_of(run: Run, start: int, stop: int) -> list[StepRecord]:
     """Take steps ``start`` to ``stop``."""
-    order = order_of(run)
-    rows = ([run.sample(run.config.receivers[0], i) for i in order.batch(step)] for step in range(start, stop))
+    sampler = sampler_of(run)
+    rows = ([run.sample(run.config.receivers[0], i) for i in sampler.batch(step)] for step in range(start, stop))
     return [take_step(run, step, batch) for step, batch in enumerate(rows, start=start)]
 
 

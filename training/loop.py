@@ -16,7 +16,7 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.data import Prefetch
 from latentwire.training.machine import graphs, stop_requests
 from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
-from latentwire.training.prepare import completed, order_of, prepare
+from latentwire.training.prepare import completed, prepare, sampler_of
 from latentwire.training.state import Trained, load_state, save_state, states_in
 from latentwire.training.step import Run, take_step
 from latentwire.training.tokens import Tokens
@@ -100,11 +100,11 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 def _steps(run: Run, start: int, stack: ExitStack) -> Iterator[tuple[int, list[Tokens], float]]:
     """Each step's number, this process's rows of it, and the seconds spent waiting for them."""
-    order = order_of(run)
+    sampler = sampler_of(run)
 
     def make(step: int) -> list[Tokens]:
         name = run.receiver_of(step)
-        return [run.sample(name, i) for i in run.ranks.share(order.batch(step))]
+        return [run.sample(name, i) for i in run.ranks.share(sampler.batch(step))]
 
     ahead = stack.enter_context(Prefetch(make, start, run.config.max_steps))
     for step in range(start, run.config.max_steps):

@@ -28,7 +28,7 @@ from latentwire.bridge.prompt import compose, layout_for
 from latentwire.bridge.reader import Reader, tokenize_source
 from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
-from latentwire.training.data import Order, split_off
+from latentwire.training.data import Sampler, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
 from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, shard
 from latentwire.training.muon import Muon
@@ -333,9 +333,9 @@ def _say_cut(console: Console, missing: Sequence[int], of: str) -> None:
         console.print(f"{cut} of {of}{len(missing)} sources exceed --max-source-tokens: only their start is read")
 
 
-def order_of(run: Run) -> Order:
-    """The order in which a run sees its examples."""
-    return Order(
+def sampler_of(run: Run) -> Sampler:
+    """The sampler of a run: in which order it sees its examples."""
+    return Sampler(
         len(run.train),
         batch_size=run.rows_per_step,
         seed=run.config.seed,
@@ -346,8 +346,8 @@ def order_of(run: Run) -> Order:
 def _cached(run: Run, console: Console) -> CachedStates:
     """The sender's states of every example the run will see, and no sender in memory any more."""
     config, described = run.config, run.bridge.config
-    order = order_of(run)
-    seen = sorted({i for step in range(config.max_steps) for i in order.batch(step)})
+    sampler = sampler_of(run)
+    seen = sorted({i for step in range(config.max_steps) for i in sampler.batch(step)})
     side = run.tokenisers[config.receivers[0]].sender
     texts = [run.train[i].source for i in seen] + [example.source for example in run.validation]
     kept, limit = described.source, described.max_source_tokens
