@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.real import MATERIAL, RECEIVER, SENDER, task_file
 from benchmarks.record import RESULTS, record
 from latentwire.bridge.checkpoint import save_bridge
-from latentwire.bridge.evaluation.conditions import CONDITIONS, answer, open_context
+from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context, predict
 from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
@@ -104,7 +104,7 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
         right: list[float] = []
         for first in range(0, limit, 50):
             chosen = range(first, min(first + 50, limit))
-            said = answer(context, chosen, CONDITIONS["bridge"](context, chosen))
+            said = predict(context, chosen, CONDITIONS["bridge"](context, chosen))
             right += [exact_match(said[i - first], context.examples[i].answer) for i in chosen]
     return {
         "value": statistics.fmean(right),

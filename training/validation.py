@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from latentwire.bridge import engine
-from latentwire.bridge.evaluation.conditions import PredictionContext, answer
+from latentwire.bridge.evaluation.conditions import PredictionContext, predict
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import exact_match, token_f1
 from latentwire.bridge.prompt import collate
@@ -64,7 +64,7 @@ def _latents(run: Run) -> list[NDArray[np.float32]]:
 def _score(run: Run, metric: Metric, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:
     said: list[str] = []
     for chosen in chunks(range(len(latents)), run.micro_batch):
-        said += answer(context, chosen, [latents[i] for i in chosen])
+        said += predict(context, chosen, [latents[i] for i in chosen])
     wanted = [example.answer for example in context.examples]
     score = SCORES[metric]
     return statistics.fmean(score(have, want) for have, want in zip(said, wanted, strict=True))

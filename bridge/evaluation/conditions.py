@@ -241,7 +241,7 @@ TRAINED = ("prompt", "random_sender")
 """Conditions that are bridges of their own, trained like the one measured: run when asked for."""
 
 
-def answer(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+def predict(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
     """What the receiver answers: the likeliest label of a classification, else greedy text."""
     return (_generate if context.task.kind == "generation" else _choose)(context, chosen, readings)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from latentwire.bridge.detokenise import decode
-from latentwire.bridge.evaluation.conditions import PredictionContext, Reading, answer, soft_tokens
+from latentwire.bridge.evaluation.conditions import PredictionContext, Reading, predict, soft_tokens
 from latentwire.bridge.prompt import collate, embed
 
 
@@ -20,7 +20,7 @@ def shown(context: PredictionContext, readings: Sequence[Reading], first: int, t
 def generations(context: PredictionContext, readings: Sequence[Reading], count: int) -> Iterator[str]:
     """Lines with the wanted and the given answer of the first ``count`` examples, as ``repr``: blanks matter."""
     chosen = range(min(count, len(readings)))
-    said = answer(context, chosen, readings[: len(chosen)])
+    said = predict(context, chosen, readings[: len(chosen)])
     for i, text in zip(chosen, said, strict=True):
         yield f"example {i + 1}: wanted {context.examples[i].answer!r}, said {text!r}"
 

@@ -19,7 +19,7 @@ from latentwire.bridge.evaluation.conditions import (
     Condition,
     EvaluationContext,
     Reading,
-    answer,
+    predict,
     soft_tokens,
 )
 from latentwire.bridge.evaluation.metrics import bootstrap, exact_match, token_f1
@@ -134,7 +134,7 @@ def _batches(context: EvaluationContext) -> Iterator[range]:
 def _measure(context: EvaluationContext, name: str, read: _Read, progress: Progress) -> dict[str, Any]:
     said: list[str] = []
     for chosen in _batches(context):
-        said += answer(context, chosen, read.readings[chosen.start : chosen.stop])
+        said += predict(context, chosen, read.readings[chosen.start : chosen.stop])
         progress(name, len(said), len(context.examples))
     wanted = [example.answer for example in context.examples]
     same = exact_match if context.task.kind == "generation" else lambda have, want: float(have == want)

@@ -25,8 +25,8 @@ from latentwire.bridge.evaluation.conditions import (
     EvaluationContext,
     Lender,
     Reading,
-    answer,
     open_context,
+    predict,
 )
 from latentwire.bridge.evaluation.metrics import bootstrap
 from latentwire.bridge.evaluation.report import evaluate, table, write_report
@@ -127,7 +127,7 @@ def test_scores_are_means_over_the_examples_and_their_interval_is_resampled(
     wanted = ["Ben has cats.", "Ben has cats.", "The lamp is red.", "Ben sings.", "Mara sings."]
     said = ["Ben has cats", "Ben has dogs", "lamp is red!", "", "Ben"]
     examples = [replace(context.examples[i], answer=f" {text}") for i, text in enumerate(wanted)]
-    monkeypatch.setattr(reporting, "answer", lambda made, chosen, readings: [said[i] for i in chosen])
+    monkeypatch.setattr(reporting, "predict", lambda made, chosen, readings: [said[i] for i in chosen])
     monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
     made = evaluate(replace(context, examples=examples))
     low, high = bootstrap([1.0, 0.0, 1.0, 0.0, 0.0])
@@ -149,7 +149,7 @@ def test_a_set_larger_than_a_batch_is_answered_in_order(
         return [made.examples[i].answer for i in chosen]
 
     monkeypatch.setattr(reporting, "BATCH_ROWS", 4)
-    monkeypatch.setattr(reporting, "answer", knowing)
+    monkeypatch.setattr(reporting, "predict", knowing)
     monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
     made = evaluate(context)
     assert seen == [[0, 1, 2, 3], [4, 5]] * len(EVERY)
@@ -168,7 +168,7 @@ def test_time_to_the_first_token_is_that_of_one_token_of_one_request(
         return generate(lm, rows, soft, params)
 
     monkeypatch.setattr(engine, "generate", spying)
-    monkeypatch.setattr(reporting, "answer", lambda made, chosen, readings: [""] * len(chosen))
+    monkeypatch.setattr(reporting, "predict", lambda made, chosen, readings: [""] * len(chosen))
     evaluate(replace(context, examples=context.examples[:2]))
     assert asked == [[SamplingParams(max_tokens=1)]] * 2 * len(EVERY)
 
@@ -370,7 +370,7 @@ def test_a_prompt_too_long_for_the_receiver_is_refused_with_both_numbers(
     examples = [Example("Mara sings.", "{latent}" + "Q" * 300, " x"), Example("Ben", "{latent}Q", " y")]
     made = replace(context, receiver=gpt2, receiver_name=gpt2.name, bridge=make_bridge(config), examples=examples)
     with pytest.raises(InvalidRequest, match=r"takes 3\d\d receiver tokens; 232 fit"):
-        answer(made, [0, 1], CONDITIONS[name](made, [0, 1]))
+        predict(made, [0, 1], CONDITIONS[name](made, [0, 1]))
 
 
 def test_a_relay_is_what_the_sender_writes(context: EvaluationContext) -> None:
@@ -414,15 +414,15 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(context: EvaluationContext, 
     for made in (context, sentiment):
         count = len(made.examples)
         readings = CONDITIONS["bridge"](made, range(count))
-        together = answer(made, range(count), readings)
-        assert together == [answer(made, [i], [readings[i]])[0] for i in range(count)]
+        together = predict(made, range(count), readings)
+        assert together == [predict(made, [i], [readings[i]])[0] for i in range(count)]
 
 
 @pytest.mark.parametrize("condition", ["direct", "none", "bridge"])
 def test_a_label_is_chosen_by_its_likelihood(sentiment: EvaluationContext, condition: str) -> None:
     lm = sentiment.receiver
     readings = CONDITIONS[condition](sentiment, range(4))
-    chosen = answer(sentiment, range(4), readings)
+    chosen = predict(sentiment, range(4), readings)
     for i, reading in enumerate(readings):
         scores = [by_hand(sentiment, reading, f" {label}") for label in sentiment.task.labels]
         assert abs(scores[0] - scores[1]) > 1e-3 and chosen[i] == f" {sentiment.task.labels[int(np.argmax(scores))]}"
@@ -444,7 +444,7 @@ def test_a_classification_scored_in_parts_has_the_scores_of_the_whole(
 
             patch.setattr(engine, "answer_scores", spying)
             patch.setattr(conditions, "SCORED_ROWS", rows)
-            answer(sentiment, range(4), CONDITIONS["bridge"](sentiment, range(4)))
+            predict(sentiment, range(4), CONDITIONS["bridge"](sentiment, range(4)))
         return made
 
     (whole,), threes, ones = scores(64), scores(3), scores(1)
@@ -473,7 +473,7 @@ def test_labels_are_scored_as_they_follow_each_prompt_wherever_it_ends(
 
     monkeypatch.setattr(engine, "answer_scores", knowing)
     monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
-    assert answer(made, range(4), [None] * 4) == [example.answer for example in made.examples]
+    assert predict(made, range(4), [None] * 4) == [example.answer for example in made.examples]
     assert scored == ["bad</s>", "very good</s>", " bad</s>", " very good</s>"] * 2
     report = evaluate(made)
     assert all(row["value"] == 1 for row in report["conditions"].values())
@@ -501,7 +501,7 @@ def test_a_classification_reports_accuracy_and_no_f1(sentiment: EvaluationContex
     row = made["conditions"]["bridge"]
     assert row["metric"] == "accuracy" and "token_f1" not in row and made["n"] == 4
     wanted = [example.answer for example in sentiment.examples]
-    said = answer(sentiment, range(4), sentiment.latents(range(4)))
+    said = predict(sentiment, range(4), sentiment.latents(range(4)))
     assert row["value"] == sum(a == b for a, b in zip(said, wanted, strict=True)) / 4
 
 
@@ -527,7 +527,7 @@ def test_the_content_share_is_the_part_of_the_gain_that_another_latent_does_not_
 
 
 def test_the_receiver_answers_differently_to_different_readings(context: EvaluationContext) -> None:
-    said = {name: answer(context, [0], CONDITIONS[name](context, [0]))[0] for name in ("bridge", "none", "direct")}
+    said = {name: predict(context, [0], CONDITIONS[name](context, [0]))[0] for name in ("bridge", "none", "direct")}
     assert len(set(said.values())) == 3
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from latentwire.bridge.checkpoint import head_key, load_bridge, read_manifest
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
-from latentwire.bridge.evaluation.conditions import answer, open_context
+from latentwire.bridge.evaluation.conditions import open_context, predict
 from latentwire.bridge.local import answer as answer_locally
 from latentwire.bridge.local import encode_text
 from latentwire.bridge.models import predicted_bytes
@@ -51,7 +51,7 @@ def test_receivers_have_their_turns_and_each_its_own_head(make: MakeConfig, name
     assert list(manifest.heads) == names and len({part.sha256 for part in manifest.heads.values()}) == 2
     for name in names:
         context = open_context(make().out, "world", limit=2, dtype="float32", receiver=name)
-        said = answer(context, range(2), context.latents(range(2)))
+        said = predict(context, range(2), context.latents(range(2)))
         assert len(said) == 2 and all(said)
 
 
@@ -146,7 +146,7 @@ def test_a_receiver_added_to_a_finished_bridge_changes_nothing_that_was_there(
     for checkpoint, name in ((base, llama), (config.out, llama), (config.out, gpt2)):
         context = open_context(checkpoint, "world", limit=2, dtype="float16", receiver=name)
         latents.append(context.latents(range(2)))
-        assert all(answer(context, range(2), latents[-1]))
+        assert all(predict(context, range(2), latents[-1]))
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(*latents, strict=True))
 
 

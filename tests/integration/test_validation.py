@@ -14,7 +14,7 @@ import torch
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import save_bridge
 from latentwire.bridge.evaluation import report
-from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, answer, open_context
+from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, open_context, predict
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import collate
@@ -74,7 +74,7 @@ def reported(run: Run) -> dict[str, Any]:
 def said_by(run: Run) -> list[str]:
     context = context_of(run)
     everyone = range(len(context.examples))
-    return answer(context, everyone, context.latents(everyone))
+    return predict(context, everyone, context.latents(everyone))
 
 
 def test_the_measure_is_the_tasks_own_unless_another_is_asked_for(make: MakeConfig, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_what_a_run_prints_is_what_an_evaluation_prints(make: MakeConfig, tmp_pa
     context = context_of(run)
     latents = context.latents(range(4))
     assert list(shown(context, latents, 3, 6)) == lines and len(lines) == 6
-    texts = answer(context, range(3), latents[:3])
+    texts = predict(context, range(3), latents[:3])
     expected = [f"example {i + 1}: wanted {context.examples[i].answer!r}, said {texts[i]!r}" for i in range(3)]
     assert lines[:3] == expected
     assert [line for line in shown(context, latents, 0, 0)] == []

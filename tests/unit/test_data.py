@@ -29,9 +29,8 @@ def test_the_order_of_examples_is_a_function_of_the_step() -> None:
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
     assert Sampler(10, batch_size=4, seed=3).batch(4) == sampler.batch(4)
     assert Sampler(10, batch_size=4, seed=4).batch(0) != sampler.batch(0)
-    assert [*Sampler(10, batch_size=2, seed=3).batch(0), *Sampler(10, batch_size=2, seed=3).batch(1)] == sampler.batch(
-        0
-    )
+    half = Sampler(10, batch_size=2, seed=3)
+    assert [*half.batch(0), *half.batch(1)] == sampler.batch(0)
 
 
 def test_grouped_by_length_every_example_still_comes_once_per_epoch() -> None:

@@ -204,7 +204,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = start()
-    answer, entered, opened, asked = reporting.answer, threading.Event(), threading.Event(), 0
+    answer, entered, opened, asked = reporting.predict, threading.Event(), threading.Event(), 0
 
     def held(setting: Any, chosen: Any, readings: Any) -> Any:
         nonlocal asked
@@ -214,7 +214,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
             assert opened.wait(HELD_SECONDS)
         return answer(setting, chosen, readings)
 
-    monkeypatch.setattr(reporting, "answer", held)
+    monkeypatch.setattr(reporting, "predict", held)
     passes: list[int] = []
     made = post(client, conditions=["direct", "none"], limit=6)
     queued = post(client)
@@ -226,7 +226,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda *args: passes.append(1) or generate(*args))
     opened.set()
-    monkeypatch.setattr(reporting, "answer", answer)
+    monkeypatch.setattr(reporting, "predict", answer)
     assert ended(client, post(client))["state"] == "done"  # the thread is free again
     assert asked == 1 and len(passes) == 2  # of the last one: its answer, and its first token
     assert (get(client, queued)["state"], get(client, queued)["report"]) == ("cancelled", None)
