@@ -58,12 +58,12 @@ def _kind(field: FieldInfo) -> Any:
 
 def _help(field: FieldInfo) -> str:
     """The description, and what holds where the flag is not typed. Brackets would be markup to typer."""
-    said, default = field.description or "", field.get_default()
+    text, default = field.description or "", field.get_default()
     if default is True:
-        said += " [on]"
+        text += " [on]"
     elif default not in (None, "", []) and default is not False and not field.is_required():
-        said += f" [{default}]"
-    return escape(said.replace(" [", " [default: "))
+        text += f" [{default}]"
+    return escape(text.replace(" [", " [default: "))
 
 
 def _panel(name: str, field: FieldInfo) -> str:

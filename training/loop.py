@@ -59,8 +59,8 @@ def train(
             before = run.out_of_memory_count
             record = take_step(run, step, rows, waited=waited)
             if record.out_of_memory_count > before:
-                said = f"out of memory: the same rows again in passes of {record.micro_batch}"
-                monitor.event(step + 1, "out_of_memory", message=said, micro_batch=record.micro_batch)
+                message = f"out of memory: the same rows again in passes of {record.micro_batch}"
+                monitor.event(step + 1, "out_of_memory", message=message, micro_batch=record.micro_batch)
             monitor.log(record)
             collapsed = [alarm for alarm in _observe(alarms, record, monitor) if alarm.collapse]
             _after(run, step + 1, monitor)
@@ -123,7 +123,7 @@ def _after(run: Run, done: int, monitor: Monitor) -> None:
 
 
 def _observe(alarms: Alarms, record: StepRecord, monitor: Monitor) -> list[Alarm]:
-    """Alarms that begin with a step, said and written."""
+    """Alarms that begin with a step, printed and written."""
     begun = alarms.observe(record)
     for alarm in begun:
         monitor.event(alarm.step, "alarm", name=alarm.name, message=alarm.message)

@@ -100,13 +100,13 @@ class AnswerStats:
         """Count the rows of one forward pass."""
         first, wanted = first_logits(logits, labels)
         best = first.topk(min(TOP, first.shape[-1]), dim=-1).indices == wanted[:, None]
-        said, mask = logits[:, :-1].argmax(dim=-1), answer_mask(labels)
+        token_ids, mask = logits[:, :-1].argmax(dim=-1), answer_mask(labels)
         self.rows += len(labels)
         self.right += float(answers_right(logits, labels).sum())
         self.top1, self.top5 = self.top1 + int(best[:, 0].sum()), self.top5 + int(best.sum())
         mean = first.float().softmax(dim=-1).sum(dim=0)
         self.first = mean if self.first is None else self.first + mean
-        for row, target, real in zip(said.tolist(), labels[:, 1:].tolist(), mask.tolist(), strict=True):
+        for row, target, real in zip(token_ids.tolist(), labels[:, 1:].tolist(), mask.tolist(), strict=True):
             self.outputs[tuple(token for token, is_real in zip(row, real, strict=True) if is_real)] += 1
             self.wanted[tuple(token for token, is_real in zip(target, real, strict=True) if is_real)] += 1
 

@@ -249,7 +249,7 @@ def _against_others(
 def _spoken(
     run: Run, receiver: FrozenLM, mode: str, rows: Sequence[Tokens], soft: Tensor, slots: Sequence[int], sums: "_Sums"
 ) -> Float[Tensor, " B"]:
-    """Cross-entropy of a text said from soft tokens and the mode's learned tokens."""
+    """Cross-entropy of a text after soft tokens and the mode's learned tokens."""
     asked: list[Row] = [getattr(row, mode) for row in rows]
     if run.config.mode_tokens:
         learned = run.modes[f"{head_key(receiver.name)}·{mode}"]
@@ -262,9 +262,9 @@ def with_mode(
 ) -> Float[Tensor, "B KM D"]:
     """Soft tokens with a mode's tokens directly after each row's last one, at the receiver's scale."""
     M, D = learned.shape
-    said = (F.rms_norm(learned, (D,)) * scale).expand(len(soft), M, D).to(soft.dtype)
+    tokens = (F.rms_norm(learned, (D,)) * scale).expand(len(soft), M, D).to(soft.dtype)
     at = torch.tensor(slots, device=soft.device)[:, None] + torch.arange(M, device=soft.device)
-    return F.pad(soft, (0, 0, 0, M)).scatter(1, at[..., None].expand(-1, -1, D), said)
+    return F.pad(soft, (0, 0, 0, M)).scatter(1, at[..., None].expand(-1, -1, D), tokens)
 
 
 @torch.no_grad()

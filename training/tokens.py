@@ -100,8 +100,8 @@ class Tokeniser:
         if (over := len(row) - self.receiver.max_tokens) <= 0:
             return row
         ids = text_ids(self.receiver, answer)
-        said = decode(self.receiver, ids[: max(len(ids) - over - SPARE, 1)], special=True)
-        return self._compose(template, slots, said)
+        text = decode(self.receiver, ids[: max(len(ids) - over - SPARE, 1)], special=True)
+        return self._compose(template, slots, text)
 
     def _halves(self, text: str, source: SourceTokens) -> tuple[int, str]:
         """Sender tokens of the words up to the middle, and the text after them; no text where there is one word.
@@ -125,9 +125,11 @@ class Tokeniser:
 
     def _teacher(self, example: Example, answer: Row) -> Row:
         """The receiver reads the source where the soft tokens stood, and says the student's very tokens."""
-        said = [label for label in answer.labels if label != IGNORE]
-        read = fit(self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(said))
-        return Row(read.ids + said, read.slots + [TEXT] * len(said), read.labels + said)
+        answer_ids = [label for label in answer.labels if label != IGNORE]
+        read = fit(
+            self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(answer_ids)
+        )
+        return Row(read.ids + answer_ids, read.slots + [TEXT] * len(answer_ids), read.labels + answer_ids)
 
     def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
         """The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned."""

@@ -21,7 +21,7 @@ from latentwire.training.step import Run
 SCORES: dict[str, Callable[[str, str], float]] = {
     "em": exact_match,
     "token_f1": token_f1,
-    "accuracy": lambda said, wanted: float(said == wanted),
+    "accuracy": lambda text, wanted: float(text == wanted),
 }
 
 
@@ -62,12 +62,12 @@ def _latents(run: Run) -> list[NDArray[np.float32]]:
 
 
 def _score(run: Run, metric: Metric, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:
-    said: list[str] = []
+    texts: list[str] = []
     for chosen in chunks(range(len(latents)), run.micro_batch):
-        said += predict(context, chosen, [latents[i] for i in chosen])
+        texts += predict(context, chosen, [latents[i] for i in chosen])
     wanted = [example.answer for example in context.examples]
     score = SCORES[metric]
-    return statistics.fmean(score(have, want) for have, want in zip(said, wanted, strict=True))
+    return statistics.fmean(score(have, want) for have, want in zip(texts, wanted, strict=True))
 
 
 def _loss(run: Run, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:

@@ -21,7 +21,7 @@ from latentwire.bridge.checkpoint import Bridge, check_receiver, check_sender, l
 from latentwire.bridge.config import Layout, Manifest
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.bridge.evaluation.tasks import Example, Task, load_task, said_after
+from latentwire.bridge.evaluation.tasks import Example, Task, answer_text, load_task
 from latentwire.bridge.models import FrozenLM, check_role, load_model
 from latentwire.bridge.prompt import LATENT, Row, collate, compose, cut_text, fit, text_layout
 from latentwire.bridge.reader import Reader, SourceTokens, tokenize_source
@@ -78,13 +78,13 @@ class PredictionContext:
         """Receiver inputs with each reading at ``{latent}``; a text over the receiver's context is cut at its end."""
         room = self.receiver.max_tokens - self.task.max_answer_tokens
         made = []
-        for i, reading, said in zip(chosen, readings, answers, strict=True):
+        for i, reading, answer in zip(chosen, readings, answers, strict=True):
             prompt = self.examples[i].prompt
             if isinstance(reading, str):
-                made.append(fit(self.receiver, self.layout, prompt, reading, room, said))
+                made.append(fit(self.receiver, self.layout, prompt, reading, room, answer))
             else:
                 slots = None if reading is None else len(reading)
-                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=said, max_tokens=room))
+                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=answer, max_tokens=room))
         return made
 
 
@@ -256,13 +256,13 @@ def _generate(context: PredictionContext, chosen: Sequence[int], readings: Seque
 
 def _choose(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
     labels, count = context.task.labels, len(context.task.labels)
-    spoken = [said_after(context.examples[i].prompt, label) for i in chosen for label in labels]
-    rows = context.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], spoken)
+    texts = [answer_text(context.examples[i].prompt, label) for i in chosen for label in labels]
+    rows = context.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], texts)
     most = context.lender.batch_rows or SCORED_ROWS
     parts = [range(start, min(start + most, len(rows))) for start in range(0, len(rows), most)]
     scores = torch.cat([_scores(context, rows, readings, part) for part in parts])
     best = scores.reshape(len(chosen), count).argmax(dim=1).tolist()
-    return [spoken[at * count + label] for at, label in enumerate(best)]
+    return [texts[at * count + label] for at, label in enumerate(best)]
 
 
 def _scores(context: PredictionContext, rows: Sequence[Row], readings: Sequence[Reading], part: range) -> Tensor:

@@ -20,8 +20,8 @@ def shown(context: PredictionContext, readings: Sequence[Reading], first: int, t
 def generations(context: PredictionContext, readings: Sequence[Reading], count: int) -> Iterator[str]:
     """Lines with the wanted and the given answer of the first ``count`` examples, as ``repr``: blanks matter."""
     chosen = range(min(count, len(readings)))
-    said = predict(context, chosen, readings[: len(chosen)])
-    for i, text in zip(chosen, said, strict=True):
+    texts = predict(context, chosen, readings[: len(chosen)])
+    for i, text in zip(chosen, texts, strict=True):
         yield f"example {i + 1}: wanted {context.examples[i].answer!r}, said {text!r}"
 
 

@@ -132,13 +132,13 @@ def _batches(context: EvaluationContext) -> Iterator[range]:
 
 
 def _measure(context: EvaluationContext, name: str, read: _Read, progress: Progress) -> dict[str, Any]:
-    said: list[str] = []
+    texts: list[str] = []
     for chosen in _batches(context):
-        said += predict(context, chosen, read.readings[chosen.start : chosen.stop])
-        progress(name, len(said), len(context.examples))
+        texts += predict(context, chosen, read.readings[chosen.start : chosen.stop])
+        progress(name, len(texts), len(context.examples))
     wanted = [example.answer for example in context.examples]
     same = exact_match if context.task.kind == "generation" else lambda have, want: float(have == want)
-    exact = [same(have, want) for have, want in zip(said, wanted, strict=True)]
+    exact = [same(have, want) for have, want in zip(texts, wanted, strict=True)]
     low, high = bootstrap(exact)
     row = {
         "metric": "accuracy" if context.task.kind == "classification" else "em",
@@ -148,7 +148,7 @@ def _measure(context: EvaluationContext, name: str, read: _Read, progress: Progr
         "ttft_ms": _first_token_ms(context, read.timed),
     }
     if context.task.kind == "generation":
-        row["token_f1"] = statistics.fmean(token_f1(have, want) for have, want in zip(said, wanted, strict=True))
+        row["token_f1"] = statistics.fmean(token_f1(have, want) for have, want in zip(texts, wanted, strict=True))
     return row
 
 

@@ -253,10 +253,10 @@ def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
         answer = _fill(spec.answer, row, where)
         if not answer.strip():
             raise InvalidRequest(f"{where}: the answer is empty; expected a text", param="task")
-        return Example(source, prompt, said_after(prompt, answer))
+        return Example(source, prompt, answer_text(prompt, answer))
     assert spec.label is not None
     index = _label(spec, _field(row, spec.label, where), where)
-    return Example(source, prompt, said_after(prompt, spec.labels[index]), index)
+    return Example(source, prompt, answer_text(prompt, spec.labels[index]), index)
 
 
 def _label(spec: TaskFile, value: Any, where: str) -> int:
@@ -287,6 +287,6 @@ def _fill(template: str, row: dict[str, Any], where: str) -> str:
     return FIELD.sub(value, template)
 
 
-def said_after(prompt: str, answer: str) -> str:
+def answer_text(prompt: str, answer: str) -> str:
     """The answer as it follows the prompt: one space between them, wherever the task wrote it."""
     return answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
