@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Tokens:
     teacher: Row | None = None
 
 
-ROWS = [field.name for field in fields(Tokens) if "Row" in str(field.type)]
+ROWS = ("answer", "reconstruction", "continuation", "teacher")
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,9 @@ class Tokeniser:
 
     def _teacher(self, example: Example, answer: Row) -> Row:
         """The receiver reads the source where the soft tokens stood, and says the student's very tokens."""
-        answer_ids = [label for label in answer.labels if label != IGNORE]
-        read = fit(
-            self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(answer_ids)
-        )
-        return Row(read.ids + answer_ids, read.slots + [TEXT] * len(answer_ids), read.labels + answer_ids)
+        ids = [label for label in answer.labels if label != IGNORE]
+        read = fit(self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(ids))
+        return Row(read.ids + ids, read.slots + [TEXT] * len(ids), read.labels + ids)
 
     def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
         """The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned."""

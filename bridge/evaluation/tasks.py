@@ -178,14 +178,12 @@ def _file_task(path: Path) -> Task:
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InvalidRequest(f"{path}: {field}: {first['msg']}", param="task") from None
     digest = hashlib.sha256()
-    splits = {
-        split: [_example(spec, row, f"{getattr(spec, split)} row {number}") for number, row in rows]
-        for split in ("train", "test")
-        if (rows := list(enumerate(_rows(path.parent, getattr(spec, split), split, digest), start=1))) is not None
-    }
-    for split, examples in splits.items():
-        if not examples:
-            raise InvalidRequest(f"{path}: {split} = {getattr(spec, split)!r} holds no row", param="task")
+    splits: dict[str, list[Example]] = {}
+    for split, where in (("train", spec.train), ("test", spec.test)):
+        rows = list(_rows(path.parent, where, split, digest))
+        if not rows:
+            raise InvalidRequest(f"{path}: {split} = {where!r} holds no row", param="task")
+        splits[split] = [_example(spec, row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
     return Task(
         name=spec.name,
         kind=spec.kind,
