@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from latentwire.bridge import engine, wire
 from latentwire.bridge.checkpoint import check_receiver, check_sender, load_bridge, read_manifest
 from latentwire.bridge.config import Manifest
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import InvalidMessage
 from latentwire.bridge.generation.output import Generation
@@ -50,7 +51,10 @@ def read_latent(checkpoint: str, file: Path) -> NDArray[np.float32]:
         raise InvalidMessage(f"--latent {file}: {error.strerror}", param="latent") from None
     config = manifest.bridge
     return wire.decode(
-        message, bridge_id=manifest.bridge_id, latent_dim=config.encoder.latent_dim, max_slots=config.max_slots
+        message,
+        bridge_id=manifest.bridge_id,
+        latent_dim=config.encoder.latent_dim,
+        max_slots=slots_of(config.encoder, config.max_source_tokens),
     ).latent
 
 

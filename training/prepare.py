@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 from latentwire.bridge.checkpoint import Bridge, check_sender, head_key, load_bridge, make_bridge, read_manifest
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
 from latentwire.bridge.devices import device_named, dtype_named
+from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
 from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_model
@@ -251,7 +252,7 @@ def learned_modes(config: TrainConfig, bridge: Bridge, device: torch.device) -> 
 
 def not_aligned(config: TrainConfig, sides: dict[str, Reader]) -> str | None:
     """Why no soft token can be held against the words it covers, or None where it can."""
-    if not config.windowed:
+    if not encoder_class(config.encoder).windowed:
         return f"{config.encoder} slots cover no words of their own"
     slow = [side.name for side in sides.values() if not side.tokenizer.is_fast]
     return f"the tokenizer of {slow[0]!r} gives no character offsets" if slow else None
@@ -323,7 +324,7 @@ def _check_validation(
     for tokeniser in tokenisers.values():
         room = tokeniser.receiver.max_tokens - task.max_answer_tokens
         for example in validation:
-            slots = tokeniser.bridge.slots_of(len(tokeniser(example).source.ids))
+            slots = slots_of(tokeniser.bridge.encoder, len(tokeniser(example).source.ids))
             compose(tokeniser.receiver, tokeniser.layout, example.prompt, latent=slots, max_tokens=room)
 
 

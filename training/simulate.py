@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from latentwire.bridge.checkpoint import Bridge, make_bridge
 from latentwire.bridge.config import RANDOM, Fingerprint, Head
 from latentwire.bridge.devices import DTYPES, default_device, default_dtype
+from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.errors import ModelUnavailable, first_line
 from latentwire.bridge.evaluation.tasks import Task
 from latentwire.bridge.families import Role, check_usable
@@ -373,8 +374,8 @@ def tokens_of(run: Run, lengths: Lengths, index: int) -> Tokens:
     config, described = run.config, run.bridge.config
     S, P, A = max(lengths.source - index % 2, 1), lengths.prompt, lengths.answer
     half, M = max(S // 2, 1), config.mode_tokens
-    K, H = described.slots_of(S), described.slots_of(half)
-    aligned = config.alignment_weight > 0 and config.windowed
+    K, H = slots_of(described.encoder, S), slots_of(described.encoder, half)
+    aligned = config.alignment_weight > 0 and encoder_class(config.encoder).windowed
     return Tokens(
         source=SourceTokens([index] * S, S),
         half=half,

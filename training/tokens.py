@@ -17,6 +17,7 @@ import numpy as np
 from latentwire.bridge import chat, prompt, reader
 from latentwire.bridge.config import BridgeConfig, Layout
 from latentwire.bridge.detokenise import decode
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import LatentWireError
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, compose, fit
@@ -70,7 +71,7 @@ class Tokeniser:
         """Raises InvalidRequest when the prompt and answer do not fit the receiver beside the soft tokens."""
         config, limit = self.config, self.bridge.max_source_tokens
         source = tokenize_source(self.sender, example.source, self.bridge.source, max_tokens=limit, truncate=True)
-        slots = self.bridge.slots_of(len(source.ids))
+        slots = slots_of(self.bridge.encoder, len(source.ids))
         answer = self._compose(example.prompt, slots, example.answer)
         half, rest = self._halves(example.source, source)
         modes = config.mode_tokens
@@ -82,7 +83,7 @@ class Tokeniser:
             reconstruction=self._spoken(self.reconstruction, slots + modes, f" {example.source}")
             if config.reconstruction_weight
             else None,
-            continuation=self._spoken(LATENT, self.bridge.slots_of(half) + modes, rest)
+            continuation=self._spoken(LATENT, slots_of(self.bridge.encoder, half) + modes, rest)
             if config.continuation_weight
             else None,
             teacher=self._teacher(example, answer) if config.kd_weight else None,

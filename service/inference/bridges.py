@@ -12,6 +12,7 @@ from torch import Tensor
 from latentwire.bridge import wire
 from latentwire.bridge.checkpoint import Bridge
 from latentwire.bridge.config import Manifest, Prompt
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import soften
 from latentwire.bridge.errors import InvalidRequest, at_fault
 from latentwire.bridge.generation.base import Soft
@@ -87,7 +88,7 @@ class Served:
             message,
             bridge_id=self.manifest.bridge_id,
             latent_dim=config.encoder.latent_dim,
-            max_slots=config.max_slots,
+            max_slots=slots_of(config.encoder, config.max_source_tokens),
             key=self.signing_key,
         ).latent
 
