@@ -25,7 +25,14 @@ from latentwire.bridge.models import FrozenLM, blocks_of, load_model
 from latentwire.bridge.prompt import Batch, collate, compose, layout_for
 from latentwire.training import machine
 from latentwire.training import prepare as preparing
-from latentwire.training.machine import STOPPING, compile_model, graphs, memory_of, recompute, stop_requests
+from latentwire.training.machine import (
+    STOPPING,
+    compile_model,
+    gradient_checkpointing,
+    graphs,
+    memory_of,
+    stop_requests,
+)
 from latentwire.training.state import Trained, load_state, save_state
 from latentwire.training.step import BUCKET, Run
 from tests.conftest import FAMILIES
@@ -71,7 +78,7 @@ def stored(lm: FrozenLM, batch: Batch, slots: int) -> tuple[int, Tensor, Tensor]
 def test_recomputed_blocks_give_the_same_bits_and_keep_fewer_bytes(
     model_folders: dict[str, Path], lms: dict[str, FrozenLM], family: str
 ) -> None:
-    plain, again = lms[family], recompute(load_model(str(model_folders[family])))
+    plain, again = lms[family], gradient_checkpointing(load_model(str(model_folders[family])))
     batch = batch_of(plain, 12, 7, 3)
     many, loss, gradient = stored(plain, batch, 12)
     few, loss_again, gradient_again = stored(again, batch, 12)

@@ -232,8 +232,8 @@ def test_processes_share_all_rows_evenly_and_lose_none() -> None:
 def test_one_process_needs_no_launcher_and_no_exchange() -> None:
     assert join_ranks(torch.device("cpu")) == Ranks(0, 1)
     gradient = torch.ones(3)
-    Ranks().add_up([gradient])
-    Ranks().wait()
+    Ranks().all_reduce([gradient])
+    Ranks().barrier()
     assert gradient.tolist() == [1, 1, 1]
     assert Ranks().any(True, torch.device("cpu")) and not Ranks().any(False, torch.device("cpu"))
 

