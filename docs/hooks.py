@@ -1,8 +1,10 @@
 """What the guide takes from the code: the package for mkdocstrings, the table of settings and the tree of errors."""
 
+import re
 import tempfile
 from pathlib import Path
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from pydantic import ByteSize
@@ -12,6 +14,8 @@ from latentwire.bridge import errors
 from latentwire.service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
+DIMENSIONS = re.compile(r"^Dimensions used in this file:\n((?: {4}.*\n?)+)", re.MULTILINE)
 LINKED = tempfile.TemporaryDirectory()
 
 
@@ -26,6 +30,20 @@ def on_config(config: MkDocsConfig) -> None:
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [LINKED.name]
 
 
+class Docstrings(griffe.Extension):
+    """Show what docstrings write for a terminal as a page shows it: examples (``>>> …``) and lists of dimensions."""
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        if obj.docstring:
+            shown = EXAMPLE.sub(r"```pycon\n\g<0>\n```", obj.docstring.value)
+            obj.docstring.value = DIMENSIONS.sub(_in_a_line, shown)
+
+
+def _in_a_line(dimensions: re.Match[str]) -> str:
+    each = re.split(r"\s{2,}", dimensions[1].strip())
+    return f"Dimensions: {' · '.join(each)}."
+
+
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Put what is made from the code where a page asks for it."""
     for name, made in {"table of settings": settings_table, "tree of errors": error_tree}.items():
@@ -36,7 +54,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def error_tree() -> str:
     """Every error and its HTTP status, as its module lists them."""
-    return f"```text\n{errors.__doc__}```"
+    _, tree, *_ = (errors.__doc__ or "").split("\n\n")
+    return f"```text\n{tree}\n```"
 
 
 def settings_table() -> str:

@@ -2,7 +2,9 @@
 
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,9 +29,13 @@ class Block:
     @property
     def commands(self) -> list[list[str]]:
         """The words of each command of a shell block, without comments and redirections."""
-        code = re.sub(r" >> \S+", "", self.code.replace("\\\n", " ")) if self.kind == "sh" else ""
-        typed = [shlex.split(part, comments=True) for line in code.splitlines() for part in line.split(" && ")]
-        return [words for words in typed if words]
+        typed, begun = [], ""
+        for line in self.code.replace("\\\n", " ").splitlines() if self.kind == "sh" else ():
+            begun += line + "\n"
+            with suppress(ValueError):  # a quotation that goes on in the next line
+                words, begun = shlex.split(begun, comments=True), ""
+                typed += [list(part) for end, part in groupby(words, "&&".__eq__) if not end]
+        return [words[: words.index(">>")] if ">>" in words else words for words in typed if words]
 
 
 def blocks(page: Path | None = None) -> list[Block]:
