@@ -21,17 +21,18 @@ from typing import Any
 import numpy as np
 
 from latentwire.bridge import engine
-from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.checkpoint import read_manifest
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.engine import encode, generate
 from latentwire.bridge.evaluation.conditions import RELAY_TOKENS
 from latentwire.bridge.evaluation.tasks import world_task
 from latentwire.bridge.generation.continuous import ContinuousEngine
-from latentwire.bridge.models import load_model, load_reader
+from latentwire.bridge.models import load_model
 from latentwire.bridge.prompt import compose
 from latentwire.bridge.reader import tokenize_source
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.service.inference.bridges import Question, Served
+from latentwire.service.inference.request import GenerationRequest, soft_tokens_of
 
 ROWS = 32  # of a step, and of a static batch
 CALLERS = 64
@@ -44,32 +45,25 @@ Figures = dict[str, Any]
 Work = Generator[Figures, float, None]
 
 
-def served() -> Served:
-    """The built-in bridge as the service holds it."""
-    manifest, bridge = load_bridge("builtin")
-    names = (manifest.bridge.sender.name, *manifest.bridge.heads)
-    return Served("builtin", manifest, bridge, {name: load_reader(name) for name in names})
-
-
-def questions(count: int, seed: int = 0) -> list[Question]:
+def questions(count: int, seed: int = 0) -> list[GenerationRequest]:
     """Random latents and prompts, with limits drawn from ``LENGTHS``: greedy answers run to their limits."""
-    rng, width = random.Random(seed), load_bridge("builtin")[0].bridge.encoder.latent_dim
+    rng, width = random.Random(seed), read_manifest("builtin").bridge.encoder.latent_dim
     drawn = np.random.default_rng(seed)
     made = []
     for _ in range(count):
         latent = drawn.standard_normal((SLOTS, width)).astype(np.float32)
         latent /= np.sqrt((latent**2).mean(axis=1, keepdims=True))
         prompt = " ".join(rng.choices(WORDS, k=12))
-        made.append(Question(latent, prompt, SamplingParams(max_tokens=rng.choice(LENGTHS))))
+        made.append(GenerationRequest(latent, prompt, SamplingParams(max_tokens=rng.choice(LENGTHS))))
     return made
 
 
 def bodies(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """The same questions as requests."""
-    bridge = served()
+    bridge = Bridge.load()
     return [
         {
-            "inputs": [{"latent": base64.b64encode(bridge.message(question.given, "float32")).decode()}],  # type: ignore[arg-type]
+            "inputs": [{"latent": base64.b64encode(bridge.message(np.asarray(question.given), "float32")).decode()}],
             "prompt": question.prompt,
             "max_tokens": question.params.max_tokens,
         }
@@ -87,12 +81,14 @@ class Asking:
     """A receiver's engine, called in process."""
 
     def __init__(self) -> None:
-        self.bridge = served()
+        self.bridge = Bridge.load()
         self.name = self.bridge.receiver(None)
         self.lm = load_model(self.name)
         self.engine = ContinuousEngine(self.lm, max_rows=ROWS)
 
-    def ask(self, question: Question, done: Callable[[int], None], first: Callable[[str], None] | None = None) -> None:
+    def ask(
+        self, question: GenerationRequest, done: Callable[[int], None], first: Callable[[str], None] | None = None
+    ) -> None:
         """Submit a question; ``done`` gets its token count."""
 
         def end(result: Any) -> None:
@@ -100,10 +96,10 @@ class Asking:
                 raise result
             done(result.token_count)
 
-        row = self.bridge.compose(self.name, question)
-        self.engine.submit(row, question.params, self.bridge.soft(self.name, self.lm, question), end, first)
+        row = self.bridge.compose(self.name, question.given, question.prompt, question.params)
+        self.engine.submit(row, question.params, soft_tokens_of(self.bridge, self.name, self.lm, question), end, first)
 
-    def wait(self, question: Question) -> tuple[float, float]:
+    def wait(self, question: GenerationRequest) -> tuple[float, float]:
         """Seconds to the first token and to the last."""
         ended, times = threading.Event(), list[float]()
         started = time.perf_counter()
@@ -145,7 +141,7 @@ def continuous() -> Work:
 
 def static() -> Work:
     """Tokens per second of left-padded batches of ``generate``, in order of arrival."""
-    bridge = served()
+    bridge = Bridge.load()
     name = bridge.receiver(None)
     lm, asked = load_model(name), cycle(questions(256))
     seconds = yield {}
@@ -153,8 +149,8 @@ def static() -> Work:
         tokens, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             batch = [next(asked) for _ in range(ROWS)]
-            rows = [bridge.compose(name, question) for question in batch]
-            soft = engine.soften(bridge.bridge, name, lm, [question.given for question in batch])  # type: ignore[misc]
+            rows = [bridge.compose(name, question.given, question.prompt, question.params) for question in batch]
+            soft = engine.soften(bridge.model, name, lm, [question.given for question in batch])  # type: ignore[misc]
             said = generate(lm, rows, soft, [question.params for question in batch])[0]
             tokens += sum(answer.token_count for answer in said)
         seconds = yield {"tokens_per_second": tokens / (time.perf_counter() - started)}
@@ -162,7 +158,7 @@ def static() -> Work:
 
 def encoding() -> Work:
     """Texts per second of the encoder for batches of several sizes, each made of texts of like length."""
-    bridge, asked = served(), cycle(texts(4096))
+    bridge, asked = Bridge.load(), cycle(texts(4096))
     sender, limit = load_model(bridge.sender), bridge.manifest.bridge.max_source_tokens
     kept = bridge.manifest.bridge.source
     best, sizes = 0, (4, 8, 16, 32, 64)
@@ -176,7 +172,7 @@ def encoding() -> Work:
                 sources = [tokenize_source(sender, text, kept, max_tokens=limit, truncate=True) for text in window]
                 sources.sort(key=lambda source: len(source.ids))
                 for at in range(0, len(sources), rows):
-                    encode(bridge.bridge, sender, sources[at : at + rows])
+                    encode(bridge.model, sender, sources[at : at + rows])
                 done += len(sources)
             rates[rows] = done / (time.perf_counter() - started)
         best = best or max(rates, key=rates.__getitem__)
@@ -193,7 +189,7 @@ def one_at_a_time() -> Work:
 
 def first_tokens() -> Work:
     """Seconds until a receiver's first token: from a stored latent, reading the source, after a sender's summary."""
-    asking, sender = Asking(), load_model(served().sender)
+    asking, sender = Asking(), load_model(Bridge.load().sender)
     writer = ContinuousEngine(sender, max_rows=ROWS)
     limit = asking.lm.max_tokens - 2 * RELAY_TOKENS  # the sender writes its summary behind the source
     source = " ".join(texts(40))
@@ -201,7 +197,7 @@ def first_tokens() -> Work:
     ids = tokenize_source(sender, source, kept, max_tokens=limit, truncate=True).ids
     source = decode(sender, ids)
     cut = tokenize_source(sender, source, kept, max_tokens=limit, truncate=True)
-    read = encode(asking.bridge.bridge, sender, [cut])[0]
+    read = encode(asking.bridge.model, sender, [cut])[0]
     params, prompt = SamplingParams(max_tokens=1), "\nQuestion: Where does Mara live?\nAnswer:"
     layout = asking.bridge.manifest.bridge.heads[asking.name].layout
     row = compose(sender, layout, "{latent}\nSummary:", latent=source)
@@ -216,7 +212,7 @@ def first_tokens() -> Work:
 
         writer.submit(row, summary, None, end)
         ended.wait()
-        asking.wait(Question(said[0].text or ".", prompt, params))
+        asking.wait(GenerationRequest(said[0].text or ".", prompt, params))
         return time.perf_counter() - started, said[0].token_count
 
     rounds = yield {}
@@ -224,8 +220,8 @@ def first_tokens() -> Work:
         found: dict[str, list[float]] = {"stored_latent": [], "reads_source": [], "relay": []}
         for number in range(int(rounds) + 3):
             took = {
-                "stored_latent": asking.wait(Question(read.latent, prompt, params))[0],
-                "reads_source": asking.wait(Question(f"{source} {number}", prompt, params))[0],
+                "stored_latent": asking.wait(GenerationRequest(read.latent, prompt, params))[0],
+                "reads_source": asking.wait(GenerationRequest(f"{source} {number}", prompt, params))[0],
             }
             took["relay"], summary_tokens = relay()
             if number >= 3:

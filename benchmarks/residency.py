@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Pretr
 
 from benchmarks.record import record
 from latentwire.bridge import engine
-from latentwire.bridge.checkpoint import Bridge, make_bridge
+from latentwire.bridge.checkpoint import BridgeModel, make_bridge
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.memory import free_caches
@@ -134,7 +134,7 @@ def _read(lm: FrozenLM) -> None:
         parameter.sum()
 
 
-def _bridge(sender: FrozenLM, receiver: FrozenLM, device: torch.device) -> Bridge:
+def _bridge(sender: FrozenLM, receiver: FrozenLM, device: torch.device) -> BridgeModel:
     encoder = EncoderConfig(
         kind="pooling", sender_width=sender.width, latent_dim=128, hidden_dim=256, depth=1, ratio=4, num_latents=16
     )
@@ -146,7 +146,7 @@ def _bridge(sender: FrozenLM, receiver: FrozenLM, device: torch.device) -> Bridg
     return bridge
 
 
-def _encode(bridge: Bridge, sender: FrozenLM) -> list[Encoded]:
+def _encode(bridge: BridgeModel, sender: FrozenLM) -> list[Encoded]:
     texts = [f"{row} " + "Mara wants a cup of tea. " * SOURCE_TOKENS for row in range(ROWS)]
     return engine.encode(
         bridge,
@@ -155,7 +155,7 @@ def _encode(bridge: Bridge, sender: FrozenLM) -> list[Encoded]:
     )
 
 
-def _answer(bridge: Bridge, receiver: FrozenLM, encoded: list[Encoded]) -> None:
+def _answer(bridge: BridgeModel, receiver: FrozenLM, encoded: list[Encoded]) -> None:
     layout, params = bridge.config.heads[receiver.name].layout, SamplingParams(max_tokens=ANSWER_TOKENS)
     asked = []
     for row in encoded:

@@ -29,7 +29,7 @@ BUILTIN_BRIDGE = BUILTIN / "bridge"
 
 
 @dataclass(frozen=True)
-class Bridge:
+class BridgeModel:
     """An encoder and its heads, by receiver name."""
 
     config: BridgeConfig
@@ -63,11 +63,11 @@ def head_key(receiver: str) -> str:
     return receiver.replace(".", "·")
 
 
-def make_bridge(config: BridgeConfig) -> Bridge:
+def make_bridge(config: BridgeConfig) -> BridgeModel:
     """A freshly initialised bridge."""
     dim = config.encoder.latent_dim
     heads = nn.ModuleDict({head_key(name): SoftTokenHead(dim, head) for name, head in config.heads.items()})
-    return Bridge(config, make_encoder(config.encoder), heads)
+    return BridgeModel(config, make_encoder(config.encoder), heads)
 
 
 def folder_of_checkpoint(name: str | Path) -> Path:
@@ -82,7 +82,7 @@ def folder_of_checkpoint(name: str | Path) -> Path:
     return folder
 
 
-def save_bridge(folder: Path, bridge: Bridge) -> Manifest:
+def save_bridge(folder: Path, bridge: BridgeModel) -> Manifest:
     """Write a checkpoint; atomic, and safe to repeat into the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = write_part(folder, "encoder", bridge.encoder.state_dict())
@@ -110,7 +110,7 @@ def read_manifest(name: str | Path) -> Manifest:
     return parse_manifest(_read(path), str(path))
 
 
-def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tuple[Manifest, Bridge]:
+def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tuple[Manifest, BridgeModel]:
     """Read a checkpoint, checking every byte against its digest.
 
     ``device`` is the accelerator where there is one, unless given.

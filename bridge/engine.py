@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from latentwire.bridge.checkpoint import Bridge
+from latentwire.bridge.checkpoint import BridgeModel
 from latentwire.bridge.generation.output import Answer, Generation, Odds, Transcript, odds_of
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
@@ -38,7 +38,7 @@ class Encoded:
 
 
 @torch.inference_mode()
-def encode(bridge: Bridge, sender: FrozenLM, sources: Sequence[SourceTokens]) -> list[Encoded]:
+def encode(bridge: BridgeModel, sender: FrozenLM, sources: Sequence[SourceTokens]) -> list[Encoded]:
     """Latents of tokenised sources, in order: one pass of the sender, no cache, up to the layer read.
 
     On a CPU a latent equals the one of its source alone within 1e-5 (slots have RMS 1; 2.4e-6 was the most measured),
@@ -56,7 +56,7 @@ def encode(bridge: Bridge, sender: FrozenLM, sources: Sequence[SourceTokens]) ->
 
 @torch.inference_mode()
 def soften(
-    bridge: Bridge, receiver_name: str, receiver: FrozenLM, latents: Sequence[NDArray[np.float32] | None]
+    bridge: BridgeModel, receiver_name: str, receiver: FrozenLM, latents: Sequence[NDArray[np.float32] | None]
 ) -> Float[Tensor, "B K D"] | None:
     """Soft tokens of latents of any length, right-padded; None stands for a row without a latent."""
     longest = max((len(latent) for latent in latents if latent is not None), default=0)
@@ -80,7 +80,7 @@ class Asked:
 
 
 def ask(
-    bridge: Bridge, receiver_name: str, receiver: FrozenLM, asked: Sequence[Asked]
+    bridge: BridgeModel, receiver_name: str, receiver: FrozenLM, asked: Sequence[Asked]
 ) -> tuple[list[Generation], float]:
     """Answer from latents: ``soften``, then ``generate``."""
     soft = soften(bridge, receiver_name, receiver, [item.latent for item in asked])

@@ -37,6 +37,12 @@ class LatentWireError(Exception):
 
     ``param`` names the field or flag at fault where there is one; ``retry_after_seconds`` says when trying again makes
     sense where that is known.
+
+    >>> try:
+    ...     latentwire.Bridge.load("nowhere")
+    ... except latentwire.LatentWireError as error:
+    ...     print(type(error).__name__)
+    UnknownBridge
     """
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_seconds: float | None = None) -> None:

@@ -8,11 +8,13 @@ Dimensions used in this file:
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from latentwire.bridge.errors import InvalidRequest
 
 COLDEST = 1e-6
 """Lowest temperature divided by: beyond it float32 overflows, and the likeliest token was certain long before."""
@@ -41,6 +43,28 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+
+
+def check_params(params: SamplingParams, samples: int = 1) -> None:
+    """Refuse numbers out of their range (InvalidRequest, with the value and the range)."""
+    for name, value, fits, expected in (
+        ("max_tokens", params.max_tokens, params.max_tokens >= 1, "1 or more"),
+        ("temperature", params.temperature, 0 <= params.temperature <= 100, "0 to 100"),
+        ("top_p", params.top_p, 0 < params.top_p <= 1, "more than 0 and at most 1"),
+        ("top_k", params.top_k, params.top_k >= 0, "0 or more"),
+        ("seed", params.seed, 0 <= params.seed < 1 << 63, "0 or more, below 2**63"),
+        ("n", samples, samples >= 1, "1 or more"),
+    ):
+        if not fits:
+            raise InvalidRequest(f"{name} is {value}; expected {expected}", param=name)
+
+
+def sample_params(base: SamplingParams, sample: int) -> SamplingParams:
+    """The parameters of the sample-th output of an input: the first has the request's seed, others derive theirs."""
+    if sample == 0:
+        return base
+    digest = hashlib.sha256(f"{base.seed}/sample/{sample}".encode()).digest()
+    return replace(base, seed=int.from_bytes(digest[:8], "little") >> 1)
 
 
 def choose(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
-from latentwire.bridge.checkpoint import Bridge, check_sender, head_key, load_bridge, make_bridge, read_manifest
+from latentwire.bridge.checkpoint import BridgeModel, check_sender, head_key, load_bridge, make_bridge, read_manifest
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.errors import InvalidRequest
@@ -220,7 +220,7 @@ def _provenance(config: TrainConfig, task: Task) -> Provenance:
     )
 
 
-def _bridge(config: TrainConfig, described: BridgeConfig) -> Bridge:
+def _bridge(config: TrainConfig, described: BridgeConfig) -> BridgeModel:
     """A fresh bridge; or the extended one, frozen but for its new head."""
     fresh = make_bridge(described)
     if config.bridge is None:
@@ -234,7 +234,7 @@ def _bridge(config: TrainConfig, described: BridgeConfig) -> Bridge:
     return fresh
 
 
-def learned_modes(config: TrainConfig, bridge: Bridge, device: torch.device) -> nn.ParameterDict:
+def learned_modes(config: TrainConfig, bridge: BridgeModel, device: torch.device) -> nn.ParameterDict:
     """Learned tokens that tell each long objective from answering; part of the run, not of the checkpoint."""
     wanted = [name for name in OBJECTIVES if getattr(config, f"{name}_weight") > 0]
     return nn.ParameterDict(
@@ -257,7 +257,7 @@ def not_aligned(config: TrainConfig, sides: dict[str, Reader]) -> str | None:
     return f"the tokenizer of {slow[0]!r} gives no character offsets" if slow else None
 
 
-def optimisers(bridge: Bridge, modes: nn.ParameterDict, config: TrainConfig) -> list[Optimizer]:
+def optimisers(bridge: BridgeModel, modes: nn.ParameterDict, config: TrainConfig) -> list[Optimizer]:
     """Muon for the matrices, AdamW for the rest.
 
     AdamW alone lost on the world task what the warm start had built (0.03 against 0.82 after the same steps).

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from latentwire.bridge.checkpoint import Bridge, make_bridge
+from latentwire.bridge.checkpoint import BridgeModel, make_bridge
 from latentwire.bridge.config import RANDOM, Fingerprint, Head
 from latentwire.bridge.devices import DTYPES, default_device, default_dtype
 from latentwire.bridge.errors import ModelUnavailable, first_line
@@ -337,7 +337,7 @@ def _blank(mode: FakeTensorMode, width: int, dtype: torch.dtype, rows: int, toke
         return torch.zeros(rows, tokens, width, dtype=dtype)
 
 
-def _charge(ledger: Ledger, bridge: Bridge, sender: FrozenLM) -> None:
+def _charge(ledger: Ledger, bridge: BridgeModel, sender: FrozenLM) -> None:
     """Name what the sender and the bridge allocate."""
     parts = {"sender states": [sender.model.base_model], "bridge activations": [bridge.encoder, *bridge.heads.values()]}
 

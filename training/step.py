@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from latentwire.bridge.checkpoint import Bridge, head_key
+from latentwire.bridge.checkpoint import BridgeModel, head_key
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.errors import TrainingFailed
@@ -62,7 +62,7 @@ class Run:
     task: Task
     train: Sequence[Example]
     validation: Sequence[Example]
-    bridge: Bridge
+    bridge: BridgeModel
     modes: nn.ParameterDict
     states: LiveStates | CachedStates
     residency: Residency

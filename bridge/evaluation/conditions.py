@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentwire.bridge import engine, wire
-from latentwire.bridge.checkpoint import Bridge, check_receiver, check_sender, load_bridge
+from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, load_bridge
 from latentwire.bridge.config import Layout, Manifest
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.errors import InvalidRequest
@@ -65,7 +65,7 @@ class Asking:
 
     task: Task
     examples: Sequence[Example]
-    bridge: Bridge
+    bridge: BridgeModel
     receiver_name: str
     receiver: Reader
     lender: Lender = field(default_factory=Lender)

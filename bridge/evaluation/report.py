@@ -195,14 +195,19 @@ def _sizes(setting: Setting) -> dict[str, Any]:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report as JSON, whole or not at all.
+    """Write the report as JSON (errors as ``write_text``)."""
+    write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
 
     Raises:
         InvalidRequest: The path cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
+        replace_file(path, text.encode())
     except OSError as error:
         raise InvalidRequest(f"--out {path}: {error.strerror}", param="out") from None
 

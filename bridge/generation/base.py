@@ -18,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, at_fault
-from latentwire.bridge.generation.output import Answer, Generation, TokenLogprob, Transcript
+from latentwire.bridge.generation.output import Answer, Generation, Transcript
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.reader import check_ids
+from latentwire.bridge.results import TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
 
 log = logging.getLogger(__name__)

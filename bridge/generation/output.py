@@ -15,21 +15,10 @@ from torch import Tensor
 
 from latentwire.bridge.detokenise import Text, decode
 from latentwire.bridge.reader import Reader
+from latentwire.bridge.results import TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One token said, with its log-probability in nats under the model alone (temperature 1, nothing filtered).
-
-    ``top`` holds the likeliest tokens as (text, logprob), the likeliest first.
-    """
-
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import typer
 from latentwire.bridge.errors import InferenceFailed, InvalidMessage, InvalidRequest
 
 if TYPE_CHECKING:
+    from latentwire.bridge.results import Latent
     from latentwire.service.client.client import Client
     from latentwire.service.client.types import GenerateOptions, Input
 
@@ -34,12 +35,13 @@ def encode(
 ) -> None:
     """Turn a text into a latent, as one message in a file. Runs here, without a server, unless --url names one."""
     made = _encoded_here if url is None else partial(_encoded_there, url)
-    message, (K, C), tokens = made(checkpoint, text, dtype, truncate)
+    latent = made(checkpoint, text, dtype, truncate)
     try:
-        out_.write_bytes(message)  # half of a message is refused by whoever reads it
+        out_.write_bytes(latent.data)  # half of a message is refused by whoever reads it
     except OSError as error:
         raise InvalidRequest(f"--out {out_}: {error.strerror}", param="out") from None
-    typer.echo(f"{out_}: {K}×{C} {dtype}, {len(message)} bytes from {tokens} sender tokens")
+    K, C = latent.shape
+    typer.echo(f"{out_}: {K}×{C} {dtype}, {len(latent.data)} bytes from {latent.source_tokens} sender tokens")
 
 
 def generate(
@@ -62,45 +64,43 @@ def generate(
     """Let the receiver answer from a latent, or a text it will not see. Runs here, unless --url names a service."""
     if (text is None) == (latent is None):
         raise InvalidRequest("give exactly one of --text and --latent")
+    message = b"" if latent is None else _message(latent)
     asked, stops = prompt.replace("\\n", "\n"), tuple(stop or ())
     if url is not None:
         options: GenerateOptions = {
             "bridge": checkpoint, "receiver": receiver, "max_tokens": max_tokens, "temperature": temperature,
             "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stops, "truncate": truncate,
         }  # fmt: skip
-        _say_there(url, text if latent is None else _message(latent), asked, options)
+        _say_there(url, message if text is None else text, asked, options)
         return
-    from latentwire.bridge.local import answer, encode_text, read_latent
-    from latentwire.bridge.sampling import SamplingParams
+    from latentwire.bridge.bridge import Bridge
 
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, stops)
-    numbers = encode_text(checkpoint, text, truncate=truncate)[1].latent if text is not None else None
-    if numbers is None:
-        assert latent is not None
-        numbers = read_latent(checkpoint, latent)
-    typer.echo(answer(checkpoint, receiver, numbers, asked, params).text)
-
-
-def _encoded_here(checkpoint: str, text: str, dtype: str, truncate: bool) -> tuple[bytes, tuple[int, ...], int]:
-    from latentwire.bridge import wire
-    from latentwire.bridge.local import encode_text
-
-    manifest, encoded = encode_text(checkpoint, text, truncate=truncate)
-    message = wire.encode(encoded.latent, manifest.bridge_id, wire.as_dtype(dtype))
-    return message, encoded.latent.shape, encoded.source_tokens
+    here = Bridge.load(checkpoint)
+    here.receiver(receiver)
+    source = here.encode(text, dtype="float32", truncate=truncate)[0] if text is not None else message
+    here.unload()  # one model in memory at a time
+    answers = here.generate(
+        source, asked, receiver=receiver, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        seed=seed, stop=stops,
+    )  # fmt: skip
+    typer.echo(answers.texts[0])
 
 
-def _encoded_there(url: str, bridge: str, text: str, dtype: str, truncate: bool) -> tuple[bytes, tuple[int, ...], int]:
+def _encoded_here(checkpoint: str, text: str, dtype: str, truncate: bool) -> "Latent":
+    from latentwire.bridge.bridge import Bridge
+
+    return Bridge.load(checkpoint).encode(text, dtype=dtype, truncate=truncate)[0]
+
+
+def _encoded_there(url: str, bridge: str, text: str, dtype: str, truncate: bool) -> "Latent":
     with _service(url) as client:
-        (latent,) = client.encode(text, bridge=bridge, dtype=dtype, truncate=truncate).latents
-    return latent.data, latent.shape, latent.source_tokens
+        return client.encode(text, bridge=bridge, dtype=dtype, truncate=truncate).latents[0]
 
 
-def _say_there(url: str, source: "Input | None", prompt: str, options: "GenerateOptions") -> None:
+def _say_there(url: str, source: "Input", prompt: str, options: "GenerateOptions") -> None:
     """Print an answer; to a terminal as it is said, elsewhere all or nothing."""
     from latentwire.service.client.types import Token
 
-    assert source is not None
     with _service(url) as client:
         if not sys.stdout.isatty():
             typer.echo(client.generate(source, prompt, **options).texts[0])
@@ -119,7 +119,8 @@ def _message(file: Path) -> bytes:
 @contextmanager
 def _service(url: str) -> "Iterator[Client]":
     """A client whose errors are those of a command: one line, exit code 2."""
-    from latentwire.service.client.client import Client, ServiceError
+    from latentwire.service.client.client import Client
+    from latentwire.service.client.types import ServiceError
 
     try:
         client = Client(url)

@@ -20,33 +20,21 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import httpx
 
+from latentwire.bridge.results import Encoded, Generated
 from latentwire.service.client import protocol
 from latentwire.service.client.types import (
-    Bridge,
+    BridgeInfo,
     Bridges,
     CallOptions,
-    Encoded,
     EncodeOptions,
     Evaluation,
     Event,
-    Generated,
     GenerateOptions,
     Input,
-    Latent,
-    Output,
-    Progress,
     Prompt,
     ServiceError,
-    Timing,
     Token,
-    TokenLogprob,
-    Usage,
 )
-
-__all__ = [
-    "AsyncClient", "Bridge", "Client", "Encoded", "Evaluation", "Event", "Generated", "Latent", "Output", "Progress",
-    "ServiceError", "Timing", "Token", "TokenLogprob", "Usage",
-]  # fmt: skip
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -176,25 +164,25 @@ class _Service:
         """``DELETE /evaluations/{id}``."""
         return await self._ask(Evaluation, protocol.evaluation_of("DELETE", id, options))
 
-    async def bridges(self, **options: Unpack[CallOptions]) -> list[Bridge]:
+    async def bridges(self, **options: Unpack[CallOptions]) -> list[BridgeInfo]:
         """``GET /bridges``: what is served."""
         return list((await self._ask(Bridges, protocol.Call("GET", "/bridges", **options))).bridges)
 
-    async def load(self, bridge: str, **options: Unpack[CallOptions]) -> Bridge:
+    async def load(self, bridge: str, **options: Unpack[CallOptions]) -> BridgeInfo:
         """Load a bridge's models into memory."""
-        return await self._ask(Bridge, protocol.admin(bridge, "load", options))
+        return await self._ask(BridgeInfo, protocol.admin(bridge, "load", options))
 
-    async def unload(self, bridge: str, **options: Unpack[CallOptions]) -> Bridge:
+    async def unload(self, bridge: str, **options: Unpack[CallOptions]) -> BridgeInfo:
         """Drop a bridge's models from memory; ``freed_bytes`` says what that brought."""
-        return await self._ask(Bridge, protocol.admin(bridge, "unload", options))
+        return await self._ask(BridgeInfo, protocol.admin(bridge, "unload", options))
 
-    async def pin(self, bridge: str, **options: Unpack[CallOptions]) -> Bridge:
+    async def pin(self, bridge: str, **options: Unpack[CallOptions]) -> BridgeInfo:
         """Keep a bridge's models in memory whatever else wants to be there."""
-        return await self._ask(Bridge, protocol.admin(bridge, "pin", options))
+        return await self._ask(BridgeInfo, protocol.admin(bridge, "pin", options))
 
-    async def unpin(self, bridge: str, **options: Unpack[CallOptions]) -> Bridge:
+    async def unpin(self, bridge: str, **options: Unpack[CallOptions]) -> BridgeInfo:
         """Let a bridge's models give way again."""
-        return await self._ask(Bridge, protocol.admin(bridge, "unpin", options))
+        return await self._ask(BridgeInfo, protocol.admin(bridge, "unpin", options))
 
     async def ready(self) -> bool:
         """Whether every bridge has been loaded and has answered once; False where nothing listens."""
@@ -281,7 +269,15 @@ class _Service:
 
 
 class AsyncClient(_Service):
-    """``Client`` to be awaited: the same arguments and calls. Close it, or use it in an ``async with``."""
+    """``Client`` to be awaited: the same arguments and calls. Close it, or use it in an ``async with``.
+
+    >>> import asyncio
+    >>> async def ask():
+    ...     async with latentwire.AsyncClient(url) as client:
+    ...         return (await client.generate("Mara sings.", "Who sings?", max_tokens=1)).texts
+    >>> len(asyncio.run(ask()))
+    1
+    """
 
     def __init__(
         self,
@@ -345,7 +341,13 @@ def _finish(work: Awaitable[T]) -> T:
 
 
 class Client:
-    """A connection to one service, for any number of threads; close it, or use it in a ``with``."""
+    """A connection to one service, for any number of threads; close it, or use it in a ``with``.
+
+    >>> with latentwire.Client(url) as client:
+    ...     latents = client.encode(["Ben lives in Rome."])
+    ...     client.generate(latents, "Question: Where does Ben live?\\nAnswer:").texts
+    [' Ben lives in Rome.']
+    """
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import httpx
 
 from latentwire.bridge.errors import shorten
+from latentwire.bridge.results import Generated, Latent
 from latentwire.service.client.types import (
     CONNECTION_FAILED,
     DEADLINE_EXCEEDED,
@@ -33,10 +34,8 @@ from latentwire.service.client.types import (
     CallOptions,
     EncodeOptions,
     Event,
-    Generated,
     GenerateOptions,
     Input,
-    Latent,
     Prompt,
     ServiceError,
     Token,

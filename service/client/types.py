@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
-
-from latentwire.bridge.wire import decode
+from latentwire.bridge.results import Generated, Latent
 
 CONNECTION_FAILED, DEADLINE_EXCEEDED = "ConnectionFailed", "DeadlineExceeded"
 INVALID_ANSWER, INVALID_REQUEST, HTTP_ERROR = "InvalidAnswer", "InvalidRequest", "HTTPError"
@@ -16,6 +13,13 @@ UNFINISHED = ("queued", "running")  # any other state ends the wait, so one from
 
 class ServiceError(Exception):
     """The service refused, failed, could not be reached, or answered what no such service answers.
+
+    >>> with latentwire.Client(url) as client:
+    ...     try:
+    ...         client.encode("Mara sings.", bridge="nowhere")
+    ...     except latentwire.ServiceError as error:
+    ...         print(error.status, error.type, error.param)
+    404 UnknownBridge bridge
 
     Attributes:
         status: HTTP status; None where no answer came, or where a stream that had begun ended in an error.
@@ -46,105 +50,14 @@ class ServiceError(Exception):
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What was counted: sender tokens read, soft tokens given to the receiver, tokens it wrote."""
-
-    source_tokens: int = 0
-    soft_tokens: int = 0
-    generated_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds, by the service's clock."""
-
-    encode_ms: float = 0.0
-    generate_ms: float = 0.0
-    total_ms: float = 0.0
-
-
-@dataclass(frozen=True)
-class Latent:
-    """What a sender made of a text: ``data`` is the message, ``shape`` (K, C); ``id`` is there when it was stored."""
-
-    data: bytes
-    shape: tuple[int, int]
-    source_tokens: int
-    dtype: str
-    source_bytes: int = 0
-    truncated: bool = False
-    id: str | None = None
-
-    @property
-    def array(self) -> NDArray[np.float32]:
-        """The numbers (K, C), decoded and checked anew each time (InvalidMessage when the message is damaged)."""
-        return decode(self.data).latent
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Answer of ``encode``: latents in the order of the texts."""
-
-    bridge: str
-    latents: tuple[Latent, ...]
-    usage: Usage
-    timing: Timing
-    request_id: str | None = None
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token said and its log-probability in nats; ``top`` holds the likeliest tokens, the likeliest first."""
-
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Output:
-    """One answer of the receiver. ``finish_reason`` is ``stop`` or ``length``."""
-
-    index: int
-    text: str
-    finish_reason: str
-    token_count: int
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Diversity:
-    """How much the outputs differ from one another."""
-
-    outputs: int
-    distinct_ratio: float
-    top_output_ratio: float
-    distinct_1: float
-    distinct_2: float
-    entropy_nats: float
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Answer of ``generate``, and last event of ``stream``: outputs follow the inputs, n for each."""
-
-    id: str
-    bridge: str
-    outputs: tuple[Output, ...]
-    usage: Usage
-    timing: Timing
-    diversity: Diversity | None = None
-    request_id: str | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """The text of every output."""
-        return [output.text for output in self.outputs]
-
-
-@dataclass(frozen=True)
 class Token:
-    """A piece of the text of output ``index``, as soon as it was said."""
+    """A piece of the text of output ``index``, as soon as it was said.
+
+    >>> with latentwire.Client(url) as client:
+    ...     *tokens, answers = client.stream("Mara sings.", "Who sings?", max_tokens=4)
+    >>> "".join(token.text for token in tokens) == answers.texts[0]
+    True
+    """
 
     index: int
     text: str
@@ -157,11 +70,15 @@ Prompt = str | Sequence[str] | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class Bridge:
+class BridgeInfo:
     """A bridge that is served.
 
     ``loaded`` holds its models now in memory and their bytes, ``engines`` how each receiver runs (None: not loaded);
     ``freed_bytes`` is there after an unload.
+
+    >>> with latentwire.Client(url) as client:
+    ...     [bridge.sender for bridge in client.bridges()]
+    ['builtin:neox']
     """
 
     name: str
@@ -185,6 +102,13 @@ class Bridge:
 
 
 @dataclass(frozen=True)
+class Bridges:
+    """Answer of ``GET /bridges``."""
+
+    bridges: tuple[BridgeInfo, ...]
+
+
+@dataclass(frozen=True)
 class Progress:
     """Examples done under the condition that is measured now."""
 
@@ -199,6 +123,11 @@ class Evaluation:
 
     ``state`` is queued, running, done, failed (``error`` says why) or cancelled; ``report`` is partial until it is
     done; ``created`` is a time in ISO 8601.
+
+    >>> with latentwire.Client(url) as client:
+    ...     evaluation = client.evaluate("demo", "world", conditions=["bridge"], limit=1)
+    >>> evaluation.state, list(evaluation.report["conditions"])
+    ('done', ['bridge'])
     """
 
     id: str
@@ -215,13 +144,6 @@ class Evaluation:
     def finished(self) -> bool:
         """Whether nothing more will happen to it."""
         return self.state not in UNFINISHED
-
-
-@dataclass(frozen=True)
-class Bridges:
-    """Answer of ``GET /bridges``."""
-
-    bridges: tuple[Bridge, ...]
 
 
 class CallOptions(TypedDict, total=False):

@@ -151,15 +151,15 @@ class Jobs:
         return record
 
     def _new(self, tenant: str, body: EvaluationRequest) -> Record:
-        served = self._runtime.find(body.bridge)
+        bridge = self._runtime.find(body.bridge)
         if body.task not in self._tasks_by_name:
             known = ", ".join(self._tasks_by_name)
             raise InvalidRequest(f"no task is called {shorten(repr(body.task), 80)}; there are {known}", param="task")
         return Record(
             id=f"eval_{secrets.token_hex(16)}",
-            bridge=served.name,
+            bridge=bridge.name,
             task=body.task,
-            receiver=served.receiver(body.receiver),
+            receiver=bridge.receiver(body.receiver),
             conditions=_checked(body.conditions),
             limit=body.limit,
             tenant=tenant,

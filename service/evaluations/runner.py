@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from latentwire.bridge.checkpoint import check_receiver, check_sender
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import InsufficientMemory
-from latentwire.bridge.evaluation import conditions
-from latentwire.bridge.evaluation.conditions import Setting, check_room
+from latentwire.bridge.evaluation.api import setting_of
+from latentwire.bridge.evaluation.conditions import Lender
 from latentwire.bridge.evaluation.report import Progress, evaluate
 from latentwire.bridge.evaluation.tasks import Task
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader
-from latentwire.service.inference.bridges import Served
 from latentwire.service.inference.runtime import Runtime
 
 BATCH_ROWS = 4  # one pass delays a request that comes meanwhile
@@ -22,7 +21,7 @@ POLL_SECONDS = 0.005
 MEMORY_SECONDS = 300.0  # for which room for a model is tried for, since hours of work may depend on it
 
 
-class PoliteLender(conditions.Lender):
+class PoliteLender(Lender):
     """Lends a service's models for one pass each, and lets requests go first.
 
     Args:
@@ -76,7 +75,7 @@ class PoliteLender(conditions.Lender):
 
 def measure(
     runtime: Runtime,
-    served: Served,
+    bridge: Bridge,
     receiver: str,
     task: Task,
     *,
@@ -91,25 +90,5 @@ def measure(
     Raises:
         LatentWireError: The task does not suit the bridge, or a model cannot be lent.
     """
-    config, readers = served.manifest.bridge, served.readers
-    check_room(task, readers[receiver])
-
-    def verify(lm: FrozenLM) -> None:
-        # A model can be both.
-        if lm.name == served.sender:
-            check_sender(config, lm)
-        if lm.name == receiver:
-            check_receiver(config, receiver, lm)
-
-    setting = Setting(
-        checkpoint=served.name,
-        task=task,
-        examples=task.test[: limit or len(task.test)],
-        bridge=served.bridge,
-        bridge_id=served.manifest.bridge_id,
-        sender=readers[served.sender],
-        receiver_name=receiver,
-        receiver=readers[receiver],
-        lender=PoliteLender(runtime, check, verify),
-    )
+    setting = setting_of(bridge, task, PoliteLender(runtime, check, bridge.check), receiver, limit)
     return evaluate(setting, conditions=names, progress=progress, partial=partial)

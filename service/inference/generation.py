@@ -1,21 +1,20 @@
 """What ``/encode`` and ``/generate`` do, for whichever route asks: latents from texts, answers from latents."""
 
-import hashlib
 import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 
 from latentwire.bridge import wire
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.diversity import diversity
 from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
 from latentwire.bridge.generation.output import Generation
-from latentwire.bridge.sampling import SamplingParams
-from latentwire.service.inference.bridges import Question, Served, Text
-from latentwire.service.inference.request import Piece
+from latentwire.bridge.sampling import SamplingParams, sample_params
+from latentwire.service.inference.request import GenerationRequest, Piece, Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import (
     DiversityOut,
@@ -33,8 +32,8 @@ from latentwire.service.store.latents import Sent, encode_key, find_latents, kee
 class Answering:
     """The work of one caller's request on one bridge."""
 
-    def __init__(self, runtime: Runtime, tenant: str, served: Served) -> None:
-        self.runtime, self.tenant, self.served = runtime, tenant, served
+    def __init__(self, runtime: Runtime, tenant: str, bridge: Bridge) -> None:
+        self.runtime, self.tenant, self.bridge = runtime, tenant, bridge
         self.store, self.ttl_seconds = runtime.store, runtime.settings.store_ttl
         self.usage = Usage()
 
@@ -43,16 +42,16 @@ class Answering:
 
         ``usage`` has what the sender read for it, also when it does not end well; then, what all texts hold.
         """
-        served, bridge_id = self.served, self.served.manifest.bridge_id
+        bridge, bridge_id = self.bridge, self.bridge.manifest.bridge_id
         keys = [encode_key(bridge_id, dtype, row.truncate, row.text, self.tenant) for row in texts]
         found = await self._cached(keys)
         missing: dict[str, Text] = {}
         for key, text, sent in zip(keys, texts, found, strict=True):
             if sent is None:
                 missing.setdefault(key, text)
-        encoded = await self.runtime.encode(served, list(missing.values()), self._read) if missing else []
+        encoded = await self.runtime.encode(bridge, list(missing.values()), self._read) if missing else []
         made = {
-            key: Sent(served.message(row.latent, dtype), row.source_tokens, row.truncated)
+            key: Sent(bridge.message(row.latent, dtype), row.source_tokens, row.truncated)
             for key, row in zip(missing, encoded, strict=True)
         }
         if made and self.runtime.settings.encode_cache:
@@ -80,8 +79,8 @@ class Answering:
             body.max_tokens, body.temperature, body.top_p, body.top_k, seed,
             tuple(body.stop), tuple(body.stop_ids), body.logprobs,
         )  # fmt: skip
-        questions = [
-            Question(one, prompt, sample_params(params, sample))
+        requests = [
+            GenerationRequest(one, prompt, sample_params(params, sample))
             for one, prompt in zip(given, body.prompts, strict=True)
             for sample in range(body.n)
         ]
@@ -92,13 +91,13 @@ class Answering:
             self.usage.prompt_tokens = sum(prompt_tokens[:: body.n])
             self.usage.generated_tokens = generated_tokens
 
-        said = await self.runtime.generate(self.served, receiver, questions, on_piece, cost)
+        said = await self.runtime.generate(self.bridge, receiver, requests, on_piece, cost)
         texts = [answer.text for answer in said.answers]
-        self.runtime.metrics.observe(self.served.name, texts, said.first_token_seconds, self.usage)
+        self.runtime.metrics.observe(self.bridge.name, texts, said.first_token_seconds, self.usage)
         total_ms = ms_since(started)
         return GenerateResponse(
             id=f"gen_{uuid.uuid4().hex}",
-            bridge=self.served.name,
+            bridge=self.bridge.name,
             outputs=[_output(index, answer) for index, answer in enumerate(said.answers)],
             diversity=DiversityOut(**asdict(diversity(texts))),
             usage=self.usage,
@@ -131,7 +130,7 @@ class Answering:
                     message = next(sent).message
                 else:
                     message = stored[place] if item.latent is None else message_of(item.latent)
-                given.append(self.served.decode(message))
+                given.append(self.bridge.decode(message))
         return given
 
     async def _cached(self, keys: Sequence[str]) -> list[Sent | None]:
@@ -146,18 +145,10 @@ class Answering:
     def _is_ours(self, sent: Sent) -> bool:
         """Whether a cached message may still be sent: it may have been signed with a key that is used no more."""
         try:
-            self.served.decode(sent.message)
+            self.bridge.decode(sent.message)
         except LatentWireError:
             return False
         return True
-
-
-def sample_params(base: SamplingParams, sample: int) -> SamplingParams:
-    """The parameters of the sample-th output of an input: the first has the request's seed, others derive theirs."""
-    if sample == 0:
-        return base
-    digest = hashlib.sha256(f"{base.seed}/sample/{sample}".encode()).digest()
-    return replace(base, seed=int.from_bytes(digest[:8], "little") >> 1)
 
 
 def check_limits(runtime: Runtime, body: GenerateRequest) -> None:

@@ -1,17 +1,52 @@
 """The outputs of one request while they are generated."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.config import Prompt
+from latentwire.bridge.engine import soften
 from latentwire.bridge.errors import LatentWireError
-from latentwire.bridge.generation.base import Engine, Running
-from latentwire.bridge.generation.output import Generation, TokenLogprob
+from latentwire.bridge.generation.base import Engine, Running, Soft
+from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
-from latentwire.service.inference.bridges import Question, Served
+from latentwire.bridge.results import TokenLogprob
+from latentwire.bridge.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A row of an encode batch; ``param`` says which field of the request it is."""
+
+    text: str
+    truncate: bool
+    param: str
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """One output that is asked for: what stands in the latent's place (a latent, a text, nothing), and the prompt."""
+
+    given: NDArray[np.float32] | str | None
+    prompt: Prompt
+    params: SamplingParams
+
+    @property
+    def characters(self) -> int:
+        """Of all its text."""
+        said = [self.prompt] if isinstance(self.prompt, str) else [turn.text for turn in self.prompt]
+        return sum(map(len, [*said, self.given if isinstance(self.given, str) else ""]))
 
 
 @dataclass(frozen=True)
@@ -24,8 +59,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Said:
-    """The answers to questions, and when the first token of each came."""
+class GenerationResult:
+    """The answers to requests, and when the first token of each came."""
 
     answers: list[Generation]
     first_token_seconds: list[float]
@@ -37,15 +72,15 @@ class InFlightRequest:
     def __init__(
         self,
         engine: Engine,
-        served: Served,
+        bridge: Bridge,
         receiver: str,
         rows: Sequence[Row],
-        questions: Sequence[Question],
+        requests: Sequence[GenerationRequest],
         on_piece: Callable[[Piece], None] | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._engine, self._served, self._receiver = engine, served, receiver
-        self._rows, self._questions, self._on_piece = rows, questions, on_piece
+        self._engine, self._bridge, self._receiver = engine, bridge, receiver
+        self._rows, self._requests, self._on_piece = rows, requests, on_piece
         self._results: list[asyncio.Future[Generation]] = [self._loop.create_future() for _ in rows]
         self._running: list[Running] = []
         self._given_up = False
@@ -73,14 +108,14 @@ class InFlightRequest:
 
     def _submit(self) -> None:
         """On a thread: heads run here, and locks are waited for."""
-        for index, (row, question) in enumerate(zip(self._rows, self._questions, strict=True)):
+        for index, (row, request) in enumerate(zip(self._rows, self._requests, strict=True)):
             if self._given_up:
                 return
             self._running.append(
                 self._engine.submit(
                     row,
-                    question.params,
-                    self._served.soft(self._receiver, self._engine.lm, question),
+                    request.params,
+                    soft_tokens_of(self._bridge, self._receiver, self._engine.lm, request),
                     partial(self._post, self._end, self._results[index]),
                     None if self._on_piece is None else partial(self._post, self._show, index),
                 )
@@ -110,3 +145,18 @@ async def _settled(submitting: asyncio.Future[None]) -> None:
     while not submitting.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([submitting])
+
+
+def soft_tokens_of(bridge: Bridge, receiver: str, lm: FrozenLM, request: GenerationRequest) -> Soft | None:
+    """Soft tokens of a request's latent, under a key that no other latent, encoder or head has."""
+    latent = request.given
+    if not isinstance(latent, np.ndarray):
+        return None
+
+    def make() -> Float[Tensor, "K D"]:
+        tokens = soften(bridge.model, receiver, lm, [latent])
+        assert tokens is not None
+        return tokens[0]
+
+    digest = hashlib.blake2b(latent.tobytes(), digest_size=32).digest()
+    return Soft((bridge.manifest.bridge_id, bridge.manifest.heads[receiver].sha256, digest), make)

@@ -13,12 +13,12 @@ from contextlib import suppress
 from functools import partial
 
 from latentwire.bridge import engine
-from latentwire.bridge.checkpoint import check_models, check_receiver, check_sender, load_bridge
+from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.checkpoint import check_models
 from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
-from latentwire.bridge.models import load_reader
 from latentwire.bridge.prompt import TEXT
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
@@ -27,10 +27,9 @@ from latentwire.service.auth.keys import load_keys
 from latentwire.service.auth.limits import Limiter
 from latentwire.service.inference.admission import Load
 from latentwire.service.inference.batching import Batcher
-from latentwire.service.inference.bridges import Question, Served, Text
 from latentwire.service.inference.engines import Engines
 from latentwire.service.inference.lanes import Lanes
-from latentwire.service.inference.request import InFlightRequest, Piece, Said
+from latentwire.service.inference.request import GenerationRequest, GenerationResult, InFlightRequest, Piece, Text
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.base import Kind, Store
@@ -89,23 +88,22 @@ class Runtime:
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _open(self, name: str, path: str) -> Served:
+    def _open(self, name: str, path: str) -> Bridge:
         """A bridge from its checkpoint; what no request could ever use stops the start."""
         settings = self.settings
-        manifest, bridge = load_bridge(path, device=self.residency.device)
-        check_models(manifest.bridge)
-        models = (manifest.bridge.sender.name, *manifest.bridge.heads)
-        for model in models:
+        bridge = Bridge.open(name, path, self.residency, signing_key=settings.message_key)
+        check_models(bridge.manifest.bridge)
+        for model in bridge.model_names:
             self.residency.predict(model)
             self.residency.keep(model, settings.keep_alive_of(name))
-        readers = {model: load_reader(model) for model in models}
-        return Served(name, manifest, bridge, readers, settings.message_key, settings.keep_alive_of(name))
+            bridge.reader(model)
+        return bridge
 
     async def start(self) -> None:
         """Start the batchers and warm up in the background; ``ready`` turns true when every bridge has answered."""
-        for name, served in self.bridges.items():
+        for name, bridge in self.bridges.items():
             self._encoders[name] = Batcher(
-                partial(self._encode, served),
+                partial(self._encode, bridge),
                 max_batch=self.settings.max_batch,
                 max_batch_tokens=self.settings.batch_tokens,
                 cost=lambda source: len(source.ids),
@@ -137,7 +135,7 @@ class Runtime:
         await asyncio.to_thread(self._lanes.close)
         await self.store.close()
 
-    def find(self, name: str | None) -> Served:
+    def find(self, name: str | None) -> Bridge:
         """The bridge of a name, or the first one.
 
         Raises:
@@ -161,7 +159,7 @@ class Runtime:
             raise TooLarge(f"the text has {len(text)} characters; at most {limit} are taken", param=param)
 
     async def encode(
-        self, served: Served, rows: Sequence[Text], on_cost: Callable[[int], None] = lambda source_tokens: None
+        self, bridge: Bridge, rows: Sequence[Text], on_cost: Callable[[int], None] = lambda source_tokens: None
     ) -> list[Encoded]:
         """Latents of texts, batched with whatever else is waiting.
 
@@ -170,45 +168,49 @@ class Runtime:
 
         def tokenize(row: Text) -> SourceTokens:
             with at_fault(row.param):
-                return served.tokenize(row)
+                return bridge.tokenize(row.text, truncate=row.truncate)
 
         sources = await self._lanes.each(tokenize, rows, lambda row: len(row.text))
         read: list[int] = []
         try:
-            return await self._encoders[served.name].submit(sources, lambda source: read.append(len(source.ids)))
+            return await self._encoders[bridge.name].submit(sources, lambda source: read.append(len(source.ids)))
         finally:
             on_cost(sum(read))
 
     async def generate(
         self,
-        served: Served,
+        bridge: Bridge,
         receiver: str,
-        questions: Sequence[Question],
+        requests: Sequence[GenerationRequest],
         on_piece: Callable[[Piece], None] | None = None,
         on_cost: Callable[[list[int], int], None] = lambda prompt_tokens, generated_tokens: None,
-    ) -> Said:
-        """Answers to questions, each of which joins the receiver's running batch at its next step.
+    ) -> GenerationResult:
+        """Answers to requests, each of which joins the receiver's running batch at its next step.
 
         ``on_piece`` is called on the event loop with every piece of text as it comes, ``on_cost`` at the end, whatever
         end that is. Cancelled, what still runs is given up at once.
         """
-        rows = await self._lanes.each(partial(served.compose, receiver), questions, lambda asked: asked.characters)
-        async with self.engines.lend(receiver, partial(check_receiver, served.manifest.bridge, receiver)) as lent:
-            asked = InFlightRequest(lent, served, receiver, rows, questions, on_piece)
+        rows = await self._lanes.each(
+            lambda request: bridge.compose(receiver, request.given, request.prompt, request.params),
+            requests,
+            lambda request: request.characters,
+        )
+        async with self.engines.lend(receiver, bridge.check) as engine:
+            running = InFlightRequest(engine, bridge, receiver, rows, requests, on_piece)
             try:
-                answers, firsts = await asked.answers()
+                answers, firsts = await running.answers()
             finally:
-                on_cost([row.slots.count(TEXT) for row in rows], asked.generated_tokens)
-        return Said(answers, firsts)
+                on_cost([row.slots.count(TEXT) for row in rows], running.generated_tokens)
+        return GenerationResult(answers, firsts)
 
-    async def _encode(self, served: Served, sources: Sequence[SourceTokens]) -> list[Encoded]:
+    async def _encode(self, bridge: Bridge, sources: Sequence[SourceTokens]) -> list[Encoded]:
         def run() -> list[Encoded]:
-            with self.residency.use(served.sender, self.settings.load_wait) as sender:
-                check_sender(served.manifest.bridge, sender)
+            with self.residency.use(bridge.sender, self.settings.load_wait) as sender:
+                bridge.check(sender)
                 self.load.progress()  # a large model loads for minutes; that is no stall
                 with peak_bytes(self.residency.device) as peak:
-                    encoded = engine.encode(served.bridge, sender, sources)
-                self.residency.note_activation(served.sender, peak.bytes)
+                    encoded = engine.encode(bridge.model, sender, sources)
+                self.residency.note_activation(bridge.sender, peak.bytes)
                 return encoded
 
         self.metrics.batch_rows.labels("encode").observe(len(sources))
@@ -217,11 +219,11 @@ class Runtime:
 
     async def _warm_up(self) -> None:
         try:
-            for served in self.bridges.values():
-                encoded = await self.encode(served, [Text(WARM_UP_TEXT, True, "inputs")])
-                for receiver in served.manifest.bridge.heads:
-                    question = Question(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
-                    await self.generate(served, receiver, [question])
+            for bridge in self.bridges.values():
+                encoded = await self.encode(bridge, [Text(WARM_UP_TEXT, True, "inputs")])
+                for receiver in bridge.receivers:
+                    request = GenerationRequest(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
+                    await self.generate(bridge, receiver, [request])
             self.ready = True
         except LatentWireError as error:
             log.error("warming up failed: %s", error)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from latentwire.bridge.config import Prompt, Role, Turn
 from latentwire.bridge.errors import InvalidMessage
-from latentwire.bridge.generation.output import TokenLogprob
+from latentwire.bridge.results import TokenLogprob
 
 Condition = Literal["bridge", "direct", "none"]
 

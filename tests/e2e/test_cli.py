@@ -24,7 +24,8 @@ from latentwire.bridge.checkpoint import load_bridge, make_bridge, read_manifest
 from latentwire.bridge.models import fingerprint_of
 from latentwire.service.__main__ import app, main
 from latentwire.service.cli.demo import check_free
-from latentwire.service.client.client import Client, ServiceError
+from latentwire.service.client.client import Client
+from latentwire.service.client.types import ServiceError
 from latentwire.training import loop, prepare
 from latentwire.training.prepare import code_version
 from tests.ports import free_port

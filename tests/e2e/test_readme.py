@@ -179,7 +179,7 @@ def test_the_python_of_a_page_works_from_top_to_bottom_and_prints_what_the_page_
     code = "\n".join(lines).replace("http://127.0.0.1:8000", service).replace('model="builtin"', 'model="demo"')
     for there, here in SHORT.items():
         code = code.replace(there, here)
-    if "GGUF" in code:  # needs a file of gigabytes
+    if "gguf_file" in code:  # needs a file of gigabytes
         compile(code, page, "exec")
         return
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentwire.bridge.checkpoint import (
-    Bridge,
+    BridgeModel,
     check_models,
     check_receiver,
     check_sender,
@@ -43,11 +43,11 @@ def weights(folder: Path, stem: str) -> Path:
     return next(folder.glob(f"{stem}-*.safetensors"))
 
 
-def same(first: Bridge, second: Bridge) -> bool:
+def same(first: BridgeModel, second: BridgeModel) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def another(bridge: Bridge, seed: int = 5) -> Bridge:
+def another(bridge: BridgeModel, seed: int = 5) -> BridgeModel:
     torch.manual_seed(seed)
     return make_bridge(bridge.config)
 
@@ -98,13 +98,13 @@ def test_files_of_others_in_the_folder_are_left_alone(folder: Path) -> None:
 def test_the_bridge_id_names_the_latent_space_and_not_the_head(folder: Path, tmp_path: Path) -> None:
     manifest, bridge = load_bridge(folder)
     other = another(bridge)
-    new_head = Bridge(bridge.config, bridge.encoder, other.heads)
-    new_encoder = Bridge(bridge.config, other.encoder, bridge.heads)
+    new_head = BridgeModel(bridge.config, bridge.encoder, other.heads)
+    new_encoder = BridgeModel(bridge.config, other.encoder, bridge.heads)
     assert save_bridge(tmp_path / "a", bridge).bridge_id == manifest.bridge_id
     changed = save_bridge(tmp_path / "b", new_head)
     assert changed.bridge_id == manifest.bridge_id and changed.heads != manifest.heads
     assert save_bridge(tmp_path / "c", new_encoder).bridge_id != manifest.bridge_id
-    layers = Bridge(replace(bridge.config, layers=(1,)), bridge.encoder, bridge.heads)
+    layers = BridgeModel(replace(bridge.config, layers=(1,)), bridge.encoder, bridge.heads)
     assert save_bridge(tmp_path / "d", layers).bridge_id != manifest.bridge_id
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from latentwire.bridge import engine, local
+from latentwire.bridge import engine
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest, UnknownBridge
 from latentwire.bridge.evaluation import conditions
@@ -558,20 +559,20 @@ def test_a_model_that_is_not_the_one_trained_with_is_neither_measured_nor_used(
 ) -> None:
     checkpoint, folders = own
     ask: dict[str, Any] = {"limit": 1, "dtype": "float16", "receiver": None}
-    latent, greedy = np.ones((2, 16), dtype=np.float32), SamplingParams(max_tokens=2)
+    before = Bridge.load(checkpoint)
+    message = before.message(np.ones((2, 16), dtype=np.float32))
     open_setting(checkpoint, "world", **ask)
-    encoded = local.encode_text(str(checkpoint), "Mara sings.")[1]
-    assert encoded.latent.shape == (3, 16)  # BOS and 11 bytes in windows of 4
-    assert local.answer(str(checkpoint), None, latent, "Q:", greedy).token_count <= 2
+    assert before.encode("Mara sings.")[0].shape == (3, 16)  # BOS and 11 bytes in windows of 4
+    assert before.generate(message, "Q:", max_tokens=2).outputs[0].token_count <= 2
     write_model(folders[role], family, seed=1)
     changed = f"trained with {role} '{folders[role]}' whose weights is"
     with pytest.raises(IncompatibleBridge, match=changed):
         open_setting(checkpoint, "world", **ask)
     with pytest.raises(IncompatibleBridge, match=changed):
         if role == "sender":
-            local.encode_text(str(checkpoint), "Mara sings.")
+            Bridge.load(checkpoint).encode("Mara sings.")
         else:
-            local.answer(str(checkpoint), None, latent, "Q:", greedy)
+            Bridge.load(checkpoint).generate(message, "Q:", max_tokens=2)
 
 
 def test_an_answer_that_no_receiver_has_room_for_is_refused_with_both_numbers(

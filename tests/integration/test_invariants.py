@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from latentwire.bridge.checkpoint import Bridge, load_bridge, make_bridge, read_manifest, save_bridge
+from latentwire.bridge.checkpoint import BridgeModel, load_bridge, make_bridge, read_manifest, save_bridge
 from latentwire.bridge.config import EncoderConfig
 from latentwire.bridge.encoder import KINDS, make_encoder
 from latentwire.bridge.engine import answer_logits, encode, generate, token_losses
@@ -173,7 +173,7 @@ def states_by_hand(lm: FrozenLM, source: SourceTokens, layers: Sequence[int]) ->
 
 def bridge_between(
     sender: FrozenLM, receiver: FrozenLM, shape: dict[str, Any], *, layers: Sequence[int] = (2,), seed: int = 0
-) -> Bridge:
+) -> BridgeModel:
     """A random bridge of any shape that reads any layers."""
     torch.manual_seed(seed)
     config = bridge_config(sender, receiver, **shape, sender_width=sum(sender.state_width(layer) for layer in layers))
@@ -539,7 +539,7 @@ class Disk:
         self.step()
         self.unlink(path, missing_ok=missing_ok)
 
-    def save(self, folder: Path, bridge: Bridge) -> bool:
+    def save(self, folder: Path, bridge: BridgeModel) -> bool:
         """Save, lose what was not synced, and say whether the save came to its end."""
         disk = self
 
@@ -568,13 +568,13 @@ class Disk:
         return self.done <= self.fatal
 
 
-def bits(bridge: Bridge) -> list[tuple[str, bytes]]:
+def bits(bridge: BridgeModel) -> list[tuple[str, bytes]]:
     """Every weight, by name, to the last bit (NaN and -0.0 included)."""
     tensors = {**bridge.encoder.state_dict(), **bridge.heads.state_dict()}
     return [(name, tensor.contiguous().view(torch.uint8).numpy().tobytes()) for name, tensor in tensors.items()]
 
 
-def random_bridge(lms: dict[str, FrozenLM], shape: dict[str, Any], receivers: list[str], seed: int) -> Bridge:
+def random_bridge(lms: dict[str, FrozenLM], shape: dict[str, Any], receivers: list[str], seed: int) -> BridgeModel:
     """A bridge with any number of heads, whose weights are any bit patterns whatever."""
     bridge = bridge_between(lms["neox"], lms[receivers[0]], shape, seed=seed)
     heads = {name: head for r in receivers for name, head in bridge_config(lms["neox"], lms[r]).heads.items()}

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,14 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from latentwire.bridge import quantised
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.errors import ModelUnavailable
 from latentwire.bridge.evaluation.conditions import open_setting
-from latentwire.bridge.local import answer, encode_text
 from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
 from latentwire.bridge.prompt import collate
-from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.__main__ import main
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.settings import Settings
@@ -297,18 +297,19 @@ def test_a_method_that_is_not_read_is_refused_wherever_a_model_is_named_and_befo
     folder = says(sender if role == "sender" else receiver, OTHERS[0])
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     config = make(sender=str(sender), receiver=str(receiver))
-    latent = torch.zeros(2, 16).numpy()
+    here = Bridge.load(checkpoint)
+    message = here.message(np.ones((2, 16), np.float32))
     for attempt in (
         lambda: plan(config, source_tokens=8, prompt_tokens=4, answer_tokens=4),
         lambda: train(config, quiet()),
         lambda: Runtime(Settings(), {"tiny": str(checkpoint)}),
         lambda: open_setting(checkpoint, "world", limit=1, dtype="float16", receiver=None),
-        lambda: encode_text(str(checkpoint), "Mara sings."),
-        lambda: answer(str(checkpoint), None, latent, "Who?", SamplingParams(2)),
+        lambda: here.encode("Mara sings."),
+        lambda: here.generate(message, "Who?", max_tokens=2),
     ):
-        if role == "receiver" and attempt.__code__.co_names[0] == "encode_text":
+        if role == "receiver" and attempt.__code__.co_names[0] == "encode":
             continue  # it needs no receiver
-        if role == "sender" and attempt.__code__.co_names[0] == "answer":
+        if role == "sender" and attempt.__code__.co_names[0] == "generate":
             continue
         with pytest.raises(ModelUnavailable, match="is quantised with gptq") as caught:
             attempt()
@@ -404,4 +405,4 @@ def test_a_run_and_a_plan_take_a_packed_model(model_folders: dict[str, Path], tm
     assert planned == whole
     manifest = train(config, Console(quiet=True))
     assert list(manifest.bridge.heads) == [str(folder)]
-    assert Runtime(Settings(), {"packed": str(config.out)}).bridges["packed"].models[1] == str(folder)
+    assert Runtime(Settings(), {"packed": str(config.out)}).bridges["packed"].model_names[1] == str(folder)

@@ -7,14 +7,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import head_key, load_bridge, read_manifest
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
 from latentwire.bridge.evaluation.conditions import answer, open_setting
-from latentwire.bridge.local import answer as answer_locally
-from latentwire.bridge.local import encode_text
 from latentwire.bridge.models import predicted_bytes
-from latentwire.bridge.sampling import SamplingParams
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.loop import train
 from latentwire.training.prepare import completed
@@ -154,10 +152,9 @@ def test_a_latent_sent_before_a_receiver_was_added_is_read_by_all_receivers(
     extend: Any, names: list[str], tmp_path: Path
 ) -> None:
     train(config := extend(max_steps=2), quiet())
-    _, encoded = encode_text(str(tmp_path / "base"), "Mara wants tea.")
-    params = SamplingParams(max_tokens=4)
+    sent = Bridge.load(tmp_path / "base").encode("Mara wants tea.")
     asked = [(tmp_path / "base", names[0]), (config.out, names[0]), (config.out, names[1]), (config.out, None)]
-    said = [answer_locally(str(at), name, encoded.latent, "\nWho?", params).text for at, name in asked]
+    said = [Bridge.load(at).generate(sent, "\nWho?", receiver=name, max_tokens=4).texts[0] for at, name in asked]
     assert said[0] == said[1] == said[3] and all(said)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from latentwire.bridge import engine
-from latentwire.bridge.checkpoint import Bridge, load_bridge, make_bridge
+from latentwire.bridge.checkpoint import BridgeModel, load_bridge, make_bridge
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.evaluation.tasks import world_task
 from latentwire.bridge.memory import free_caches
@@ -54,17 +54,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def bridge(wide: tuple[str, str]) -> Bridge:
+def bridge(wide: tuple[str, str]) -> BridgeModel:
     return make_bridge(bridge_config(load_model(wide[0]), load_model(wide[1])))
 
 
-def encode(bridge: Bridge, sender: FrozenLM, texts: list[str]) -> list[Encoded]:
+def encode(bridge: BridgeModel, sender: FrozenLM, texts: list[str]) -> list[Encoded]:
     return engine.encode(
         bridge, sender, [tokenize_source(sender, text, sender.source_layout, max_tokens=128) for text in texts]
     )
 
 
-def answer(bridge: Bridge, receiver: FrozenLM, encoded: list[Encoded]) -> list[str]:
+def answer(bridge: BridgeModel, receiver: FrozenLM, encoded: list[Encoded]) -> list[str]:
     layout = bridge.config.heads[receiver.name].layout
     asked = []
     for row in encoded:
@@ -73,7 +73,7 @@ def answer(bridge: Bridge, receiver: FrozenLM, encoded: list[Encoded]) -> list[s
     return [said.text for said in engine.ask(bridge, receiver.name, receiver, asked)[0]]
 
 
-def ask_in_turns(residency: Residency, bridge: Bridge, wide: tuple[str, str]) -> list[str]:
+def ask_in_turns(residency: Residency, bridge: BridgeModel, wide: tuple[str, str]) -> list[str]:
     with residency.use(wide[0]) as sender:
         encoded = encode(bridge, sender, TEXTS)
     del sender
@@ -92,7 +92,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's high-water mark")
-def test_in_a_budget_for_the_larger_model_the_process_never_holds_both(wide: tuple[str, str], bridge: Bridge) -> None:
+def test_in_a_budget_for_the_larger_model_the_process_never_holds_both(
+    wide: tuple[str, str], bridge: BridgeModel
+) -> None:
     sizes = [predicted_bytes(name, torch.float32) for name in wide]
     larger = max(sizes)
     both = Residency(None, device=CPU)
@@ -116,20 +118,20 @@ def test_in_a_budget_for_the_larger_model_the_process_never_holds_both(wide: tup
 
 
 @pytest.fixture(scope="module")
-def builtin() -> tuple[Bridge, FrozenLM]:
+def builtin() -> tuple[BridgeModel, FrozenLM]:
     manifest, bridge = load_bridge("builtin", device=CPU)
     return bridge, load_model(manifest.bridge.sender.name, device=CPU)
 
 
 @pytest.fixture(scope="module")
-def sources(builtin: tuple[Bridge, FrozenLM]) -> list[SourceTokens]:
+def sources(builtin: tuple[BridgeModel, FrozenLM]) -> list[SourceTokens]:
     texts = [example.source for example in world_task().test[:24]]
     read = [tokenize_source(builtin[1], text, builtin[1].source_layout, max_tokens=512) for text in texts]
     return [*read, *(SourceTokens(source.ids[:n], n) for source, n in zip(read, (1, 2, 5, 8, 13, 21), strict=False))]
 
 
 def test_a_latent_differs_from_the_one_alone_by_rounding_only_whatever_its_batch_mates(
-    builtin: tuple[Bridge, FrozenLM], sources: list[SourceTokens]
+    builtin: tuple[BridgeModel, FrozenLM], sources: list[SourceTokens]
 ) -> None:
     bridge, sender = builtin
     alone = [engine.encode(bridge, sender, [source])[0].latent for source in sources]
@@ -140,7 +142,7 @@ def test_a_latent_differs_from_the_one_alone_by_rounding_only_whatever_its_batch
 
 
 def test_the_same_batch_gives_the_same_bits_each_time(
-    builtin: tuple[Bridge, FrozenLM], sources: list[SourceTokens]
+    builtin: tuple[BridgeModel, FrozenLM], sources: list[SourceTokens]
 ) -> None:
     one, other = (engine.encode(*builtin, sources) for _ in range(2))
     assert all(np.array_equal(a.latent, b.latent) for a, b in zip(one, other, strict=True))

@@ -21,18 +21,10 @@ from hypothesis import strategies as st
 
 from latentwire.bridge import wire
 from latentwire.bridge.errors import InvalidMessage
+from latentwire.bridge.results import Encoded, Generated, Latent
 from latentwire.service.client import protocol
-from latentwire.service.client.client import (
-    AsyncClient,
-    Bridge,
-    Client,
-    Encoded,
-    Evaluation,
-    Generated,
-    Latent,
-    ServiceError,
-    Token,
-)
+from latentwire.service.client.client import AsyncClient, Client
+from latentwire.service.client.types import Evaluation, ServiceError, Token
 
 NUMBERS = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
 MESSAGE = wire.encode(NUMBERS, "0" * 32, "float32")

@@ -5,19 +5,24 @@ from typing import Any
 
 import numpy as np
 
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import load_bridge
+from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.service.inference.bridges import Question, Served
+from latentwire.service.inference.request import GenerationRequest, soft_tokens_of
 
 
 def test_two_checkpoints_with_one_encoder_and_different_heads_share_no_soft_tokens() -> None:
     manifest, bridge = load_bridge("builtin")
     receiver, lm = next(iter(manifest.heads)), None
-    question = Question(np.ones((2, manifest.bridge.encoder.latent_dim), np.float32), "Where?", SamplingParams())
+    request = GenerationRequest(
+        np.ones((2, manifest.bridge.encoder.latent_dim), np.float32), "Where?", SamplingParams()
+    )
     other = replace(manifest, heads={receiver: replace(manifest.heads[receiver], sha256="0" * 64)})
 
     def key(of: Any) -> Any:
-        soft = Served("b", of, bridge, {}).soft(receiver, lm, question)  # type: ignore[arg-type]
+        served = Bridge("b", of, bridge, Residency())
+        soft = soft_tokens_of(served, receiver, lm, request)  # type: ignore[arg-type]
         assert soft is not None
         return soft.key
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import LatentWireError
 from latentwire.service.api.lifetime import event
 from latentwire.service.api.openai.requests import Asked, ChatRequest, CompletionRequest
@@ -20,7 +21,6 @@ from latentwire.service.api.openai.responses import (
     Reply,
 )
 from latentwire.service.api.routes.inference import EVENT, answering
-from latentwire.service.inference.bridges import Served
 from latentwire.service.inference.generation import within
 from latentwire.service.inference.request import Piece
 from latentwire.service.inference.runtime import Runtime
@@ -74,8 +74,8 @@ async def models(request: Request) -> ModelList:
     """Every name that `model` may be: the bridges, and BRIDGE/RECEIVER for each receiver of one that has several."""
     runtime: Runtime = request.app.state.runtime
     names: list[str] = []
-    for name, served in runtime.bridges.items():
-        receivers = list(served.manifest.bridge.heads)
+    for name, bridge in runtime.bridges.items():
+        receivers = list(bridge.receivers)
         names += [name, *(f"{name}/{receiver}" for receiver in receivers if len(receivers) > 1)]
     return ModelList(object="list", data=[_model(name) for name in names])
 
@@ -93,9 +93,9 @@ async def _answer(request: Request, body: Asked, shape: type[Reply[Any, Any]]) -
     for name in body.left_out:
         runtime.metrics.ignored.labels(name).inc()
     with _named(body.place):
-        served, receiver = _find(runtime, body.model)
+        bridge, receiver = _find(runtime, body.model)
         within((body.PROMPT, body.questions, runtime.settings.max_inputs))
-        reply = shape(body, served.manifest.bridge_id)
+        reply = shape(body, bridge.manifest.bridge_id)
 
         async def events(pieces: AsyncIterator[Piece], answer: Callable[[], GenerateResponse]) -> AsyncIterator[str]:
             for choice in reply.openings():
@@ -110,11 +110,11 @@ async def _answer(request: Request, body: Asked, shape: type[Reply[Any, Any]]) -
             for line in reply.endings(said):
                 yield event(None, line)
 
-        said = await answering(request, body.native(served.name, receiver), events if body.stream else None)
+        said = await answering(request, body.native(bridge.name, receiver), events if body.stream else None)
     return said if body.stream else reply.whole(said)
 
 
-def _find(runtime: Runtime, model: str) -> tuple[Served, str | None]:
+def _find(runtime: Runtime, model: str) -> tuple[Bridge, str | None]:
     """The bridge of a model's name, and the receiver where one is named.
 
     A bridge's whole name comes first, since it may hold slashes; else the bridge ends at the first slash, since the
@@ -123,8 +123,8 @@ def _find(runtime: Runtime, model: str) -> tuple[Served, str | None]:
     if model in runtime.bridges:
         return runtime.find(model), None
     name, slash, receiver = model.partition("/")
-    served = runtime.find(name)
-    return served, served.receiver(receiver) if slash else None
+    bridge = runtime.find(name)
+    return bridge, bridge.receiver(receiver) if slash else None
 
 
 def _model(name: str) -> Model:

@@ -15,39 +15,39 @@ router = APIRouter(tags=["admin"], prefix="/admin/bridges/{name}")
 async def load(name: str, request: Request) -> BridgeOut:
     """Bring the bridge's models into memory, one after the other, where they fit together."""
     runtime: Runtime = request.app.state.runtime
-    served = runtime.find(name)
-    for model in served.models:
+    bridge = runtime.find(name)
+    for model in bridge.model_names:
         await runtime.engines.acquire(model)
         runtime.residency.release(model)
-    return describe(runtime, served)
+    return describe(runtime, bridge)
 
 
 @router.post("/unload")
 async def unload(name: str, request: Request) -> Unloaded:
     """Drop the bridge's models now, pinned or not; 409 while one is in use. The next request loads them again."""
     runtime: Runtime = request.app.state.runtime
-    served = runtime.find(name)
+    bridge = runtime.find(name)
     freed = 0
-    for model in served.models:
+    for model in bridge.model_names:
         freed += await asyncio.to_thread(runtime.residency.unload, model)
-    return Unloaded(**describe(runtime, served).model_dump(), freed_bytes=freed)
+    return Unloaded(**describe(runtime, bridge).model_dump(), freed_bytes=freed)
 
 
 @router.post("/pin")
 async def pin(name: str, request: Request) -> BridgeOut:
     """Keep the bridge's models in memory, whoever needs their room."""
     runtime: Runtime = request.app.state.runtime
-    served = runtime.find(name)
-    for model in served.models:
+    bridge = runtime.find(name)
+    for model in bridge.model_names:
         runtime.residency.pin(model)
-    return describe(runtime, served)
+    return describe(runtime, bridge)
 
 
 @router.post("/unpin")
 async def unpin(name: str, request: Request) -> BridgeOut:
     """Let the bridge's models leave again when others need their room."""
     runtime: Runtime = request.app.state.runtime
-    served = runtime.find(name)
-    for model in served.models:
+    bridge = runtime.find(name)
+    for model in bridge.model_names:
         runtime.residency.unpin(model)
-    return describe(runtime, served)
+    return describe(runtime, bridge)

@@ -9,9 +9,8 @@ from fastapi import APIRouter, Request, Response
 
 from latentwire.bridge import wire
 from latentwire.service.api.lifetime import Show, attend, deadline, event, stream
-from latentwire.service.inference.bridges import Text
 from latentwire.service.inference.generation import Answering, check_limits, ms_since, within
-from latentwire.service.inference.request import Piece
+from latentwire.service.inference.request import Piece, Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import (
     EncodeRequest,
@@ -52,11 +51,11 @@ async def encode(body: EncodeRequest, request: Request) -> EncodeResponse | Resp
     """Let the bridge's sender read texts, and return their latents."""
     runtime: Runtime = request.app.state.runtime
     runtime.check_open()
-    served = runtime.find(body.bridge)
+    bridge = runtime.find(body.bridge)
     within(("inputs", len(body.inputs), runtime.settings.max_inputs))
     for at, text in enumerate(body.inputs):
         runtime.check_text(text, f"inputs.{at}")
-    work = Answering(runtime, request.state.caller.name, served)
+    work = Answering(runtime, request.state.caller.name, bridge)
 
     async def answer() -> EncodeResponse | Response:
         try:
@@ -92,10 +91,10 @@ async def answering(
     """The answer to a request, checked, admitted, attended and charged; a stream of ``events`` when they are given."""
     runtime: Runtime = request.app.state.runtime
     runtime.check_open()
-    served = runtime.find(body.bridge)
-    receiver = served.receiver(body.receiver)
+    bridge = runtime.find(body.bridge)
+    receiver = bridge.receiver(body.receiver)
     check_limits(runtime, body)
-    work = Answering(runtime, request.state.caller.name, served)
+    work = Answering(runtime, request.state.caller.name, bridge)
 
     async def answer(show: Show | None = None) -> GenerateResponse:
         with runtime.load.admit(len(body.inputs) * body.n):
@@ -134,7 +133,7 @@ async def _encode(work: Answering, body: EncodeRequest, *, raw: bool) -> EncodeR
         for at, (text, one) in enumerate(zip(body.inputs, sent, strict=True))
     ]
     timing = Timing(encode_ms=encode_ms, total_ms=ms_since(started))
-    return EncodeResponse(bridge=work.served.name, latents=latents, usage=work.usage, timing=timing)
+    return EncodeResponse(bridge=work.bridge.name, latents=latents, usage=work.usage, timing=timing)
 
 
 def _latent(text: str, sent: Sent, dtype: str, latent_id: str | None) -> LatentOut:

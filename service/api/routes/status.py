@@ -1,10 +1,10 @@
-"""What is served, and whether it is well: bridges, health, metrics."""
+"""What is bridge, and whether it is well: bridges, health, metrics."""
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import NotReady
-from latentwire.service.inference.bridges import Served
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import BridgeList, BridgeOut, Health
 
@@ -15,7 +15,7 @@ router = APIRouter(tags=["status"])
 async def bridges(request: Request) -> BridgeList:
     """Every bridge that is served."""
     runtime: Runtime = request.app.state.runtime
-    return BridgeList(bridges=[describe(runtime, served) for served in runtime.bridges.values()])
+    return BridgeList(bridges=[describe(runtime, bridge) for bridge in runtime.bridges.values()])
 
 
 @router.get("/bridges/{name}")
@@ -57,13 +57,13 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def describe(runtime: Runtime, served: Served) -> BridgeOut:
+def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
     """A bridge as callers see it."""
-    config = served.manifest.bridge
-    states = {name: runtime.residency.state(name) for name in served.models}
+    config = bridge.manifest.bridge
+    states = {name: runtime.residency.state(name) for name in bridge.model_names}
     return BridgeOut(
-        name=served.name,
-        bridge_id=served.manifest.bridge_id,
+        name=bridge.name,
+        bridge_id=bridge.manifest.bridge_id,
         sender=config.sender.name,
         layers=list(config.layers),
         receivers=list(config.heads),
@@ -72,12 +72,12 @@ def describe(runtime: Runtime, served: Served) -> BridgeOut:
         num_latents=config.encoder.num_latents,
         latent_dim=config.encoder.latent_dim,
         max_source_tokens=config.max_source_tokens,
-        template=config.heads[served.bridge.default_receiver].layout.template,
-        chat=config.heads[served.bridge.default_receiver].layout.chat is not None,
+        template=config.heads[bridge.receiver(None)].layout.template,
+        chat=config.heads[bridge.receiver(None)].layout.chat is not None,
         task=config.provenance.task,
         steps=config.provenance.steps,
         loaded={name: state.bytes for name, state in states.items() if state is not None},
         engines={name: runtime.engines.kind(name) for name in config.heads},
-        pinned=all(runtime.residency.is_pinned(name) for name in served.models),
-        keep_alive_seconds=served.keep_alive_seconds,
+        pinned=all(runtime.residency.is_pinned(name) for name in bridge.model_names),
+        keep_alive_seconds=runtime.settings.keep_alive_of(bridge.name),
     )

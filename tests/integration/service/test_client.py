@@ -23,8 +23,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from latentwire.bridge import wire
+from latentwire.bridge.results import Generated, Latent
 from latentwire.service.app import create_app
-from latentwire.service.client.client import AsyncClient, Client, Evaluation, Generated, Latent, ServiceError, Token
+from latentwire.service.client.client import AsyncClient, Client
+from latentwire.service.client.types import Evaluation, ServiceError, Token
 from latentwire.service.settings import Settings
 from tests.ports import free_port
 

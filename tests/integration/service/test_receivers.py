@@ -9,13 +9,11 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.config import Head
-from latentwire.bridge.local import answer, encode_text
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import layout_for
-from latentwire.bridge.sampling import SamplingParams
-from latentwire.bridge.wire import decode, encode
 from tests.conftest import TEMPLATE, bridge_config
 
 Start = Callable[..., TestClient]
@@ -38,8 +36,9 @@ def test_the_receiver_asked_for_answers_and_the_first_where_none_is(
     folder, receivers = forked
     client = start(None, {"forked": folder})
     assert client.get("/bridges/forked").json()["receivers"] == receivers
-    sent = decode(encode(encode_text(folder, TEXT)[1].latent, "0" * 32)).latent
-    alone = [answer(folder, name, sent, "Where?", SamplingParams(max_tokens=8)).text for name in receivers]
+    here = Bridge.load(folder)
+    sent = here.encode(TEXT)
+    alone = [here.generate(sent, "Where?", receiver=name, max_tokens=8).texts[0] for name in receivers]
     assert alone[0] != alone[1]
 
     def said(**options: Any) -> str:

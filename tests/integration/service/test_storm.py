@@ -19,15 +19,15 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from latentwire.bridge import engine
+from latentwire.bridge import bridge, engine
 from latentwire.bridge.generation import continuous
 from latentwire.bridge.generation import output as answer
 from latentwire.service.app import create_app
 from latentwire.service.auth.limits import Limiter
 from latentwire.service.cli.server import Server
-from latentwire.service.inference import bridges as served
-from latentwire.service.inference import engines, runtime
+from latentwire.service.inference import engines
 from latentwire.service.inference import generation as answering
+from latentwire.service.inference import request as in_flight
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.memory import MemoryStore
@@ -69,7 +69,7 @@ def port(app: FastAPI) -> Iterator[int]:
 def held(app: FastAPI) -> dict[str, int]:
     """What requests hold while they are answered; all zero when nobody is there."""
     runtime = app.state.runtime
-    states = [runtime.residency.state(name) for served in runtime.bridges.values() for name in served.models]
+    states = [runtime.residency.state(name) for served in runtime.bridges.values() for name in served.model_names]
     soft = [one for engine in runtime.engines.all() for one in engine.soft_ids._held.values()]
     server = getattr(app.state, "server", None)
     return {
@@ -236,13 +236,13 @@ def test_a_body_that_never_comes_to_its_end_is_told_so_and_let_go(checkpoint: Pa
 
 SHOW = "show a token"  # which only streams do
 STAGES: dict[str, tuple[Any, str]] = {
-    "tokenise": (served, "tokenize_source"),
+    "tokenise": (bridge, "tokenize_source"),
     "encode": (engine, "encode"),
-    "make a message": (served.wire, "encode"),
-    "read a message": (served.wire, "decode"),
-    "compose": (served, "compose"),
-    "check the receiver": (runtime, "check_receiver"),
-    "soften": (served, "soften"),
+    "make a message": (bridge.wire, "encode"),
+    "read a message": (bridge.wire, "decode"),
+    "compose": (bridge, "compose"),
+    "check the receiver": (bridge, "check_receiver"),
+    "soften": (in_flight, "soften"),
     "submit": (continuous.ContinuousEngine, "_begin"),
     "take a token": (answer.Answer, "add"),
     SHOW: (answer.Transcript, "read"),

@@ -1,0 +1,355 @@
+"""A trained bridge and its models, in this process: encode texts, and answer from their latents.
+
+Dimensions used in this file:
+    K slots    C latent width    D receiver width
+"""
+
+import secrets
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from latentwire.bridge import engine, wire
+from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, load_bridge
+from latentwire.bridge.config import Manifest, Prompt, Turn
+from latentwire.bridge.config import Role as ChatRole
+from latentwire.bridge.devices import device_named, dtype_named
+from latentwire.bridge.diversity import diversity
+from latentwire.bridge.errors import InvalidRequest, at_fault, shorten
+from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.memory import budget_bytes
+from latentwire.bridge.models import FrozenLM, check_role, load_reader
+from latentwire.bridge.prompt import Row, compose, place
+from latentwire.bridge.reader import SourceTokens, check_ids, tokenize_source
+from latentwire.bridge.residency import Residency
+from latentwire.bridge.results import Generated, Latent, Output, Timing, Usage
+from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
+
+BATCH_ROWS = 32
+Input = str | bytes | Latent
+"""A text, which the sender reads; or a latent: a message of this bridge, alone or as ``encode`` returned it."""
+
+
+class Bridge:
+    """A trained bridge: the sender reads texts, a receiver answers from their latents alone.
+
+    >>> bridge = latentwire.Bridge.load("builtin")
+    >>> latents = bridge.encode(["Mara wants a cup of tea."])
+    >>> bridge.generate(latents, "Question: What does Mara want?\\nAnswer:").texts
+    [' Mara wants a cup of tea.']
+
+    Models are loaded when they are needed first, one at a time, and stay until ``unload``, or until another one needs
+    their room in the memory budget.
+
+    Attributes:
+        name: The checkpoint it was loaded from, or the name it is served under.
+        manifest: What the checkpoint says about itself.
+        model: Its weights: the encoder, and a head for each receiver.
+        residency: Its models in memory.
+        signing_key: Signs messages; only messages that bear its signature are then decoded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        manifest: Manifest,
+        model: BridgeModel,
+        residency: Residency,
+        *,
+        signing_key: bytes | None = None,
+    ) -> None:
+        self.name, self.manifest, self.model = name, manifest, model
+        self.residency, self.signing_key = residency, signing_key
+        self.reader = cache(load_reader)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "builtin",
+        *,
+        device: str | None = None,
+        precision: str | None = None,
+        memory_budget: str | int | None = None,
+    ) -> "Bridge":
+        """Load a checkpoint. Its models follow when they are needed.
+
+        >>> latentwire.Bridge.load("builtin").receivers
+        ['builtin:llama']
+
+        Args:
+            name: A checkpoint folder, the name of a Hub repository that holds one, or ``builtin``.
+            device: Where models compute: cpu, cuda, cuda:1, mps or xpu; the best there is, unless given.
+            precision: bf16, fp16 or fp32; bf16 on an accelerator and fp32 on a CPU, unless given.
+            memory_budget: Most bytes of models at once: ``24GB``, or ``0.8`` of the device. No limit, unless given.
+
+        Raises:
+            UnknownBridge: No checkpoint there.
+            CorruptCheckpoint: A file is missing or damaged.
+            InvalidRequest: The device is not there, or the budget is none.
+        """
+        placed = device_named(device)
+        residency = Residency(budget_bytes(memory_budget, placed), placed, dtype_named(precision, placed))
+        return cls.open(str(name), name, residency)
+
+    @classmethod
+    def open(
+        cls, name: str, checkpoint: str | Path, residency: Residency, *, signing_key: bytes | None = None
+    ) -> "Bridge":
+        """``load``, under a name of its own, with models that other bridges may share (errors as there)."""
+        manifest, model = load_bridge(checkpoint, device=residency.device)
+        return cls(name, manifest, model, residency, signing_key=signing_key)
+
+    def __repr__(self) -> str:
+        return f"Bridge({self.name!r}: {self.sender} → {', '.join(self.receivers)})"
+
+    @property
+    def sender(self) -> str:
+        """Name of the sender."""
+        return self.manifest.bridge.sender.name
+
+    @property
+    def receivers(self) -> list[str]:
+        """Names of the receivers, the default one first."""
+        return list(self.manifest.bridge.heads)
+
+    @property
+    def model_names(self) -> list[str]:
+        """Names of all its models, the sender first."""
+        return [self.sender, *self.receivers]
+
+    def encode(self, texts: str | Sequence[str], *, dtype: str = "float16", truncate: bool = False) -> list[Latent]:
+        """Let the sender read texts: a latent for each, in order.
+
+        >>> latentwire.Bridge.load().encode("Mara wants a cup of tea.")[0].array.shape
+        (3, 128)
+
+        Args:
+            texts: One text or several.
+            dtype: What the numbers travel in: float16, int8 or float32.
+            truncate: Cut a text that is longer than the bridge reads, instead of refusing it.
+
+        Raises:
+            InvalidRequest: A text is empty or too long.
+            LatentWireError: The sender cannot be loaded, or is not the one the bridge was trained with.
+        """
+        kind, each = wire.as_dtype(dtype), [texts] if isinstance(texts, str) else list(texts)
+        sources = [self.tokenize(text, truncate=truncate) for text in each]
+        encoded: list[engine.Encoded] = []
+        with self.lend(self.sender) as sender:
+            for start in range(0, len(sources), BATCH_ROWS):
+                encoded += engine.encode(self.model, sender, sources[start : start + BATCH_ROWS])
+        return [
+            Latent(
+                data=self.message(row.latent, kind),
+                shape=(len(row.latent), row.latent.shape[1]),
+                source_tokens=row.source_tokens,
+                dtype=kind,
+                source_bytes=len(text.encode()),
+                truncated=row.truncated,
+            )
+            for text, row in zip(each, encoded, strict=True)
+        ]
+
+    def generate(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt: str | Sequence[str] | Sequence[Mapping[str, Any]],
+        *,
+        receiver: str | None = None,
+        max_tokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        n: int = 1,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+        truncate: bool = False,
+    ) -> Generated:
+        """Let a receiver answer a prompt about each input, which it does not see.
+
+        >>> latentwire.Bridge.load().generate("Ben lives in Rome.", "Question: Where does Ben live?\\nAnswer:").texts
+        [' Ben lives in Rome.']
+
+        Args:
+            inputs: One input or several: texts, messages, or latents.
+            prompt: What is asked: one prompt for all inputs, one for each, or the messages of a conversation
+                (``{"role": "user", "content": …}``). ``{latent}`` says where the soft tokens stand.
+            receiver: Which receiver answers; the first one, unless given.
+            max_tokens: Most tokens of an answer.
+            temperature: How freely tokens are sampled; 0 takes the likeliest one.
+            top_p: Sample from the smallest set of tokens that has this probability.
+            top_k: Sample from this many of the likeliest tokens; 0 from all.
+            seed: The same seed samples the same answers; drawn anew unless given.
+            n: Answers for each input.
+            stop: An answer ends before the first of these.
+            stop_ids: An answer ends at any of these tokens.
+            logprobs: Report the log-probability of each token, and of this many of the likeliest.
+            truncate: Cut a text that is longer than the bridge reads, instead of refusing it.
+
+        Raises:
+            InvalidRequest: Prompt and latent do not fit the receiver, there are not as many prompts as inputs, or a
+                number is out of its range.
+            UnknownBridge: The bridge has no head for the receiver.
+            LatentWireError: A model cannot be loaded, or is not the one the bridge was trained with.
+        """
+        started, name = time.perf_counter(), self.receiver(receiver)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        params = SamplingParams(
+            max_tokens, temperature, top_p, top_k, secrets.randbits(63) if seed is None else seed, stops,
+            tuple(stop_ids), logprobs,
+        )  # fmt: skip
+        check_params(params, n)
+        latents, source_tokens = self._latents(inputs, truncate)
+        encode_ms = _ms_since(started)
+        rows = [
+            engine.Asked(self.compose(name, latent, asked, params), latent, sample_params(params, sample))
+            for latent, asked in zip(latents, _prompts(prompt, len(latents)), strict=True)
+            for sample in range(n)
+        ]
+        answers: list[Generation] = []
+        with self.lend(name) as lm:
+            for start in range(0, len(rows), BATCH_ROWS):
+                answers += engine.ask(self.model, name, lm, rows[start : start + BATCH_ROWS])[0]
+        outputs = tuple(
+            Output(index, answer.text, answer.finish_reason, answer.token_count, answer.logprobs)
+            for index, answer in enumerate(answers)
+        )
+        total_ms = _ms_since(started)
+        return Generated(
+            id=f"gen_{uuid.uuid4().hex}",
+            bridge=self.name,
+            outputs=outputs,
+            usage=Usage(
+                source_tokens=source_tokens,
+                soft_tokens=sum(map(len, latents)),
+                generated_tokens=sum(output.token_count for output in outputs),
+            ),
+            timing=Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms),
+            diversity=diversity([output.text for output in outputs]),
+        )
+
+    def unload(self) -> int:
+        """Let the models go; bytes of memory that came back (ModelInUse while one of them works)."""
+        return sum(self.residency.unload(name) for name in self.model_names)
+
+    def receiver(self, name: str | None) -> str:
+        """The receiver of a name, or the first one (UnknownBridge where the bridge has no head for it)."""
+        if name is not None:
+            self.model.head(name)
+        return name or self.model.default_receiver
+
+    def message(self, latent: NDArray[np.float32], dtype: wire.DType = "float16") -> bytes:
+        """A latent (K, C) of this bridge as it crosses the wire."""
+        return wire.encode(latent, self.manifest.bridge_id, dtype, key=self.signing_key)
+
+    def decode(self, message: bytes) -> NDArray[np.float32]:
+        """The latent (K, C) of a message, checked (InvalidMessage, IncompatibleBridge, Forbidden)."""
+        config = self.manifest.bridge
+        return wire.decode(
+            message,
+            bridge_id=self.manifest.bridge_id,
+            latent_dim=config.encoder.latent_dim,
+            max_slots=config.max_slots,
+            key=self.signing_key,
+        ).latent
+
+    def tokenize(self, text: str, *, truncate: bool = False) -> SourceTokens:
+        """What the sender reads of a text (InvalidRequest where that is nothing, or too much)."""
+        config = self.manifest.bridge
+        return tokenize_source(
+            self.reader(self.sender), text, config.source, max_tokens=config.max_source_tokens, truncate=truncate
+        )
+
+    def compose(
+        self, receiver: str, given: NDArray[np.float32] | str | None, prompt: Prompt, params: SamplingParams
+    ) -> Row:
+        """The receiver's input: a prompt with a latent, a text or nothing in the latent's place.
+
+        Raises:
+            InvalidRequest: It leaves no room for the answer, or a stop id is no token of the receiver.
+        """
+        reader, layout = self.reader(receiver), self.manifest.bridge.heads[receiver].layout
+        with at_fault("stop_ids"):
+            check_ids(reader, params.stop_ids)
+        try:
+            return compose(
+                reader,
+                layout,
+                place(layout, prompt),
+                latent=len(given) if isinstance(given, np.ndarray) else given,
+                max_tokens=reader.max_tokens - params.max_tokens,
+            )
+        except InvalidRequest as error:
+            error.param = error.param or "prompt"
+            raise
+
+    def check(self, lm: FrozenLM) -> None:
+        """Refuse a model that is not the one of its name that the bridge was trained with (IncompatibleBridge)."""
+        if lm.name == self.sender:  # one model can be both
+            check_sender(self.manifest.bridge, lm)
+        if lm.name in self.manifest.bridge.heads:
+            check_receiver(self.manifest.bridge, lm.name, lm)
+
+    def _latents(self, inputs: Input | Sequence[Input], truncate: bool) -> tuple[list[NDArray[np.float32]], int]:
+        """Latents (K, C) of inputs, and the tokens that the sender read for them."""
+        each: Sequence[Input] = [inputs] if isinstance(inputs, str | bytes | Latent) else list(inputs)
+        texts = [item for item in each if isinstance(item, str)]
+        encoded = self.encode(texts, truncate=truncate) if texts else []
+        rest = iter(encoded)
+        messages = [next(rest) if isinstance(item, str) else item for item in each]
+        latents = [self.decode(item.data if isinstance(item, Latent) else item) for item in messages]
+        return latents, sum(latent.source_tokens for latent in encoded)
+
+    @contextmanager
+    def lend(self, name: str) -> Iterator[FrozenLM]:
+        """One of the bridge's models, checked, which stays in memory while the block runs.
+
+        Raises:
+            ModelUnavailable: It is not there, or cannot play its role.
+            IncompatibleBridge: It is not the one that the bridge was trained with.
+            InsufficientMemory: It does not fit the memory budget.
+        """
+        if name == self.sender:
+            check_role(name, "sender")
+        if name in self.receivers:
+            check_role(name, "receiver")
+        with self.residency.use(name) as lm:
+            self.check(lm)
+            yield lm
+
+
+def _prompts(prompt: str | Sequence[str] | Sequence[Mapping[str, Any]], count: int) -> list[Prompt]:
+    if isinstance(prompt, str):
+        return [prompt] * count
+    texts = [item for item in prompt if isinstance(item, str)]
+    if not texts:
+        return [tuple(_turn(item) for item in prompt)] * count
+    if not len(texts) == len(prompt) == count:
+        raise InvalidRequest(f"{len(prompt)} prompts for {count} inputs; give one, or one for each", param="prompt")
+    return list(texts)
+
+
+def _turn(message: object) -> Turn:
+    try:
+        if isinstance(message, Mapping) and message.keys() == {"role", "content"}:
+            return Turn(message["role"], message["content"])
+    except ValidationError:
+        pass
+    roles = ", ".join(get_args(ChatRole))
+    raise InvalidRequest(
+        f"a message is {shorten(repr(message), 80)}; expected its role ({roles}) and its content", param="prompt"
+    )
+
+
+def _ms_since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1000, 3)

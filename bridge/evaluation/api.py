@@ -1,0 +1,185 @@
+"""Measure a bridge in this process: ``evaluate``, and the report it gives."""
+
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from latentwire.bridge import wire
+from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.conditions import CONDITIONS, Lender, Setting, check_room
+from latentwire.bridge.evaluation.html import page
+from latentwire.bridge.evaluation.report import Progress, table, write_report, write_text
+from latentwire.bridge.evaluation.report import evaluate as measure
+from latentwire.bridge.evaluation.tasks import Task, load_task
+from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.reader import Reader
+
+
+@dataclass(frozen=True)
+class ConditionResult:
+    """What one condition reached.
+
+    >>> report = latentwire.evaluate(latentwire.Bridge.load(), limit=1, conditions=["none"])
+    >>> report.conditions["none"].metric
+    'em'
+
+    Attributes:
+        metric: ``em`` (exact match) or ``accuracy``.
+        value: Its mean over the examples, 0 to 1.
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        ttft_ms: Median milliseconds to the first token, one request at a time.
+        token_f1: Mean token F1 of generated answers; None for a classification.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    ttft_ms: float
+    token_f1: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation: every number beside those it has to be compared with.
+
+    >>> report = latentwire.evaluate(latentwire.Bridge.load(), task="world", limit=2, conditions=["bridge", "none"])
+    >>> report.conditions["bridge"].value > report.conditions["none"].value
+    True
+
+    ``document`` holds all of it as ``latentwire evaluate --out`` writes it.
+    """
+
+    document: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def conditions(self) -> dict[str, ConditionResult]:
+        """The result of each condition, by its name."""
+        return {name: ConditionResult(**row) for name, row in self.document["conditions"].items()}
+
+    @property
+    def content_share(self) -> float | None:
+        """Part of the bridge's gain over ``none`` that another example's latent does not give; None without a gain."""
+        share: float | None = self.document["content_share"]
+        return share
+
+    def save(self, path: str | Path) -> None:
+        """Write the report, whole or not at all: as a page where the name ends in .html, else as JSON.
+
+        Raises:
+            InvalidRequest: The file cannot be written.
+        """
+        if Path(path).suffix != ".html":
+            write_report(Path(path), self.document)
+            return
+        title = f"{self.document['checkpoint']} on {self.document['task']}"
+        write_text(Path(path), page(self.document, title=title, facts={"examples": str(self.document["n"])}))
+
+    def __rich__(self) -> Any:
+        return table(self.document)
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as shown:
+            console.print(table(self.document))
+        return shown.get()
+
+
+class BridgeLender(Lender):
+    """Lends a bridge's own models; ``waited_seconds`` is what their loading took."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    @contextmanager
+    def lend(self, reader: Reader) -> Iterator[FrozenLM]:
+        """A model for one pass (errors as ``Bridge.lend``)."""
+        asked = time.perf_counter()
+        with self._bridge.lend(reader.name) as lm:
+            self.waited_seconds += time.perf_counter() - asked
+            yield lm
+
+
+def evaluate(
+    bridge: Bridge,
+    task: str | Path = "world",
+    *,
+    limit: int | None = None,
+    conditions: Collection[str] | None = None,
+    receiver: str | None = None,
+    dtype: str = "float16",
+    on_progress: Progress | None = None,
+) -> Report:
+    """Measure a bridge on a task, beside what its receiver reaches without it.
+
+    >>> latentwire.evaluate(latentwire.Bridge.load(), limit=1, conditions=["bridge"]).document["n"]
+    1
+
+    At a terminal a progress bar shows how far it is, unless ``on_progress`` is told.
+
+    Args:
+        bridge: The bridge.
+        task: ``world``, or a task file (.toml).
+        limit: Use the first so many test examples; all of them, unless given.
+        conditions: What the receiver gets to see; every condition, unless given.
+        receiver: Which receiver answers; the first one, unless given.
+        dtype: What latents travel in: float16, int8 or float32.
+        on_progress: Called with the condition, the examples done and those in all.
+
+    Raises:
+        InvalidRequest: No such task or condition, or the task does not suit the receiver.
+        LatentWireError: A model cannot be loaded, or is not the one the bridge was trained with.
+    """
+    if limit is not None and limit < 1:
+        raise InvalidRequest(f"limit is {limit}; expected 1 or more", param="limit")
+    if unknown := [name for name in conditions or () if name not in CONDITIONS]:
+        known = ", ".join(CONDITIONS)
+        raise InvalidRequest(f"no condition is called {unknown[0]!r}; there are {known}", param="conditions")
+    setting = setting_of(bridge, load_task(str(task)), BridgeLender(bridge), receiver, limit, wire.as_dtype(dtype))
+    with _shown(on_progress) as progress:
+        return Report(measure(setting, conditions=conditions, progress=progress))
+
+
+def setting_of(
+    bridge: Bridge,
+    task: Task,
+    lender: Lender,
+    receiver: str | None = None,
+    limit: int | None = None,
+    dtype: wire.DType = "float16",
+) -> Setting:
+    """What an evaluation of a bridge runs on, with models lent for each pass (InvalidRequest, UnknownBridge)."""
+    name = bridge.receiver(receiver)
+    check_room(task, bridge.reader(name))
+    return Setting(
+        checkpoint=bridge.name,
+        task=task,
+        examples=task.test[: limit or len(task.test)],
+        bridge=bridge.model,
+        bridge_id=bridge.manifest.bridge_id,
+        sender=bridge.reader(bridge.sender),
+        receiver_name=name,
+        receiver=bridge.reader(name),
+        lender=lender,
+        dtype=dtype,
+    )
+
+
+@contextmanager
+def _shown(on_progress: Progress | None) -> Iterator[Progress]:
+    """``on_progress``, or a bar at a terminal."""
+    if on_progress is not None:
+        yield on_progress
+        return
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        line = bar.add_task("evaluating", total=None)
+        yield lambda name, done, total: bar.update(line, description=name, completed=done, total=total)

@@ -1,0 +1,139 @@
+"""What a bridge gives back, as plain values: the same from a bridge in this process and from one over HTTP. No torch.
+
+Dimensions used in this file:
+    K slots    C latent width
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentwire.bridge.diversity import Diversity
+from latentwire.bridge.wire import decode
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What was counted: sender tokens read, soft tokens given to the receiver, tokens it wrote.
+
+    >>> latentwire.Bridge.load().generate("Mara sings.", "Who sings?", max_tokens=3).usage
+    Usage(source_tokens=7, soft_tokens=2, generated_tokens=3)
+    """
+
+    source_tokens: int = 0
+    soft_tokens: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds, by the service's clock.
+
+    >>> timing = latentwire.Bridge.load().generate("Mara sings.", "Who sings?", max_tokens=3).timing
+    >>> timing.total_ms >= timing.encode_ms
+    True
+    """
+
+    encode_ms: float = 0.0
+    generate_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What a sender made of a text: ``data`` is the message, ``shape`` (K, C); ``id`` is there when it was stored.
+
+    >>> latent = latentwire.Bridge.load().encode("Mara sings.")[0]
+    >>> latent.array.shape == latent.shape, latent.array.dtype, latent.dtype
+    (True, dtype('float32'), 'float16')
+    """
+
+    data: bytes
+    shape: tuple[int, int]
+    source_tokens: int
+    dtype: str
+    source_bytes: int = 0
+    truncated: bool = False
+    id: str | None = None
+
+    @property
+    def array(self) -> NDArray[np.float32]:
+        """The numbers (K, C), decoded and checked anew each time (InvalidMessage when the message is damaged)."""
+        return decode(self.data).latent
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Answer of ``encode``: latents in the order of the texts.
+
+    >>> with latentwire.Client(url) as client:
+    ...     encoded = client.encode(["Mara sings.", "Ben lives in Rome."])
+    >>> len(encoded), [latent.truncated for latent in encoded]
+    (2, [False, False])
+    """
+
+    bridge: str
+    latents: tuple[Latent, ...]
+    usage: Usage
+    timing: Timing
+    request_id: str | None = None
+
+    def __iter__(self) -> Iterator[Latent]:
+        return iter(self.latents)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token said and its log-probability in nats; ``top`` holds the likeliest tokens, the likeliest first.
+
+    >>> answers = latentwire.Bridge.load().generate("Mara sings.", "Who sings?", max_tokens=1, logprobs=2)
+    >>> [len(token.top) for token in answers.outputs[0].logprobs]
+    [2]
+    """
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One answer of the receiver. ``finish_reason`` is ``stop`` or ``length``.
+
+    >>> latentwire.Bridge.load().generate("Mara sings.", "Who sings?", max_tokens=1).outputs[0].finish_reason
+    'length'
+    """
+
+    index: int
+    text: str
+    finish_reason: str
+    token_count: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Answer of ``generate``, and last event of ``stream``: outputs follow the inputs, n for each.
+
+    >>> answers = latentwire.Bridge.load().generate("Mara sings.", "Who sings?", n=2, max_tokens=4)
+    >>> len(answers.texts), answers.diversity.outputs
+    (2, 2)
+    """
+
+    id: str
+    bridge: str
+    outputs: tuple[Output, ...]
+    usage: Usage
+    timing: Timing
+    diversity: Diversity | None = None
+    request_id: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of every output."""
+        return [output.text for output in self.outputs]

@@ -1,0 +1,171 @@
+"""``import latentwire``: every public name, and the examples in its docstring."""
+
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import latentwire
+from latentwire.bridge.errors import InvalidRequest, UnknownBridge
+from latentwire.service.cli.demo import running
+from tests.ports import free_port
+
+PROMPT = "Question: What does Mara want?\nAnswer:"
+NAMES = [name for name in latentwire.__all__ if name != "__version__"]
+
+
+@pytest.fixture(scope="module")
+def bridge() -> latentwire.Bridge:
+    return latentwire.Bridge.load("builtin")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A service of the built-in bridge, which examples call ``client``."""
+    port = free_port()
+    with running("builtin", port, tmp_path_factory.mktemp("service") / "log"):
+        yield f"http://127.0.0.1:{port}"
+
+
+def test_all_is_sorted_and_every_name_in_it_is_there() -> None:
+    assert latentwire.__all__ == sorted(latentwire.__all__) == dir(latentwire)
+    for name in NAMES:
+        value = getattr(latentwire, name)
+        assert value.__name__ == name and value.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'Brigde'"):
+        _ = latentwire.Brigde  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", [None, "Client", "AsyncClient", "Latent", "ServiceError", "LatentWireError"])
+def test_what_a_client_needs_is_imported_without_torch(name: str | None) -> None:
+    code = f"import sys, latentwire; {f'latentwire.{name}; ' if name else ''}print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_one_encoding_is_asked_many_times(bridge: latentwire.Bridge) -> None:
+    latents = bridge.encode(["Mara wants a cup of tea.", "Ben lives in Rome."])
+    assert [latent.array.shape for latent in latents] == [latent.shape for latent in latents]
+    prompts = [PROMPT, "Question: Where does Ben live?\nAnswer:"]
+    answers = bridge.generate(latents, prompts)
+    assert answers.texts == [" Mara wants a cup of tea.", " Ben lives in Rome."]
+    assert answers.usage.soft_tokens == sum(latent.shape[0] for latent in latents) and answers.usage.source_tokens == 0
+    assert bridge.generate([latent.data for latent in latents], prompts).texts == answers.texts
+
+
+def test_sampling_is_told_by_its_seed_and_its_samples_differ(bridge: latentwire.Bridge) -> None:
+    hot: dict[str, Any] = {"temperature": 5.0, "n": 3, "max_tokens": 6}
+    first = bridge.generate("Mara sings.", "Who?", seed=1, **hot)
+    assert first.texts == bridge.generate("Mara sings.", "Who?", seed=1, **hot).texts
+    assert first.diversity is not None and first.diversity.distinct_ratio == len(set(first.texts)) / 3 > 1 / 3
+    assert bridge.generate("Mara sings.", "Who?", **hot).texts != bridge.generate("Mara sings.", "Who?", **hot).texts
+
+
+def test_models_come_when_they_are_needed_and_leave_when_told() -> None:
+    bridge = latentwire.Bridge.load("builtin")
+    assert bridge.residency.resident() == {}
+    latents = bridge.encode("Mara sings.")
+    assert list(bridge.residency.resident()) == [bridge.sender]
+    bridge.generate(latents, "Who?", max_tokens=1)
+    assert set(bridge.residency.resident()) == {bridge.sender, *bridge.receivers}
+    assert bridge.unload() > 0 and bridge.residency.resident() == {}
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; expected 1 or more"),
+        ({"temperature": -1.0}, "temperature is -1.0; expected 0 to 100"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected more than 0 and at most 1"),
+        ({"top_k": -1}, "top_k is -1; expected 0 or more"),
+        ({"seed": -1}, "seed is -1; expected 0 or more, below"),
+        ({"n": 0}, "n is 0; expected 1 or more"),
+        ({"prompt": ["a", "b"]}, "2 prompts for 1 inputs; give one, or one for each"),
+        (
+            {"prompt": [{"role": "nobody", "content": "a"}]},
+            r"expected its role \(system, user, assistant\)",
+        ),
+        ({"prompt": "a " * 3000}, "takes 3005 receiver tokens; 480 fit"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_was_expected(
+    bridge: latentwire.Bridge, arguments: dict[str, Any], named: str
+) -> None:
+    given = {"inputs": "Mara sings.", "prompt": "Who?", **arguments}
+    with pytest.raises(InvalidRequest, match=named) as caught:
+        bridge.generate(**given)
+    assert caught.value.param in arguments and "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_is_named(bridge: latentwire.Bridge, tmp_path: Path) -> None:
+    with pytest.raises(UnknownBridge, match="no head for receiver 'nobody'; it has builtin:llama"):
+        bridge.generate("Mara sings.", "Who?", receiver="nobody")
+    with pytest.raises(UnknownBridge, match=r"no checkpoint at .*expected a folder"):
+        latentwire.Bridge.load(tmp_path)
+    with pytest.raises(InvalidRequest, match="no condition is called 'brigde'; there are bridge, direct"):
+        latentwire.evaluate(bridge, conditions=["brigde"])
+    with pytest.raises(InvalidRequest, match="stepz"):
+        latentwire.train(sender="builtin:neox", receiver="builtin:llama", task="world", out=tmp_path, stepz=1)
+
+
+def test_a_report_has_its_numbers_and_is_saved_as_a_page_or_as_json(bridge: latentwire.Bridge, tmp_path: Path) -> None:
+    told: list[int] = []
+    report = latentwire.evaluate(
+        bridge, task="world", limit=4, conditions=["bridge", "none"], on_progress=lambda _, done, __: told.append(done)
+    )
+    assert list(report.conditions) == ["bridge", "none"] and told
+    result = report.conditions["bridge"]
+    assert result.metric == "em" and 0 <= result.low <= result.value <= result.high <= 1
+    report.save(tmp_path / "r.html")
+    report.save(tmp_path / "deeper" / "r.json")
+    assert f"{result.value:.3f}" in (tmp_path / "r.html").read_text()
+    assert '"conditions"' in (tmp_path / "deeper" / "r.json").read_text()
+    assert "exact match" in (tmp_path / "r.html").read_text() and f"{result.value:.3f}" in str(report)
+    with pytest.raises(InvalidRequest, match="File exists"):
+        report.save(tmp_path / "r.html" / "below")
+
+
+def test_an_evaluation_measures_what_the_command_measures(bridge: latentwire.Bridge) -> None:
+    from latentwire.bridge.evaluation.conditions import open_setting
+    from latentwire.bridge.evaluation.report import evaluate
+
+    ask: dict[str, Any] = {"limit": 8, "receiver": None, "dtype": "float16"}
+    there = evaluate(open_setting("builtin", "world", **ask))
+    here = latentwire.evaluate(bridge, "world", limit=8).document
+
+    def untimed(report: Any) -> Any:
+        rows = {name: {**row, "ttft_ms": 0} for name, row in report["conditions"].items()}
+        return {**report, "conditions": rows}
+
+    assert untimed(here) == untimed(there)
+
+
+def test_a_bridge_is_trained_and_used(tmp_path: Path) -> None:
+    run = latentwire.train(
+        sender="builtin:neox", receiver="builtin:llama", task="world", out=tmp_path / "run", max_steps=2, batch_size=2,
+        quiet=True,
+    )  # fmt: skip
+    assert run.manifest.bridge.provenance.steps == 2
+    bridge = run.bridge()
+    assert bridge.manifest == run.manifest and bridge.generate("Mara sings.", "Who?", max_tokens=2).texts
+    assert np.isfinite(bridge.encode("Mara sings.")[0].array).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_examples_of_a_public_name_run(name: str, tmp_path: Path, service: str) -> None:
+    value = getattr(latentwire, name)
+    module = importlib.import_module(value.__module__)
+    given = {"latentwire": latentwire, "url": service, "out": tmp_path / "run"}
+    tests = doctest.DocTestFinder().find(value, name, module, extraglobs=given)
+    examples = [example for test in tests for example in test.examples]
+    assert examples, f"{name} has no example"
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    said: list[str] = []
+    for test in tests:
+        runner.run(test, out=said.append)
+    assert runner.failures == 0, "".join(said)
