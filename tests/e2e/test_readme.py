@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +21,11 @@ from click import Command, Group
 from rich.console import Console
 from typer.main import get_command
 
-from latentwire.bridge.evaluation.tasks import world_task
+from latentwire.bridge.evaluation.tasks import TaskFile, world_task
 from latentwire.service.__main__ import app, main
 from latentwire.service.cli.demo import ask, running
 from latentwire.service.client.client import Client
+from latentwire.training.config import TrainConfig
 from tests.documents import PAGES, ROOT, blocks, commands
 from tests.ports import free_port
 
@@ -106,6 +108,13 @@ def test_the_blocks_about_a_task_of_ones_own_work_from_top_to_bottom(
             main()
         assert caught.value.code in (0, None), typed
     assert (news / "runs" / "news" / "config.json").is_file()
+
+
+def test_every_toml_file_in_the_guide_is_a_task_or_a_run() -> None:
+    shown = {block.file: tomllib.loads(block.code) for block in blocks() if block.file}
+    assert {"news.toml", "capitals.toml", "run.toml"} == set(shown)
+    for fields in shown.values():
+        (TaskFile if "kind" in fields else TrainConfig).model_validate(fields)
 
 
 def test_every_program_in_the_documents_is_one_that_a_test_looks_at() -> None:
