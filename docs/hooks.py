@@ -60,11 +60,16 @@ def error_tree() -> str:
 
 def settings_table() -> str:
     """Every ``LW_*`` variable, its default and its meaning, in the order of ``Settings``."""
-    rows = [
-        f"| `{PREFIX}{name.upper()}` | {default_of(field)} | {field.description} |"
+    lines = [
+        f"| `{PREFIX}{name.upper()}` | {default_of(field)} | {plain(field.description or '')} |"
         for name, field in Settings.model_fields.items()
     ]
-    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *lines])
+
+
+def plain(text: str) -> str:
+    """Stars and bars that are no markup."""
+    return re.sub(r"[*|]", r"\\\g<0>", text)
 
 
 def default_of(field: FieldInfo) -> str:
