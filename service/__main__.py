@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from latentwire import __version__
+from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.service.cli.infer import encode, generate
 from latentwire.service.cli.key import key_command
@@ -27,7 +27,7 @@ from latentwire.training.flags import flags_of
 from latentwire.training.slurm import app as slurm
 
 if TYPE_CHECKING:
-    from latentwire.bridge.evaluation.conditions import Setting
+    from latentwire.bridge.evaluation.conditions import EvaluationContext
 
 # Read when torch is loaded, which happens inside the commands. Threads that spin while they wait made training on a
 # busy machine three times slower than threads that sleep.
@@ -42,6 +42,8 @@ app = typer.Typer(
 app.add_typer(slurm, name="slurm")
 out, errors = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
+# What a command needs beside the client; any other needs ``eval``.
+EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
 WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
@@ -174,12 +176,12 @@ def evaluate(
     configure("debug" if debug else log_level, console=errors)
     if out_ is not None:
         _check_writable(out_)
-    setting = _open(checkpoint, task, limit, dtype, receiver, device, precision)
+    context = _open(checkpoint, task, limit, dtype, receiver, device, precision)
     first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
-    for line in shown(setting, setting.latents(range(min(max(first, 1), len(setting.examples)))), first, topk):
+    for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
         _say(line)
-    trained = train_controls(setting, out) if controls else {}
-    report = _measure(setting, trained)
+    trained = train_controls(context, out) if controls else {}
+    report = _measure(context, trained)
     if out_ is not None:
         write_report(out_, report)
         _say(f"wrote {out_}")
@@ -284,12 +286,12 @@ def demo(
     run(config, out, overwrite=True)
     out.print(f"trained in {time.monotonic() - started:.0f} s")
     out.rule("evaluate: what crossed, on facts never seen in training")
-    setting = _open(str(out_), "world", limit, "float16", None)
-    _measure(setting, {})
+    context = _open(str(out_), "world", limit, "float16", None)
+    _measure(context, {})
     out.rule("serve: the same bridge over HTTP")
     log_file = out_ / "serve.log"
     with running(out_, port, log_file) as server:
-        ask(out, port, setting.examples[0])
+        ask(out, port, context.examples[0])
         if serve_:
             _say(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
             if code := server.wait():
@@ -353,16 +355,16 @@ def _check_writable(file: Path) -> None:
 def _open(
     checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None,
     device: str | None = None, precision: str | None = None,
-) -> "Setting":  # fmt: skip
-    from latentwire.bridge.evaluation.conditions import open_setting
+) -> "EvaluationContext":  # fmt: skip
+    from latentwire.bridge.evaluation.conditions import open_context
     from latentwire.bridge.wire import as_dtype
 
-    return open_setting(
+    return open_context(
         checkpoint, task, limit=limit, dtype=as_dtype(dtype), receiver=receiver, device=device, precision=precision
     )
 
 
-def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any]:
+def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext]") -> dict[str, Any]:
     from rich.progress import Progress
 
     from latentwire.bridge.evaluation.report import evaluate as measure
@@ -371,7 +373,7 @@ def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("evaluating", total=None)
         report = measure(
-            setting,
+            context,
             trained=trained,
             progress=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
         )
@@ -386,6 +388,11 @@ def main() -> None:
         app()
     except LatentWireError as error:
         print(f"latentwire: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (message := missing_extra(error, EXTRAS.get(sys.argv[1], "eval"))) is None:
+            raise
+        print(f"latentwire: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
