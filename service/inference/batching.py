@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, LatentWireError, NotReady, first_line
-from latentwire.service.inference.admission import Load
+from latentwire.service.inference.admission import Admission
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +41,7 @@ class Batcher(Generic[Item, Result]):
     Args:
         run: Called with one batch at a time.
         max_batch: Most rows of a batch.
-        load: Where rows are counted.
+        admission: Where rows are counted.
         max_batch_tokens: Most tokens of a batch, padding included; None: no limit.
         cost: Tokens of a row, asked once when it is submitted.
         is_out_of_memory: Whether an error of ``run`` says that memory did not suffice.
@@ -53,7 +53,7 @@ class Batcher(Generic[Item, Result]):
         run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | LatentWireError]]],
         *,
         max_batch: int,
-        load: Load,
+        admission: Admission,
         max_batch_tokens: int | None = None,
         cost: Callable[[Item], int] = lambda _: 1,
         is_out_of_memory: Callable[[BaseException], bool] = lambda error: isinstance(error, MemoryError),
@@ -63,7 +63,7 @@ class Batcher(Generic[Item, Result]):
         self._max_batch = max_batch
         self._max_tokens = math.inf if max_batch_tokens is None else max_batch_tokens
         self._cost = cost
-        self._load = load
+        self._admission = admission
         self._is_out_of_memory = is_out_of_memory
         self._free_caches = free_caches
         self._queue: list[_Row[Item, Result]] = []
@@ -83,10 +83,10 @@ class Batcher(Generic[Item, Result]):
         """
         loop = asyncio.get_running_loop()
         rows: list[_Row[Item, Result]] = [_Row(item, self._cost(item), loop.create_future()) for item in items]
-        if not self._load.waiting and not self._load.running:
-            self._load.progress()
+        if not self._admission.waiting and not self._admission.running:
+            self._admission.progress()
         self._queue += rows
-        self._load.waiting += len(rows)
+        self._admission.waiting += len(rows)
         self._arrived.set()
         try:
             return list(await asyncio.gather(*(row.answer for row in rows)))
@@ -110,7 +110,7 @@ class Batcher(Generic[Item, Result]):
             self._keep([])
 
     def _keep(self, rows: list[_Row[Item, Result]]) -> None:
-        self._load.waiting -= len(self._queue) - len(rows)
+        self._admission.waiting -= len(self._queue) - len(rows)
         self._queue = rows
 
     def _next_batch(self) -> list[_Row[Item, Result]]:
@@ -149,7 +149,7 @@ class Batcher(Generic[Item, Result]):
     async def _attempt(self, rows: list[_Row[Item, Result]]) -> str:
         """Run rows and answer them; or, where memory was too small for them, what the device said."""
         results: Sequence[Result | LatentWireError]
-        self._load.running += len(rows)
+        self._admission.running += len(rows)
         for row in rows:
             row.begun = True
         try:
@@ -164,14 +164,14 @@ class Batcher(Generic[Item, Result]):
             log.exception("a batch of %d rows failed", len(rows))
             results = [_failed(error) for _ in rows]
         finally:
-            self._load.running -= len(rows)
-            self._load.progress()
+            self._admission.running -= len(rows)
+            self._admission.progress()
         for row, result in zip(rows, results, strict=True):
             _settle(row, result)
         return ""
 
     async def _halve(self, rows: list[_Row[Item, Result]], said: str) -> list[list[_Row[Item, Result]]]:
-        self._load.out_of_memory += 1
+        self._admission.out_of_memory += 1
         await asyncio.to_thread(self._free_caches)
         tokens = max(row.tokens for row in rows)
         log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, said)

@@ -63,7 +63,7 @@ async def encode(body: EncodeRequest, request: Request) -> EncodeResponse | Resp
         finally:
             await charge(request, work.usage)
 
-    with runtime.load.admit(len(body.inputs)):
+    with runtime.admission.admit(len(body.inputs)):
         return await attend(request, answer(), deadline(request, body.timeout_seconds))
 
 
@@ -97,7 +97,7 @@ async def answering(
     work = Answering(runtime, request.state.caller.name, bridge)
 
     async def answer(show: Show | None = None) -> GenerateResponse:
-        with runtime.load.admit(len(body.inputs) * body.n):
+        with runtime.admission.admit(len(body.inputs) * body.n):
             try:
                 return await work.answer(receiver, body, show)
             finally:

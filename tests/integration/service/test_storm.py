@@ -74,8 +74,8 @@ def held(app: FastAPI) -> dict[str, int]:
     server = getattr(app.state, "server", None)
     return {
         "requests": 0 if server is None else len(server.server_state.tasks),
-        "admitted": runtime.load.admitted,
-        "waiting": runtime.load.waiting + runtime.load.running,
+        "admitted": runtime.admission.admitted,
+        "waiting": runtime.admission.waiting + runtime.admission.running,
         "running": sum(engine.running for engine in runtime.engines.all()),
         "blocks": sum(engine.blocks_in_use for engine in runtime.engines.all()),
         "soft": sum(one.users for one in soft),
@@ -193,7 +193,7 @@ def test_a_caller_who_closes_the_connection_is_told_from_one_who_shuts_half_of_i
             leaves.close()
             until(lambda: engine.running == 1)
             time.sleep(0.5)
-            assert app.state.runtime.load.admitted == 1
+            assert app.state.runtime.admission.admitted == 1
             opened.set()
             assert b"HTTP/1.1 200 OK\r\n" in rest(stays)
     finally:
@@ -219,7 +219,7 @@ def test_a_slow_writer_is_answered_in_the_end_and_holds_nobody_up(app: FastAPI, 
     whole = request(ASK)
     with connect(port) as slow:
         for begin in range(0, len(whole), 20):
-            assert app.state.runtime.load.admitted == 0  # no place is taken before the request is whole
+            assert app.state.runtime.admission.admitted == 0  # no place is taken before the request is whole
             slow.sendall(whole[begin : begin + 20])
             assert ask(port, "/encode", {"inputs": ["a"]}).status_code == 200
         assert slow.recv(12) == b"HTTP/1.1 200"
