@@ -26,7 +26,14 @@ from latentwire.service.schemas.inference import (
     Usage,
     message_of,
 )
-from latentwire.service.store.latents import Sent, encode_key, find_latents, keep_latents, recall, remember
+from latentwire.service.store.latents import (
+    CachedEncoding,
+    encode_key,
+    get_encodings,
+    get_latents,
+    put_encodings,
+    put_latents,
+)
 
 
 class Answering:
@@ -37,7 +44,7 @@ class Answering:
         self.store, self.ttl_seconds = runtime.store, runtime.settings.store_ttl
         self.usage = Usage()
 
-    async def send(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[Sent]:
+    async def send(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[CachedEncoding]:
         """The messages of texts; one that comes twice is read once, those encoded before come from the cache.
 
         ``usage`` has what the sender read for it, also when it does not end well; then, what all texts hold.
@@ -51,11 +58,11 @@ class Answering:
                 missing.setdefault(key, text)
         encoded = await self.runtime.encode(bridge, list(missing.values()), self._read) if missing else []
         made = {
-            key: Sent(bridge.message(row.latent, dtype), row.source_tokens, row.truncated)
+            key: CachedEncoding(bridge.message(row.latent, dtype), row.source_tokens, row.truncated)
             for key, row in zip(missing, encoded, strict=True)
         }
         if made and self.runtime.settings.encode_cache:
-            await remember(self.store, made, ttl_seconds=self.ttl_seconds)
+            await put_encodings(self.store, made, ttl_seconds=self.ttl_seconds)
         all_sent = [one or made[key] for key, one in zip(keys, found, strict=True)]
         self.usage.source_tokens = sum(one.source_tokens for one in all_sent)
         return all_sent
@@ -65,7 +72,7 @@ class Answering:
 
     async def keep(self, messages: Sequence[bytes]) -> list[str]:
         """Keep messages under ids of their own (StoreUnavailable)."""
-        return await keep_latents(self.store, messages, tenant=self.tenant, ttl_seconds=self.ttl_seconds)
+        return await put_latents(self.store, messages, tenant=self.tenant, ttl_seconds=self.ttl_seconds)
 
     async def answer(
         self, receiver: str, body: GenerateRequest, on_piece: Callable[[Piece], None] | None = None
@@ -121,7 +128,7 @@ class Answering:
             for at, item in enumerate(body.inputs)
             if item.latent_id is not None
         }
-        stored = await find_latents(self.store, ids, tenant=self.tenant) if ids else {}
+        stored = await get_latents(self.store, ids, tenant=self.tenant) if ids else {}
         given: list[wire.Latent | str | None] = []
         for at, item in enumerate(body.inputs):
             field = next(name for name in ("text", "latent", "latent_id") if getattr(item, name) is not None)
@@ -133,16 +140,16 @@ class Answering:
                 given.append(self.bridge.decode(message))
         return given
 
-    async def _cached(self, keys: Sequence[str]) -> list[Sent | None]:
+    async def _cached(self, keys: Sequence[str]) -> list[CachedEncoding | None]:
         if not self.runtime.settings.encode_cache:
             return [None] * len(keys)
-        found = [sent if sent and self._is_ours(sent) else None for sent in await recall(self.store, keys)]
+        found = [sent if sent and self._is_ours(sent) else None for sent in await get_encodings(self.store, keys)]
         hits = sum(sent is not None for sent in found)
         self.runtime.metrics.cached.labels("hit").inc(hits)
         self.runtime.metrics.cached.labels("miss").inc(len(found) - hits)
         return found
 
-    def _is_ours(self, sent: Sent) -> bool:
+    def _is_ours(self, sent: CachedEncoding) -> bool:
         """Whether a cached message may still be sent: it may have been signed with a key that is used no more."""
         try:
             self.bridge.decode(sent.message)

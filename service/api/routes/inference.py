@@ -21,7 +21,7 @@ from latentwire.service.schemas.inference import (
     Timing,
     Usage,
 )
-from latentwire.service.store.latents import Sent
+from latentwire.service.store.latents import CachedEncoding
 
 router = APIRouter(tags=["inference"])
 RAW = "application/octet-stream"
@@ -136,7 +136,7 @@ async def _encode(work: Answering, body: EncodeRequest, *, raw: bool) -> EncodeR
     return EncodeResponse(bridge=work.bridge.name, latents=latents, usage=work.usage, timing=timing)
 
 
-def _latent(text: str, sent: Sent, dtype: str, latent_id: str | None) -> LatentOut:
+def _latent(text: str, sent: CachedEncoding, dtype: str, latent_id: str | None) -> LatentOut:
     return LatentOut(
         id=latent_id,
         data=base64.b64encode(sent.message).decode(),

