@@ -161,9 +161,10 @@ class Runtime:
     async def encode(
         self, bridge: Bridge, rows: Sequence[Text], on_cost: Callable[[int], None] = lambda source_tokens: None
     ) -> list[Encoded]:
-        """Latents of texts, batched with whatever else is waiting.
+        """Encode texts, batched with those of other requests.
 
-        ``on_cost`` is called at the end, whatever end that is, with the tokens of the texts that reached the sender.
+        ``on_cost`` is called at the end, also where an error is raised, with the tokens of the texts that reached the
+        sender.
         """
 
         def tokenize(row: Text) -> SourceTokens:
@@ -185,23 +186,22 @@ class Runtime:
         on_piece: Callable[[Piece], None] | None = None,
         on_cost: Callable[[list[int], int], None] = lambda prompt_tokens, generated_tokens: None,
     ) -> GenerationResult:
-        """Answers to requests, each of which joins the receiver's running batch at its next step.
+        """Generate for requests; each joins the receiver's running batch at its next step.
 
-        ``on_piece`` is called on the event loop with every piece of text as it comes, ``on_cost`` at the end, whatever
-        end that is. Cancelled, what still runs is given up at once.
+        ``on_piece`` is called on the event loop with every piece of text as it comes, and ``on_cost`` at the end, also
+        where an error is raised. Cancelled, requests that still run are cancelled too.
         """
         rows = await self._lanes.each(
-            lambda request: bridge.compose(receiver, request.given, request.prompt, request.params),
+            lambda request: bridge.compose(receiver, request.source, request.prompt, request.params),
             requests,
             lambda request: request.characters,
         )
         async with self.engines.lend(receiver, bridge.check) as engine:
-            running = InFlightRequest(engine, bridge, receiver, rows, requests, on_piece)
+            in_flight = InFlightRequest(engine, bridge, receiver, rows, requests, on_piece)
             try:
-                answers, firsts = await running.answers()
+                return await in_flight.result()
             finally:
-                on_cost([row.slots.count(TEXT) for row in rows], running.generated_tokens)
-        return GenerationResult(answers, firsts)
+                on_cost([row.slots.count(TEXT) for row in rows], in_flight.generated_tokens)
 
     async def _encode(self, bridge: Bridge, sources: Sequence[SourceTokens]) -> list[Encoded]:
         def run() -> list[Encoded]:

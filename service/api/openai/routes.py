@@ -20,7 +20,7 @@ from latentwire.service.api.openai.responses import (
     ModelList,
     Reply,
 )
-from latentwire.service.api.routes.inference import EVENT, answering
+from latentwire.service.api.routes.inference import EVENT, run_generate
 from latentwire.service.inference.generation import within
 from latentwire.service.inference.request import Piece
 from latentwire.service.inference.runtime import Runtime
@@ -110,7 +110,7 @@ async def _answer(request: Request, body: Asked, shape: type[Reply[Any, Any]]) -
             for line in reply.endings(said):
                 yield event(None, line)
 
-        said = await answering(request, body.native(bridge.name, receiver), events if body.stream else None)
+        said = await run_generate(request, body.native(bridge.name, receiver), events if body.stream else None)
     return said if body.stream else reply.whole(said)
 
 

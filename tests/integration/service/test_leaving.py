@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 
 from latentwire.bridge import engine
 from latentwire.bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
-from latentwire.service.api.lifetime import attend
+from latentwire.service.api.lifetime import run_while_connected
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
@@ -64,7 +64,7 @@ def test_work_nobody_waits_for_any_more_is_cancelled(
         attended = Attended(*messages)
         async with asyncio.timeout(HELD_SECONDS):
             with pytest.raises(error, match=said):
-                await attend(attended.request, attended.endless(), timeout)
+                await run_while_connected(attended.request, attended.endless(), timeout)
             await attended.ended.wait()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -73,13 +73,13 @@ def test_work_nobody_waits_for_any_more_is_cancelled(
 
 def test_a_caller_who_stays_gets_the_answer_or_its_error_and_is_watched_no_longer() -> None:
     async def scenario() -> None:
-        assert await attend(Attended(BODY).request, asyncio.sleep(0.01, "answer"), 60.0) == "answer"
+        assert await run_while_connected(Attended(BODY).request, asyncio.sleep(0.01, "answer"), 60.0) == "answer"
 
         async def refused() -> None:
             raise InvalidRequest("seven is not eight")
 
         with pytest.raises(InvalidRequest, match="seven"):
-            await attend(Attended(BODY).request, refused(), 60.0)
+            await run_while_connected(Attended(BODY).request, refused(), 60.0)
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
