@@ -212,14 +212,14 @@ class Bridge:
         latents, source_tokens = self._latents(inputs, truncate)
         encode_ms = _ms_since(started)
         rows = [
-            engine.Asked(self.compose(name, latent, asked, params), latent, sample_params(params, sample))
+            engine.LatentPrompt(self.compose(name, latent, asked, params), latent, sample_params(params, sample))
             for latent, asked in zip(latents, _prompts(prompt, len(latents)), strict=True)
             for sample in range(n)
         ]
         answers: list[Generation] = []
         with self.lend(name) as lm:
             for start in range(0, len(rows), BATCH_ROWS):
-                answers += engine.ask(self.model, name, lm, rows[start : start + BATCH_ROWS])[0]
+                answers += engine.generate_from_latents(self.model, name, lm, rows[start : start + BATCH_ROWS])[0]
         outputs = tuple(
             Output(index, answer.text, answer.finish_reason, answer.token_count, answer.logprobs)
             for index, answer in enumerate(answers)

@@ -60,7 +60,7 @@ class PaddedEngine(Engine):
         self._arrived.set()
 
     def _stop(self, running: Running) -> None:
-        running.answer.give_up()  # its row takes no more tokens, and does not hold the batch up
+        running.tokens.cancel()  # its row takes no more tokens, and does not hold the batch up
 
     def _serve(self) -> None:
         try:
@@ -100,7 +100,7 @@ class PaddedEngine(Engine):
                 self.lm,
                 [running.row for running in batch],
                 _padded(soft),
-                [running.answer for running in batch],
+                [running.tokens for running in batch],
                 lambda row: self._token(batch[row]),
             )
         except Exception as error:

@@ -89,7 +89,7 @@ class InFlightRequest:
     @property
     def generated_tokens(self) -> int:
         """Tokens so far, of all outputs."""
-        return sum(running.answer.token_count for running in self._running)
+        return sum(running.tokens.token_count for running in self._running)
 
     async def result(self) -> GenerationResult:
         """Submit all requests to the engine, and wait for their ends; cancelled, they are cancelled too."""

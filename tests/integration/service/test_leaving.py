@@ -199,7 +199,7 @@ def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start) -> None:
     (made,) = runtime.engines.all()
     body = {**ASK, "max_tokens": 200, "temperature": 1.0, "stream": True, "seed": 5}
     leaving = connect(client, "/generate", body, hang_up)
-    until(lambda: any(len(running.answer.ids) > 8 for running in list(made._running.values())))
+    until(lambda: any(len(running.tokens.ids) > 8 for running in list(made._running.values())))
     hang_up.set()
     sent = leaving.result(HELD_SECONDS)
     assert sent[0]["status"] == 200 and b"event: token" in sent[1]["body"]
