@@ -54,7 +54,7 @@ class Reader:
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """Ids of the tokens that stand for no text when they are said, by how they are written."""
+        """Ids of the tokens that stand for no text when they are generated, by how they are written."""
         tokenizer = self.tokenizer
         if not tokenizer.is_fast:  # which leaves out fewer
             return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -231,8 +231,8 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     if tokenizer.is_fast:
         tried = tokenizer.backend_tokenizer.encode("a")
         return tried.ids, [bool(flag) for flag in tried.special_tokens_mask]
-    said = tokenizer("a", return_special_tokens_mask=True)
-    return list(said["input_ids"]), [bool(flag) for flag in said["special_tokens_mask"]]
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    return list(encoding["input_ids"]), [bool(flag) for flag in encoding["special_tokens_mask"]]
 
 
 def _one(lm: Reader, ids: Sequence[int], where: str) -> int | None:

@@ -111,11 +111,11 @@ class PaddedEngine(Engine):
                 self._end(running, failed(error))
         return ""
 
-    def _halve(self, batch: list[Running], said: str) -> list[list[Running]]:
+    def _halve(self, batch: list[Running], reason: str) -> list[list[Running]]:
         self.out_of_memory += 1
         free_caches()
         if len(batch) == 1:
-            self._end(batch[0], InsufficientMemory(f"the request does not fit in memory ({said})"))
+            self._end(batch[0], InsufficientMemory(f"the request does not fit in memory ({reason})"))
             return []
         half = (len(batch) + 1) // 2
         return [batch[half:], batch[:half]]

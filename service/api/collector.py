@@ -62,8 +62,8 @@ class LiveCollector(Collector):
             models.add_metric([name], size)
         yield models
         measured = {bridge: diversity(list(texts)) for bridge, texts in list(runtime.metrics.latest.items())}
-        for name, attribute, said in DIVERSITY:
-            gauge = GaugeMetricFamily(f"latentwire_output_{name}", said, labels=["bridge"])
+        for name, attribute, meaning in DIVERSITY:
+            gauge = GaugeMetricFamily(f"latentwire_output_{name}", meaning, labels=["bridge"])
             for bridge, values in measured.items():
                 gauge.add_metric([bridge], getattr(values, attribute))
             yield gauge

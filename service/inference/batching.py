@@ -147,7 +147,7 @@ class Batcher(Generic[Item, Result]):
             raise
 
     async def _attempt(self, rows: list[_Row[Item, Result]]) -> str:
-        """Run rows and answer them; or, where memory was too small for them, what the device said."""
+        """Run rows and answer them; or, where memory was too small for them, return the reason."""
         results: Sequence[Result | LatentWireError]
         self._admission.running += len(rows)
         for row in rows:
@@ -170,13 +170,13 @@ class Batcher(Generic[Item, Result]):
             _settle(row, result)
         return ""
 
-    async def _halve(self, rows: list[_Row[Item, Result]], said: str) -> list[list[_Row[Item, Result]]]:
+    async def _halve(self, rows: list[_Row[Item, Result]], reason: str) -> list[list[_Row[Item, Result]]]:
         self._admission.out_of_memory += 1
         await asyncio.to_thread(self._free_caches)
         tokens = max(row.tokens for row in rows)
-        log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, said)
+        log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, reason)
         if len(rows) == 1:
-            _settle(rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {said}"))
+            _settle(rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {reason}"))
             return []
         middle = len(rows) // 2
         return [rows[middle:], rows[:middle]]

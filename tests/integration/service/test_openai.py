@@ -300,7 +300,9 @@ NATIVE = {"bridge": "tiny", "inputs": [{"text": SOURCE}], "prompt": "Where?", "m
 def test_impossible_tokens_have_a_number_too_for_json_has_no_infinity(
     address: str, app: FastAPI, path: str, body: dict[str, Any], stream: bool
 ) -> None:
-    model = next(e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names)
+    model = next(
+        e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names
+    )
 
     def two_are_possible(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
         impossible = torch.ones(logits.shape[-1], dtype=torch.bool)
@@ -430,7 +432,9 @@ def test_a_stream_is_lines_of_data_and_ends_with_done(address: str, path: str, b
 def test_an_error_after_the_first_chunk_reaches_the_caller(
     client: OpenAI, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = next(e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names)
+    model = next(
+        e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names
+    )
     real, opened, calls = model.lm.model.forward, Event(), 0
 
     def forward(*given: Any, **named: Any) -> Any:
