@@ -171,14 +171,6 @@ class RedisStore(Store):
 
         return await self.ask(get) if keys else []
 
-    async def delete(self, kind: Kind, key: str) -> None:
-        """Forget a value, if there is one (StoreUnavailable)."""
-
-        async def delete(redis: Redis) -> None:
-            await redis.delete(_redis_key(kind, key))
-
-        await self.ask(delete)
-
     async def close(self) -> None:
         """Close the connections."""
         await asyncio.gather(*self._asked, return_exceptions=True)
