@@ -66,7 +66,7 @@ def test_a_model_stays_lent_until_its_engine_is_open_also_when_who_asked_has_lef
         return real(lm, **options)
 
     def users() -> int:
-        state = engines.residency.state(NAMES[0])
+        state = engines.residency.find(NAMES[0])
         assert state is not None
         return state.users
 
@@ -96,7 +96,7 @@ def test_an_engine_that_cannot_be_opened_leaves_nothing_in_the_books(
     async def scenario() -> None:
         with pytest.raises(InferenceFailed):
             await borrow(engines, NAMES[0])
-        state = engines.residency.state(NAMES[0])
+        state = engines.residency.find(NAMES[0])
         assert state is not None and state.attached_bytes == 0
         await engines.close()
 

@@ -270,7 +270,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
     client = start(Settings(memory_budget=str(larger + receiver.kv_bytes(300))))
     residency = client.app.state.runtime.residency  # type: ignore[attr-defined]
     client.post("/generate", json={"inputs": [{"text": "Mara sings."}], "prompt": "Who?", "max_tokens": 1})
-    until(lambda: residency.state(receiver.name) is not None and residency.state(receiver.name).users == 0)
+    until(lambda: residency.find(receiver.name) is not None and residency.find(receiver.name).users == 0)
     before = len(residency.history)
     done = ended(client, post(client, limit=3, conditions=None))
     assert done["state"] == "done", done["error"]

@@ -150,7 +150,7 @@ def empty(client: TestClient) -> None:
     """Let every model go."""
     residency = client.app.state.runtime.residency  # type: ignore[attr-defined]
     for name in residency.resident():
-        until(lambda name=name: residency.state(name).users == 0)
+        until(lambda name=name: residency.find(name).users == 0)
         residency.unload(name)
 
 

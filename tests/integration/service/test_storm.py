@@ -69,7 +69,7 @@ def port(app: FastAPI) -> Iterator[int]:
 def held(app: FastAPI) -> dict[str, int]:
     """What requests hold while they are answered; all zero when nobody is there."""
     runtime = app.state.runtime
-    states = [runtime.residency.state(name) for served in runtime.bridges.values() for name in served.model_names]
+    states = [runtime.residency.find(name) for served in runtime.bridges.values() for name in served.model_names]
     soft = [one for engine in runtime.engines.all() for one in engine.soft_ids._held.values()]
     server = getattr(app.state, "server", None)
     return {
