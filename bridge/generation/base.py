@@ -229,7 +229,7 @@ class Engine(ABC):
         except Exception as error:  # of one request: no reason to end the others
             log.exception("a request failed while its answer was read")
             self._stop(running)
-            result = failed(error)
+            result = InferenceFailed.of(error)
         if result is not None:
             self._end_here(running, result)
 
@@ -258,10 +258,3 @@ class Engine(ABC):
         for running in unfinished:
             self._stop(running)
             self._callbacks.submit(partial(self._end_here, running, failure))
-
-
-def failed(error: BaseException) -> InferenceFailed:
-    """The error that callers get where no request caused it."""
-    failure = InferenceFailed(f"the model failed with {type(error).__name__}")
-    failure.__cause__ = error
-    return failure

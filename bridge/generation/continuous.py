@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
-from latentwire.bridge.generation.base import Engine, Running, failed
+from latentwire.bridge.generation.base import Engine, Running
 from latentwire.bridge.generation.output import IdLogprob, logprobs_of
 from latentwire.bridge.generation.softids import SoftIds
 from latentwire.bridge.memory import free_caches
@@ -200,7 +200,7 @@ class ContinuousEngine(Engine):
             except Exception as error:  # of one request: no reason to end the others
                 log.exception("a request failed at one of its tokens")
                 self._stop(running)
-                self._end(running, failed(error))
+                self._end(running, InferenceFailed.of(error))
         elif self._takes_requests:  # its own failure, not the thread's
             self._end(running, InferenceFailed(f"the engine refused the request: {output.error}"))
 
@@ -213,7 +213,7 @@ class ContinuousEngine(Engine):
                     self._recover()
         except Exception as error:
             log.error("the generation engine died: %s", first_line(error), exc_info=error)
-            self._die(failed(error))
+            self._die(InferenceFailed.of(error))
             self.on_death()
 
     def _recover(self) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, LatentWireError, NotReady, first_line
+from latentwire.bridge.memory import halves
 from latentwire.service.inference.admission import Admission
 
 Item = TypeVar("Item")
@@ -162,7 +163,7 @@ class Batcher(Generic[Item, Result]):
             if self._is_out_of_memory(error):
                 return first_line(error)  # and the error goes, with the tensors that its frames hold
             log.exception("a batch of %d rows failed", len(rows))
-            results = [_failed(error) for _ in rows]
+            results = [InferenceFailed.of(error) for _ in rows]
         finally:
             self._admission.running -= len(rows)
             self._admission.progress()
@@ -177,9 +178,7 @@ class Batcher(Generic[Item, Result]):
         log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, reason)
         if len(rows) == 1:
             _settle(rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {reason}"))
-            return []
-        middle = len(rows) // 2
-        return [rows[middle:], rows[:middle]]
+        return halves(rows)
 
 
 def _settle(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
@@ -194,9 +193,3 @@ def _settle(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
 def _stopped(rows: Sequence[_Row[Item, Result]]) -> None:
     for row in rows:
         _settle(row, NotReady("the service is stopping"))
-
-
-def _failed(error: Exception) -> InferenceFailed:
-    failure = InferenceFailed(f"the model failed with {type(error).__name__}")
-    failure.__cause__ = error
-    return failure
