@@ -4,7 +4,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -134,28 +134,28 @@ class RequestHandler:
             field = next(name for name in ("text", "latent", "latent_id") if getattr(item, name) is not None)
             with at_fault(param := f"inputs.{at}.{field}"):
                 if field == "text":
-                    message = next(encodings).message
+                    encoding = next(encodings)
+                    latents.append(self.bridge.decode(encoding.message) if encoding.latent is None else encoding.latent)
                 else:
                     message = stored[param] if item.latent is None else message_of(item.latent)
-                latents.append(self.bridge.decode(message))
+                    latents.append(self.bridge.decode(message))
         return latents
 
     async def _cached(self, keys: Sequence[str]) -> list[CachedEncoding | None]:
         if not self.runtime.settings.encode_cache:
             return [None] * len(keys)
-        found = [hit if hit and self._is_valid(hit) else None for hit in await get_encodings(self.store, keys)]
+        found = [hit and self._decoded(hit) for hit in await get_encodings(self.store, keys)]
         hits = sum(hit is not None for hit in found)
         self.runtime.metrics.cached.labels("hit").inc(hits)
         self.runtime.metrics.cached.labels("miss").inc(len(found) - hits)
         return found
 
-    def _is_valid(self, encoding: CachedEncoding) -> bool:
-        """Whether a cached message can be decoded: it may have been signed with a key that was replaced since."""
+    def _decoded(self, hit: CachedEncoding) -> CachedEncoding | None:
+        """A cache hit with its latent; None where the key that signed its message was replaced since."""
         try:
-            self.bridge.decode(encoding.message)
+            return replace(hit, latent=self.bridge.decode(hit.message))
         except LatentWireError:
-            return False
-        return True
+            return None
 
 
 def check_limits(runtime: Runtime, body: GenerateRequest) -> None:

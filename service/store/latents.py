@@ -6,9 +6,10 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from latentwire.bridge.errors import StoreUnavailable, UnknownBridge, shorten
+from latentwire.bridge.wire import Latent
 from latentwire.service.store.base import Store
 
 ID = re.compile(r"lat_[0-9a-f]{32}")
@@ -48,24 +49,28 @@ async def get_latents(store: Store, ids: Mapping[str, str], *, tenant: str = "")
         UnknownBridge: An id is not known, or not to this tenant. ``param`` names the field.
         StoreUnavailable: The store cannot be reached.
     """
-    valid = {field: key for field, key in ids.items() if ID.fullmatch(key)}
+    valid = {param: key for param, key in ids.items() if ID.fullmatch(key)}
     found = dict(zip(valid, await store.get_many("latent", list(valid.values())), strict=True))
     messages = {}
-    for field, key in ids.items():
-        message = found.get(field)
+    for param, key in ids.items():
+        message = found.get(param)
         if message is None or latent_id(message, tenant) != key:
-            raise UnknownBridge(f"no latent is stored under {shorten(repr(key))}; it may have expired", param=field)
-        messages[field] = message
+            raise UnknownBridge(f"no latent is stored under {shorten(repr(key))}; it may have expired", param=param)
+        messages[param] = message
     return messages
 
 
 @dataclass(frozen=True, slots=True)
 class CachedEncoding:
-    """The encoding of a text: the message, the text's length in sender tokens, and whether it was truncated."""
+    """The encoding of a text: the message, the text's length in sender tokens, and whether it was truncated.
+
+    ``latent`` is what a message from the cache holds, where it was decoded already; it is not stored.
+    """
 
     message: bytes
     source_tokens: int
     truncated: bool
+    latent: Latent | None = field(default=None, compare=False)
 
 
 def encode_key(bridge_id: str, dtype: str, truncate: bool, text: str, tenant: str = "") -> str:
