@@ -1,10 +1,10 @@
 """Group concurrent rows into one forward pass.
 
-No row waits for company: while the device works on one batch, the rows that arrive become the next. Promises, each
-with a test in ``tests/unit/test_batching.py``: every row gets exactly one result or one error; a row nobody waits for
-any more never reaches the model; a failing batch fails its own rows only; the row that has waited longest is always
-in the next batch; a batch that memory is too small for is halved until it fits, and only a row that does not fit
-alone is refused.
+No row waits for others to come: while the device works on one batch, the rows that arrive become the next. Promises,
+each with a test in ``tests/unit/test_batching.py``: every row gets exactly one result or one error; a row nobody waits
+for any more never reaches the model; a failing batch fails its own rows only; the row that has waited longest is always
+in the next batch; a batch that memory is too small for is halved until it fits, and only a row that does not fit alone
+is refused.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class _Row(Generic[Item, Result]):
     item: Item
     tokens: int
-    answer: "asyncio.Future[Result]"
-    begun: bool = False
+    result: "asyncio.Future[Result]"
+    started: bool = False
 
 
 class Batcher(Generic[Item, Result]):
@@ -71,11 +71,11 @@ class Batcher(Generic[Item, Result]):
         self._arrived = asyncio.Event()
 
     async def submit(
-        self, items: Sequence[Item], on_begun: Callable[[Item], object] = lambda item: None
+        self, items: Sequence[Item], on_started: Callable[[Item], object] = lambda item: None
     ) -> list[Result]:
-        """Queue all rows of a request and wait for every result; cancelled, rows still queued are taken out.
+        """Queue all rows of a request and wait for every result; cancelled, rows still queued are removed.
 
-        At the end, whatever end that is, ``on_begun`` is called with each row that reached ``run``.
+        At the end, also where an error is raised, ``on_started`` is called with each row that reached ``run``.
 
         Raises:
             InferenceFailed: ``run`` raised for a batch one of them was in.
@@ -90,27 +90,27 @@ class Batcher(Generic[Item, Result]):
         self._admission.waiting += len(rows)
         self._arrived.set()
         try:
-            return list(await asyncio.gather(*(row.answer for row in rows)))
+            return list(await asyncio.gather(*(row.result for row in rows)))
         finally:
             for row in rows:
-                row.answer.cancel()
-                if row.begun:
-                    on_begun(row.item)
-            self._keep([row for row in self._queue if not row.answer.done()])
+                row.result.cancel()
+                if row.started:
+                    on_started(row.item)
+            self._set_queue([row for row in self._queue if not row.result.done()])
 
     async def serve(self) -> None:
-        """Run batches until cancelled; rows still waiting then get an error, not silence."""
+        """Run batches until cancelled; rows still waiting then get an error."""
         try:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
                 while batch := self._next_batch():
-                    await self._answer(batch)
+                    await self._run_batch(batch)
         finally:
-            _stopped(self._queue)
-            self._keep([])
+            _refuse(self._queue)
+            self._set_queue([])
 
-    def _keep(self, rows: list[_Row[Item, Result]]) -> None:
+    def _set_queue(self, rows: list[_Row[Item, Result]]) -> None:
         self._admission.waiting -= len(self._queue) - len(rows)
         self._queue = rows
 
@@ -120,7 +120,7 @@ class Batcher(Generic[Item, Result]):
         Nearest first, so that lengths mix only where too few alike are waiting; the bound is for a short row beside
         many long ones, whose own pass is cheaper.
         """
-        waiting = [row for row in self._queue if not row.answer.done()]
+        waiting = [row for row in self._queue if not row.result.done()]
         if not waiting:
             return []
         oldest = waiting[0]
@@ -132,27 +132,27 @@ class Batcher(Generic[Item, Result]):
                 batch.append(row)
                 longest, real = max(longest, row.tokens), real + row.tokens
         taken = set(batch)
-        self._keep([row for row in waiting if row not in taken])
+        self._set_queue([row for row in waiting if row not in taken])
         return batch
 
-    async def _answer(self, batch: list[_Row[Item, Result]]) -> None:
-        """Give every row its result or an error, in as many parts as memory asks for."""
+    async def _run_batch(self, batch: list[_Row[Item, Result]]) -> None:
+        """Give every row its result or an error, in as many parts as memory needs."""
         parts = [batch]
         try:
             while parts:
-                part = [row for row in parts.pop() if not row.answer.done()]
+                part = [row for row in parts.pop() if not row.result.done()]
                 if part and (shortage := await self._attempt(part)):
                     parts += await self._halve(part, shortage)
         except asyncio.CancelledError:
-            _stopped(batch)
+            _refuse(batch)
             raise
 
     async def _attempt(self, rows: list[_Row[Item, Result]]) -> str:
-        """Run rows and answer them; or, where memory was too small for them, return the reason."""
+        """Run rows and set their results; or, where memory was too small for them, return the reason."""
         results: Sequence[Result | LatentWireError]
         self._admission.running += len(rows)
         for row in rows:
-            row.begun = True
+            row.started = True
         try:
             results = await self._run([row.item for row in rows])
             if len(results) != len(rows):
@@ -168,7 +168,7 @@ class Batcher(Generic[Item, Result]):
             self._admission.running -= len(rows)
             self._admission.progress()
         for row, result in zip(rows, results, strict=True):
-            _settle(row, result)
+            _set_result(row, result)
         return ""
 
     async def _halve(self, rows: list[_Row[Item, Result]], reason: str) -> list[list[_Row[Item, Result]]]:
@@ -177,19 +177,21 @@ class Batcher(Generic[Item, Result]):
         tokens = max(row.tokens for row in rows)
         log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, reason)
         if len(rows) == 1:
-            _settle(rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {reason}"))
+            _set_result(
+                rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {reason}")
+            )
         return halves(rows)
 
 
-def _settle(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
-    if row.answer.done():
+def _set_result(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
+    if row.result.done():
         return
     if isinstance(result, LatentWireError):
-        row.answer.set_exception(result)
+        row.result.set_exception(result)
     else:
-        row.answer.set_result(result)
+        row.result.set_result(result)
 
 
-def _stopped(rows: Sequence[_Row[Item, Result]]) -> None:
+def _refuse(rows: Sequence[_Row[Item, Result]]) -> None:
     for row in rows:
-        _settle(row, NotReady("the service is stopping"))
+        _set_result(row, NotReady("the service is stopping"))

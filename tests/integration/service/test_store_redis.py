@@ -389,7 +389,7 @@ def test_waiting_for_other_requests_does_not_say_that_redis_is_away(url: str, mo
                 asked.set()
                 return await done.wait()
 
-            other = asyncio.create_task(store.ask(long))
+            other = asyncio.create_task(store.run(long))
             await asked.wait()
             with hurried(), pytest.raises(StoreUnavailable, match="waited for Redis for 50 ms"):
                 await store.get("latent", "a")
