@@ -20,11 +20,11 @@ from torch import Tensor
 from benchmarks.real import MATERIAL, RECEIVER, SENDER, task_file
 from benchmarks.record import RESULTS, record
 from latentwire.bridge.checkpoint import save_bridge
-from latentwire.bridge.evaluation.conditions import CONDITIONS, answer, open_setting
+from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context, predict
 from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
-from latentwire.training.prepare import order_of, prepare
+from latentwire.training.prepare import prepare, sampler_of
 from latentwire.training.step import Run, take_step
 
 WORLD = {
@@ -54,8 +54,8 @@ K = (2, 3, 4, 6, 8, 12, 16)
 
 def steps_of(run: Run, start: int, stop: int) -> list[StepRecord]:
     """Take steps ``start`` to ``stop``."""
-    order = order_of(run)
-    rows = ([run.sample(run.config.receivers[0], i) for i in order.batch(step)] for step in range(start, stop))
+    sampler = sampler_of(run)
+    rows = ([run.sample(run.config.receivers[0], i) for i in sampler.batch(step)] for step in range(start, stop))
     return [take_step(run, step, batch) for step, batch in enumerate(rows, start=start)]
 
 
@@ -100,12 +100,12 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
         last = [r for r in steps_of(run, start, run.config.max_steps) if r.delta_nats is not None][-3:]
         seconds = time.perf_counter() - began
         save_bridge(run.config.out, run.bridge)
-        setting = open_setting(run.config.out, run.config.task, limit=limit, dtype="float16", receiver=None)
+        context = open_context(run.config.out, run.config.task, limit=limit, dtype="float16", receiver=None)
         right: list[float] = []
         for first in range(0, limit, 50):
             chosen = range(first, min(first + 50, limit))
-            said = answer(setting, chosen, CONDITIONS["bridge"](setting, chosen))
-            right += [exact_match(said[i - first], setting.examples[i].answer) for i in chosen]
+            said = predict(context, chosen, CONDITIONS["bridge"](context, chosen))
+            right += [exact_match(said[i - first], context.examples[i].answer) for i in chosen]
     return {
         "value": statistics.fmean(right),
         "seconds_after_warm_start": seconds,

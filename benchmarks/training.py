@@ -32,7 +32,7 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.loop import train
 from latentwire.training.monitor import EVENTS, read_jsonl, records_of
 from latentwire.training.objectives import answer_loss
-from latentwire.training.prepare import order_of, prepare
+from latentwire.training.prepare import prepare, sampler_of
 from latentwire.training.step import take_step
 
 BUILT_IN = {"sender": "builtin:neox", "receiver": "builtin:llama", "task": "world", "reconstruction_weight": 0.0}
@@ -62,8 +62,8 @@ def throughput(models: dict[str, Any], folder: Path, *, batch_size: int, steps: 
     for name, cached in (("cached", True), ("live", False)):
         config = TrainConfig(**{**shape, "out": folder / name, "cache_features": cached})
         run = prepare(config, Console(quiet=True))
-        order = order_of(run)
-        rows = [[run.sample(config.receivers[0], i) for i in order.batch(step)] for step in range(steps)]
+        sampler = sampler_of(run)
+        rows = [[run.sample(config.receivers[0], i) for i in sampler.batch(step)] for step in range(steps)]
         seconds[name] = _median([partial(take_step, run, step, rows[step]) for step in range(steps)])
     with run.residency.use(config.receivers[0]) as receiver:
         passes: list[Callable[[], Any]] = []

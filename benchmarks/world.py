@@ -7,15 +7,15 @@ import typer
 from rich.console import Console
 
 from benchmarks.record import record
-from latentwire.bridge.evaluation.conditions import TRAINED, open_setting
+from latentwire.bridge.evaluation.conditions import TRAINED, open_context
 from latentwire.bridge.evaluation.report import evaluate, table
 from latentwire.training.controls import train_controls
 
 
 def main(checkpoint: str = "builtin", limit: int = 500, controls: bool = True) -> None:
     """Evaluate CHECKPOINT on the world task and record the report."""
-    setting = open_setting(checkpoint, "world", limit=limit, dtype="float16", receiver=None)
-    report = evaluate(setting, trained=train_controls(setting, Console()) if controls else None)
+    context = open_context(checkpoint, "world", limit=limit, dtype="float16", receiver=None)
+    report = evaluate(context, trained=train_controls(context, Console()) if controls else None)
     Console(width=130).print(table(report))
     value = {name: row["value"] for name, row in report["conditions"].items()}
     command = f"python -m benchmarks.world --checkpoint {checkpoint} --limit {limit}"
@@ -25,7 +25,7 @@ def main(checkpoint: str = "builtin", limit: int = 500, controls: bool = True) -
         {
             "bridge_over_direct": value["bridge"] / value["direct"],
             "mismatched_minus_none": value["mismatched"] - value["none"],
-            "steps": setting.bridge.config.provenance.steps,
+            "steps": context.bridge.config.provenance.steps,
             "controls": list(TRAINED) if controls else [],
             "report": report,
         },

@@ -23,6 +23,7 @@ from latentwire.bridge.config import Manifest, Prompt, Turn
 from latentwire.bridge.config import Role as ChatRole
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.diversity import diversity
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import InvalidRequest, at_fault, shorten
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
@@ -259,7 +260,7 @@ class Bridge:
             message,
             bridge_id=self.manifest.bridge_id,
             latent_dim=config.encoder.latent_dim,
-            max_slots=config.max_slots,
+            max_slots=slots_of(config.encoder, config.max_source_tokens),
             key=self.signing_key,
         ).latent
 

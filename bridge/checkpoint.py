@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentwire.bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
 from latentwire.bridge.devices import default_device
-from latentwire.bridge.encoder import Encoder, make_encoder
+from latentwire.bridge.encoder import Encoder, encoder_class, make_encoder
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
 from latentwire.bridge.families import Role
 from latentwire.bridge.files import replace_file
@@ -107,7 +107,12 @@ def read_manifest(name: str | Path) -> Manifest:
         CorruptCheckpoint: ``config.json`` cannot be read.
     """
     path = folder_of_checkpoint(name) / CONFIG
-    return parse_manifest(_read(path), str(path))
+    manifest = parse_manifest(_read(path), str(path))
+    try:
+        encoder_class(manifest.bridge.encoder.kind)
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{path}: bridge.encoder.kind: {error}") from None
+    return manifest
 
 
 def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tuple[Manifest, BridgeModel]:

@@ -10,9 +10,6 @@ from pydantic.dataclasses import dataclass
 
 from latentwire.bridge.errors import CorruptCheckpoint
 
-EncoderKind = Literal["pooling", "perceiver", "mean", "linear", "prompt"]
-WINDOWED = ("pooling", "linear")
-"""Kinds whose slots each cover a window of the source."""
 RANDOM = "random:"
 """Prefix of a model with the same shape and tokenizer but untrained weights: a control."""
 
@@ -103,16 +100,16 @@ class EncoderConfig:
     """Shape of the encoder.
 
     Attributes:
-        kind: ``pooling`` and ``linear`` give one slot per ``ratio`` sender tokens; ``perceiver`` and ``mean``
-            always give ``num_latents``; ``prompt`` gives ``num_latents`` learned slots and reads no sender
-            (the control that shows what a learned prompt alone is worth).
+        kind: One of ``bridge.encoder.KINDS``.
         sender_width: Width of the hidden states read, summed over the layers.
         latent_dim: Width C of the latent that crosses the wire.
         hidden_dim: Width inside the encoder.
         depth: Transformer blocks over the slots.
+        ratio: Sender tokens per slot, of kinds whose slots cover windows of the source.
+        num_latents: Slots, of the other kinds.
     """
 
-    kind: EncoderKind
+    kind: str
     sender_width: int
     latent_dim: int
     hidden_dim: int
@@ -167,16 +164,6 @@ class BridgeConfig:
     heads: dict[str, Head]
     provenance: Provenance
     source: SourceLayout | None = None
-
-    @property
-    def max_slots(self) -> int:
-        """Most slots K a source can take."""
-        return self.slots_of(self.max_source_tokens)
-
-    def slots_of(self, tokens: int) -> int:
-        """Slots K that a source of so many sender tokens takes."""
-        windowed = self.encoder.kind in WINDOWED
-        return -(-tokens // self.encoder.ratio) if windowed else self.encoder.num_latents
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -5,16 +5,19 @@ Dimensions used in this file:
     H width inside the encoder    C latent width
 """
 
-from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from latentwire.bridge.config import EncoderConfig, EncoderKind
+from latentwire.bridge.config import EncoderConfig
+from latentwire.bridge.errors import one_of
 
 HEAD_WIDTH = 32  # attention head width inside the encoder
+KINDS: dict[str, type["Encoder"]] = {}
+"""Encoders by what a configuration calls them: every subclass of ``Encoder`` that has a ``kind``, yours too."""
 
 
 class Encoder(nn.Module):
@@ -23,7 +26,19 @@ class Encoder(nn.Module):
     Sender states differ by orders of magnitude between layers and hold a few huge channels, so they are
     normalised before anything learns from them. Each latent slot leaves with RMS 1: a fixed scale makes int8
     safe and tells a real message from noise.
+
+    Attributes:
+        kind: What ``--encoder`` and a checkpoint call it. A subclass with one is known once it is defined.
+        windowed: Whether each slot covers a window of ``ratio`` sender tokens; else there are ``num_latents`` slots.
     """
+
+    kind: ClassVar[str]
+    windowed: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -31,6 +46,11 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.sender_width)
         self.mix = nn.ModuleList(Block(config.hidden_dim) for _ in range(config.depth))
         self.out = nn.Linear(config.hidden_dim, config.latent_dim)
+
+    @classmethod
+    def slot_count(cls, config: EncoderConfig, tokens: int) -> int:
+        """Slots K that a source of so many sender tokens takes."""
+        return -(-tokens // config.ratio) if cls.windowed else config.num_latents
 
     def slots(
         self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
@@ -97,6 +117,9 @@ class Pooling(Encoder):
     arXiv:2510.20535 §3). Reading the window whole instead of its mean: ours.
     """
 
+    kind = "pooling"
+    windowed = True
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.read = nn.Linear(config.ratio * config.sender_width, config.hidden_dim)
@@ -108,27 +131,13 @@ class Pooling(Encoder):
         return self.read(windows.flatten(-2)), window_mask.any(dim=-1)
 
 
-class LinearPooling(Encoder):
-    """Baseline: the mean of each window through linear maps, no mixing (``depth`` is ignored)."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config)
-        self.mix = nn.ModuleList()
-        self.read = nn.Linear(config.sender_width, config.hidden_dim)
-
-    def slots(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
-        windows, window_mask = _windows(states, mask, self.config.ratio)
-        count = window_mask.sum(dim=-1, keepdim=True).clamp(min=1)
-        return self.read(windows.sum(dim=-2) / count), window_mask.any(dim=-1)
-
-
 class Perceiver(Encoder):
     """A fixed number of learned queries that read every token.
 
     Source: Perceiver resampler, Alayrac et al. 2022, arXiv:2204.14198 §3.1.1.
     """
+
+    kind = "perceiver"
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -146,6 +155,8 @@ class Perceiver(Encoder):
 class Mean(Encoder):
     """Baseline: one mean over the whole source, given to ``num_latents`` slots by a linear map each."""
 
+    kind = "mean"
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.read = nn.Linear(config.sender_width, config.num_latents * config.hidden_dim)
@@ -158,8 +169,29 @@ class Mean(Encoder):
         return self.read(mean).reshape(len(mean), K, -1), _all_or_none(mask, K)
 
 
+class LinearPooling(Encoder):
+    """Baseline: the mean of each window through linear maps, no mixing (``depth`` is ignored)."""
+
+    kind = "linear"
+    windowed = True
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.mix = nn.ModuleList()
+        self.read = nn.Linear(config.sender_width, config.hidden_dim)
+
+    def slots(
+        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+        windows, window_mask = _windows(states, mask, self.config.ratio)
+        count = window_mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        return self.read(windows.sum(dim=-2) / count), window_mask.any(dim=-1)
+
+
 class LearnedPrompt(Encoder):
     """Control: learned slots that never see the source; what they reach is no merit of a bridge."""
+
+    kind = "prompt"
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -184,15 +216,22 @@ def _windows(
     return states.reshape(B, S // ratio, ratio, N), mask.reshape(B, S // ratio, ratio)
 
 
-KINDS: dict[EncoderKind, Callable[[EncoderConfig], Encoder]] = {
-    "pooling": Pooling,
-    "perceiver": Perceiver,
-    "mean": Mean,
-    "linear": LinearPooling,
-    "prompt": LearnedPrompt,
-}
+def encoder_class(kind: str) -> type[Encoder]:
+    """The encoder of that kind.
+
+    Raises:
+        ValueError: There is none; those there are are named.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"Input should be {one_of(KINDS)}")
+    return KINDS[kind]
 
 
 def make_encoder(config: EncoderConfig) -> Encoder:
     """A freshly initialised encoder of ``config.kind``."""
-    return KINDS[config.kind](config)
+    return encoder_class(config.kind)(config)
+
+
+def slots_of(config: EncoderConfig, tokens: int) -> int:
+    """Slots K that a source of so many sender tokens takes."""
+    return encoder_class(config.kind).slot_count(config, tokens)

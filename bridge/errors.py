@@ -26,7 +26,7 @@ The HTTP status lives in ``service.app``; nothing here knows about HTTP. Every m
 that was met and the value that was expected.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 MAX_SAID = 500
@@ -146,6 +146,12 @@ def at_fault(param: str) -> Iterator[None]:
     except LatentWireError as error:
         error.param = param
         raise
+
+
+def one_of(names: Iterable[str]) -> str:
+    """What a name may be, as pydantic says it: ``'a', 'b' or 'c'``."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def first_line(error: Exception) -> str:

@@ -3,7 +3,6 @@
 Heavy imports stand inside the commands: ``latentwire --help`` must not wait for torch.
 """
 
-import logging
 import os
 import sys
 import tempfile
@@ -15,19 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from latentwire import __version__
+from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.service.cli.infer import encode, generate
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
+from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
-from latentwire.service.health import SHARED_MEMORY, written_down
+from latentwire.service.health import SHARED_MEMORY
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.flags import flags_of
 from latentwire.training.slurm import app as slurm
 
 if TYPE_CHECKING:
-    from latentwire.bridge.evaluation.conditions import Setting
+    from latentwire.bridge.evaluation.conditions import EvaluationContext
 
 # Read when torch is loaded, which happens inside the commands. Threads that spin while they wait made training on a
 # busy machine three times slower than threads that sleep.
@@ -41,7 +41,8 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
 out, errors = Console(), Console(stderr=True)
-log = logging.getLogger(__name__)
+# What a command needs beside the client; any other needs ``eval``.
+EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
 WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
@@ -174,12 +175,12 @@ def evaluate(
     configure("debug" if debug else log_level, console=errors)
     if out_ is not None:
         _check_writable(out_)
-    setting = _open(checkpoint, task, limit, dtype, receiver, device, precision)
+    context = _open(checkpoint, task, limit, dtype, receiver, device, precision)
     first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
-    for line in shown(setting, setting.latents(range(min(max(first, 1), len(setting.examples)))), first, topk):
+    for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
         _say(line)
-    trained = train_controls(setting, out) if controls else {}
-    report = _measure(setting, trained)
+    trained = train_controls(context, out) if controls else {}
+    report = _measure(context, trained)
     if out_ is not None:
         write_report(out_, report)
         _say(f"wrote {out_}")
@@ -204,60 +205,7 @@ def inspect(checkpoint: Checkpoint) -> None:
     _say("sender and receivers are the models it was trained with")
 
 
-@app.command()
-@ended_by_signals()
-def serve(
-    bridge: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help=r"A bridge to serve; repeat for several. \[default: builtin]"),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help=r"Name or address to listen on. \[default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help=r"Port to listen on. \[default: 8000]")] = None,
-    root_path: Annotated[
-        str | None, typer.Option(help="Path that a proxy in front leaves before every address, e.g. /lw.")
-    ] = None,
-    insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Listen beyond this machine without asking anyone for a key.")
-    ] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
-    ] = None,
-) -> None:
-    """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
-    from pydantic import ValidationError
-
-    from latentwire.service.app import create_app
-    from latentwire.service.auth.guard import check_binding
-    from latentwire.service.cli.server import listen, url
-    from latentwire.service.cli.server import serve as run
-    from latentwire.service.settings import Settings, service_links
-
-    flags: dict[str, Any] = {
-        "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
-    }  # fmt: skip
-    try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        got = "" if isinstance(first["input"], dict) or where == "redis_url" else f", got {first['input']!r}"
-        raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
-    # Requests bring few texts at a time: the tokenizer's own threads would only take turns with the model's.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
-    check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
-    application = create_app(settings, _named(bridge or ["builtin=builtin"]))
-    listeners = listen(settings.host, settings.port)
-    operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)
-    if operators:
-        application.state.runtime.admin_port = operators[0].getsockname()[1]
-    configure("info", console=sys.stderr)
-    if links := service_links():
-        log.warning("left aside, as links to a Service of Kubernetes (enableServiceLinks: false): %s", ", ".join(links))
-    address = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
-    _say(f"LatentWire listens on {address} (page: {address}/, reference: {address}/docs)")
-    with written_down(listeners[0]):
-        sys.exit(run(application, [*listeners, *operators]))
+app.command()(serve)
 
 
 @app.command()
@@ -284,12 +232,12 @@ def demo(
     run(config, out, overwrite=True)
     out.print(f"trained in {time.monotonic() - started:.0f} s")
     out.rule("evaluate: what crossed, on facts never seen in training")
-    setting = _open(str(out_), "world", limit, "float16", None)
-    _measure(setting, {})
+    context = _open(str(out_), "world", limit, "float16", None)
+    _measure(context, {})
     out.rule("serve: the same bridge over HTTP")
     log_file = out_ / "serve.log"
     with running(out_, port, log_file) as server:
-        ask(out, port, setting.examples[0])
+        ask(out, port, context.examples[0])
         if serve_:
             _say(f"\nServing on http://127.0.0.1:{port} (reference: /docs, metrics: /metrics). Ctrl-C ends it.")
             if code := server.wait():
@@ -315,16 +263,6 @@ def _bytes(text: str) -> int:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
         raise InvalidRequest(f"--device-memory {text!r}: expected a size like 80GB", param="device_memory") from None
-
-
-def _named(bridges: list[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for item in bridges:
-        name, _, path = item.partition("=")
-        if not name or not path or name in named:
-            raise InvalidRequest(f"--bridge {item!r}: expected NAME=PATH with a name of its own", param="bridge")
-        named[name] = path
-    return named
 
 
 def _settle_temporary_folder() -> None:
@@ -353,16 +291,16 @@ def _check_writable(file: Path) -> None:
 def _open(
     checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None,
     device: str | None = None, precision: str | None = None,
-) -> "Setting":  # fmt: skip
-    from latentwire.bridge.evaluation.conditions import open_setting
+) -> "EvaluationContext":  # fmt: skip
+    from latentwire.bridge.evaluation.conditions import open_context
     from latentwire.bridge.wire import as_dtype
 
-    return open_setting(
+    return open_context(
         checkpoint, task, limit=limit, dtype=as_dtype(dtype), receiver=receiver, device=device, precision=precision
     )
 
 
-def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any]:
+def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext]") -> dict[str, Any]:
     from rich.progress import Progress
 
     from latentwire.bridge.evaluation.report import evaluate as measure
@@ -371,7 +309,7 @@ def _measure(setting: "Setting", trained: "dict[str, Setting]") -> dict[str, Any
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("evaluating", total=None)
         report = measure(
-            setting,
+            context,
             trained=trained,
             progress=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
         )
@@ -386,6 +324,11 @@ def main() -> None:
         app()
     except LatentWireError as error:
         print(f"latentwire: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (message := missing_extra(error, EXTRAS.get(sys.argv[1], "eval"))) is None:
+            raise
+        print(f"latentwire: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

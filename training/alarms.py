@@ -226,12 +226,12 @@ class Alarms:
         history.add(record)
         alarms = []
         for condition in CONDITIONS:
-            if (said := condition.holds(history)) is None:
+            if (measured := condition.holds(history)) is None:
                 continue
             last = history.last_held.get(condition.name, -math.inf)
             if history.steps - last > WINDOW:
                 whose = f"{record.receiver}: " if len(self._histories) > 1 else ""
-                message = f"{whose}{said}; {condition.advice}"
+                message = f"{whose}{measured}; {condition.advice}"
                 alarms.append(Alarm(record.step, condition.name, message, condition.collapse))
             history.last_held[condition.name] = history.steps
         return alarms

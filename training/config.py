@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from latentwire.bridge.config import DEVICE, RANDOM, WINDOWED, Precision
+from latentwire.bridge.config import DEVICE, RANDOM, Precision
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.wire import MAX_SLOTS, MAX_WIDTH
 
@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     )
     system: str | None = MODELS(None, description="System message of the chat template. [what the template has]")
 
-    encoder: Literal["pooling", "perceiver", "mean", "linear", "prompt"] = BRIDGE(
+    encoder: str = BRIDGE(
         "pooling", description="Encoder kind; mean and linear are baselines, prompt is a control without a sender."
     )
     ratio: int = BRIDGE(4, ge=1, description="Sender tokens per slot (pooling, linear).")
@@ -150,6 +150,13 @@ class TrainConfig(BaseModel):
     def _one_or_several(cls, value: Any) -> Any:
         return [value] if type(value) in (int, str) else value
 
+    @field_validator("encoder")
+    @classmethod
+    def _registered(cls, kind: str) -> str:
+        from latentwire.bridge.encoder import encoder_class  # late: it loads torch
+
+        return encoder_class(kind).kind
+
     @field_validator("sender", "receiver", "task", "add_receiver", "bridge")
     @classmethod
     def _found_from_anywhere(cls, name: str | list[str] | None) -> str | list[str] | None:
@@ -180,11 +187,6 @@ class TrainConfig(BaseModel):
     def receivers(self) -> list[str]:
         """Names of the receivers trained for."""
         return self.receiver if self.add_receiver is None else [self.add_receiver]
-
-    @property
-    def windowed(self) -> bool:
-        """Whether each slot covers a window of the source."""
-        return self.encoder in WINDOWED
 
 
 def _absolute(name: str) -> str:

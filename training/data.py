@@ -21,7 +21,7 @@ GROUPED = 8  # steps whose examples are sorted by length together: enough to pad
 AHEAD = 2  # steps prepared before they are asked for
 
 
-class Order:
+class Sampler:
     """Which examples step ``step`` sees: a fresh permutation each epoch, a pure function of (seed, position).
 
     With ``lengths`` the examples of ``GROUPED`` steps are sorted by length, cut into steps, and the steps
@@ -38,7 +38,7 @@ class Order:
         group, place = divmod(number, GROUPED)
         return self._grouped(group)[place]
 
-    @lru_cache(maxsize=4)  # noqa: B019  one order lives as long as its run
+    @lru_cache(maxsize=4)  # noqa: B019  one sampler lives as long as its run
     def _grouped(self, group: int) -> list[list[int]]:
         assert self.length is not None
         drawn = self._positions(group * GROUPED * self.batch_size, GROUPED * self.batch_size)

@@ -1,7 +1,10 @@
-"""One flag per field of a pydantic model: one list of keys, types, defaults and help texts for files and flags."""
+"""One flag per field of a pydantic model: one list of keys, types, defaults and help texts for files and flags.
 
-import inspect
+typer makes an option of each parameter in a command's signature, so a command gets a parameter for each field.
+"""
+
 from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin
@@ -24,24 +27,19 @@ def flags_of(model: type[BaseModel]) -> Callable[[Command], Command]:
     Raises:
         TypeError: A field does not say in which panel of ``--help`` its flag stands.
     """
-    flags = {"config": CONFIG, **{name: _flag(name, field) for name, field in model.model_fields.items()}}
+    options = {"config": CONFIG, **{name: _option(name, field) for name, field in model.model_fields.items()}}
+    flags = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in options.items()]
 
     def decorate(command: Command) -> Command:
-        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-            for name, kind in flags.items()
-        ]
-        # typer makes its options from these two.
-        command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in [*own, *more]}
+        *own, _ = signature(command).parameters.values()  # the last one is **flags
+        command.__signature__ = Signature([*own, *flags])  # type: ignore[attr-defined]  # what signature() reads
         return command
 
     return decorate
 
 
-def _flag(name: str, field: FieldInfo) -> Any:
-    """The annotation from which typer makes the option of a field."""
+def _option(name: str, field: FieldInfo) -> Any:
+    """The annotation of a parameter from which typer makes the option of a field."""
     words = name.replace("_", "-")
     names = f"--{words}/--no-{words}" if field.default is True else f"--{words}"
     return Annotated[_kind(field) | None, typer.Option(names, help=_help(field), rich_help_panel=_panel(name, field))]
@@ -58,12 +56,12 @@ def _kind(field: FieldInfo) -> Any:
 
 def _help(field: FieldInfo) -> str:
     """The description, and what holds where the flag is not typed. Brackets would be markup to typer."""
-    said, default = field.description or "", field.get_default()
+    text, default = field.description or "", field.get_default()
     if default is True:
-        said += " [on]"
+        text += " [on]"
     elif default not in (None, "", []) and default is not False and not field.is_required():
-        said += f" [{default}]"
-    return escape(said.replace(" [", " [default: "))
+        text += f" [{default}]"
+    return escape(text.replace(" [", " [default: "))
 
 
 def _panel(name: str, field: FieldInfo) -> str:

@@ -16,7 +16,7 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.data import Prefetch
 from latentwire.training.machine import graphs, stop_requests
 from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
-from latentwire.training.prepare import completed, order_of, prepare
+from latentwire.training.prepare import completed, prepare, sampler_of
 from latentwire.training.state import Trained, load_state, save_state, states_in
 from latentwire.training.step import Run, take_step
 from latentwire.training.tokens import Tokens
@@ -59,8 +59,8 @@ def train(
             before = run.out_of_memory_count
             record = take_step(run, step, rows, waited=waited)
             if record.out_of_memory_count > before:
-                said = f"out of memory: the same rows again in passes of {record.micro_batch}"
-                monitor.event(step + 1, "out_of_memory", message=said, micro_batch=record.micro_batch)
+                message = f"out of memory: the same rows again in passes of {record.micro_batch}"
+                monitor.event(step + 1, "out_of_memory", message=message, micro_batch=record.micro_batch)
             monitor.log(record)
             collapsed = [alarm for alarm in _observe(alarms, record, monitor) if alarm.collapse]
             _after(run, step + 1, monitor)
@@ -84,7 +84,7 @@ def _begin(run: Run, ready: Callable[[], None], *, resume: bool, overwrite: bool
                 path.unlink()
             shutil.rmtree(run.config.out / BEST, ignore_errors=True)
     start = _resume(run) if resume else 0
-    run.ranks.wait()
+    run.ranks.barrier()
     return start
 
 
@@ -100,11 +100,11 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 def _steps(run: Run, start: int, stack: ExitStack) -> Iterator[tuple[int, list[Tokens], float]]:
     """Each step's number, this process's rows of it, and the seconds spent waiting for them."""
-    order = order_of(run)
+    sampler = sampler_of(run)
 
     def make(step: int) -> list[Tokens]:
         name = run.receiver_of(step)
-        return [run.sample(name, i) for i in run.ranks.share(order.batch(step))]
+        return [run.sample(name, i) for i in run.ranks.share(sampler.batch(step))]
 
     ahead = stack.enter_context(Prefetch(make, start, run.config.max_steps))
     for step in range(start, run.config.max_steps):
@@ -123,7 +123,7 @@ def _after(run: Run, done: int, monitor: Monitor) -> None:
 
 
 def _observe(alarms: Alarms, record: StepRecord, monitor: Monitor) -> list[Alarm]:
-    """Alarms that begin with a step, said and written."""
+    """Alarms that begin with a step, printed and written."""
     begun = alarms.observe(record)
     for alarm in begun:
         monitor.event(alarm.step, "alarm", name=alarm.name, message=alarm.message)
@@ -141,7 +141,7 @@ def _validate(run: Run, done: int, monitor: Monitor) -> None:
         if best:
             run.best = value
             save_bridge(run.config.out / BEST, run.bridge)
-    run.ranks.wait()
+    run.ranks.barrier()
 
 
 def _check_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -203,5 +203,5 @@ def _save(run: Run, step: int, monitor: Monitor) -> Manifest:
         checkpoint_bytes = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
         seconds = time.perf_counter() - started
         monitor.event(step, "save", state_bytes=state_bytes, checkpoint_bytes=checkpoint_bytes, seconds=seconds)
-    run.ranks.wait()
+    run.ranks.barrier()
     return read_manifest(run.config.out)

@@ -39,7 +39,7 @@ class Ranks:
         """This process's rows of a step; every row belongs to exactly one process."""
         return list(rows[self.rank :: self.count])
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in one exchange."""
         if self.count == 1:
             return
@@ -61,7 +61,7 @@ class Ranks:
         if self.count > 1:
             dist.destroy_process_group()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             dist.barrier()
@@ -99,7 +99,7 @@ def shard(lm: FrozenLM) -> FrozenLM:
     return lm
 
 
-def recompute(lm: FrozenLM) -> FrozenLM:
+def gradient_checkpointing(lm: FrozenLM) -> FrozenLM:
     """A model whose blocks keep only their inputs for the backward pass and run again in it.
 
     Around the blocks and not through the library's own switch, which needs training mode and, in some families,

@@ -34,7 +34,7 @@ PLAIN_LINES = 20  # lines a run prints where there is no terminal
 TOP = 5  # first-token accuracy is also counted among so many
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One optimiser step. Measures of the answers are None in the warm start, which has none.
 
@@ -60,14 +60,14 @@ class StepRecord:
     receiver: str
     loss: float
     losses: dict[str, float]
-    accuracy: float | None
-    first_token_top1: float | None
-    first_token_top5: float | None
-    entropy_nats: float | None
-    wanted_entropy_nats: float | None
-    distinct_ratio: float | None
-    top_share: float | None
-    wanted_top_share: float | None
+    accuracy: float | None = None
+    first_token_top1: float | None = None
+    first_token_top5: float | None = None
+    entropy_nats: float | None = None
+    wanted_entropy_nats: float | None = None
+    distinct_ratio: float | None = None
+    top_share: float | None = None
+    wanted_top_share: float | None = None
     delta_nats: float | None
     gradient_norm: float
     learning_rate: float
@@ -100,36 +100,32 @@ class AnswerStats:
         """Count the rows of one forward pass."""
         first, wanted = first_logits(logits, labels)
         best = first.topk(min(TOP, first.shape[-1]), dim=-1).indices == wanted[:, None]
-        said, mask = logits[:, :-1].argmax(dim=-1), answer_mask(labels)
+        token_ids, mask = logits[:, :-1].argmax(dim=-1), answer_mask(labels)
         self.rows += len(labels)
         self.right += float(answers_right(logits, labels).sum())
         self.top1, self.top5 = self.top1 + int(best[:, 0].sum()), self.top5 + int(best.sum())
         mean = first.float().softmax(dim=-1).sum(dim=0)
         self.first = mean if self.first is None else self.first + mean
-        for row, target, real in zip(said.tolist(), labels[:, 1:].tolist(), mask.tolist(), strict=True):
+        for row, target, real in zip(token_ids.tolist(), labels[:, 1:].tolist(), mask.tolist(), strict=True):
             self.outputs[tuple(token for token, is_real in zip(row, real, strict=True) if is_real)] += 1
             self.wanted[tuple(token for token, is_real in zip(target, real, strict=True) if is_real)] += 1
 
-    def summary(self) -> dict[str, float | None]:
-        """The record's fields, None each where there were no answers."""
+    def summary(self) -> dict[str, float]:
+        """The fields of a record that the answers decide; none where there were no answers."""
         if self.first is None:
-            return dict.fromkeys(ANSWER_FIELDS)
+            return {}
         starts = Counter(answer[:1] for answer in self.wanted.elements())
         p = self.first / self.rows
-        values = (
-            self.right / self.rows,
-            self.top1 / self.rows,
-            self.top5 / self.rows,
-            float(torch.special.entr(p).sum()),
-            -sum(n / self.rows * math.log(n / self.rows) for n in starts.values()) + 0.0,
-            len(self.outputs) / self.rows,
-            max(self.outputs.values()) / self.rows,
-            max(self.wanted.values()) / self.rows,
-        )
-        return dict(zip(ANSWER_FIELDS, values, strict=True))
-
-
-ANSWER_FIELDS = [f.name for f in fields(StepRecord)][5:13]
+        return {
+            "accuracy": self.right / self.rows,
+            "first_token_top1": self.top1 / self.rows,
+            "first_token_top5": self.top5 / self.rows,
+            "entropy_nats": float(torch.special.entr(p).sum()),
+            "wanted_entropy_nats": -sum(n / self.rows * math.log(n / self.rows) for n in starts.values()) + 0.0,
+            "distinct_ratio": len(self.outputs) / self.rows,
+            "top_share": max(self.outputs.values()) / self.rows,
+            "wanted_top_share": max(self.wanted.values()) / self.rows,
+        }
 
 
 class Monitor:

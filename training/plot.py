@@ -174,8 +174,8 @@ def picture(log: RunLog) -> Figure:
         draw_panel(ax, panel, log, PAIR[0])
     for ax in axes[-2:]:
         ax.set_xlabel("optimiser step")
-    said = fill(" · ".join(f"{name}\N{NO-BREAK SPACE}{value}" for name, value in facts(log).items()), 130)
-    figure.suptitle(f"{log.name}\n{said}", x=0.01, ha="left", fontsize=11, linespacing=1.6)
+    subtitle = fill(" · ".join(f"{name}\N{NO-BREAK SPACE}{value}" for name, value in facts(log).items()), 130)
+    figure.suptitle(f"{log.name}\n{subtitle}", x=0.01, ha="left", fontsize=11, linespacing=1.6)
     return figure
 
 
@@ -199,7 +199,7 @@ def facts(log: RunLog) -> dict[str, str]:
         "refused steps": log.refused,
         "out of memory": log.out_of_memory,
     }
-    return {**{k: said for k, said in found.items() if said}, **{k: str(len(of)) for k, of in counts.items() if of}}
+    return {**{k: text for k, text in found.items() if text}, **{k: str(len(of)) for k, of in counts.items() if of}}
 
 
 def _validation(event: Record) -> str:
@@ -216,7 +216,7 @@ def page(log: RunLog) -> str:
         ax.set_xlabel("optimiser step")
         figures.append(f'<figure role="img" aria-label="{escape(panel.title)}">{_svg(figure)}</figure>')
     rows = [(f"{a['step']:,}", a["name"], a.get("message", "")) for a in log.of("alarm")]
-    alarms = "".join(f"<tr><td>{step}<td>{escape(name)}<td>{escape(said)}" for step, name, said in rows)
+    alarms = "".join(f"<tr><td>{step}<td>{escape(name)}<td>{escape(message)}" for step, name, message in rows)
     provenance = log.manifest.bridge.provenance if log.manifest else None
     recipe = {} if provenance is None else {**provenance.recipe, "code_version": provenance.code_version}
     settings = {name: value for name, value in recipe.items() if value is not None}

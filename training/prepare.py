@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 from latentwire.bridge.checkpoint import BridgeModel, check_sender, head_key, load_bridge, make_bridge, read_manifest
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Provenance
 from latentwire.bridge.devices import device_named, dtype_named
+from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
 from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_model
@@ -28,9 +29,9 @@ from latentwire.bridge.prompt import compose, layout_for
 from latentwire.bridge.reader import Reader, tokenize_source
 from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
-from latentwire.training.data import Order, split_off
+from latentwire.training.data import Sampler, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
-from latentwire.training.machine import Ranks, compile_model, join_ranks, recompute, shard
+from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, shard
 from latentwire.training.muon import Muon
 from latentwire.training.step import Run
 from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
@@ -137,7 +138,7 @@ def _held(config: TrainConfig) -> int:
 def _load(config: TrainConfig, name: str, **where: Any) -> FrozenLM:
     lm = load_model(name, device_map=config.device_map, **where)
     if config.gradient_checkpointing and name != config.sender:
-        lm = recompute(lm)
+        lm = gradient_checkpointing(lm)
     if config.fsdp and not (config.cache_features and name == config.sender):  # one process alone fills the cache
         lm = shard(lm)
     return compile_model(lm) if config.compile and name != config.sender else lm
@@ -251,7 +252,7 @@ def learned_modes(config: TrainConfig, bridge: BridgeModel, device: torch.device
 
 def not_aligned(config: TrainConfig, sides: dict[str, Reader]) -> str | None:
     """Why no soft token can be held against the words it covers, or None where it can."""
-    if not config.windowed:
+    if not encoder_class(config.encoder).windowed:
         return f"{config.encoder} slots cover no words of their own"
     slow = [side.name for side in sides.values() if not side.tokenizer.is_fast]
     return f"the tokenizer of {slow[0]!r} gives no character offsets" if slow else None
@@ -300,10 +301,10 @@ def _samples(
         refs = (tokeniser.bridge.sender, tokeniser.bridge.heads[name].receiver)
         key = tokeniser.key(task.data_sha256, task.template, [str(ref.fingerprint) for ref in refs])
         if not ranks.first:
-            ranks.wait()
+            ranks.barrier()
         tables[name] = tokenise(tokeniser, train, key, config.cache)
         if ranks.first:
-            ranks.wait()
+            ranks.barrier()
     table = tables[config.receivers[0]]
     _say_cut(
         console, [full - len(ids) for ids, (full, _) in zip(table["source"], table["lengths"], strict=True)], "all "
@@ -323,7 +324,7 @@ def _check_validation(
     for tokeniser in tokenisers.values():
         room = tokeniser.receiver.max_tokens - task.max_answer_tokens
         for example in validation:
-            slots = tokeniser.bridge.slots_of(len(tokeniser(example).source.ids))
+            slots = slots_of(tokeniser.bridge.encoder, len(tokeniser(example).source.ids))
             compose(tokeniser.receiver, tokeniser.layout, example.prompt, latent=slots, max_tokens=room)
 
 
@@ -333,9 +334,9 @@ def _say_cut(console: Console, missing: Sequence[int], of: str) -> None:
         console.print(f"{cut} of {of}{len(missing)} sources exceed --max-source-tokens: only their start is read")
 
 
-def order_of(run: Run) -> Order:
-    """The order in which a run sees its examples."""
-    return Order(
+def sampler_of(run: Run) -> Sampler:
+    """The sampler of a run: in which order it sees its examples."""
+    return Sampler(
         len(run.train),
         batch_size=run.rows_per_step,
         seed=run.config.seed,
@@ -346,8 +347,8 @@ def order_of(run: Run) -> Order:
 def _cached(run: Run, console: Console) -> CachedStates:
     """The sender's states of every example the run will see, and no sender in memory any more."""
     config, described = run.config, run.bridge.config
-    order = order_of(run)
-    seen = sorted({i for step in range(config.max_steps) for i in order.batch(step)})
+    sampler = sampler_of(run)
+    seen = sorted({i for step in range(config.max_steps) for i in sampler.batch(step)})
     side = run.tokenisers[config.receivers[0]].sender
     texts = [run.train[i].source for i in seen] + [example.source for example in run.validation]
     kept, limit = described.source, described.max_source_tokens
@@ -372,7 +373,7 @@ def _cached(run: Run, console: Console) -> CachedStates:
                 )  # fmt: skip
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         console.print(f"sender states of {len(states.rows)} sources: {size:,} bytes in {folder}", soft_wrap=True)
-    run.ranks.wait()
+    run.ranks.barrier()
     run.residency.unload(config.sender)
     return states if run.ranks.first else open_cache(folder, run.residency.device)
 

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from latentwire.bridge.checkpoint import BridgeModel, make_bridge
 from latentwire.bridge.config import RANDOM, Fingerprint, Head
 from latentwire.bridge.devices import DTYPES, default_device, default_dtype
+from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.errors import ModelUnavailable, first_line
 from latentwire.bridge.evaluation.tasks import Task
 from latentwire.bridge.families import Role, check_usable
@@ -33,7 +34,7 @@ from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
-from latentwire.training.machine import Ranks, recompute
+from latentwire.training.machine import Ranks, gradient_checkpointing
 from latentwire.training.prepare import completed, describe, learned_modes, optimisers, with_heads
 from latentwire.training.step import Run, take_step
 from latentwire.training.tokens import Tokens
@@ -140,7 +141,7 @@ def _simulate(config: TrainConfig, name: str, lengths: Lengths) -> list[Cost]:
     ledger = Ledger()
     stack, depth = stack_of(receiver), receiver.layers
     if config.gradient_checkpointing:
-        recompute(receiver)
+        gradient_checkpointing(receiver)
     _watch(ledger, receiver, stack)
     whole = list(stack)  # keeps what is cut: freed by the garbage collector at any time, it would seem a cost of rows
     depths = DEPTHS if _alike(receiver, stack) and depth > DEPTHS[1] else (depth,)
@@ -373,8 +374,8 @@ def tokens_of(run: Run, lengths: Lengths, index: int) -> Tokens:
     config, described = run.config, run.bridge.config
     S, P, A = max(lengths.source - index % 2, 1), lengths.prompt, lengths.answer
     half, M = max(S // 2, 1), config.mode_tokens
-    K, H = described.slots_of(S), described.slots_of(half)
-    aligned = config.alignment_weight > 0 and config.windowed
+    K, H = slots_of(described.encoder, S), slots_of(described.encoder, half)
+    aligned = config.alignment_weight > 0 and encoder_class(config.encoder).windowed
     return Tokens(
         source=SourceTokens([index] * S, S),
         half=half,

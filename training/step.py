@@ -111,7 +111,7 @@ def take_step(run: Run, step: int, rows: Sequence[Tokens], *, waited: float = 0.
     started, name = time.perf_counter(), run.receiver_of(step)
     with run.residency.use(name) as receiver:
         sums = _retry(run, step, receiver, rows)
-    run.ranks.add_up([p.grad for p in run.parameters if p.grad is not None])
+    run.ranks.all_reduce([p.grad for p in run.parameters if p.grad is not None])
     sums.share(run.ranks, receiver.device)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
@@ -249,7 +249,7 @@ def _against_others(
 def _spoken(
     run: Run, receiver: FrozenLM, mode: str, rows: Sequence[Tokens], soft: Tensor, slots: Sequence[int], sums: "_Sums"
 ) -> Float[Tensor, " B"]:
-    """Cross-entropy of a text said from soft tokens and the mode's learned tokens."""
+    """Cross-entropy of a text after soft tokens and the mode's learned tokens."""
     asked: list[Row] = [getattr(row, mode) for row in rows]
     if run.config.mode_tokens:
         learned = run.modes[f"{head_key(receiver.name)}·{mode}"]
@@ -262,9 +262,9 @@ def with_mode(
 ) -> Float[Tensor, "B KM D"]:
     """Soft tokens with a mode's tokens directly after each row's last one, at the receiver's scale."""
     M, D = learned.shape
-    said = (F.rms_norm(learned, (D,)) * scale).expand(len(soft), M, D).to(soft.dtype)
+    tokens = (F.rms_norm(learned, (D,)) * scale).expand(len(soft), M, D).to(soft.dtype)
     at = torch.tensor(slots, device=soft.device)[:, None] + torch.arange(M, device=soft.device)
-    return F.pad(soft, (0, 0, 0, M)).scatter(1, at[..., None].expand(-1, -1, D), said)
+    return F.pad(soft, (0, 0, 0, M)).scatter(1, at[..., None].expand(-1, -1, D), tokens)
 
 
 @torch.no_grad()
@@ -338,7 +338,7 @@ class _Sums:
         if ranks.count == 1:
             return
         numbers = torch.tensor([self.loss, *self.parts.values(), self.tokens], dtype=torch.float64, device=device)
-        ranks.add_up([numbers])
+        ranks.all_reduce([numbers])
         self.loss, *parts, tokens = numbers.tolist()
         self.parts, self.tokens = dict(zip(self.parts, parts, strict=True)), int(tokens)
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from latentwire.bridge import chat, prompt, reader
 from latentwire.bridge.config import BridgeConfig, Layout
 from latentwire.bridge.detokenise import decode
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import LatentWireError
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, compose, fit
@@ -48,7 +49,7 @@ class Tokens:
     teacher: Row | None = None
 
 
-ROWS = [field.name for field in fields(Tokens) if "Row" in str(field.type)]
+ROWS = ("answer", "reconstruction", "continuation", "teacher")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Tokeniser:
         """Raises InvalidRequest when the prompt and answer do not fit the receiver beside the soft tokens."""
         config, limit = self.config, self.bridge.max_source_tokens
         source = tokenize_source(self.sender, example.source, self.bridge.source, max_tokens=limit, truncate=True)
-        slots = self.bridge.slots_of(len(source.ids))
+        slots = slots_of(self.bridge.encoder, len(source.ids))
         answer = self._compose(example.prompt, slots, example.answer)
         half, rest = self._halves(example.source, source)
         modes = config.mode_tokens
@@ -82,7 +83,7 @@ class Tokeniser:
             reconstruction=self._spoken(self.reconstruction, slots + modes, f" {example.source}")
             if config.reconstruction_weight
             else None,
-            continuation=self._spoken(LATENT, self.bridge.slots_of(half) + modes, rest)
+            continuation=self._spoken(LATENT, slots_of(self.bridge.encoder, half) + modes, rest)
             if config.continuation_weight
             else None,
             teacher=self._teacher(example, answer) if config.kd_weight else None,
@@ -100,8 +101,8 @@ class Tokeniser:
         if (over := len(row) - self.receiver.max_tokens) <= 0:
             return row
         ids = text_ids(self.receiver, answer)
-        said = decode(self.receiver, ids[: max(len(ids) - over - SPARE, 1)], special=True)
-        return self._compose(template, slots, said)
+        text = decode(self.receiver, ids[: max(len(ids) - over - SPARE, 1)], special=True)
+        return self._compose(template, slots, text)
 
     def _halves(self, text: str, source: SourceTokens) -> tuple[int, str]:
         """Sender tokens of the words up to the middle, and the text after them; no text where there is one word.
@@ -125,9 +126,9 @@ class Tokeniser:
 
     def _teacher(self, example: Example, answer: Row) -> Row:
         """The receiver reads the source where the soft tokens stood, and says the student's very tokens."""
-        said = [label for label in answer.labels if label != IGNORE]
-        read = fit(self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(said))
-        return Row(read.ids + said, read.slots + [TEXT] * len(said), read.labels + said)
+        ids = [label for label in answer.labels if label != IGNORE]
+        read = fit(self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(ids))
+        return Row(read.ids + ids, read.slots + [TEXT] * len(ids), read.labels + ids)
 
     def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
         """The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned."""

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from latentwire.bridge import engine
-from latentwire.bridge.evaluation.conditions import Asking, answer
+from latentwire.bridge.evaluation.conditions import PredictionContext, predict
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import exact_match, token_f1
 from latentwire.bridge.prompt import collate
@@ -21,7 +21,7 @@ from latentwire.training.step import Run
 SCORES: dict[str, Callable[[str, str], float]] = {
     "em": exact_match,
     "token_f1": token_f1,
-    "accuracy": lambda said, wanted: float(said == wanted),
+    "accuracy": lambda text, wanted: float(text == wanted),
 }
 
 
@@ -41,12 +41,12 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[Metric, floa
     metric, latents, values = metric_of(run), _latents(run), []
     for name in run.config.receivers:
         with run.residency.use(name) as receiver:
-            asking = Asking(
+            context = PredictionContext(
                 task=run.task, examples=run.validation, bridge=run.bridge, receiver_name=name, receiver=receiver
             )
-            for line in shown(asking, latents, run.config.debug_print_first, run.config.debug_topk):
+            for line in shown(context, latents, run.config.debug_print_first, run.config.debug_topk):
                 say(line)
-            values.append(_loss(run, asking, latents) if metric == "loss" else _score(run, metric, asking, latents))
+            values.append(_loss(run, context, latents) if metric == "loss" else _score(run, metric, context, latents))
     return metric, statistics.fmean(values)
 
 
@@ -61,22 +61,22 @@ def _latents(run: Run) -> list[NDArray[np.float32]]:
     return found
 
 
-def _score(run: Run, metric: Metric, asking: Asking, latents: Sequence[NDArray[np.float32]]) -> float:
-    said: list[str] = []
+def _score(run: Run, metric: Metric, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:
+    texts: list[str] = []
     for chosen in chunks(range(len(latents)), run.micro_batch):
-        said += answer(asking, chosen, [latents[i] for i in chosen])
-    wanted = [example.answer for example in asking.examples]
+        texts += predict(context, chosen, [latents[i] for i in chosen])
+    wanted = [example.answer for example in context.examples]
     score = SCORES[metric]
-    return statistics.fmean(score(have, want) for have, want in zip(said, wanted, strict=True))
+    return statistics.fmean(score(have, want) for have, want in zip(texts, wanted, strict=True))
 
 
-def _loss(run: Run, asking: Asking, latents: Sequence[NDArray[np.float32]]) -> float:
+def _loss(run: Run, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:
     losses: list[float] = []
     for chosen in chunks(range(len(latents)), run.micro_batch):
         read = [latents[i] for i in chosen]
-        rows = asking.rows(chosen, read, [asking.examples[i].answer for i in chosen])
-        with asking.lender.lend(asking.receiver) as receiver:
-            soft = engine.soften(run.bridge, asking.receiver_name, receiver, read)
+        rows = context.rows(chosen, read, [context.examples[i].answer for i in chosen])
+        with context.lender.lend(context.receiver) as receiver:
+            soft = engine.soften(run.bridge, context.receiver_name, receiver, read)
             batch = collate(rows, side="left").to(receiver.device)
             losses += answer_loss(*engine.answer_logits(receiver, batch, soft)).tolist()
     return statistics.fmean(losses)

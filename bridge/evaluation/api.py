@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.bridge.evaluation.conditions import CONDITIONS, Lender, Setting, check_room
+from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, Lender, check_room
 from latentwire.bridge.evaluation.html import page
 from latentwire.bridge.evaluation.report import Progress, table, write_report, write_text
 from latentwire.bridge.evaluation.report import evaluate as measure
@@ -143,23 +143,23 @@ def evaluate(
     if unknown := [name for name in conditions or () if name not in CONDITIONS]:
         known = ", ".join(CONDITIONS)
         raise InvalidRequest(f"no condition is called {unknown[0]!r}; there are {known}", param="conditions")
-    setting = setting_of(bridge, load_task(str(task)), BridgeLender(bridge), receiver, limit, wire.as_dtype(dtype))
+    context = context_of(bridge, load_task(str(task)), BridgeLender(bridge), receiver, limit, wire.as_dtype(dtype))
     with _shown(on_progress) as progress:
-        return Report(measure(setting, conditions=conditions, progress=progress))
+        return Report(measure(context, conditions=conditions, progress=progress))
 
 
-def setting_of(
+def context_of(
     bridge: Bridge,
     task: Task,
     lender: Lender,
     receiver: str | None = None,
     limit: int | None = None,
     dtype: wire.DType = "float16",
-) -> Setting:
+) -> EvaluationContext:
     """What an evaluation of a bridge runs on, with models lent for each pass (InvalidRequest, UnknownBridge)."""
     name = bridge.receiver(receiver)
     check_room(task, bridge.reader(name))
-    return Setting(
+    return EvaluationContext(
         checkpoint=bridge.name,
         task=task,
         examples=task.test[: limit or len(task.test)],

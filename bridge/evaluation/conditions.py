@@ -21,7 +21,7 @@ from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_send
 from latentwire.bridge.config import Layout, Manifest
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.bridge.evaluation.tasks import Example, Task, load_task, said_after
+from latentwire.bridge.evaluation.tasks import Example, Task, answer_text, load_task
 from latentwire.bridge.models import FrozenLM, check_role, load_model
 from latentwire.bridge.prompt import LATENT, Row, collate, compose, cut_text, fit, text_layout
 from latentwire.bridge.reader import Reader, SourceTokens, tokenize_source
@@ -56,7 +56,7 @@ class Lender:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class PredictionContext:
     """What it takes to ask a receiver about examples, whatever it reads of them.
 
     Attributes:
@@ -78,18 +78,18 @@ class Asking:
         """Receiver inputs with each reading at ``{latent}``; a text over the receiver's context is cut at its end."""
         room = self.receiver.max_tokens - self.task.max_answer_tokens
         made = []
-        for i, reading, said in zip(chosen, readings, answers, strict=True):
+        for i, reading, answer in zip(chosen, readings, answers, strict=True):
             prompt = self.examples[i].prompt
             if isinstance(reading, str):
-                made.append(fit(self.receiver, self.layout, prompt, reading, room, said))
+                made.append(fit(self.receiver, self.layout, prompt, reading, room, answer))
             else:
                 slots = None if reading is None else len(reading)
-                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=said, max_tokens=room))
+                made.append(compose(self.receiver, self.layout, prompt, latent=slots, answer=answer, max_tokens=room))
         return made
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting(Asking):
+class EvaluationContext(PredictionContext):
     """Everything an evaluation runs on.
 
     ``bridge_id`` and ``dtype`` say how latents cross the wire; ``where`` are arguments of ``load_model``.
@@ -101,7 +101,7 @@ class Setting(Asking):
     dtype: wire.DType = "float16"
     where: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "Setting":
+    def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "EvaluationContext":
         """The same measurement of another bridge to the same receiver."""
         sender = load_model(manifest.bridge.sender.name, **self.where)
         return replace(
@@ -180,10 +180,10 @@ class Setting(Asking):
         return rows
 
 
-def open_setting(
+def open_context(
     checkpoint: str | Path, task: str, *, limit: int | None, dtype: wire.DType, receiver: str | None,
     device: str | None = None, precision: str | None = None,
-) -> Setting:  # fmt: skip
+) -> EvaluationContext:  # fmt: skip
     """Load a checkpoint, its models and a task's test split.
 
     ``device`` and ``precision`` are those of ``bridge.devices``; the best there is, unless given.
@@ -203,7 +203,7 @@ def open_setting(
     check_sender(manifest.bridge, sender)
     check_receiver(manifest.bridge, name, answering)
     check_room(loaded, answering)
-    return Setting(
+    return EvaluationContext(
         checkpoint=str(checkpoint),
         task=loaded,
         examples=loaded.test[: limit or len(loaded.test)],
@@ -226,7 +226,7 @@ def check_room(task: Task, receiver: Reader) -> None:
         )
 
 
-Condition = Callable[[Setting, Sequence[int]], Sequence[Reading]]
+Condition = Callable[[EvaluationContext, Sequence[int]], Sequence[Reading]]
 
 CONDITIONS: dict[str, Condition] = {
     "bridge": lambda s, chosen: s.latents(chosen),
@@ -241,42 +241,42 @@ TRAINED = ("prompt", "random_sender")
 """Conditions that are bridges of their own, trained like the one measured: run when asked for."""
 
 
-def answer(setting: Asking, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+def predict(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
     """What the receiver answers: the likeliest label of a classification, else greedy text."""
-    return (_generate if setting.task.kind == "generation" else _choose)(setting, chosen, readings)
+    return (_generate if context.task.kind == "generation" else _choose)(context, chosen, readings)
 
 
-def _generate(setting: Asking, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
-    rows = setting.rows(chosen, readings, [None] * len(chosen))
-    params = [SamplingParams(max_tokens=setting.task.max_answer_tokens)] * len(rows)
-    with setting.lender.lend(setting.receiver) as receiver:
-        soft = soft_tokens(setting, receiver, readings)
+def _generate(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+    rows = context.rows(chosen, readings, [None] * len(chosen))
+    params = [SamplingParams(max_tokens=context.task.max_answer_tokens)] * len(rows)
+    with context.lender.lend(context.receiver) as receiver:
+        soft = soft_tokens(context, receiver, readings)
         return [g.text for g in engine.generate(receiver, rows, soft, params)[0]]
 
 
-def _choose(setting: Asking, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
-    labels, count = setting.task.labels, len(setting.task.labels)
-    spoken = [said_after(setting.examples[i].prompt, label) for i in chosen for label in labels]
-    rows = setting.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], spoken)
-    most = setting.lender.batch_rows or SCORED_ROWS
+def _choose(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+    labels, count = context.task.labels, len(context.task.labels)
+    texts = [answer_text(context.examples[i].prompt, label) for i in chosen for label in labels]
+    rows = context.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], texts)
+    most = context.lender.batch_rows or SCORED_ROWS
     parts = [range(start, min(start + most, len(rows))) for start in range(0, len(rows), most)]
-    scores = torch.cat([_scores(setting, rows, readings, part) for part in parts])
+    scores = torch.cat([_scores(context, rows, readings, part) for part in parts])
     best = scores.reshape(len(chosen), count).argmax(dim=1).tolist()
-    return [spoken[at * count + label] for at, label in enumerate(best)]
+    return [texts[at * count + label] for at, label in enumerate(best)]
 
 
-def _scores(setting: Asking, rows: Sequence[Row], readings: Sequence[Reading], part: range) -> Tensor:
+def _scores(context: PredictionContext, rows: Sequence[Row], readings: Sequence[Reading], part: range) -> Tensor:
     """Scores of some rows, as memory grows with rows × vocabulary; a reading serves a row for each label."""
     count = len(rows) // len(readings)
     first, last = part[0] // count, part[-1] // count
-    with setting.lender.lend(setting.receiver) as receiver:
-        soft = soft_tokens(setting, receiver, readings[first : last + 1])
+    with context.lender.lend(context.receiver) as receiver:
+        soft = soft_tokens(context, receiver, readings[first : last + 1])
         batch = collate([rows[i] for i in part], side="left").to(receiver.device)
         each = None if soft is None else soft[[i // count - first for i in part]]
         return engine.answer_scores(receiver, batch, each)
 
 
-def soft_tokens(setting: Asking, receiver: FrozenLM, readings: Sequence[Reading]) -> Tensor | None:
+def soft_tokens(context: PredictionContext, receiver: FrozenLM, readings: Sequence[Reading]) -> Tensor | None:
     """Soft tokens of those readings that are latents; None where none is."""
     latents = [reading if isinstance(reading, np.ndarray) else None for reading in readings]
-    return engine.soften(setting.bridge, setting.receiver_name, receiver, latents)
+    return engine.soften(context.bridge, context.receiver_name, receiver, latents)

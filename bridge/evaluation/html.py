@@ -85,9 +85,9 @@ def _measured(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _bar(row: Mapping[str, Any]) -> str:
     value, low, high = (100 * min(max(float(row[name]), 0.0), 1.0) for name in ("value", "low", "high"))
-    said = f"{row['value']:.3f}, interval {row['low']:.3f} to {row['high']:.3f}"
+    label = f"{row['value']:.3f}, interval {row['low']:.3f} to {row['high']:.3f}"
     return (
-        f'<div class="bar" role="img" aria-label="{escape(said)}">'
+        f'<div class="bar" role="img" aria-label="{escape(label)}">'
         f'<i style="left:{low:.2f}%;width:{high - low:.2f}%"></i><b style="left:{value:.2f}%"></b></div>'
     )
 

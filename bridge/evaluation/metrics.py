@@ -21,14 +21,14 @@ def normalise(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def exact_match(said: str, wanted: str) -> float:
+def exact_match(text: str, wanted: str) -> float:
     """1 if both are the same text once normalised, else 0."""
-    return float(normalise(said) == normalise(wanted))
+    return float(normalise(text) == normalise(wanted))
 
 
-def token_f1(said: str, wanted: str) -> float:
+def token_f1(text: str, wanted: str) -> float:
     """Harmonic mean of word precision and recall once normalised, 0 to 1 (SQuAD, as ``normalise``)."""
-    have, want = normalise(said).split(), normalise(wanted).split()
+    have, want = normalise(text).split(), normalise(wanted).split()
     if not have or not want:
         return float(have == want)
     common = (Counter(have) & Counter(want)).total()

@@ -14,7 +14,14 @@ from rich.table import Table
 
 from latentwire.bridge import engine, wire
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, Reading, Setting, answer, soft_tokens
+from latentwire.bridge.evaluation.conditions import (
+    CONDITIONS,
+    Condition,
+    EvaluationContext,
+    Reading,
+    predict,
+    soft_tokens,
+)
 from latentwire.bridge.evaluation.metrics import bootstrap, exact_match, token_f1
 from latentwire.bridge.files import replace_file
 from latentwire.bridge.reader import text_ids
@@ -42,25 +49,25 @@ MEANING = {
 class _Read:
     """What one condition gives the receiver: for every example, and again for those timed, one by one, in seconds."""
 
-    setting: Setting
+    context: EvaluationContext
     readings: list[Reading]
     timed: list[tuple[Reading, float]]
 
 
 def evaluate(
-    setting: Setting,
+    context: EvaluationContext,
     *,
     conditions: Collection[str] | None = None,
-    trained: Mapping[str, Setting] | None = None,
+    trained: Mapping[str, EvaluationContext] | None = None,
     progress: Progress = lambda *_: None,
     partial: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure conditions on the setting's examples.
+    """Measure conditions on the context's examples.
 
     Every pass of the sender comes before any of the receiver, for models that must take turns in memory.
 
     Args:
-        setting: The bridge measured, its models and the examples.
+        context: The bridge measured, its models and the examples.
         conditions: Names out of ``CONDITIONS``; None for all of them.
         trained: Settings of the control bridges ``prompt`` and ``random_sender``, on the same examples.
         progress: Told how far each condition is.
@@ -74,19 +81,19 @@ def evaluate(
         the part of the bridge's gain over ``none`` that another example's latent does not give, 0 to 1, null where
         there is no gain, no other source (``mismatched`` is then left out) or one of the three was not asked for.
     """
-    read = _read_all(setting, CONDITIONS if conditions is None else conditions, trained or {}, progress)
+    read = _read_all(context, CONDITIONS if conditions is None else conditions, trained or {}, progress)
     measured: dict[str, dict[str, Any]] = {}
     report = {
-        "checkpoint": setting.checkpoint,
-        "bridge_id": setting.bridge_id,
-        "task": setting.task.name,
-        "n": len(setting.examples),
+        "checkpoint": context.checkpoint,
+        "bridge_id": context.bridge_id,
+        "task": context.task.name,
+        "n": len(context.examples),
         "conditions": measured,
-        **_sizes(setting),
+        **_sizes(context),
         "content_share": None,
     }
     for name, readings in read.items():
-        measured[name] = _measure(readings.setting, name, readings, progress)
+        measured[name] = _measure(readings.context, name, readings, progress)
         report["content_share"] = _content_share({name: row["value"] for name, row in measured.items()})
         partial({**report, "conditions": dict(measured)})
     return report
@@ -100,15 +107,15 @@ def _content_share(value: Mapping[str, float]) -> float | None:
 
 
 def _read_all(
-    setting: Setting, wanted: Collection[str], trained: Mapping[str, Setting], progress: Progress
+    context: EvaluationContext, wanted: Collection[str], trained: Mapping[str, EvaluationContext], progress: Progress
 ) -> dict[str, _Read]:
-    one_source = len({example.source for example in setting.examples}) < 2
-    asked = {name: (setting, condition) for name, condition in CONDITIONS.items() if name in wanted}
+    one_source = len({example.source for example in context.examples}) < 2
+    asked = {name: (context, condition) for name, condition in CONDITIONS.items() if name in wanted}
     if one_source:  # there is no other example whose latent could stand in
         asked.pop("mismatched", None)
     asked |= {name: (control, CONDITIONS["bridge"]) for name, control in trained.items()}
     read: dict[str, _Read] = {}
-    count = len(setting.examples)
+    count = len(context.examples)
     for name, (made, condition) in asked.items():
         readings: list[Reading] = []
         for chosen in _batches(made):
@@ -119,73 +126,73 @@ def _read_all(
     return read
 
 
-def _batches(setting: Setting) -> Iterator[range]:
-    rows, count = setting.lender.batch_rows or BATCH_ROWS, len(setting.examples)
+def _batches(context: EvaluationContext) -> Iterator[range]:
+    rows, count = context.lender.batch_rows or BATCH_ROWS, len(context.examples)
     return (range(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
-def _measure(setting: Setting, name: str, read: _Read, progress: Progress) -> dict[str, Any]:
-    said: list[str] = []
-    for chosen in _batches(setting):
-        said += answer(setting, chosen, read.readings[chosen.start : chosen.stop])
-        progress(name, len(said), len(setting.examples))
-    wanted = [example.answer for example in setting.examples]
-    same = exact_match if setting.task.kind == "generation" else lambda have, want: float(have == want)
-    exact = [same(have, want) for have, want in zip(said, wanted, strict=True)]
+def _measure(context: EvaluationContext, name: str, read: _Read, progress: Progress) -> dict[str, Any]:
+    texts: list[str] = []
+    for chosen in _batches(context):
+        texts += predict(context, chosen, read.readings[chosen.start : chosen.stop])
+        progress(name, len(texts), len(context.examples))
+    wanted = [example.answer for example in context.examples]
+    same = exact_match if context.task.kind == "generation" else lambda have, want: float(have == want)
+    exact = [same(have, want) for have, want in zip(texts, wanted, strict=True)]
     low, high = bootstrap(exact)
     row = {
-        "metric": "accuracy" if setting.task.kind == "classification" else "em",
+        "metric": "accuracy" if context.task.kind == "classification" else "em",
         "value": statistics.fmean(exact),
         "low": low,
         "high": high,
-        "ttft_ms": _first_token_ms(setting, read.timed),
+        "ttft_ms": _first_token_ms(context, read.timed),
     }
-    if setting.task.kind == "generation":
-        row["token_f1"] = statistics.fmean(token_f1(have, want) for have, want in zip(said, wanted, strict=True))
+    if context.task.kind == "generation":
+        row["token_f1"] = statistics.fmean(token_f1(have, want) for have, want in zip(texts, wanted, strict=True))
     return row
 
 
-def _first_token_ms(setting: Setting, timed: Sequence[tuple[Reading, float]]) -> float:
+def _first_token_ms(context: EvaluationContext, timed: Sequence[tuple[Reading, float]]) -> float:
     """Median over single requests, from the source in hand to the first token; one token on every side."""
-    seconds = [took + _first_token_seconds(setting, i, reading) for i, (reading, took) in enumerate(timed)]
+    seconds = [took + _first_token_seconds(context, i, reading) for i, (reading, took) in enumerate(timed)]
     return statistics.median(seconds[1:] or seconds) * 1000  # the first one warms up
 
 
-def _first_token_seconds(setting: Setting, example: int, reading: Reading) -> float:
-    with _timing(setting) as took:
-        row, params = setting.rows([example], [reading], [None]), [SamplingParams(max_tokens=1)]
-        with setting.lender.lend(setting.receiver) as receiver:
-            engine.generate(receiver, row, soft_tokens(setting, receiver, [reading]), params)
+def _first_token_seconds(context: EvaluationContext, example: int, reading: Reading) -> float:
+    with _timing(context) as took:
+        row, params = context.rows([example], [reading], [None]), [SamplingParams(max_tokens=1)]
+        with context.lender.lend(context.receiver) as receiver:
+            engine.generate(receiver, row, soft_tokens(context, receiver, [reading]), params)
     return took()
 
 
-def _timed_reading(setting: Setting, condition: Condition, example: int) -> tuple[Reading, float]:
-    with _timing(setting) as took:
-        (reading,) = condition(setting, [example])
+def _timed_reading(context: EvaluationContext, condition: Condition, example: int) -> tuple[Reading, float]:
+    with _timing(context) as took:
+        (reading,) = condition(context, [example])
     return reading, took()
 
 
 @contextmanager
-def _timing(setting: Setting) -> Iterator[Callable[[], float]]:
+def _timing(context: EvaluationContext) -> Iterator[Callable[[], float]]:
     """Seconds that the block takes, without those it waits for a model to be lent."""
-    started, waited = time.perf_counter(), setting.lender.waited_seconds
+    started, waited = time.perf_counter(), context.lender.waited_seconds
     ended: list[float] = []
     yield lambda: ended[0]
-    ended.append(time.perf_counter() - started - (setting.lender.waited_seconds - waited))
+    ended.append(time.perf_counter() - started - (context.lender.waited_seconds - waited))
 
 
-def _sizes(setting: Setting) -> dict[str, Any]:
-    everything = range(len(setting.examples))
-    sources = setting.sources(everything)
-    slots = [len(latent) for latent in setting.recall(everything)]
-    read = [len(text_ids(setting.receiver, example.source)) for example in setting.examples]
-    with setting.lender.lend(setting.receiver) as receiver:
+def _sizes(context: EvaluationContext) -> dict[str, Any]:
+    everything = range(len(context.examples))
+    sources = context.sources(everything)
+    slots = [len(latent) for latent in context.recall(everything)]
+    read = [len(text_ids(context.receiver, example.source)) for example in context.examples]
+    with context.lender.lend(context.receiver) as receiver:
         kv_bytes = statistics.fmean(receiver.kv_bytes(n) for n in read)
-    dim = setting.bridge.config.encoder.latent_dim
+    dim = context.bridge.config.encoder.latent_dim
     return {
         "bytes": {
-            "latent": statistics.fmean(wire.message_bytes(k, dim, setting.dtype) for k in slots),
-            "source": statistics.fmean(len(example.source.encode()) for example in setting.examples),
+            "latent": statistics.fmean(wire.message_bytes(k, dim, context.dtype) for k in slots),
+            "source": statistics.fmean(len(example.source.encode()) for example in context.examples),
             "receiver_kv": kv_bytes,
         },
         "source_tokens_per_soft_token": sum(len(source.ids) for source in sources) / sum(slots),

@@ -178,14 +178,12 @@ def _file_task(path: Path) -> Task:
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InvalidRequest(f"{path}: {field}: {first['msg']}", param="task") from None
     digest = hashlib.sha256()
-    splits = {
-        split: [_example(spec, row, f"{getattr(spec, split)} row {number}") for number, row in rows]
-        for split in ("train", "test")
-        if (rows := list(enumerate(_rows(path.parent, getattr(spec, split), split, digest), start=1))) is not None
-    }
-    for split, examples in splits.items():
-        if not examples:
-            raise InvalidRequest(f"{path}: {split} = {getattr(spec, split)!r} holds no row", param="task")
+    splits: dict[str, list[Example]] = {}
+    for split, where in (("train", spec.train), ("test", spec.test)):
+        rows = list(_rows(path.parent, where, split, digest))
+        if not rows:
+            raise InvalidRequest(f"{path}: {split} = {where!r} holds no row", param="task")
+        splits[split] = [_example(spec, row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
     return Task(
         name=spec.name,
         kind=spec.kind,
@@ -253,10 +251,10 @@ def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
         answer = _fill(spec.answer, row, where)
         if not answer.strip():
             raise InvalidRequest(f"{where}: the answer is empty; expected a text", param="task")
-        return Example(source, prompt, said_after(prompt, answer))
+        return Example(source, prompt, answer_text(prompt, answer))
     assert spec.label is not None
     index = _label(spec, _field(row, spec.label, where), where)
-    return Example(source, prompt, said_after(prompt, spec.labels[index]), index)
+    return Example(source, prompt, answer_text(prompt, spec.labels[index]), index)
 
 
 def _label(spec: TaskFile, value: Any, where: str) -> int:
@@ -287,6 +285,6 @@ def _fill(template: str, row: dict[str, Any], where: str) -> str:
     return FIELD.sub(value, template)
 
 
-def said_after(prompt: str, answer: str) -> str:
+def answer_text(prompt: str, answer: str) -> str:
     """The answer as it follows the prompt: one space between them, wherever the task wrote it."""
     return answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"

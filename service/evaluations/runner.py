@@ -7,7 +7,7 @@ from typing import Any
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import InsufficientMemory
-from latentwire.bridge.evaluation.api import setting_of
+from latentwire.bridge.evaluation.api import context_of
 from latentwire.bridge.evaluation.conditions import Lender
 from latentwire.bridge.evaluation.report import Progress, evaluate
 from latentwire.bridge.evaluation.tasks import Task
@@ -90,5 +90,5 @@ def measure(
     Raises:
         LatentWireError: The task does not suit the bridge, or a model cannot be lent.
     """
-    setting = setting_of(bridge, task, PoliteLender(runtime, check, bridge.check), receiver, limit)
-    return evaluate(setting, conditions=names, progress=progress, partial=partial)
+    context = context_of(bridge, task, PoliteLender(runtime, check, bridge.check), receiver, limit)
+    return evaluate(context, conditions=names, progress=progress, partial=partial)

@@ -18,7 +18,7 @@ from latentwire.bridge.models import FrozenLM
 from latentwire.training import loop
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
-from latentwire.training.prepare import order_of, prepare
+from latentwire.training.prepare import prepare, sampler_of
 from latentwire.training.step import Run, take_step
 from latentwire.training.tokens import Tokens
 
@@ -56,7 +56,7 @@ def prepared(config: TrainConfig) -> Run:
 def step_of(run: Run, step: int) -> StepRecord:
     """Take one step as the loop would."""
     name = run.receiver_of(step)
-    return take_step(run, step, [run.sample(name, i) for i in run.ranks.share(order_of(run).batch(step))])
+    return take_step(run, step, [run.sample(name, i) for i in run.ranks.share(sampler_of(run).batch(step))])
 
 
 def tokens_of(run: Run, examples: Sequence[Example]) -> list[Tokens]:

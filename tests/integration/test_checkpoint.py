@@ -355,7 +355,7 @@ def save(step):
 
 def step(number):
     name = run.receiver_of(number)
-    take_step(run, number, [run.sample(name, i) for i in prepare.order_of(run).batch(number)])
+    take_step(run, number, [run.sample(name, i) for i in prepare.sampler_of(run).batch(number)])
 
 def resumed():
     try:

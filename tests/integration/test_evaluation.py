@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +23,11 @@ from latentwire.bridge.evaluation.conditions import (
     CONDITIONS,
     RELAY_TOKENS,
     TRAINED,
+    EvaluationContext,
     Lender,
     Reading,
-    Setting,
-    answer,
-    open_setting,
+    open_context,
+    predict,
 )
 from latentwire.bridge.evaluation.metrics import bootstrap
 from latentwire.bridge.evaluation.report import evaluate, table, write_report
@@ -56,25 +56,25 @@ labels = ["bad", "very good"]
 
 
 @pytest.fixture(scope="module")
-def setting(checkpoint: Path) -> Setting:
-    return open_setting(checkpoint, "world", limit=6, dtype="float16", receiver=None)
+def context(checkpoint: Path) -> EvaluationContext:
+    return open_context(checkpoint, "world", limit=6, dtype="float16", receiver=None)
 
 
 @pytest.fixture(scope="module")
-def report(setting: Setting) -> dict[str, Any]:
-    return evaluate(setting)
+def report(context: EvaluationContext) -> dict[str, Any]:
+    return evaluate(context)
 
 
 @pytest.fixture(scope="module")
-def sentiment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def sentiment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationContext:
     folder = tmp_path_factory.mktemp("task")
     rows = [{"text": t, "label": i % 2} for i, t in enumerate(["Good!", "Oh no.", "It was fine, I think.", "Meh"])]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "task.toml").write_text(SENTIMENT)
-    return open_setting(checkpoint, str(folder / "task.toml"), limit=None, dtype="float32", receiver=None)
+    return open_context(checkpoint, str(folder / "task.toml"), limit=None, dtype="float32", receiver=None)
 
 
-def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], setting: Setting) -> None:
+def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], context: EvaluationContext) -> None:
     assert set(report) == {
         "checkpoint", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
         "receiver_tokens_per_soft_token", "content_share", "bridge_id", "truncated",
@@ -84,7 +84,7 @@ def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], sett
         assert set(row) == {"metric", "value", "low", "high", "ttft_ms", "token_f1"}
         assert row["metric"] == "em" and 0 <= row["low"] <= row["value"] <= row["high"] <= 1 and row["ttft_ms"] > 0
     assert set(report["bytes"]) == {"latent", "source", "receiver_kv"}
-    assert (report["checkpoint"], report["bridge_id"]) == (setting.checkpoint, setting.bridge_id)
+    assert (report["checkpoint"], report["bridge_id"]) == (context.checkpoint, context.bridge_id)
     assert (report["task"], report["n"]) == ("world", 6)
 
 
@@ -100,22 +100,22 @@ def test_every_condition_is_explained(report: dict[str, Any]) -> None:
 
 
 def test_truncated_counts_the_sources_of_which_the_bridge_read_only_the_start(
-    report: dict[str, Any], setting: Setting
+    report: dict[str, Any], context: EvaluationContext
 ) -> None:
     # A byte is a token, and BOS takes one of the 128 that this bridge reads.
-    over = sum(len(example.source.encode()) > 127 for example in setting.examples)
+    over = sum(len(example.source.encode()) > 127 for example in context.examples)
     assert report["truncated"] == over and 0 < over < 6
 
 
-def test_bytes_are_those_of_the_messages(report: dict[str, Any], setting: Setting) -> None:
+def test_bytes_are_those_of_the_messages(report: dict[str, Any], context: EvaluationContext) -> None:
     from latentwire.bridge import wire
 
-    sent = engine.encode(setting.bridge, setting.sender, setting.sources(range(6)))
-    sizes = [len(wire.encode(row.latent, setting.bridge_id, "float16")) for row in sent]
+    sent = engine.encode(context.bridge, context.sender, context.sources(range(6)))
+    sizes = [len(wire.encode(row.latent, context.bridge_id, "float16")) for row in sent]
     assert report["bytes"]["latent"] == pytest.approx(sum(sizes) / 6)
     slots, tokens = sum(len(row.latent) for row in sent), sum(row.source_tokens for row in sent)
     assert report["source_tokens_per_soft_token"] == pytest.approx(tokens / slots)
-    read = sum(len(e.source.encode()) for e in setting.examples)
+    read = sum(len(e.source.encode()) for e in context.examples)
     assert report["bytes"]["source"] == pytest.approx(read / 6)
     # The receiver reads a byte as a token, and keeps key and value of 2 heads of 8 floats in 3 layers for each.
     assert report["bytes"]["receiver_kv"] == pytest.approx(read / 6 * 2 * 2 * 8 * 4 * 3)
@@ -123,14 +123,13 @@ def test_bytes_are_those_of_the_messages(report: dict[str, Any], setting: Settin
 
 
 def test_scores_are_means_over_the_examples_and_their_interval_is_resampled(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = ["Ben has cats.", "Ben has cats.", "The lamp is red.", "Ben sings.", "Mara sings."]
     said = ["Ben has cats", "Ben has dogs", "lamp is red!", "", "Ben"]
-    examples = [replace(setting.examples[i], answer=f" {text}") for i, text in enumerate(wanted)]
-    monkeypatch.setattr(reporting, "answer", lambda made, chosen, readings: [said[i] for i in chosen])
-    monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
-    made = evaluate(replace(setting, examples=examples))
+    examples = [replace(context.examples[i], answer=f" {text}") for i, text in enumerate(wanted)]
+    monkeypatch.setattr(reporting, "predict", lambda made, chosen, readings: [said[i] for i in chosen])
+    made = evaluate(replace(context, examples=examples))
     low, high = bootstrap([1.0, 0.0, 1.0, 0.0, 0.0])
     assert 0 < low + high < 2 and low < 0.4 < high
     for row in made["conditions"].values():
@@ -139,48 +138,62 @@ def test_scores_are_means_over_the_examples_and_their_interval_is_resampled(
         assert row["token_f1"] == pytest.approx((1 + 2 / 3 + 1 + 0 + 0) / 5)
 
 
-def test_a_set_larger_than_a_batch_is_answered_in_order(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_larger_than_a_batch_is_answered_in_order(
+    context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[list[int]] = []
 
-    def knowing(made: Setting, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+    def knowing(made: EvaluationContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
         seen.append(list(chosen))
         assert len(readings) == len(chosen)
         return [made.examples[i].answer for i in chosen]
 
     monkeypatch.setattr(reporting, "BATCH_ROWS", 4)
-    monkeypatch.setattr(reporting, "answer", knowing)
-    monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
-    made = evaluate(setting)
+    monkeypatch.setattr(reporting, "predict", knowing)
+    made = evaluate(context)
     assert seen == [[0, 1, 2, 3], [4, 5]] * len(EVERY)
     assert all(row["value"] == row["token_f1"] == 1 for row in made["conditions"].values())
 
 
 def test_time_to_the_first_token_is_that_of_one_token_of_one_request(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[SamplingParams]] = []
     generate = engine.generate
 
     def spying(lm: FrozenLM, rows: Sequence[Row], soft: Any, params: Sequence[SamplingParams]) -> Any:
-        if lm is setting.receiver:  # the sender of a relay writes as much as it needs
+        if lm is context.receiver:  # the sender of a relay writes as much as it needs
             asked.append(list(params))
         return generate(lm, rows, soft, params)
 
     monkeypatch.setattr(engine, "generate", spying)
-    monkeypatch.setattr(reporting, "answer", lambda made, chosen, readings: [""] * len(chosen))
-    evaluate(replace(setting, examples=setting.examples[:2]))
+    monkeypatch.setattr(reporting, "predict", lambda made, chosen, readings: [""] * len(chosen))
+    evaluate(replace(context, examples=context.examples[:2]))
     assert asked == [[SamplingParams(max_tokens=1)]] * 2 * len(EVERY)
 
 
+def right_in(names: Sequence[str], **right: int) -> Callable[..., list[str]]:
+    """Answers of a receiver, asked in one condition after the other, of which so many are right."""
+    left = iter(names)
+
+    def answering(made: EvaluationContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+        name = next(left)
+        return [made.examples[i].answer if i < right.get(name, 0) else "" for i in chosen]
+
+    return answering
+
+
 def test_with_one_source_nothing_is_mismatched_and_no_share_is_claimed(
-    sentiment: Setting, monkeypatch: pytest.MonkeyPatch
+    sentiment: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = {"bridge": 1.0, "none": 0.25}
-    monkeypatch.setattr(reporting, "_measure", lambda made, name, *_: {"value": right.get(name, 0.0)})
     one = replace(sentiment, examples=[replace(e, source="Good!") for e in sentiment.examples])
+    others = [name for name in EVERY if name != "mismatched"]
+    monkeypatch.setattr(reporting, "predict", right_in(others, bridge=4, none=1))
     made = evaluate(one)
-    assert list(made["conditions"]) == [name for name in EVERY if name != "mismatched"]
-    assert made["content_share"] is None and evaluate(sentiment)["content_share"] == 1
+    assert list(made["conditions"]) == others
+    assert made["content_share"] is None
+    monkeypatch.setattr(reporting, "predict", right_in(EVERY, bridge=4, none=1))
+    assert evaluate(sentiment)["content_share"] == 1
 
 
 def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any], tmp_path: Path) -> None:
@@ -191,9 +204,9 @@ def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any
         write_report(tmp_path / "file" / "report.json", report)
 
 
-def test_progress_reaches_the_end_of_each_condition(setting: Setting) -> None:
+def test_progress_reaches_the_end_of_each_condition(context: EvaluationContext) -> None:
     seen: list[tuple[str | None, int, int]] = []
-    few = replace(setting, examples=setting.examples[:2])
+    few = replace(context, examples=context.examples[:2])
     evaluate(few, trained={"prompt": few}, progress=lambda *now: seen.append(now))
     reading, answering = seen[:8], seen[8:]
     assert reading == [(None, done, 16) for done in range(2, 17, 2)]
@@ -219,11 +232,11 @@ class Counting(Lender):
         self.out = False
 
 
-@pytest.mark.parametrize("kind", ["setting", "sentiment"])
+@pytest.mark.parametrize("kind", ["context", "sentiment"])
 def test_a_lender_may_cut_the_passes_small_and_let_the_models_take_turns(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: Setting = request.getfixturevalue(kind)
+    made: EvaluationContext = request.getfixturevalue(kind)
     rows: list[int] = []
     for name, given in (("encode", 2), ("generate", 1), ("answer_scores", 1)):
         real = getattr(engine, name)
@@ -247,7 +260,7 @@ def numbers(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "conditions": {name: {**row, "ttft_ms": None} for name, row in rows}}
 
 
-def test_timings_leave_out_the_wait_for_a_model(setting: Setting) -> None:
+def test_timings_leave_out_the_wait_for_a_model(context: EvaluationContext) -> None:
     class Slow(Lender):
         @contextmanager
         def lend(self, reader: Reader) -> Iterator[FrozenLM]:
@@ -255,7 +268,7 @@ def test_timings_leave_out_the_wait_for_a_model(setting: Setting) -> None:
             with super().lend(reader) as lm:
                 yield lm
 
-    few = replace(setting, examples=setting.examples[:1], lender=Slow())
+    few = replace(context, examples=context.examples[:1], lender=Slow())
     waited = {name: row["ttft_ms"] for name, row in evaluate(few)["conditions"].items()}
     # One loan where nothing is to be read, two where the sender reads.
     assert {name: round(ms / 1e6) for name, ms in waited.items()} == {
@@ -264,9 +277,9 @@ def test_timings_leave_out_the_wait_for_a_model(setting: Setting) -> None:
 
 
 def test_conditions_are_measured_as_asked_and_seen_as_they_come(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few, seen = replace(setting, examples=setting.examples[:3]), []
+    few, seen = replace(context, examples=context.examples[:3]), []
     made = evaluate(few, conditions=["none", "direct"], partial=seen.append)
     assert [list(report["conditions"]) for report in seen] == [["direct"], ["direct", "none"]]
     assert numbers(seen[-1]) == numbers(made) and set(seen[0]) == set(made) and made["content_share"] is None
@@ -275,29 +288,29 @@ def test_conditions_are_measured_as_asked_and_seen_as_they_come(
     assert all(numbers(made)["conditions"][name] == whole["conditions"][name] for name in ("none", "direct"))
 
 
-def test_latents_cross_the_wire_before_they_are_read(setting: Setting) -> None:
-    exact = replace(setting, dtype="float32").latents([0])[0]
-    rounded = replace(setting, dtype="int8").latents([0])[0]
+def test_latents_cross_the_wire_before_they_are_read(context: EvaluationContext) -> None:
+    exact = replace(context, dtype="float32").latents([0])[0]
+    rounded = replace(context, dtype="int8").latents([0])[0]
     assert not np.array_equal(exact, rounded) and np.abs(exact - rounded).max() < 0.05
 
 
-def test_mismatched_reads_the_latent_of_another_source(setting: Setting) -> None:
+def test_mismatched_reads_the_latent_of_another_source(context: EvaluationContext) -> None:
     for i in range(6):
-        partner = setting.partner(i)
-        assert setting.examples[partner].source != setting.examples[i].source
-        wrong = CONDITIONS["mismatched"](setting, [i])[0]
-        assert isinstance(wrong, np.ndarray) and np.array_equal(wrong, setting.latents([partner])[0])
+        partner = context.partner(i)
+        assert context.examples[partner].source != context.examples[i].source
+        wrong = CONDITIONS["mismatched"](context, [i])[0]
+        assert isinstance(wrong, np.ndarray) and np.array_equal(wrong, context.latents([partner])[0])
 
 
-def test_an_example_with_the_same_source_is_no_mismatch(setting: Setting) -> None:
+def test_an_example_with_the_same_source_is_no_mismatch(context: EvaluationContext) -> None:
     texts = ["one", "two", "one", "one"]
     examples = [Example(text, LATENT, " x") for text in texts]
-    assert [texts[replace(setting, examples=examples).partner(i)] for i in range(4)] == ["two", "one", "two", "two"]
+    assert [texts[replace(context, examples=examples).partner(i)] for i in range(4)] == ["two", "one", "two", "two"]
 
 
-def test_same_budget_gives_at_most_as_many_receiver_tokens_as_the_latent_has_slots(setting: Setting) -> None:
+def test_same_budget_gives_at_most_as_many_receiver_tokens_as_the_latent_has_slots(context: EvaluationContext) -> None:
     hard = [Example(text, LATENT, " x") for text in ("é" * 30, "日本語のテキスト", "naïve café 😀 end", "ab" * 40)]
-    for made in (setting, replace(setting, examples=hard)):
+    for made in (context, replace(context, examples=hard)):
         chosen = range(len(made.examples))
         for i, text, latent in zip(chosen, made.cut(chosen), made.latents(chosen), strict=True):
             assert len(text_ids(made.receiver, text)) <= len(latent)
@@ -305,9 +318,9 @@ def test_same_budget_gives_at_most_as_many_receiver_tokens_as_the_latent_has_slo
 
 
 def test_only_the_bridge_pays_for_the_sender_where_the_latents_are_known(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = replace(setting)  # nothing known yet
+    made = replace(context)  # nothing known yet
     runs: list[int] = []
     encode = engine.encode
     monkeypatch.setattr(engine, "encode", lambda *args: runs.append(len(args[2])) or encode(*args))
@@ -318,36 +331,36 @@ def test_only_the_bridge_pays_for_the_sender_where_the_latents_are_known(
     assert runs == [6]
     again = CONDITIONS["bridge"](made, range(6))
     assert runs == [6, 6] and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    CONDITIONS["same_budget"](replace(setting), [1, 4])
+    CONDITIONS["same_budget"](replace(context), [1, 4])
     assert runs == [6, 6, 2]
 
 
-def test_same_budget_uses_its_budget(setting: Setting) -> None:
-    for text, latent in zip(setting.cut(range(6)), setting.latents(range(6)), strict=True):
-        assert len(text_ids(setting.receiver, text)) == len(latent)
+def test_same_budget_uses_its_budget(context: EvaluationContext) -> None:
+    for text, latent in zip(context.cut(range(6)), context.latents(range(6)), strict=True):
+        assert len(text_ids(context.receiver, text)) == len(latent)
 
 
 @pytest.mark.parametrize("name", ["direct", "relay", "same_budget", "none"])
-def test_conditions_of_text_never_get_a_soft_token(setting: Setting, name: str) -> None:
-    readings = CONDITIONS[name](setting, range(6))
+def test_conditions_of_text_never_get_a_soft_token(context: EvaluationContext, name: str) -> None:
+    readings = CONDITIONS[name](context, range(6))
     assert not any(isinstance(reading, np.ndarray) for reading in readings)
-    assert all(set(row.slots) == {TEXT} for row in setting.rows(range(6), readings, [None] * 6))
+    assert all(set(row.slots) == {TEXT} for row in context.rows(range(6), readings, [None] * 6))
 
 
 @pytest.mark.parametrize("name", ["bridge", "mismatched", "noise"])
-def test_conditions_of_latents_never_get_the_source(setting: Setting, name: str) -> None:
-    readings = CONDITIONS[name](setting, range(6))
-    for row, reading, i in zip(setting.rows(range(6), readings, [None] * 6), readings, range(6), strict=True):
+def test_conditions_of_latents_never_get_the_source(context: EvaluationContext, name: str) -> None:
+    readings = CONDITIONS[name](context, range(6))
+    for row, reading, i in zip(context.rows(range(6), readings, [None] * 6), readings, range(6), strict=True):
         assert isinstance(reading, np.ndarray)
         assert [slot for slot in row.slots if slot != TEXT] == list(range(len(reading)))
-        text = setting.receiver.tokenizer.decode([t for t, s in zip(row.ids, row.slots, strict=True) if s == TEXT])
-        assert text == "<s>" + setting.examples[i].prompt.replace(LATENT, "")
+        text = context.receiver.tokenizer.decode([t for t, s in zip(row.ids, row.slots, strict=True) if s == TEXT])
+        assert text == "<s>" + context.examples[i].prompt.replace(LATENT, "")
 
 
-def test_direct_is_the_whole_source_where_it_fits(setting: Setting) -> None:
-    short = replace(setting, examples=[Example("Mara sings.", "{latent}\nQ:", " x")])
+def test_direct_is_the_whole_source_where_it_fits(context: EvaluationContext) -> None:
+    short = replace(context, examples=[Example("Mara sings.", "{latent}\nQ:", " x")])
     row = short.rows([0], CONDITIONS["direct"](short, [0]), [None])[0]
-    assert setting.receiver.tokenizer.decode(row.ids) == "<s>Mara sings.\nQ:"
+    assert context.receiver.tokenizer.decode(row.ids) == "<s>Mara sings.\nQ:"
 
 
 def test_a_text_over_the_context_is_cut_at_its_end_and_the_prompt_is_kept(lms: dict[str, FrozenLM]) -> None:
@@ -362,24 +375,24 @@ def test_a_text_over_the_context_is_cut_at_its_end_and_the_prompt_is_kept(lms: d
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_prompt_too_long_for_the_receiver_is_refused_with_both_numbers(
-    lms: dict[str, FrozenLM], setting: Setting, name: str
+    lms: dict[str, FrozenLM], context: EvaluationContext, name: str
 ) -> None:
     # GPT-2 looks its positions up in a table: past the end there is nothing.
     gpt2, config = lms["gpt2"], bridge_config(lms["neox"], lms["gpt2"])
     examples = [Example("Mara sings.", "{latent}" + "Q" * 300, " x"), Example("Ben", "{latent}Q", " y")]
-    made = replace(setting, receiver=gpt2, receiver_name=gpt2.name, bridge=make_bridge(config), examples=examples)
+    made = replace(context, receiver=gpt2, receiver_name=gpt2.name, bridge=make_bridge(config), examples=examples)
     with pytest.raises(InvalidRequest, match=r"takes 3\d\d receiver tokens; 232 fit"):
-        answer(made, [0, 1], CONDITIONS[name](made, [0, 1]))
+        predict(made, [0, 1], CONDITIONS[name](made, [0, 1]))
 
 
-def test_a_relay_is_what_the_sender_writes(setting: Setting) -> None:
-    texts = setting.relay(range(6))
-    assert len(texts) == 6 and all(len(text_ids(setting.sender, text)) <= 3 * RELAY_TOKENS for text in texts)
-    assert texts[2] == setting.relay([2])[0]
+def test_a_relay_is_what_the_sender_writes(context: EvaluationContext) -> None:
+    texts = context.relay(range(6))
+    assert len(texts) == 6 and all(len(text_ids(context.sender, text)) <= 3 * RELAY_TOKENS for text in texts)
+    assert texts[2] == context.relay([2])[0]
 
 
 def test_the_sender_of_a_relay_reads_the_source_and_its_words_are_what_is_passed_on(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[FrozenLM, list[str], Any, list[str]]] = []
     generate = engine.generate
@@ -390,36 +403,38 @@ def test_the_sender_of_a_relay_reads_the_source_and_its_words_are_what_is_passed
         return said
 
     monkeypatch.setattr(engine, "generate", spying)
-    short = replace(setting, examples=[replace(e, source=e.source[:60]) for e in setting.examples[:2]])
+    short = replace(context, examples=[replace(e, source=e.source[:60]) for e in context.examples[:2]])
     passed = CONDITIONS["relay"](short, [0, 1])
     ((lm, prompts, soft, written),) = seen
-    assert lm is setting.sender and soft is None and passed == written
+    assert lm is context.sender and soft is None and passed == written
     assert prompts == [f"<s>{example.source}\nRepeat:" for example in short.examples]
     assert not {example.source for example in short.examples} & set(passed)
 
 
-def test_noise_has_the_moments_and_lengths_of_real_latents_and_nothing_of_their_content(setting: Setting) -> None:
-    real, noise = setting.latents(range(6)), setting.noise(range(6))
+def test_noise_has_the_moments_and_lengths_of_real_latents_and_nothing_of_their_content(
+    context: EvaluationContext,
+) -> None:
+    real, noise = context.latents(range(6)), context.noise(range(6))
     assert [row.shape for row in real] == [row.shape for row in noise]
-    np.testing.assert_allclose(np.concatenate(noise).mean(axis=0), setting.moments[0], atol=0.35)
+    np.testing.assert_allclose(np.concatenate(noise).mean(axis=0), context.moments[0], atol=0.35)
     for row in noise:
         np.testing.assert_allclose(np.sqrt(np.square(row).mean(axis=1)), 1, rtol=1e-4)
-    assert np.array_equal(noise[3], setting.noise([3])[0]) and not np.array_equal(noise[0][:5], noise[1][:5])
+    assert np.array_equal(noise[3], context.noise([3])[0]) and not np.array_equal(noise[0][:5], noise[1][:5])
 
 
-def test_an_answer_is_the_same_alone_and_in_a_batch(setting: Setting, sentiment: Setting) -> None:
-    for made in (setting, sentiment):
+def test_an_answer_is_the_same_alone_and_in_a_batch(context: EvaluationContext, sentiment: EvaluationContext) -> None:
+    for made in (context, sentiment):
         count = len(made.examples)
         readings = CONDITIONS["bridge"](made, range(count))
-        together = answer(made, range(count), readings)
-        assert together == [answer(made, [i], [readings[i]])[0] for i in range(count)]
+        together = predict(made, range(count), readings)
+        assert together == [predict(made, [i], [readings[i]])[0] for i in range(count)]
 
 
 @pytest.mark.parametrize("condition", ["direct", "none", "bridge"])
-def test_a_label_is_chosen_by_its_likelihood(sentiment: Setting, condition: str) -> None:
+def test_a_label_is_chosen_by_its_likelihood(sentiment: EvaluationContext, condition: str) -> None:
     lm = sentiment.receiver
     readings = CONDITIONS[condition](sentiment, range(4))
-    chosen = answer(sentiment, range(4), readings)
+    chosen = predict(sentiment, range(4), readings)
     for i, reading in enumerate(readings):
         scores = [by_hand(sentiment, reading, f" {label}") for label in sentiment.task.labels]
         assert abs(scores[0] - scores[1]) > 1e-3 and chosen[i] == f" {sentiment.task.labels[int(np.argmax(scores))]}"
@@ -427,7 +442,7 @@ def test_a_label_is_chosen_by_its_likelihood(sentiment: Setting, condition: str)
 
 
 def test_a_classification_scored_in_parts_has_the_scores_of_the_whole(
-    sentiment: Setting, monkeypatch: pytest.MonkeyPatch
+    sentiment: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scores(rows: int) -> list[list[float]]:
         made: list[list[float]] = []
@@ -441,7 +456,7 @@ def test_a_classification_scored_in_parts_has_the_scores_of_the_whole(
 
             patch.setattr(engine, "answer_scores", spying)
             patch.setattr(conditions, "SCORED_ROWS", rows)
-            answer(sentiment, range(4), CONDITIONS["bridge"](sentiment, range(4)))
+            predict(sentiment, range(4), CONDITIONS["bridge"](sentiment, range(4)))
         return made
 
     (whole,), threes, ones = scores(64), scores(3), scores(1)
@@ -458,7 +473,7 @@ def test_labels_are_scored_as_they_follow_each_prompt_wherever_it_ends(
     rows = [{"text": f"text {i}", "q": end, "label": i % 2} for i, end in enumerate(ends)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.toml").write_text(SENTIMENT.replace("Review: {latent}\\nSentiment:", "{latent}\\n{q}"))
-    made = open_setting(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
+    made = open_context(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
     assert [example.answer for example in made.examples] == ["bad", " very good", "bad", " very good"]
     scored: list[str] = []
 
@@ -469,14 +484,13 @@ def test_labels_are_scored_as_they_follow_each_prompt_wherever_it_ends(
         return torch.tensor([float(have == want) for have, want in zip(said, wanted, strict=True)])
 
     monkeypatch.setattr(engine, "answer_scores", knowing)
-    monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
-    assert answer(made, range(4), [None] * 4) == [example.answer for example in made.examples]
+    assert predict(made, range(4), [None] * 4) == [example.answer for example in made.examples]
     assert scored == ["bad</s>", "very good</s>", " bad</s>", " very good</s>"] * 2
     report = evaluate(made)
     assert all(row["value"] == 1 for row in report["conditions"].values())
 
 
-def by_hand(made: Setting, reading: Reading, label: str) -> float:
+def by_hand(made: EvaluationContext, reading: Reading, label: str) -> float:
     """Log-probability of a label and EOS, without the composer."""
     lm, before, after = made.receiver, "Review:", "\nSentiment:"
     said = torch.tensor([*text_ids(lm, label), 1])
@@ -493,12 +507,12 @@ def by_hand(made: Setting, reading: Reading, label: str) -> float:
     return float(logp.gather(1, said[:, None]).sum())
 
 
-def test_a_classification_reports_accuracy_and_no_f1(sentiment: Setting) -> None:
+def test_a_classification_reports_accuracy_and_no_f1(sentiment: EvaluationContext) -> None:
     made = evaluate(sentiment)
     row = made["conditions"]["bridge"]
     assert row["metric"] == "accuracy" and "token_f1" not in row and made["n"] == 4
     wanted = [example.answer for example in sentiment.examples]
-    said = answer(sentiment, range(4), sentiment.latents(range(4)))
+    said = predict(sentiment, range(4), sentiment.latents(range(4)))
     assert row["value"] == sum(a == b for a, b in zip(said, wanted, strict=True)) / 4
 
 
@@ -507,7 +521,7 @@ def test_a_classification_reports_accuracy_and_no_f1(sentiment: Setting) -> None
     [(4, 1, 1, 1.0), (4, 0, 2, 0.5), (2, 2, 1, None), (1, 2, 0, None), (3, 1, 0, 1.0), (3, 1, 4, 0.0)],
 )
 def test_the_content_share_is_the_part_of_the_gain_that_another_latent_does_not_give(
-    sentiment: Setting,
+    sentiment: EvaluationContext,
     monkeypatch: pytest.MonkeyPatch,
     bridge: int,
     none: int,
@@ -516,21 +530,21 @@ def test_the_content_share_is_the_part_of_the_gain_that_another_latent_does_not_
 ) -> None:
     right = {"bridge": bridge, "none": none, "mismatched": mismatched}
 
-    def measured(made: Setting, name: str, *_: object) -> dict[str, float]:
+    def measured(made: EvaluationContext, name: str, *_: object) -> dict[str, float]:
         return {"value": right.get(name, 0) / 4}
 
     monkeypatch.setattr(reporting, "_measure", measured)
     assert evaluate(sentiment)["content_share"] == share
 
 
-def test_the_receiver_answers_differently_to_different_readings(setting: Setting) -> None:
-    said = {name: answer(setting, [0], CONDITIONS[name](setting, [0]))[0] for name in ("bridge", "none", "direct")}
+def test_the_receiver_answers_differently_to_different_readings(context: EvaluationContext) -> None:
+    said = {name: predict(context, [0], CONDITIONS[name](context, [0]))[0] for name in ("bridge", "none", "direct")}
     assert len(set(said.values())) == 3
 
 
 def test_opening_names_what_is_wrong(checkpoint: Path, tmp_path: Path) -> None:
-    def opened(where: Path | str, task: str, receiver: str | None = None) -> Setting:
-        return open_setting(where, task, limit=1, dtype="float16", receiver=receiver)
+    def opened(where: Path | str, task: str, receiver: str | None = None) -> EvaluationContext:
+        return open_context(where, task, limit=1, dtype="float16", receiver=receiver)
 
     with pytest.raises(UnknownBridge):
         opened(tmp_path, "world")
@@ -561,13 +575,13 @@ def test_a_model_that_is_not_the_one_trained_with_is_neither_measured_nor_used(
     ask: dict[str, Any] = {"limit": 1, "dtype": "float16", "receiver": None}
     before = Bridge.load(checkpoint)
     message = before.message(np.ones((2, 16), dtype=np.float32))
-    open_setting(checkpoint, "world", **ask)
+    open_context(checkpoint, "world", **ask)
     assert before.encode("Mara sings.")[0].shape == (3, 16)  # BOS and 11 bytes in windows of 4
     assert before.generate(message, "Q:", max_tokens=2).outputs[0].token_count <= 2
     write_model(folders[role], family, seed=1)
     changed = f"trained with {role} '{folders[role]}' whose weights is"
     with pytest.raises(IncompatibleBridge, match=changed):
-        open_setting(checkpoint, "world", **ask)
+        open_context(checkpoint, "world", **ask)
     with pytest.raises(IncompatibleBridge, match=changed):
         if role == "sender":
             Bridge.load(checkpoint).encode("Mara sings.")
@@ -581,11 +595,13 @@ def test_an_answer_that_no_receiver_has_room_for_is_refused_with_both_numbers(
     (tmp_path / "rows.jsonl").write_text('{"text": "Good!", "label": 0}\n')
     (tmp_path / "task.toml").write_text(SENTIMENT + "max_answer_tokens = 256\n")
     with pytest.raises(InvalidRequest, match=f"max_answer_tokens is 256; '{lms['llama'].name}' reads 256 in all"):
-        open_setting(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
+        open_context(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
 
 
 @pytest.fixture(scope="module")
-def trained(lms: dict[str, FrozenLM], tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Setting]:
+def trained(
+    lms: dict[str, FrozenLM], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, EvaluationContext]:
     """A recipe, and the bridge of that recipe, untrained."""
     folder = tmp_path_factory.mktemp("recipe")
     config = TrainConfig(
@@ -596,11 +612,11 @@ def trained(lms: dict[str, FrozenLM], tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latentwire.training.prepare.CHECKED", 20)
         save_bridge(config.out, prepare(config, Console(quiet=True)).bridge)
-    return config, open_setting(config.out, "world", limit=4, dtype="float16", receiver=None)
+    return config, open_context(config.out, "world", limit=4, dtype="float16", receiver=None)
 
 
 def test_a_control_differs_from_the_recipe_in_what_it_controls_and_nothing_else(
-    trained: tuple[TrainConfig, Setting], tmp_path: Path
+    trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path
 ) -> None:
     recipe, made = trained
     config = recipe.model_copy(update={"device": str(made.where["device"])})  # where the evaluation computes
@@ -616,7 +632,7 @@ def test_a_control_differs_from_the_recipe_in_what_it_controls_and_nothing_else(
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_control_is_trained_and_measured_beside_the_bridge(
-    trained: tuple[TrainConfig, Setting], tmp_path: Path, name: str
+    trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path, name: str
 ) -> None:
     _, made = trained
     manifest = train(control_config(name, made, tmp_path / name), Console(quiet=True))

@@ -131,11 +131,11 @@ def test_a_report_has_its_numbers_and_is_saved_as_a_page_or_as_json(bridge: late
 
 
 def test_an_evaluation_measures_what_the_command_measures(bridge: latentwire.Bridge) -> None:
-    from latentwire.bridge.evaluation.conditions import open_setting
+    from latentwire.bridge.evaluation.conditions import open_context
     from latentwire.bridge.evaluation.report import evaluate
 
     ask: dict[str, Any] = {"limit": 8, "receiver": None, "dtype": "float16"}
-    there = evaluate(open_setting("builtin", "world", **ask))
+    there = evaluate(open_context("builtin", "world", **ask))
     here = latentwire.evaluate(bridge, "world", limit=8).document
 
     def untimed(report: Any) -> Any:

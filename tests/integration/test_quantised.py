@@ -20,7 +20,7 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.errors import ModelUnavailable
-from latentwire.bridge.evaluation.conditions import open_setting
+from latentwire.bridge.evaluation.conditions import open_context
 from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
 from latentwire.bridge.prompt import collate
 from latentwire.service.__main__ import main
@@ -303,7 +303,7 @@ def test_a_method_that_is_not_read_is_refused_wherever_a_model_is_named_and_befo
         lambda: plan(config, source_tokens=8, prompt_tokens=4, answer_tokens=4),
         lambda: train(config, quiet()),
         lambda: Runtime(Settings(), {"tiny": str(checkpoint)}),
-        lambda: open_setting(checkpoint, "world", limit=1, dtype="float16", receiver=None),
+        lambda: open_context(checkpoint, "world", limit=1, dtype="float16", receiver=None),
         lambda: here.encode("Mara sings."),
         lambda: here.generate(message, "Who?", max_tokens=2),
     ):

@@ -61,7 +61,8 @@ def run(name, *, fatal=None, asked=None, resume=False, **changes):
         seen["rows"].append([row.source.ids for row in rows])
         seen["norms"].append(record.gradient_norm)
         seen["losses"].append(record.loss)
-        held = list(run.residency._models[record.receiver].lm.model.parameters())
+        with run.residency.use(record.receiver) as lm:
+            held = list(lm.model.parameters())
         seen["bytes"] = run.residency.resident()[record.receiver]
         seen["whole"] = sum(p.numel() for p in held)
         seen["here"] = sum(getattr(p, "_local_tensor", p).numel() for p in held)
@@ -231,8 +232,8 @@ def test_processes_share_all_rows_evenly_and_lose_none() -> None:
 def test_one_process_needs_no_launcher_and_no_exchange() -> None:
     assert join_ranks(torch.device("cpu")) == Ranks(0, 1)
     gradient = torch.ones(3)
-    Ranks().add_up([gradient])
-    Ranks().wait()
+    Ranks().all_reduce([gradient])
+    Ranks().barrier()
     assert gradient.tolist() == [1, 1, 1]
     assert Ranks().any(True, torch.device("cpu")) and not Ranks().any(False, torch.device("cpu"))
 

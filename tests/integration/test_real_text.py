@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, open_setting
+from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, open_context
 from latentwire.bridge.evaluation.report import evaluate
 from latentwire.bridge.evaluation.tasks import load_task
 from latentwire.training.config import TrainConfig
@@ -58,7 +58,7 @@ def test_a_bridge_between_pretrained_models_is_trained_and_measured_beside_every
     console = Console(quiet=True)
     manifest = train(config, console)
     assert manifest.bridge.provenance.data_sha256 == load_task(task).data_sha256
-    setting = open_setting(config.out, task, limit=8, dtype="float16", receiver=None)
+    setting = open_context(config.out, task, limit=8, dtype="float16", receiver=None)
     assert {example.answer for example in setting.examples} == {" negative", " positive"}
     report = evaluate(setting, trained=train_controls(setting, console))
     assert list(report["conditions"]) == [*CONDITIONS, *TRAINED] and report["n"] == 8

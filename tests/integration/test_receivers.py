@@ -11,7 +11,7 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import head_key, load_bridge, read_manifest
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
-from latentwire.bridge.evaluation.conditions import answer, open_setting
+from latentwire.bridge.evaluation.conditions import open_context, predict
 from latentwire.bridge.models import predicted_bytes
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.loop import train
@@ -48,8 +48,8 @@ def test_receivers_have_their_turns_and_each_its_own_head(make: MakeConfig, name
     assert [record["receiver"] for record in log_of(make().out)] == [llama, llama, gpt2, gpt2, llama, llama, gpt2]
     assert list(manifest.heads) == names and len({part.sha256 for part in manifest.heads.values()}) == 2
     for name in names:
-        setting = open_setting(make().out, "world", limit=2, dtype="float32", receiver=name)
-        said = answer(setting, range(2), setting.latents(range(2)))
+        context = open_context(make().out, "world", limit=2, dtype="float32", receiver=name)
+        said = predict(context, range(2), context.latents(range(2)))
         assert len(said) == 2 and all(said)
 
 
@@ -142,9 +142,9 @@ def test_a_receiver_added_to_a_finished_bridge_changes_nothing_that_was_there(
 
     latents = []
     for checkpoint, name in ((base, llama), (config.out, llama), (config.out, gpt2)):
-        setting = open_setting(checkpoint, "world", limit=2, dtype="float16", receiver=name)
-        latents.append(setting.latents(range(2)))
-        assert all(answer(setting, range(2), latents[-1]))
+        context = open_context(checkpoint, "world", limit=2, dtype="float16", receiver=name)
+        latents.append(context.latents(range(2)))
+        assert all(predict(context, range(2), latents[-1]))
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(*latents, strict=True))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import answer_logits, token_losses
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.models import FrozenLM
@@ -241,7 +242,7 @@ def test_a_long_objective_is_said_from_soft_tokens_and_its_own_mode_tokens(
     said = torch.nn.functional.rms_norm(learned.detach(), (learned.shape[1],)) * scale
     for row, slots, tokens_ in zip(rows, batch.slots.tolist(), soft, strict=True):
         length = len(row.source.ids) if mode == "reconstruction" else row.half
-        K = run.bridge.config.slots_of(length)
+        K = slots_of(run.bridge.config.encoder, length)
         assert [slot for slot in slots if slot != TEXT] == list(range(K + 2))
         torch.testing.assert_close(tokens_[K : K + 2], said)
 
@@ -268,7 +269,7 @@ def test_continuation_reads_the_first_half_alone_and_says_the_rest(
     measured(run, rows)
     (_, whole), (batch, half) = seen
     assert whole is not None and half is not None
-    K = run.bridge.config.slots_of(rows[0].half)
+    K = slots_of(run.bridge.config.encoder, rows[0].half)
     assert [slot for slot in batch.slots[0].tolist() if slot != TEXT] == list(range(K))
     torch.testing.assert_close(half[0, :K], half[1, :K], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(whole[0], whole[1], rtol=1e-3)

@@ -14,7 +14,7 @@ import torch
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import save_bridge
 from latentwire.bridge.evaluation import report
-from latentwire.bridge.evaluation.conditions import CONDITIONS, Setting, answer, open_setting
+from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, open_context, predict
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import collate
@@ -46,20 +46,20 @@ def trained(config: Any) -> Run:
     return run
 
 
-def setting_of(run: Run) -> Setting:
+def context_of(run: Run) -> EvaluationContext:
     """The same bridge, as an evaluation would open it, asked about the run's validation examples."""
     save_bridge(run.config.out / "as-is", run.bridge)
-    setting = open_setting(run.config.out / "as-is", run.config.task, limit=None, dtype="float32", receiver=None)
-    return replace(setting, examples=list(run.validation))
+    context = open_context(run.config.out / "as-is", run.config.task, limit=None, dtype="float32", receiver=None)
+    return replace(context, examples=list(run.validation))
 
 
-def losses_of(setting: Setting) -> list[float]:
+def losses_of(context: EvaluationContext) -> list[float]:
     """Cross-entropy of each example's answer, one row at a time."""
     found = []
-    for i, latent in enumerate(setting.latents(range(len(setting.examples)))):
-        soft = engine.soften(setting.bridge, setting.receiver_name, setting.receiver, [latent])
-        batch = collate(setting.rows([i], [latent], [setting.examples[i].answer]), side="left")
-        found.append(float(answer_loss(*engine.answer_logits(setting.receiver, batch, soft))))
+    for i, latent in enumerate(context.latents(range(len(context.examples)))):
+        soft = engine.soften(context.bridge, context.receiver_name, context.receiver, [latent])
+        batch = collate(context.rows([i], [latent], [context.examples[i].answer]), side="left")
+        found.append(float(answer_loss(*engine.answer_logits(context.receiver, batch, soft))))
     return found
 
 
@@ -68,13 +68,13 @@ def reported(run: Run) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "CONDITIONS", {name: CONDITIONS[name] for name in ("bridge", "none")})
         patch.setattr(report, "TIMED_EXAMPLES", 1)
-        return dict(report.evaluate(setting_of(run))["conditions"]["bridge"])
+        return dict(report.evaluate(context_of(run))["conditions"]["bridge"])
 
 
 def said_by(run: Run) -> list[str]:
-    setting = setting_of(run)
-    everyone = range(len(setting.examples))
-    return answer(setting, everyone, setting.latents(everyone))
+    context = context_of(run)
+    everyone = range(len(context.examples))
+    return predict(context, everyone, context.latents(everyone))
 
 
 def test_the_measure_is_the_tasks_own_unless_another_is_asked_for(make: MakeConfig, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_validation_loss_is_the_unweighted_loss_of_the_answers(make: MakeCon
     run = trained(make(task=task_of(tmp_path, *ROWS), **changes, batch_size=2))
     metric, value = validate(run, lambda _: None)
     assert metric == "loss"
-    assert value == pytest.approx(np.mean(losses_of(setting_of(run))), rel=1e-5)
+    assert value == pytest.approx(np.mean(losses_of(context_of(run))), rel=1e-5)
 
 
 def test_validation_is_the_mean_over_receivers_and_changes_nothing(
@@ -148,9 +148,9 @@ def test_validation_is_the_mean_over_receivers_and_changes_nothing(
     before, chance = [p.detach().clone() for p in run.parameters], torch.get_rng_state()
     _, value = validate(run, lambda _: None)
     assert torch.equal(torch.get_rng_state(), chance)
-    whole = setting_of(run)
-    other = open_setting(run.config.out / "as-is", run.config.task, limit=None, dtype="float32", receiver=receivers[1])
-    apart = [np.mean(losses_of(setting)) for setting in (whole, replace(other, examples=whole.examples))]
+    whole = context_of(run)
+    other = open_context(run.config.out / "as-is", run.config.task, limit=None, dtype="float32", receiver=receivers[1])
+    apart = [np.mean(losses_of(context)) for context in (whole, replace(other, examples=whole.examples))]
     assert value == pytest.approx(np.mean(apart), rel=1e-5) and apart[0] != pytest.approx(apart[1])
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, run.parameters, strict=True))
 
@@ -183,10 +183,10 @@ def test_the_best_checkpoint_is_the_one_of_the_best_validation(
     for event in events:
         assert event["best"] is bool(sign * event["value"] > best)
         best = max(best, sign * event["value"])
-    setting = open_setting(config.out / BEST, config.task, limit=None, dtype="float32", receiver=None)
-    setting = replace(setting, examples=list(prepared(config.model_copy(update={"out": tmp_path / "x"})).validation))
+    context = open_context(config.out / BEST, config.task, limit=None, dtype="float32", receiver=None)
+    context = replace(context, examples=list(prepared(config.model_copy(update={"out": tmp_path / "x"})).validation))
     if metric == "loss":
-        assert np.mean(losses_of(setting)) == pytest.approx(-best, rel=1e-5)
+        assert np.mean(losses_of(context)) == pytest.approx(-best, rel=1e-5)
 
 
 GENERATION = re.compile(r"example (\d+): wanted ('.*?'|\".*?\"), said ")
@@ -226,34 +226,34 @@ def test_what_a_run_prints_is_what_an_evaluation_prints(make: MakeConfig, tmp_pa
     run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=4, **debug))
     lines: list[str] = []
     validate(run, lines.append)
-    setting = setting_of(run)
-    latents = setting.latents(range(4))
-    assert list(shown(setting, latents, 3, 6)) == lines and len(lines) == 6
-    texts = answer(setting, range(3), latents[:3])
-    expected = [f"example {i + 1}: wanted {setting.examples[i].answer!r}, said {texts[i]!r}" for i in range(3)]
+    context = context_of(run)
+    latents = context.latents(range(4))
+    assert list(shown(context, latents, 3, 6)) == lines and len(lines) == 6
+    texts = predict(context, range(3), latents[:3])
+    expected = [f"example {i + 1}: wanted {context.examples[i].answer!r}, said {texts[i]!r}" for i in range(3)]
     assert lines[:3] == expected
-    assert [line for line in shown(setting, latents, 0, 0)] == []
+    assert [line for line in shown(context, latents, 0, 0)] == []
 
 
 def test_the_likeliest_tokens_are_those_of_a_row_alone(make: MakeConfig, tmp_path: Path) -> None:
     run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=3))
-    setting = setting_of(run)
-    latents = setting.latents(range(3))
-    lines = list(shown(setting, latents, 3, 4))[3:]
+    context = context_of(run)
+    latents = context.latents(range(3))
+    lines = list(shown(context, latents, 3, 4))[3:]
     for i, line in enumerate(lines):
-        soft = engine.soften(setting.bridge, setting.receiver_name, setting.receiver, [latents[i]])
-        batch = collate(setting.rows([i], [latents[i]], [None]), side="left")
-        logits, _ = engine.answer_logits(setting.receiver, batch, soft)
+        soft = engine.soften(context.bridge, context.receiver_name, context.receiver, [latents[i]])
+        batch = collate(context.rows([i], [latents[i]], [None]), side="left")
+        logits, _ = engine.answer_logits(context.receiver, batch, soft)
         best = logits[0, -1].softmax(dim=-1).topk(4)
         assert shares(line) == pytest.approx(best.values.tolist(), abs=6e-4)
-        first = setting.receiver.tokenizer.decode([int(best.indices[0])])
+        first = context.receiver.tokenizer.decode([int(best.indices[0])])
         assert line.startswith(f"example {i + 1}: first token {first!r} ")
 
 
 def test_more_tokens_than_there_are_and_more_examples_than_there_are_are_all(make: MakeConfig, tmp_path: Path) -> None:
     run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=2))
-    setting = setting_of(run)
-    lines = list(shown(setting, setting.latents(range(2)), 5, 10_000))
+    context = context_of(run)
+    lines = list(shown(context, context.latents(range(2)), 5, 10_000))
     assert len(lines) == 4
     assert sum(shares(lines[-1])) == pytest.approx(1, abs=0.2)  # hundreds of rounded shares
 
@@ -262,9 +262,9 @@ def test_an_evaluation_without_latents_shows_what_the_receiver_says_on_its_own(
     make: MakeConfig, tmp_path: Path
 ) -> None:
     run = trained(make(task=task_of(tmp_path, *ROWS), validate_every=1, validation_examples=2))
-    setting = setting_of(run)
-    readings = [setting.examples[0].source, setting.examples[1].source]
-    lines = list(shown(setting, readings, 2, 3))
+    context = context_of(run)
+    readings = [context.examples[0].source, context.examples[1].source]
+    lines = list(shown(context, readings, 2, 3))
     assert len(lines) == 4 and all(len(shares(line)) == 3 for line in lines[2:])
-    none = list(shown(setting, [None, None], 1, 3))
+    none = list(shown(context, [None, None], 1, 3))
     assert len(none) == 2 and none[0] != lines[0]

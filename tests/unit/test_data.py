@@ -12,7 +12,7 @@ from latentwire.bridge.config import BridgeConfig
 from latentwire.bridge.evaluation.tasks import Example, load_task
 from latentwire.bridge.models import FrozenLM
 from latentwire.training.config import read_config
-from latentwire.training.data import AHEAD, GROUPED, Order, Prefetch, Subset, chunks, split_off, stratified
+from latentwire.training.data import AHEAD, GROUPED, Prefetch, Sampler, Subset, chunks, split_off, stratified
 from latentwire.training.objectives import word_targets
 from latentwire.training.tokens import Tokeniser
 from tests.conftest import bridge_config
@@ -24,24 +24,27 @@ def length_of(index: int) -> int:
 
 
 def test_the_order_of_examples_is_a_function_of_the_step() -> None:
-    order = Order(10, batch_size=4, seed=3)
-    seen = [i for number in range(5) for i in order.batch(number)]
+    sampler = Sampler(10, batch_size=4, seed=3)
+    seen = [i for number in range(5) for i in sampler.batch(number)]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
-    assert Order(10, batch_size=4, seed=3).batch(4) == order.batch(4)
-    assert Order(10, batch_size=4, seed=4).batch(0) != order.batch(0)
-    assert [*Order(10, batch_size=2, seed=3).batch(0), *Order(10, batch_size=2, seed=3).batch(1)] == order.batch(0)
+    assert Sampler(10, batch_size=4, seed=3).batch(4) == sampler.batch(4)
+    assert Sampler(10, batch_size=4, seed=4).batch(0) != sampler.batch(0)
+    half = Sampler(10, batch_size=2, seed=3)
+    assert [*half.batch(0), *half.batch(1)] == sampler.batch(0)
 
 
 def test_grouped_by_length_every_example_still_comes_once_per_epoch() -> None:
-    order = Order(16, batch_size=2, seed=3, length=length_of)  # a group of steps is an epoch
-    epochs = [[i for step in range(GROUPED) for i in order.batch(epoch * GROUPED + step)] for epoch in range(3)]
+    sampler = Sampler(16, batch_size=2, seed=3, length=length_of)  # a group of steps is an epoch
+    epochs = [[i for step in range(GROUPED) for i in sampler.batch(epoch * GROUPED + step)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(16)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
 def test_grouped_by_length_no_example_is_lost_where_groups_and_epochs_do_not_meet() -> None:
-    order = Order(12, batch_size=2, seed=3, length=length_of)
-    groups = [Counter(i for step in range(GROUPED) for i in order.batch(group * GROUPED + step)) for group in range(3)]
-    plain = Order(12, batch_size=2, seed=3)
+    sampler = Sampler(12, batch_size=2, seed=3, length=length_of)
+    groups = [
+        Counter(i for step in range(GROUPED) for i in sampler.batch(group * GROUPED + step)) for group in range(3)
+    ]
+    plain = Sampler(12, batch_size=2, seed=3)
     assert groups == [
         Counter(i for step in range(GROUPED) for i in plain.batch(group * GROUPED + step)) for group in range(3)
     ]
@@ -49,10 +52,10 @@ def test_grouped_by_length_no_example_is_lost_where_groups_and_epochs_do_not_mee
 
 
 def test_grouped_by_length_rows_of_a_step_are_of_like_length_and_steps_come_in_no_order_of_it() -> None:
-    order = Order(1000, batch_size=4, seed=1, length=length_of)
+    sampler = Sampler(1000, batch_size=4, seed=1, length=length_of)
     rising = 0
     for group in range(5):
-        spans = [[length_of(i) for i in order.batch(group * GROUPED + step)] for step in range(GROUPED)]
+        spans = [[length_of(i) for i in sampler.batch(group * GROUPED + step)] for step in range(GROUPED)]
         by_length = sorted(spans)
         assert all(max(a) <= min(b) for a, b in pairwise(by_length))
         rising += spans == by_length
@@ -60,11 +63,11 @@ def test_grouped_by_length_rows_of_a_step_are_of_like_length_and_steps_come_in_n
 
 
 def test_grouped_by_length_the_order_is_a_function_of_seed_and_step() -> None:
-    order = Order(100, batch_size=4, seed=3, length=length_of)
-    forward = [order.batch(step) for step in range(40)]
-    again = Order(100, batch_size=4, seed=3, length=length_of)
+    sampler = Sampler(100, batch_size=4, seed=3, length=length_of)
+    forward = [sampler.batch(step) for step in range(40)]
+    again = Sampler(100, batch_size=4, seed=3, length=length_of)
     assert [again.batch(step) for step in reversed(range(40))] == forward[::-1]
-    assert Order(100, batch_size=4, seed=4, length=length_of).batch(0) != forward[0]
+    assert Sampler(100, batch_size=4, seed=4, length=length_of).batch(0) != forward[0]
 
 
 @pytest.mark.parametrize("count", [1, 7, 30, 59, 60])

@@ -12,7 +12,7 @@ import torch
 from latentwire.bridge import devices
 from latentwire.bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.bridge.evaluation.conditions import open_setting
+from latentwire.bridge.evaluation.conditions import open_context
 from latentwire.bridge.models import FrozenLM
 from latentwire.service.__main__ import main
 from latentwire.service.inference.runtime import Runtime
@@ -214,10 +214,10 @@ def test_a_command_that_does_not_get_its_gpu_ends_in_one_line(
 
 def test_an_evaluation_computes_in_what_it_is_told(tmp_path: Path) -> None:
     where: dict[str, Any] = {"limit": 1, "dtype": "float16", "receiver": None}
-    setting = open_setting("builtin", "world", device="cpu", precision="bf16", **where)
+    setting = open_context("builtin", "world", device="cpu", precision="bf16", **where)
     for lm in (setting.sender, setting.receiver):
         assert isinstance(lm, FrozenLM) and (lm.model.dtype, lm.device) == (torch.bfloat16, CPU)
     assert control_config("random_sender", setting, tmp_path).device == "cpu"
     for word in ({"device": "gpu"}, {"precision": "half"}):
         with pytest.raises(InvalidRequest, match="expected"):
-            open_setting("builtin", "world", **word, **where)  # type: ignore[arg-type]
+            open_context("builtin", "world", **word, **where)  # type: ignore[arg-type]

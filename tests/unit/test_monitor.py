@@ -17,7 +17,6 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.prompt import IGNORE
 from latentwire.training.loop import train
 from latentwire.training.monitor import (
-    ANSWER_FIELDS,
     EVENTS,
     LOG,
     PLAIN_LINES,
@@ -39,6 +38,10 @@ RECORD = StepRecord(
     top_share=0.5, wanted_top_share=0.25, delta_nats=0.42, gradient_norm=1.5, learning_rate=0.003, seconds=0.5,
     data_wait_seconds=0.05, tokens=1000, allocated_bytes=10, reserved_bytes=20, inactive_bytes=0,
     peak_bytes=7_300_000_000, device_bytes=80_000_000_000, micro_batch=4, out_of_memory_count=0, refused=False,
+)  # fmt: skip
+ANSWER_FIELDS = (
+    "accuracy", "first_token_top1", "first_token_top5", "entropy_nats", "wanted_entropy_nats", "distinct_ratio",
+    "top_share", "wanted_top_share",
 )  # fmt: skip
 NO_ANSWERS: dict[str, Any] = dict.fromkeys(ANSWER_FIELDS)
 ALIGNING = replace(RECORD, phase="align", losses={"alignment": 0.8}, loss=0.8, delta_nats=None, **NO_ANSWERS)
@@ -113,11 +116,10 @@ def test_measures_do_not_depend_on_how_the_rows_are_cut() -> None:
 
 
 def test_a_step_without_answers_has_no_measure_of_them() -> None:
-    assert AnswerStats().summary() == dict.fromkeys(ANSWER_FIELDS)
-    assert list(ANSWER_FIELDS) == [
-        "accuracy", "first_token_top1", "first_token_top5", "entropy_nats", "wanted_entropy_nats", "distinct_ratio",
-        "top_share", "wanted_top_share",
-    ]  # fmt: skip
+    without = {name: value for name, value in asdict(RECORD).items() if name not in ANSWER_FIELDS}
+    record = StepRecord(**without, **AnswerStats().summary())
+    assert {name: getattr(record, name) for name in ANSWER_FIELDS} == dict.fromkeys(ANSWER_FIELDS)
+    assert list(asdict(record)) == list(asdict(RECORD)) and tuple(asdict(record))[5:13] == ANSWER_FIELDS
 
 
 def terminal() -> Console:

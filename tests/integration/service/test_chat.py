@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from latentwire.bridge.checkpoint import make_bridge, read_manifest, save_bridge
 from latentwire.bridge.errors import ModelUnavailable
-from latentwire.bridge.evaluation.conditions import open_setting
+from latentwire.bridge.evaluation.conditions import open_context
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import TEXT
 from latentwire.service.app import create_app
@@ -136,7 +136,7 @@ def test_a_run_keeps_the_template_and_is_measured_through_it(make: MakeConfig, i
     layout = read_manifest(config.out).bridge.heads[instruct].layout
     assert layout.chat is not None and (layout.chat.template, layout.chat.system) == (MARKUP, "Be brief.")
     assert (layout.bos_id, layout.eos_id, layout.end_ids) == (None, 1, (1,))
-    setting = open_setting(config.out, "world", limit=1, dtype="float16", receiver=None)
+    setting = open_context(config.out, "world", limit=1, dtype="float16", receiver=None)
     example, tokenizer = setting.examples[0], setting.receiver.tokenizer
     bridge, direct, none = (
         setting.rows([0], [reading], [None])[0] for reading in (setting.latents([0])[0], example.source, None)

