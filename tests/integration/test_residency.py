@@ -465,9 +465,9 @@ def test_an_idle_model_leaves_when_its_time_is_over_and_the_longest_wish_holds(
 
 
 def idle_seconds(residency: Residency, name: str) -> float:
-    state = residency.find(name)
-    assert state is not None
-    return state.idle_seconds
+    resident = residency.find(name)
+    assert resident is not None
+    return time.monotonic() - resident.idle_since
 
 
 def test_a_loan_ends_the_idle_time(pair: tuple[str, str]) -> None:
