@@ -197,38 +197,40 @@ class Reply(ABC, Generic[Whole, Choice]):
         """The whole response."""
 
     @abstractmethod
-    def first_choices(self) -> list[Choice]:
-        """The choices of a stream before any text."""
+    def choice(self, index: int, text: str | None, finish_reason: FinishReason | None, **logprobs: Any) -> Choice:
+        """A choice of a chunk, with new text or, at its end, none."""
 
     @abstractmethod
-    def piece_choice(self, piece: Piece) -> Choice:
-        """The choice with the text of a piece."""
-
-    @abstractmethod
-    def last_choice(self, output: Output) -> Choice:
-        """The choice with the finish reason, and the log-probabilities that no piece had: those of a stop string."""
-
-    @abstractmethod
-    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> BaseModel:
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int = 0) -> BaseModel:
         """The log-probabilities of tokens; so many characters came before them."""
 
     @abstractmethod
     def chunk(self, choices: Sequence[Choice], **usage: Any) -> BaseModel:
         """One chunk of the stream."""
 
-    def piece_logprobs(self, piece: Piece) -> dict[str, Any]:
-        """The field of a choice for the log-probabilities of a piece, where it has any."""
-        return self._reported(piece.index, [TokenLogprobOut.of(token) for token in piece.logprobs])
+    def first_choices(self) -> list[Choice]:
+        """The choices of a stream before any text."""
+        return []
 
-    def last_logprobs(self, output: Output) -> dict[str, Any]:
-        """The same for those that no piece had."""
-        return self._reported(output.index, (output.logprobs or [])[self._tokens[output.index] :])
+    def piece_choice(self, piece: Piece) -> Choice:
+        """The choice with the text of a piece."""
+        tokens = [TokenLogprobOut.of(token) for token in piece.logprobs]
+        return self.choice(piece.index, piece.text, None, **self._reported(piece.index, tokens))
+
+    def last_choice(self, output: Output) -> Choice:
+        """The choice with the finish reason, and the log-probabilities that no piece had: those of a stop string."""
+        rest = (output.logprobs or [])[self._tokens[output.index] :]
+        return self.choice(output.index, None, output.finish_reason, **self._reported(output.index, rest))
 
     def _reported(self, index: int, tokens: Sequence[TokenLogprobOut]) -> dict[str, Any]:
         before = self._characters[index]
         self._tokens[index] += len(tokens)
         self._characters[index] += sum(len(token.token) for token in tokens)
         return {"logprobs": self.logprobs(tokens, before)} if tokens else {}
+
+    def logprobs_of(self, output: Output) -> Any:
+        """The log-probabilities of a whole output, where they were requested."""
+        return None if output.logprobs is None else self.logprobs(output.logprobs)
 
     def chunk_json(self, *choices: Choice, usage: CompletionUsage | None = None) -> str:
         """One chunk of the stream as JSON; ``usage`` is in every one, null or not, when it was asked for."""
@@ -252,30 +254,18 @@ class CompletionReply(Reply[Completion, CompletionChoice]):
     def whole(self, response: GenerateResponse) -> Completion:
         """The whole response."""
         choices = [
-            CompletionChoice(
-                index=output.index,
-                text=output.text,
-                logprobs=None if output.logprobs is None else self.logprobs(output.logprobs, 0),
-                finish_reason=output.finish_reason,
-            )
+            self.choice(output.index, output.text, output.finish_reason, logprobs=self.logprobs_of(output))
             for output in response.outputs
         ]
         return self.chunk(choices, usage=usage_of(response.usage))
 
-    def first_choices(self) -> list[CompletionChoice]:
-        """Nothing."""
-        return []
+    def choice(
+        self, index: int, text: str | None, finish_reason: FinishReason | None, **logprobs: Any
+    ) -> CompletionChoice:
+        """A choice of a chunk, or of the whole."""
+        return CompletionChoice(index=index, text=text or "", finish_reason=finish_reason, **logprobs)
 
-    def piece_choice(self, piece: Piece) -> CompletionChoice:
-        """The choice with the text of a piece."""
-        return CompletionChoice(index=piece.index, text=piece.text, finish_reason=None, **self.piece_logprobs(piece))
-
-    def last_choice(self, output: Output) -> CompletionChoice:
-        """The choice with the finish reason, and the log-probabilities that no piece had."""
-        rest = self.last_logprobs(output)
-        return CompletionChoice(index=output.index, text="", finish_reason=output.finish_reason, **rest)
-
-    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> Logprobs:
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int = 0) -> Logprobs:
         """In four lists."""
         return Logprobs(
             tokens=[token.token for token in tokens],
@@ -300,7 +290,7 @@ class ChatReply(Reply[ChatCompletion, ChatChunkChoice]):
             ChatChoice(
                 index=output.index,
                 message=ChatMessage(role="assistant", content=output.text),
-                logprobs=None if output.logprobs is None else self.logprobs(output.logprobs, 0),
+                logprobs=self.logprobs_of(output),
                 finish_reason=output.finish_reason,
             )
             for output in response.outputs
@@ -312,17 +302,14 @@ class ChatReply(Reply[ChatCompletion, ChatChunkChoice]):
         delta = Delta(role="assistant", content="")
         return [ChatChunkChoice(index=index, delta=delta, finish_reason=None) for index in self.choices]
 
-    def piece_choice(self, piece: Piece) -> ChatChunkChoice:
-        """The choice with the text of a piece."""
-        delta = Delta(content=piece.text)
-        return ChatChunkChoice(index=piece.index, delta=delta, finish_reason=None, **self.piece_logprobs(piece))
+    def choice(
+        self, index: int, text: str | None, finish_reason: FinishReason | None, **logprobs: Any
+    ) -> ChatChunkChoice:
+        """A choice of a chunk."""
+        delta = Delta() if text is None else Delta(content=text)
+        return ChatChunkChoice(index=index, delta=delta, finish_reason=finish_reason, **logprobs)
 
-    def last_choice(self, output: Output) -> ChatChunkChoice:
-        """The choice with the finish reason, and the log-probabilities that no piece had."""
-        rest = self.last_logprobs(output)
-        return ChatChunkChoice(index=output.index, delta=Delta(), finish_reason=output.finish_reason, **rest)
-
-    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> ChatLogprobs:
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int = 0) -> ChatLogprobs:
         """One after the other."""
         return ChatLogprobs(
             content=[
