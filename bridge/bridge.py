@@ -29,7 +29,7 @@ from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import Row, compose, place
-from latentwire.bridge.reader import SourceTokens, check_ids, tokenize_source
+from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.results import Generated, Latent, Output, Timing, Usage
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
@@ -266,10 +266,7 @@ class Bridge:
 
     def tokenize(self, text: str, *, truncate: bool = False) -> SourceTokens:
         """What the sender reads of a text (InvalidRequest where that is nothing, or too much)."""
-        config = self.manifest.bridge
-        return tokenize_source(
-            self.reader(self.sender), text, config.source, max_tokens=config.max_source_tokens, truncate=truncate
-        )
+        return source_tokens(self.manifest.bridge, self.reader(self.sender), text, truncate=truncate)
 
     def compose(
         self, receiver: str, given: NDArray[np.float32] | str | None, prompt: Prompt, params: SamplingParams

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from latentwire.bridge.config import SourceLayout
+from latentwire.bridge.config import BridgeConfig, SourceLayout
 from latentwire.bridge.errors import InvalidRequest, ModelUnavailable
 from latentwire.bridge.families import context_tokens
 
@@ -249,6 +249,11 @@ def kept_layout(kept: SourceLayout | None, lm: Reader) -> SourceLayout:
     """What a bridge puts around a source; one made before that was kept opens with BOS wherever there is one."""
     bos = lm.tokenizer.bos_token_id
     return kept or SourceLayout(None if bos is None else int(bos), None)
+
+
+def source_tokens(config: BridgeConfig, lm: Reader, text: str, *, truncate: bool = False) -> SourceTokens:
+    """Sender tokens of one text for a bridge, with its layout and within its limit (errors as ``tokenize_source``)."""
+    return tokenize_source(lm, text, config.source, max_tokens=config.max_source_tokens, truncate=truncate)
 
 
 def tokenize_source(

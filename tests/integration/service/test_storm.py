@@ -236,7 +236,7 @@ def test_a_body_that_never_comes_to_its_end_is_told_so_and_let_go(checkpoint: Pa
 
 SHOW = "show a token"  # which only streams do
 STAGES: dict[str, tuple[Any, str]] = {
-    "tokenise": (bridge, "tokenize_source"),
+    "tokenise": (bridge, "source_tokens"),
     "encode": (engine, "encode"),
     "make a message": (bridge.wire, "encode"),
     "read a message": (bridge.wire, "decode"),
