@@ -453,7 +453,7 @@ def test_a_caller_who_closes_a_stream_ends_its_generation(client: OpenAI, app: F
     runtime = app.state.runtime
     with client.completions.create(**{**ASK, "max_tokens": 150}, stream=True, extra_body=GIVEN) as stream:
         next(stream)
-    until(lambda: runtime.load.admitted == 0 and not any(engine.running for engine in runtime.engines.all()))
+    until(lambda: runtime.admission.admitted == 0 and not any(engine.running for engine in runtime.engines.all()))
 
 
 BOTH: dict[str, Any] = {  # what no answer could show has any value, the rest one that asks for nothing
