@@ -104,7 +104,7 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
         right: list[float] = []
         for first in range(0, limit, 50):
             chosen = range(first, min(first + 50, limit))
-            said = predict(context, chosen, CONDITIONS["bridge"](context, chosen))
+            said = predict(context, chosen, CONDITIONS["bridge"].read(context, chosen))
             right += [exact_match(said[i - first], context.examples[i].answer) for i in chosen]
     return {
         "value": statistics.fmean(right),

@@ -12,12 +12,14 @@ from latentwire.bridge.checkpoint import load_bridge, read_manifest
 from latentwire.bridge.config import EncoderConfig
 from latentwire.bridge.encoder import KINDS, Encoder, Pooling, slots_of
 from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
-from latentwire.bridge.evaluation.conditions import open_context
-from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, open_context
+from latentwire.bridge.evaluation.html import page
+from latentwire.bridge.evaluation.metrics import METRICS, Metric
+from latentwire.bridge.evaluation.report import evaluate, table
 from latentwire.training.config import read_config
 from latentwire.training.loop import train
 from tests.integration.conftest import MakeConfig
-from tests.integration.runs import log_of, quiet
+from tests.integration.runs import events_of, log_of, quiet, said
 
 
 @pytest.fixture
@@ -80,3 +82,52 @@ def test_a_kind_that_nobody_defined_is_refused_with_those_there_are(make: MakeCo
     for load in (read_manifest, load_bridge):
         with pytest.raises(CorruptCheckpoint, match=rf"config\.json: bridge\.encoder\.kind: {known}$"):
             load(config.out)
+
+
+def shown(report: dict[str, Any]) -> tuple[str, str]:
+    """A report as a terminal and as a page show it."""
+    console = quiet()
+    console.width = 200
+    console.print(table(report))
+    return said(console), page(report, title="tiny", facts={})
+
+
+def test_a_condition_is_a_record_that_is_measured_and_shown_with_what_it_means(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backwards = Condition(
+        "backwards", "the source from its end", lambda c, chosen: [c.examples[i].source[::-1] for i in chosen]
+    )
+    monkeypatch.setitem(CONDITIONS, "backwards", backwards)
+    config = make(max_steps=1)
+    train(config, quiet())
+    context = open_context(config.out, "world", limit=2, dtype="float16", receiver=None)
+    assert backwards.read(context, [1]) == [context.examples[1].source[::-1]]
+    report = evaluate(context, conditions=["none", "backwards"])
+    assert list(report["conditions"]) == ["none", "backwards"]
+    assert all("backwards" in text and backwards.meaning in text for text in shown(report))
+
+
+def test_a_metric_is_a_record_that_chooses_the_best_checkpoint_and_stands_in_reports(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    excess = Metric(
+        "excess", "characters too many", "excess", lambda text, wanted: float(len(text) - len(wanted)),
+        ("generation",), smaller_is_better=True,
+    )  # fmt: skip
+    monkeypatch.setitem(METRICS, "excess", excess)
+    config = make(metric="excess", max_steps=2, validate_every=1, validation_examples=2)
+    manifest = train(config, quiet())
+    assert manifest.bridge.provenance.recipe["metric"] == "excess"
+    first, second = events_of(config.out, "validation")
+    assert first["metric"] == "excess" and second["best"] is (second["value"] < first["value"])
+    report = evaluate(open_context(config.out, "world", limit=2, dtype="float16", receiver=None), conditions=["bridge"])
+    row = report["conditions"]["bridge"]
+    assert row["metric"] == "em" and f"{row['excess']:.3f}" in shown(report)[0]
+    assert "excess" in shown(report)[0] and "characters too many" in shown(report)[1]
+
+
+def test_a_metric_that_nobody_defined_is_refused_with_those_there_are() -> None:
+    keys: dict[str, Any] = {"sender": "a", "receiver": "b", "task": "world", "out": "c", "metric": "bleu"}
+    with pytest.raises(InvalidRequest, match=r"^metric: Input should be 'em', 'accuracy', 'token_f1' or 'loss', got"):
+        read_config(None, keys)
