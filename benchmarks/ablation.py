@@ -25,7 +25,8 @@ from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
 from latentwire.training.prepare import prepare, sampler_of
-from latentwire.training.step import Run, take_step
+from latentwire.training.run import Run
+from latentwire.training.step import take_step
 
 WORLD = {
     "sender": "builtin:neox", "receiver": "builtin:llama", "task": "world", "max_steps": 220, "batch_size": 32,

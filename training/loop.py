@@ -18,8 +18,9 @@ from latentwire.training.data import Prefetch
 from latentwire.training.machine import graphs, stop_requests
 from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
 from latentwire.training.prepare import completed, prepare, sampler_of
+from latentwire.training.run import Run
 from latentwire.training.state import Trained, load_state, save_state, states_in
-from latentwire.training.step import Run, take_step
+from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
 from latentwire.training.validation import validate
 

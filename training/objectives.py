@@ -6,7 +6,9 @@ Dimensions used in this file:
     B batch    K slots    D receiver width    A answer columns    V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from torch import Tensor
 from latentwire.bridge.engine import token_losses
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE
+from latentwire.training.config import TrainConfig
+from latentwire.training.forward import Forward
+from latentwire.training.run import Phase
 
 
 def answer_loss(
@@ -145,3 +150,87 @@ def _ordinal(labels: Int[Tensor, "B A"]) -> Int[Tensor, "B A-1"]:
 
 def _mean(losses: Float[Tensor, "B N"], weights: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-8)
+
+
+Need = Literal["soft", "answers", "others", "text"]
+NEEDS: tuple[Need, ...] = get_args(Need)  # in the order in which they are read
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Something a bridge is trained for.
+
+    Attributes:
+        name: Of its loss in the logs. Its weight is the setting ``NAME_weight``: it is on where that is above 0.
+        needs: What is read for it: the soft tokens alone, the answers, the answers from ``others``' latents (of which
+            there must be some), or a text of its own, which mode tokens tell from answering.
+        loss: One loss per row.
+        taught: Whether ``Forward.teacher`` is read for it.
+    """
+
+    name: str
+    needs: Need
+    loss: Callable[[Forward], Float[Tensor, " B"]]
+    taught: bool = False
+
+
+def weights_of(config: TrainConfig, phase: Phase) -> dict[str, float]:
+    """Weight of each objective that is on; the warm start has one."""
+    if phase == "align":
+        return {"alignment": 1.0}
+    return {name: weight for name in OBJECTIVES if (weight := getattr(config, f"{name}_weight")) > 0}
+
+
+def _answer(forward: Forward) -> Float[Tensor, " B"]:
+    return answer_loss(*forward.answers, first_token_weight=forward.run.config.first_token_weight)
+
+
+def _distillation(forward: Forward) -> Float[Tensor, " B"]:
+    logits, labels = forward.answers
+    assert forward.teacher is not None
+    A = min(forward.teacher.shape[1], logits.shape[1])
+    return distillation_loss(logits[:, -A:], forward.teacher[:, -A:], labels[:, -A:])
+
+
+def _continuation(forward: Forward) -> Float[Tensor, " B"]:
+    """A causal sender's states of the first half are those of the whole source's first half."""
+    mask = forward.states[1]
+    half = torch.tensor([row.half for row in forward.rows], device=mask.device)
+    first = mask & (torch.arange(mask.shape[1], device=mask.device) < half[:, None])
+    return answer_loss(*forward.read_mode("continuation", *forward.encode(first)))
+
+
+def _margin(forward: Forward) -> Float[Tensor, " B"]:
+    """The margin to the latent of the row before; Δ = loss(mismatched) - loss(matched) is noted on the way."""
+    config, rows, (soft, slots), (logits, labels) = forward.run.config, forward.rows, forward.soft, forward.answers
+    answers = [row.answer.with_slots(slots[i - 1]) for i, row in enumerate(rows)]
+    with torch.set_grad_enabled(config.margin_weight > 0):
+        mismatched = answer_loss(*forward.read(answers, soft.roll(1, dims=0)))
+        matched = answer_loss(logits, labels)
+    other = [row.source.ids != rows[i - 1].source.ids for i, row in enumerate(rows)]
+    different = torch.tensor(other, device=soft.device)
+    if any(other):
+        forward.delta = float(((mismatched - matched).detach() * different).sum()) / sum(other)
+    return margin_loss(matched, mismatched, margin=config.margin) * different
+
+
+def _alignment(forward: Forward) -> Float[Tensor, " B"]:
+    words, covered = word_targets(forward.receiver, [row.words for row in forward.rows])
+    return alignment_loss(forward.soft[0][:, : words.shape[1]], words, covered)
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            "answer", "answers", lambda f: answer_loss(*f.answers, first_token_weight=f.run.config.first_token_weight)
+        ),
+        Objective("first_k", "answers", lambda f: first_k_loss(*f.answers, k=f.run.config.first_k)),
+        Objective("kd", "answers", _distillation, taught=True),
+        Objective("reconstruction", "text", lambda f: answer_loss(*f.read_mode("reconstruction", *f.soft))),
+        Objective("continuation", "text", _continuation),
+        Objective("margin", "others", _margin),
+        Objective("diversity", "answers", lambda f: diversity_loss(first_logits(*f.answers)[0])),
+        Objective("alignment", "soft", _alignment),
+    )
+}

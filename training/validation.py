@@ -15,7 +15,7 @@ from latentwire.bridge.prompt import collate
 from latentwire.bridge.reader import tokenize_source
 from latentwire.training.data import chunks
 from latentwire.training.objectives import answer_loss
-from latentwire.training.step import Run
+from latentwire.training.run import Run
 
 
 def metric_of(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, open_
 from latentwire.bridge.evaluation.html import page
 from latentwire.bridge.evaluation.metrics import METRICS, Metric
 from latentwire.bridge.evaluation.report import evaluate, table
-from latentwire.training.config import read_config
+from latentwire.training.config import TrainConfig, read_config
+from latentwire.training.forward import Forward
 from latentwire.training.loop import train
+from latentwire.training.objectives import OBJECTIVES, Objective, first_logits
 from tests.integration.conftest import MakeConfig
-from tests.integration.runs import events_of, log_of, quiet, said
+from tests.integration.runs import events_of, log_of, quiet, said, task_of
 
 
 @pytest.fixture
@@ -131,3 +134,36 @@ def test_a_metric_that_nobody_defined_is_refused_with_those_there_are() -> None:
     keys: dict[str, Any] = {"sender": "a", "receiver": "b", "task": "world", "out": "c", "metric": "bleu"}
     with pytest.raises(InvalidRequest, match=r"^metric: Input should be 'em', 'accuracy', 'token_f1' or 'loss', got"):
         read_config(None, keys)
+
+
+def test_a_task_is_a_file(make: MakeConfig, tmp_path: Path) -> None:
+    task = task_of(tmp_path, ("Mara sings.", "\nWho?", " Mara"), ("Ben cooks.", "\nWho?", " Ben"))
+    manifest = train(make(task=task, max_steps=1), quiet())
+    assert manifest.bridge.provenance.task == "few"
+    context = open_context(tmp_path / "run", task, limit=None, dtype="float16", receiver=None)
+    assert evaluate(context, conditions=["none"])["n"] == 2
+
+
+class OwnConfig(TrainConfig):
+    """What an objective of one's own is weighted with."""
+
+    unsure_weight: float = 0.25
+
+
+def test_an_objective_is_a_record_and_a_weight_that_are_trained_and_logged(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def entropy(forward: Forward) -> Tensor:
+        first = first_logits(*forward.answers)[0].float()
+        return torch.special.entr(first.softmax(dim=-1)).sum(dim=-1)
+
+    monkeypatch.setitem(OBJECTIVES, "unsure", Objective("unsure", "answers", entropy))
+    plain = make(max_steps=2, alignment_steps=0)
+    config = OwnConfig.model_validate(plain.model_dump() | {"out": plain.out.with_name("own"), "answer_weight": 0.5})
+    manifest, without = train(config, quiet()), OwnConfig.model_validate(plain.model_dump() | {"unsure_weight": 0.0})
+    for record in log_of(config.out):
+        assert list(record["losses"]) == ["answer", "unsure"] and record["losses"]["unsure"] > 0
+        assert record["loss"] == pytest.approx(0.5 * record["losses"]["answer"] + 0.25 * record["losses"]["unsure"])
+    assert manifest.bridge.provenance.recipe["unsure_weight"] == 0.25
+    train(without, quiet())
+    assert [list(record["losses"]) for record in log_of(without.out)] == [["answer"]] * 2

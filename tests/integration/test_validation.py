@@ -21,7 +21,7 @@ from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import collate
 from latentwire.training.loop import BEST, train
 from latentwire.training.objectives import answer_loss
-from latentwire.training.step import Run
+from latentwire.training.run import Run
 from latentwire.training.validation import metric_of, validate
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, prepared, quiet, said, step_of, task_of
