@@ -181,10 +181,6 @@ def weights_of(config: TrainConfig, phase: Phase) -> dict[str, float]:
     return {name: weight for name in OBJECTIVES if (weight := getattr(config, f"{name}_weight")) > 0}
 
 
-def _answer(forward: Forward) -> Float[Tensor, " B"]:
-    return answer_loss(*forward.answers, first_token_weight=forward.run.config.first_token_weight)
-
-
 def _distillation(forward: Forward) -> Float[Tensor, " B"]:
     logits, labels = forward.answers
     assert forward.teacher is not None
