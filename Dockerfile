@@ -10,7 +10,8 @@ RUN python3 -m venv /opt/latentwire
 WORKDIR /src
 # Dependencies before the code: a change of code does not download torch again.
 COPY constraints.txt pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
+        print(*(d for d in p['dependencies'] + e['eval'] + e['train'] + e['serve'] if 'latentwire' not in d), sep='\n')" \
         > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
 COPY README.md LICENSE ./

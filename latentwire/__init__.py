@@ -9,6 +9,7 @@
 A name is imported when it is used first: ``Client`` needs no torch, and ``import latentwire`` needs nothing.
 """
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,22 @@ if not (_here / "bridge").is_dir():  # a checkout, whose folders lie beside this
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'latentwire' has no attribute {name!r}")
-    return getattr(import_module(f"latentwire.{_HOMES[name]}"), name)
+    try:
+        return getattr(import_module(f"latentwire.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if message := missing_extra(error, "train" if "training" in _HOMES[name] else "eval"):
+            raise ImportError(f"latentwire.{name}: {message}", name=error.name) from error
+        raise
+
+
+def missing_extra(error: ModuleNotFoundError, extra: str) -> str | None:
+    """What to install where a package of ours is not there, in one line; None where the package is none of ours."""
+    from importlib.metadata import requires
+
+    package = (error.name or "").partition(".")[0].replace("_", "-")
+    if package not in {re.split(r"[^\w-]", line)[0] for line in requires("latentwire") or ()}:
+        return None
+    return f"{package} is not installed; pip install 'latentwire[{extra}]'"
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,6 @@
 Heavy imports stand inside the commands: ``latentwire --help`` must not wait for torch.
 """
 
-import logging
 import os
 import sys
 import tempfile
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from latentwire import __version__
+from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.service.cli.infer import encode, generate
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
+from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
-from latentwire.service.health import SHARED_MEMORY, written_down
+from latentwire.service.health import SHARED_MEMORY
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.flags import flags_of
 from latentwire.training.slurm import app as slurm
@@ -41,7 +41,8 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
 out, errors = Console(), Console(stderr=True)
-log = logging.getLogger(__name__)
+# What a command needs beside the client; any other needs ``eval``.
+EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
 WIDE = 120  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
@@ -204,60 +205,7 @@ def inspect(checkpoint: Checkpoint) -> None:
     _say("sender and receivers are the models it was trained with")
 
 
-@app.command()
-@ended_by_signals()
-def serve(
-    bridge: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help=r"A bridge to serve; repeat for several. \[default: builtin]"),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help=r"Name or address to listen on. \[default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help=r"Port to listen on. \[default: 8000]")] = None,
-    root_path: Annotated[
-        str | None, typer.Option(help="Path that a proxy in front leaves before every address, e.g. /lw.")
-    ] = None,
-    insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Listen beyond this machine without asking anyone for a key.")
-    ] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
-    ] = None,
-) -> None:
-    """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
-    from pydantic import ValidationError
-
-    from latentwire.service.app import create_app
-    from latentwire.service.auth.guard import check_binding
-    from latentwire.service.cli.server import listen, url
-    from latentwire.service.cli.server import serve as run
-    from latentwire.service.settings import Settings, service_links
-
-    flags: dict[str, Any] = {
-        "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
-    }  # fmt: skip
-    try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        got = "" if isinstance(first["input"], dict) or where == "redis_url" else f", got {first['input']!r}"
-        raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
-    # Requests bring few texts at a time: the tokenizer's own threads would only take turns with the model's.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
-    check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
-    application = create_app(settings, _named(bridge or ["builtin=builtin"]))
-    listeners = listen(settings.host, settings.port)
-    operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)
-    if operators:
-        application.state.runtime.admin_port = operators[0].getsockname()[1]
-    configure("info", console=sys.stderr)
-    if links := service_links():
-        log.warning("left aside, as links to a Service of Kubernetes (enableServiceLinks: false): %s", ", ".join(links))
-    address = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
-    _say(f"LatentWire listens on {address} (page: {address}/, reference: {address}/docs)")
-    with written_down(listeners[0]):
-        sys.exit(run(application, [*listeners, *operators]))
+app.command()(serve)
 
 
 @app.command()
@@ -315,16 +263,6 @@ def _bytes(text: str) -> int:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
         raise InvalidRequest(f"--device-memory {text!r}: expected a size like 80GB", param="device_memory") from None
-
-
-def _named(bridges: list[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for item in bridges:
-        name, _, path = item.partition("=")
-        if not name or not path or name in named:
-            raise InvalidRequest(f"--bridge {item!r}: expected NAME=PATH with a name of its own", param="bridge")
-        named[name] = path
-    return named
 
 
 def _settle_temporary_folder() -> None:
@@ -386,6 +324,11 @@ def main() -> None:
         app()
     except LatentWireError as error:
         print(f"latentwire: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (message := missing_extra(error, EXTRAS.get(sys.argv[1], "eval"))) is None:
+            raise
+        print(f"latentwire: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

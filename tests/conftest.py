@@ -80,6 +80,12 @@ def write_model(folder: Path, family: str, *, seed: int = 0, bos: bool = True, p
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Coroutine tests run on asyncio, as the service does."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each family."""
     root = tmp_path_factory.mktemp("models")

@@ -7,8 +7,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-import psutil
-
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -36,6 +34,8 @@ def ended_by_signals() -> Iterator[None]:
                 _handle(before)
     except Ended:
         _handle(dict.fromkeys(ENDING, signal.SIG_IGN))
+        import psutil  # here, because a client does without it
+
         for child in psutil.Process().children():  # one just started may be known to nobody else
             with suppress(psutil.NoSuchProcess):
                 child.kill()

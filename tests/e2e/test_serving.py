@@ -152,7 +152,7 @@ def test_an_engine_that_dies_ends_the_process_with_an_error_for_its_supervisor(s
     process, url = serve(
         code="""
         import sys
-        from latentwire.bridge import continuous
+        from latentwire.bridge.generation import continuous
         from latentwire.service.__main__ import main
 
         choose = continuous.choose

@@ -200,14 +200,14 @@ def test_a_latent_asked_again_shares_its_blocks(
 
 
 def test_a_request_never_reads_the_blocks_of_another_latent(
-    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same prompt, the same number of soft tokens, hundreds of latents that come and go: ids are never re-used."""
     lm = lms["llama"]
+    monkeypatch.setattr(continuous, "KEPT_SOFT_TOKENS", 0)  # the table forgets at once; the cache does not
     made = opened(ContinuousEngine, lm, kv_tokens=1024)
     for seed in range(40):
         row, drawn = shared_prefix(lm, seed)
-        made.soft_ids._kept_tokens = 0  # the table forgets at once; the cache does not
         said = Asked(made, row, SamplingParams(6), Soft(("latent", seed), lambda drawn=drawn: drawn)).answer()
         assert told(said) == told(generate(lm, [row], drawn[None], [SamplingParams(6)])[0][0])
     assert made.soft_ids.tokens == 0
@@ -344,7 +344,7 @@ def test_out_of_memory_the_old_cache_is_gone_before_the_new_one_is_made(
 ) -> None:
     lm = lms["llama"]
     made = opened(ContinuousEngine, lm, max_rows=4)
-    real, begin_again, left = lm.model.forward, made._new_manager, list[int]()
+    real, begin_again, left = lm.model.forward, lm.model.init_continuous_batching, list[int]()
     old: list[weakref.ref[Tensor]] = []
 
     def too_large(*args: Any, **kwargs: Any) -> Any:
@@ -353,12 +353,12 @@ def test_out_of_memory_the_old_cache_is_gone_before_the_new_one_is_made(
             raise torch.OutOfMemoryError("out of memory")  # one that no test holds
         return real(*args, **kwargs)
 
-    def new_manager() -> Any:
+    def new_manager(**named: Any) -> Any:
         left.append(sum(cache() is not None for cache in old))
-        return begin_again()
+        return begin_again(**named)
 
     monkeypatch.setattr(lm.model, "forward", too_large)
-    monkeypatch.setattr(made, "_new_manager", new_manager)
+    monkeypatch.setattr(lm.model, "init_continuous_batching", new_manager)
     monkeypatch.setattr(logger, "disabled", True)  # pytest would keep the record, and with it the error's frames
     (one,) = ask(made, [0], [SamplingParams(4)])
     assert told(one.answer()) == told(alone(lm, 0, SamplingParams(4)))
@@ -372,8 +372,13 @@ def test_out_of_memory_what_a_padded_batch_held_is_gone_before_a_part_of_it_is_t
     made = opened(PaddedEngine, lm)
     real, left = lm.model.forward, list[int]()
     old: list[weakref.ref[Tensor]] = []
+    entered, ready = threading.Event(), threading.Event()
 
     def too_large(*args: Any, **kwargs: Any) -> Any:
+        if not entered.is_set():  # the request before, until both are there
+            entered.set()
+            assert ready.wait(PATIENCE)
+            return real(*args, **kwargs)
         if not old:
             activation = torch.zeros(8)
             old.append(weakref.ref(activation))
@@ -382,21 +387,13 @@ def test_out_of_memory_what_a_padded_batch_held_is_gone_before_a_part_of_it_is_t
         return real(*args, **kwargs)
 
     monkeypatch.setattr(lm.model, "forward", too_large)
-    ready = threading.Event()
-    monkeypatch.setattr(made, "_next_batch", waits_for(ready, made._next_batch))
+    ask(made, [2], [SamplingParams(1)])
+    assert entered.wait(PATIENCE)
     asked = ask(made, [0, 1], [SamplingParams(4)] * 2)
     ready.set()
     for number, one in enumerate(asked):
         assert told(one.answer()) == told(alone(lm, number, SamplingParams(4)))
     assert old and left and not any(left)
-
-
-def waits_for(event: threading.Event, real: Callable[[], Any]) -> Callable[[], Any]:
-    def waiting() -> Any:
-        assert event.wait(PATIENCE)
-        return real()
-
-    return waiting
 
 
 @pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
@@ -627,8 +624,8 @@ def test_models_that_continuous_batching_answers_otherwise_get_padded_batches(
     made = open_engine(lm)
     assert made.kind == "continuous"
     made.close()
-    rows = softids.SoftIds._rows
-    monkeypatch.setattr(softids.SoftIds, "_rows", lambda self, ids, like: rows(self, ids, like) * 3)
+    held = softids.SoftIds.hold
+    monkeypatch.setattr(softids.SoftIds, "hold", lambda self, key, make: held(self, key, lambda: make() * 3))
     made = open_engine(lm)
     assert made.kind == "padded"
     made.close()
@@ -652,15 +649,17 @@ def test_an_engine_that_cannot_begin_again_fails_its_requests_and_says_so(
     lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died: list[int] = []
+    before = threading.enumerate()
     made = opened(ContinuousEngine, lms["llama"], on_death=lambda: died.append(1))
+    (supervisor,) = (t for t in threading.enumerate() if t.name == "engine-supervisor" and t not in before)
     ask(made, [0], [SamplingParams(2)])[0].answer()
-    fails(monkeypatch, made, "_new_manager", ValueError("no room"), times=10, after=0)
+    fails(monkeypatch, lms["llama"].model, "init_continuous_batching", ValueError("no room"), times=10, after=0)
     fails(monkeypatch, lms["llama"].model, "forward", OUT, times=1, after=0)
     (one,) = ask(made, [0], [SamplingParams(4)])
     with pytest.raises(InferenceFailed, match="ValueError"):
         one.answer()
-    made._supervisor.join(PATIENCE)
-    assert died == [1] and not made._supervisor.is_alive()
+    supervisor.join(PATIENCE)
+    assert died == [1] and not supervisor.is_alive()
 
 
 # Passes of a model that an engine runs, one after the other
@@ -715,23 +714,23 @@ def test_passes_of_a_model_with_an_engine_come_one_after_the_other(
     lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = lms["llama"]
-    turns, let_go = Turns(lm, monkeypatch), continuous._exclusive(lm)
+    made, turns = ContinuousEngine(lm), Turns(lm, monkeypatch)
     first = turns.begin()
     turns.wait(first, "forward")
     for _ in range(3):
         turns.wait(turns.begin(), "begin")
     turns.may_end.set()
     assert turns.all_end() and turns.most_within == 1
-    let_go()
+    made.close()
 
 
 def test_a_pass_that_waits_while_the_engine_closes_gets_its_turn_and_nobody_waits_for_ever(
     lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = lms["llama"]
-    turns, let_go = Turns(lm, monkeypatch), continuous._exclusive(lm)
+    made, turns = ContinuousEngine(lm), Turns(lm, monkeypatch)
     turns.wait(turns.begin(), "wait")
-    turns.wait(turns.begin(let_go), "let_go")  # the first that waits, so it is next
+    turns.wait(turns.begin(made.close), "let_go")  # the first that waits, so it is next
     for _ in range(3):
         turns.wait(turns.begin(), "begin")
     turns.may_end.set()

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +130,6 @@ def test_scores_are_means_over_the_examples_and_their_interval_is_resampled(
     said = ["Ben has cats", "Ben has dogs", "lamp is red!", "", "Ben"]
     examples = [replace(context.examples[i], answer=f" {text}") for i, text in enumerate(wanted)]
     monkeypatch.setattr(reporting, "predict", lambda made, chosen, readings: [said[i] for i in chosen])
-    monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
     made = evaluate(replace(context, examples=examples))
     low, high = bootstrap([1.0, 0.0, 1.0, 0.0, 0.0])
     assert 0 < low + high < 2 and low < 0.4 < high
@@ -152,7 +151,6 @@ def test_a_set_larger_than_a_batch_is_answered_in_order(
 
     monkeypatch.setattr(reporting, "BATCH_ROWS", 4)
     monkeypatch.setattr(reporting, "predict", knowing)
-    monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
     made = evaluate(context)
     assert seen == [[0, 1, 2, 3], [4, 5]] * len(EVERY)
     assert all(row["value"] == row["token_f1"] == 1 for row in made["conditions"].values())
@@ -175,15 +173,28 @@ def test_time_to_the_first_token_is_that_of_one_token_of_one_request(
     assert asked == [[SamplingParams(max_tokens=1)]] * 2 * len(EVERY)
 
 
+def right_in(names: Sequence[str], **right: int) -> Callable[..., list[str]]:
+    """Answers of a receiver, asked in one condition after the other, of which so many are right."""
+    left = iter(names)
+
+    def answering(made: EvaluationContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+        name = next(left)
+        return [made.examples[i].answer if i < right.get(name, 0) else "" for i in chosen]
+
+    return answering
+
+
 def test_with_one_source_nothing_is_mismatched_and_no_share_is_claimed(
     sentiment: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = {"bridge": 1.0, "none": 0.25}
-    monkeypatch.setattr(reporting, "_measure", lambda made, name, *_: {"value": right.get(name, 0.0)})
     one = replace(sentiment, examples=[replace(e, source="Good!") for e in sentiment.examples])
+    others = [name for name in EVERY if name != "mismatched"]
+    monkeypatch.setattr(reporting, "predict", right_in(others, bridge=4, none=1))
     made = evaluate(one)
-    assert list(made["conditions"]) == [name for name in EVERY if name != "mismatched"]
-    assert made["content_share"] is None and evaluate(sentiment)["content_share"] == 1
+    assert list(made["conditions"]) == others
+    assert made["content_share"] is None
+    monkeypatch.setattr(reporting, "predict", right_in(EVERY, bridge=4, none=1))
+    assert evaluate(sentiment)["content_share"] == 1
 
 
 def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any], tmp_path: Path) -> None:
@@ -474,7 +485,6 @@ def test_labels_are_scored_as_they_follow_each_prompt_wherever_it_ends(
         return torch.tensor([float(have == want) for have, want in zip(said, wanted, strict=True)])
 
     monkeypatch.setattr(engine, "answer_scores", knowing)
-    monkeypatch.setattr(reporting, "_first_token_ms", lambda *_: 1.0)
     assert predict(made, range(4), [None] * 4) == [example.answer for example in made.examples]
     assert scored == ["bad</s>", "very good</s>", " bad</s>", " very good</s>"] * 2
     report = evaluate(made)

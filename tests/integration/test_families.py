@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from latentwire.bridge.engine import answer_logits, generate, token_losses
 from latentwire.bridge.errors import InvalidRequest, LatentWireError, ModelUnavailable
 from latentwire.bridge.generation import select as probe
 from latentwire.bridge.generation.base import Soft
-from latentwire.bridge.generation.continuous import PAGE_TOKENS
+from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM, check_role, hidden_states, load_model, pad_sources
@@ -211,15 +212,14 @@ def test_an_engine_that_is_right_on_the_first_token_alone_is_found_out(
 def test_an_engine_whose_tries_all_end_at_once_is_not_trusted(
     load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tried, real = list[int](), probe._tried
+    lm, tried, submit = load("Llama"), list[Row](), ContinuousEngine.submit
 
-    def ending(made: Any, number: int) -> Any:
-        tried.append(number)
-        assert isinstance(real(made, number)[1], Generation)
-        return (Generation("", "stop", 1, ()), Generation("", "stop", 1, ()))
+    def counted(made: ContinuousEngine, row: Row, *more: Any) -> Any:
+        tried.append(row)
+        return submit(made, row, *more)
 
-    monkeypatch.setattr(probe, "_tried", ending)
-    made = open_engine(load("Llama"), kv_tokens=1024)
+    monkeypatch.setattr(ContinuousEngine, "submit", counted)
+    made = open_engine(replace(lm, end_ids=tuple(range(lm.rows))), kv_tokens=1024)  # every token ends an answer
     made.close()
     assert made.kind == "padded" and len(tried) == probe.TRIES and "end at once" in caplog.text
 

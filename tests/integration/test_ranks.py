@@ -62,7 +62,8 @@ def run(name, *, fatal=None, asked=None, resume=False, **changes):
         seen["rows"].append([row.source.ids for row in rows])
         seen["norms"].append(record.gradient_norm)
         seen["losses"].append(record.loss)
-        held = list(run.residency._models[record.receiver].lm.model.parameters())
+        with run.residency.use(record.receiver) as lm:
+            held = list(lm.model.parameters())
         seen["bytes"] = run.residency.resident()[record.receiver]
         seen["whole"] = sum(p.numel() for p in held)
         seen["here"] = sum(getattr(p, "_local_tensor", p).numel() for p in held)

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,16 @@ def test_a_model_being_read_is_named_until_it_is_there_or_failed(pair: tuple[str
     assert [*seen, residency.loading] == [pair[0], None, pair[1], None]
 
 
-def test_history_is_bounded(pair: tuple[str, str]) -> None:
-    residency = Residency(None, device=torch.device("cpu"))
-    for i in range(300):
-        residency._note("load", str(i))
-    assert len(residency.history) == 256 and residency.history[-1][1] == "299"
+def test_history_is_bounded(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentwire.bridge.residency.free_caches", lambda: None)  # time saved, no more
+    lm = load_model(pair[0])
+    residency = Residency(None, device=torch.device("cpu"), load=lambda name, **where: replace(lm, name=name))
+    for _ in range(150):
+        with residency.use(pair[0]):
+            pass
+        residency.unload(pair[0])
+    with residency.use(pair[1]):
+        assert len(residency.history) == 256 and residency.history[-1][:2] == ("load", pair[1])
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +200,14 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def somebody_waits(residency: Residency, name: str) -> bool:
+    """Whether a loan waits for models in use: then not even one that is there is lent before it."""
+    if residency.try_acquire(name) is None:
+        return True
+    residency.release(name)
+    return False
 
 
 def touch(residency: Residency, *names: str) -> None:
@@ -232,7 +246,7 @@ def test_a_loan_that_must_wait_begins_when_the_models_in_the_way_become_idle(pai
     residency = Residency(max(map(size, pair)), device=CPU)
     residency.acquire(sender)
     waiting = in_thread(residency.acquire, receiver, LONG)
-    until(lambda: residency._short)
+    until(lambda: somebody_waits(residency, sender))
     assert not waiting.done() and residency.state(receiver) is None
     residency.release(sender)
     assert waiting.result(LONG).name == receiver
@@ -254,7 +268,7 @@ def test_a_steady_stream_on_one_model_does_not_starve_the_other(pair: tuple[str,
     residency = Residency(max(map(size, pair)), device=CPU)
     residency.acquire(sender)
     first = in_thread(residency.acquire, receiver, LONG)
-    until(lambda: residency._short)
+    until(lambda: somebody_waits(residency, sender))
     assert residency.try_acquire(sender) is None  # resident, but somebody waits
     with pytest.raises(InsufficientMemory):
         residency.acquire(sender)
@@ -275,7 +289,7 @@ def test_a_loan_behind_a_waiting_one_goes_on_when_that_gives_up(pair: tuple[str,
     residency = Residency(max(map(size, pair)), device=CPU)
     residency.acquire(sender)
     first = in_thread(residency.acquire, receiver, 0.3)
-    until(lambda: residency._short)
+    until(lambda: somebody_waits(residency, sender))
     behind = in_thread(residency.acquire, sender, LONG)
     assert isinstance(first.exception(LONG), InsufficientMemory)
     assert behind.result(LONG).name == sender
@@ -295,7 +309,7 @@ def test_those_who_wait_are_served_in_the_order_of_their_arrival(three: tuple[st
     for place, name in enumerate((receiver, third, sender), start=1):
         turns.append(in_thread(take_a_turn, name))
         until(lambda place=place: len(residency._line) == place)  # type: ignore[misc]
-        until(lambda: residency._short)
+        until(lambda: somebody_waits(residency, sender))
     residency.release(sender)
     for turn in turns:
         turn.result(LONG)
@@ -360,7 +374,7 @@ def test_a_pinned_model_stays_until_it_is_unpinned(pair: tuple[str, str]) -> Non
     with pytest.raises(InsufficientMemory, match=f"{size(sender)} of the"):
         residency.acquire(receiver)
     waiting = in_thread(residency.acquire, receiver, LONG)
-    until(lambda: residency._short)
+    until(lambda: somebody_waits(residency, sender))
     residency.unpin(sender)
     assert waiting.result(LONG).name == receiver
 
@@ -451,14 +465,21 @@ def test_an_idle_model_leaves_when_its_time_is_over_and_the_longest_wish_holds(
     assert residency.sweep() == [third]
 
 
+def idle_seconds(residency: Residency, name: str) -> float:
+    state = residency.state(name)
+    assert state is not None
+    return state.idle_seconds
+
+
 def test_a_loan_ends_the_idle_time(pair: tuple[str, str]) -> None:
     residency = Residency(None, device=CPU)
     touch(residency, pair[0])
-    before = residency._models[pair[0]].idle_since
+    until(lambda: idle_seconds(residency, pair[0]) > 0.05)
     with residency.use(pair[0]):
         state = residency.state(pair[0])
         assert state is not None and (state.users, state.idle_seconds) == (1, 0.0)
-    assert residency._models[pair[0]].idle_since > before
+        begun = time.monotonic()
+    assert idle_seconds(residency, pair[0]) <= time.monotonic() - begun
 
 
 def test_giving_back_what_was_not_lent_is_noticed(pair: tuple[str, str]) -> None:

@@ -68,137 +68,108 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-def test_every_row_of_a_request_gets_exactly_one_result_in_order() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(100)
-        async with serving(model, load) as batcher:
-            rows = list(range(1, 12))
-            assert await batcher.submit(rows) == [2 * row for row in rows]
-        assert [row for batch in model.batches for row in batch] == rows
-        assert max(len(batch) for batch in model.batches) == 4
-
-    asyncio.run(scenario())
+async def test_every_row_of_a_request_gets_exactly_one_result_in_order() -> None:
+    model, load = Doubler(), Load(100)
+    async with serving(model, load) as batcher:
+        rows = list(range(1, 12))
+        assert await batcher.submit(rows) == [2 * row for row in rows]
+    assert [row for batch in model.batches for row in batch] == rows
+    assert max(len(batch) for batch in model.batches) == 4
 
 
-def test_concurrent_requests_share_a_batch_and_keep_their_own_answers() -> None:
-    async def scenario() -> None:
-        model = Doubler()
-        async with serving(model, Load(8)) as batcher:
-            answers = await asyncio.gather(*(batcher.submit([n]) for n in (1, 2, 3)))
-        assert answers == [[2], [4], [6]]
-        assert model.batches == [[1, 2, 3]]
-
-    asyncio.run(scenario())
+async def test_concurrent_requests_share_a_batch_and_keep_their_own_answers() -> None:
+    model = Doubler()
+    async with serving(model, Load(8)) as batcher:
+        answers = await asyncio.gather(*(batcher.submit([n]) for n in (1, 2, 3)))
+    assert answers == [[2], [4], [6]]
+    assert model.batches == [[1, 2, 3]]
 
 
-def test_what_arrives_while_the_device_works_becomes_the_next_batch() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(8)
-        model.gate.clear()
-        async with serving(model, load) as batcher:
-            first = asyncio.create_task(batcher.submit([1]))
-            await until(model.busy.is_set)
-            others = [asyncio.create_task(batcher.submit([n])) for n in (2, 3)]
-            await until(lambda: load.waiting == 2)
-            model.gate.set()
-            assert await asyncio.gather(first, *others) == [[2], [4], [6]]
-        assert model.batches == [[1], [2, 3]]
-
-    asyncio.run(scenario())
+async def test_what_arrives_while_the_device_works_becomes_the_next_batch() -> None:
+    model, load = Doubler(), Load(8)
+    model.gate.clear()
+    async with serving(model, load) as batcher:
+        first = asyncio.create_task(batcher.submit([1]))
+        await until(model.busy.is_set)
+        others = [asyncio.create_task(batcher.submit([n])) for n in (2, 3)]
+        await until(lambda: load.waiting == 2)
+        model.gate.set()
+        assert await asyncio.gather(first, *others) == [[2], [4], [6]]
+    assert model.batches == [[1], [2, 3]]
 
 
-def test_a_row_whose_caller_left_never_reaches_the_model() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(8)
-        model.gate.clear()
-        async with serving(model, load) as batcher:
-            first = asyncio.create_task(batcher.submit([1]))
-            await until(model.busy.is_set)
-            gone = asyncio.create_task(batcher.submit([2, 4]))
-            await until(lambda: load.waiting == 2)
-            gone.cancel()
-            await until(lambda: load.waiting == 0)  # its place is free at once, not when the device gets there
-            model.gate.set()
-            assert await first == [2]
-            assert await batcher.submit([3]) == [6]
-            assert load.waiting == load.running == 0
-        assert model.batches == [[1], [3]]
-
-    asyncio.run(scenario())
+async def test_a_row_whose_caller_left_never_reaches_the_model() -> None:
+    model, load = Doubler(), Load(8)
+    model.gate.clear()
+    async with serving(model, load) as batcher:
+        first = asyncio.create_task(batcher.submit([1]))
+        await until(model.busy.is_set)
+        gone = asyncio.create_task(batcher.submit([2, 4]))
+        await until(lambda: load.waiting == 2)
+        gone.cancel()
+        await until(lambda: load.waiting == 0)  # its place is free at once, not when the device gets there
+        model.gate.set()
+        assert await first == [2]
+        assert await batcher.submit([3]) == [6]
+        assert load.waiting == load.running == 0
+    assert model.batches == [[1], [3]]
 
 
-def test_a_caller_who_leaves_while_the_model_runs_disturbs_nobody_in_the_same_batch() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(8)
-        model.gate.clear()
-        async with serving(model, load) as batcher:
-            leaving, staying = (asyncio.create_task(batcher.submit([n])) for n in (1, 2))
-            await until(model.busy.is_set)
-            leaving.cancel()
-            await asyncio.gather(leaving, return_exceptions=True)
-            model.gate.set()
-            assert await staying == [4]
-        assert model.batches == [[1, 2]]
-
-    asyncio.run(scenario())
+async def test_a_caller_who_leaves_while_the_model_runs_disturbs_nobody_in_the_same_batch() -> None:
+    model, load = Doubler(), Load(8)
+    model.gate.clear()
+    async with serving(model, load) as batcher:
+        leaving, staying = (asyncio.create_task(batcher.submit([n])) for n in (1, 2))
+        await until(model.busy.is_set)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        model.gate.set()
+        assert await staying == [4]
+    assert model.batches == [[1, 2]]
 
 
-def test_a_failing_batch_fails_its_own_rows_and_the_next_works() -> None:
-    async def scenario() -> None:
-        load = Load(8)
-        async with serving(Doubler(), load, max_batch=2) as batcher:
-            bad, neighbour, other = await asyncio.gather(
-                *(batcher.submit([n]) for n in (-1, 1, 5)), return_exceptions=True
-            )
-            for failed in (bad, neighbour):
-                assert isinstance(failed, InferenceFailed)
-                assert str(failed) == "the model failed with ValueError"
-                assert isinstance(failed.__cause__, ValueError)
-            assert other == [10]
-            assert await batcher.submit([6]) == [12]
-            assert load.waiting == load.running == 0
-
-    asyncio.run(scenario())
+async def test_a_failing_batch_fails_its_own_rows_and_the_next_works() -> None:
+    load = Load(8)
+    async with serving(Doubler(), load, max_batch=2) as batcher:
+        bad, neighbour, other = await asyncio.gather(*(batcher.submit([n]) for n in (-1, 1, 5)), return_exceptions=True)
+        for failed in (bad, neighbour):
+            assert isinstance(failed, InferenceFailed)
+            assert str(failed) == "the model failed with ValueError"
+            assert isinstance(failed.__cause__, ValueError)
+        assert other == [10]
+        assert await batcher.submit([6]) == [12]
+        assert load.waiting == load.running == 0
 
 
-def test_a_deliberate_error_of_a_batch_reaches_its_rows_unchanged() -> None:
-    async def scenario() -> None:
-        refusal = InvalidRequest("not today")
+async def test_a_deliberate_error_of_a_batch_reaches_its_rows_unchanged() -> None:
+    refusal = InvalidRequest("not today")
 
-        async def refuse(_: Sequence[int]) -> list[int | LatentWireError]:
-            raise refusal
+    async def refuse(_: Sequence[int]) -> list[int | LatentWireError]:
+        raise refusal
 
-        async with serving(refuse, Load(8)) as batcher:
-            with pytest.raises(InvalidRequest) as caught:
-                await batcher.submit([1])
-        assert caught.value is refusal
-
-    asyncio.run(scenario())
+    async with serving(refuse, Load(8)) as batcher:
+        with pytest.raises(InvalidRequest) as caught:
+            await batcher.submit([1])
+    assert caught.value is refusal
 
 
-def test_an_error_of_one_row_is_that_rows_alone() -> None:
-    async def scenario() -> None:
-        model = Doubler()
-        async with serving(model, Load(8)) as batcher:
-            good, refused = await asyncio.gather(batcher.submit([1]), batcher.submit([0]), return_exceptions=True)
-        assert model.batches == [[1, 0]]
-        assert good == [2]
-        assert isinstance(refused, InvalidRequest)
-
-    asyncio.run(scenario())
+async def test_an_error_of_one_row_is_that_rows_alone() -> None:
+    model = Doubler()
+    async with serving(model, Load(8)) as batcher:
+        good, refused = await asyncio.gather(batcher.submit([1]), batcher.submit([0]), return_exceptions=True)
+    assert model.batches == [[1, 0]]
+    assert good == [2]
+    assert isinstance(refused, InvalidRequest)
 
 
 @pytest.mark.parametrize("results", [[], [2], [2, 4, 6]])
-def test_a_model_that_loses_or_invents_a_row_fails_the_batch(results: list[int]) -> None:
-    async def scenario() -> None:
-        async def wrong(_: Sequence[int]) -> list[int | LatentWireError]:
-            return list(results)
+async def test_a_model_that_loses_or_invents_a_row_fails_the_batch(results: list[int]) -> None:
+    async def wrong(_: Sequence[int]) -> list[int | LatentWireError]:
+        return list(results)
 
-        async with serving(wrong, Load(8)) as batcher:
-            with pytest.raises(InferenceFailed):
-                await batcher.submit([1, 2])
-
-    asyncio.run(scenario())
+    async with serving(wrong, Load(8)) as batcher:
+        with pytest.raises(InferenceFailed):
+            await batcher.submit([1, 2])
 
 
 def test_a_request_that_does_not_fit_beside_others_is_refused_and_takes_no_place() -> None:
@@ -218,70 +189,58 @@ def test_a_request_larger_than_the_whole_queue_is_no_matter_of_time() -> None:
         pass
 
 
-def test_stopping_fails_the_rows_that_wait() -> None:
-    async def scenario() -> None:
-        load = Load(8)
-        batcher: Batcher[int, int] = Batcher(Doubler(), max_batch=4, load=load)
-        server = asyncio.create_task(batcher.serve())
-        await asyncio.sleep(0)
-        waiting = asyncio.create_task(batcher.submit([1, 2]))
-        await until(lambda: load.waiting == 2)
-        server.cancel()
-        with pytest.raises(NotReady, match="stopping"):
-            await waiting
-        assert load.waiting == load.running == 0
-
-    asyncio.run(scenario())
+async def test_stopping_fails_the_rows_that_wait() -> None:
+    load = Load(8)
+    batcher: Batcher[int, int] = Batcher(Doubler(), max_batch=4, load=load)
+    server = asyncio.create_task(batcher.serve())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(batcher.submit([1, 2]))
+    await until(lambda: load.waiting == 2)
+    server.cancel()
+    with pytest.raises(NotReady, match="stopping"):
+        await waiting
+    assert load.waiting == load.running == 0
 
 
-def test_stopping_fails_the_rows_on_the_device() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(8)
-        model.gate.clear()
-        batcher: Batcher[int, int] = Batcher(model, max_batch=1, load=load)
-        server = asyncio.create_task(batcher.serve())
-        callers = [asyncio.create_task(batcher.submit([n])) for n in (1, 2)]
+async def test_stopping_fails_the_rows_on_the_device() -> None:
+    model, load = Doubler(), Load(8)
+    model.gate.clear()
+    batcher: Batcher[int, int] = Batcher(model, max_batch=1, load=load)
+    server = asyncio.create_task(batcher.serve())
+    callers = [asyncio.create_task(batcher.submit([n])) for n in (1, 2)]
+    await until(model.busy.is_set)
+    server.cancel()
+    await until(lambda: all(caller.done() for caller in callers))
+    assert [type(caller.exception()) for caller in callers] == [NotReady, NotReady]
+    assert load.waiting == load.running == 0
+
+
+async def test_the_load_says_what_waits_and_what_runs_and_returns_to_nothing() -> None:
+    model, load = Doubler(), Load(8)
+    model.gate.clear()
+    async with serving(model, load, max_batch=2) as batcher:
+        asked = asyncio.create_task(batcher.submit([1, 2, 3]))
         await until(model.busy.is_set)
-        server.cancel()
-        await until(lambda: all(caller.done() for caller in callers))
-        assert [type(caller.exception()) for caller in callers] == [NotReady, NotReady]
-        assert load.waiting == load.running == 0
-
-    asyncio.run(scenario())
+        assert (load.running, load.waiting) == (2, 1)
+        model.gate.set()
+        await asked
+        assert (load.running, load.waiting) == (0, 0)
 
 
-def test_the_load_says_what_waits_and_what_runs_and_returns_to_nothing() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(8)
-        model.gate.clear()
-        async with serving(model, load, max_batch=2) as batcher:
-            asked = asyncio.create_task(batcher.submit([1, 2, 3]))
-            await until(model.busy.is_set)
-            assert (load.running, load.waiting) == (2, 1)
-            model.gate.set()
-            await asked
-            assert (load.running, load.waiting) == (0, 0)
-
-    asyncio.run(scenario())
-
-
-def test_progress_is_counted_from_the_first_row_of_an_idle_service_and_from_each_batch() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(8, last_progress=0.0)
-        model.gate.clear()
-        async with serving(model, load, max_batch=1) as batcher:
-            first = asyncio.create_task(batcher.submit([1]))
-            await until(model.busy.is_set)
-            assert load.last_progress > 0  # an idle hour is not a stall
-            load.last_progress = 1.0
-            second = asyncio.create_task(batcher.submit([2]))
-            await until(lambda: load.waiting == 1)
-            assert load.last_progress == 1.0  # new rows are no progress while the device hangs
-            model.gate.set()
-            await asyncio.gather(first, second)
-            assert load.last_progress > 1.0
-
-    asyncio.run(scenario())
+async def test_progress_is_counted_from_the_first_row_of_an_idle_service_and_from_each_batch() -> None:
+    model, load = Doubler(), Load(8, last_progress=0.0)
+    model.gate.clear()
+    async with serving(model, load, max_batch=1) as batcher:
+        first = asyncio.create_task(batcher.submit([1]))
+        await until(model.busy.is_set)
+        assert load.last_progress > 0  # an idle hour is not a stall
+        load.last_progress = 1.0
+        second = asyncio.create_task(batcher.submit([2]))
+        await until(lambda: load.waiting == 1)
+        assert load.last_progress == 1.0  # new rows are no progress while the device hangs
+        model.gate.set()
+        await asyncio.gather(first, second)
+        assert load.last_progress > 1.0
 
 
 async def batches_of(
@@ -315,18 +274,20 @@ async def batches_of(
         ([24, 1, 1, 1], [[24, 1], [1, 1]]),  # at most half of a batch is padding
     ],
 )
-def test_a_batch_holds_rows_of_like_length_within_the_token_budget(rows: list[int], batches: list[list[int]]) -> None:
-    assert asyncio.run(batches_of(rows)) == batches
+async def test_a_batch_holds_rows_of_like_length_within_the_token_budget(
+    rows: list[int], batches: list[list[int]]
+) -> None:
+    assert await batches_of(rows) == batches
 
 
-def test_without_a_token_budget_only_rows_count() -> None:
-    assert asyncio.run(batches_of([90, 80, 70, 85], max_batch=3, max_batch_tokens=None)) == [[90, 85, 80], [70]]
+async def test_without_a_token_budget_only_rows_count() -> None:
+    assert await batches_of([90, 80, 70, 85], max_batch=3, max_batch_tokens=None) == [[90, 85, 80], [70]]
 
 
-def test_every_batch_is_within_its_bounds_and_holds_the_row_that_waited_longest() -> None:
+async def test_every_batch_is_within_its_bounds_and_holds_the_row_that_waited_longest() -> None:
     for seed in range(20):
         rows = random.Random(seed).sample(range(1, 140), 60)
-        batches = asyncio.run(batches_of(rows, max_batch=8))
+        batches = await batches_of(rows, max_batch=8)
         waiting = list(rows)
         for batch in batches:
             assert batch[0] == waiting[0]
@@ -336,40 +297,34 @@ def test_every_batch_is_within_its_bounds_and_holds_the_row_that_waited_longest(
         assert not waiting
 
 
-def test_a_long_row_is_served_in_its_turn_while_short_ones_keep_coming() -> None:
-    async def scenario() -> None:
-        model, load = Doubler(), Load(1000)
+async def test_a_long_row_is_served_in_its_turn_while_short_ones_keep_coming() -> None:
+    model, load = Doubler(), Load(1000)
 
-        async def keep_asking(batcher: Batcher[int, int]) -> None:
-            while True:
-                await batcher.submit([1])
+    async def keep_asking(batcher: Batcher[int, int]) -> None:
+        while True:
+            await batcher.submit([1])
 
-        async with serving(model, load, max_batch=2, max_batch_tokens=10, cost=lambda row: row) as batcher:
-            short = [asyncio.create_task(keep_asking(batcher)) for _ in range(6)]
-            await until(lambda: len(model.batches) > 3)
-            before = len(model.batches)
-            assert await batcher.submit([9]) == [18]
-            assert len(model.batches) - before <= 5  # what waited before it, two by two, and the one on the device
-            for task in short:
-                task.cancel()
-            await asyncio.gather(*short, return_exceptions=True)
-
-    asyncio.run(scenario())
+    async with serving(model, load, max_batch=2, max_batch_tokens=10, cost=lambda row: row) as batcher:
+        short = [asyncio.create_task(keep_asking(batcher)) for _ in range(6)]
+        await until(lambda: len(model.batches) > 3)
+        before = len(model.batches)
+        assert await batcher.submit([9]) == [18]
+        assert len(model.batches) - before <= 5  # what waited before it, two by two, and the one on the device
+        for task in short:
+            task.cancel()
+        await asyncio.gather(*short, return_exceptions=True)
 
 
-def test_the_tokens_of_a_row_are_asked_once_when_it_is_submitted() -> None:
-    async def scenario() -> None:
-        asked: list[int] = []
+async def test_the_tokens_of_a_row_are_asked_once_when_it_is_submitted() -> None:
+    asked: list[int] = []
 
-        def cost(row: int) -> int:
-            asked.append(row)
-            return row
+    def cost(row: int) -> int:
+        asked.append(row)
+        return row
 
-        async with serving(Doubler(), Load(10), max_batch=1, cost=cost) as batcher:
-            await batcher.submit([3, 1, 2])
-        assert asked == [3, 1, 2]
-
-    asyncio.run(scenario())
+    async with serving(Doubler(), Load(10), max_batch=1, cost=cost) as batcher:
+        await batcher.submit([3, 1, 2])
+    assert asked == [3, 1, 2]
 
 
 class SmallDevice:
@@ -396,32 +351,26 @@ class SmallDevice:
         self.freed.append(all(ref() is None for ref in self.held))
 
 
-def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits() -> None:
-    async def scenario() -> None:
-        device, load = SmallDevice(9), Load(100)
-        async with serving(device, load, max_batch=8, free_caches=device.free) as batcher:
-            assert await batcher.submit([3, 4, 3, 4, 3]) == [6, 8, 6, 8, 6]
-            assert (load.running, load.waiting, load.out_of_memory) == (0, 0, 2)
-        assert device.batches == [[3, 4, 3, 4, 3], [3, 4], [3, 4, 3], [3], [4, 3]]
-        assert device.freed == [True, True]  # caches are freed once nothing of the failed batch is alive
-
-    asyncio.run(scenario())
+async def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits() -> None:
+    device, load = SmallDevice(9), Load(100)
+    async with serving(device, load, max_batch=8, free_caches=device.free) as batcher:
+        assert await batcher.submit([3, 4, 3, 4, 3]) == [6, 8, 6, 8, 6]
+        assert (load.running, load.waiting, load.out_of_memory) == (0, 0, 2)
+    assert device.batches == [[3, 4, 3, 4, 3], [3, 4], [3, 4, 3], [3], [4, 3]]
+    assert device.freed == [True, True]  # caches are freed once nothing of the failed batch is alive
 
 
-def test_only_a_row_that_does_not_fit_alone_is_refused() -> None:
-    async def scenario() -> None:
-        device, load = SmallDevice(9), Load(100)
-        async with serving(device, load, max_batch=8, cost=lambda row: row) as batcher:
-            answers = await asyncio.gather(*(batcher.submit([n]) for n in (3, 10, 4)), return_exceptions=True)
-        assert answers[0] == [6] and answers[2] == [8]
-        assert isinstance(answers[1], InsufficientMemory)
-        assert str(answers[1]) == "a row of 10 tokens does not fit the device's memory: MemoryError"
-        assert load.out_of_memory == 3  # three rows, two rows, one row
-
-    asyncio.run(scenario())
+async def test_only_a_row_that_does_not_fit_alone_is_refused() -> None:
+    device, load = SmallDevice(9), Load(100)
+    async with serving(device, load, max_batch=8, cost=lambda row: row) as batcher:
+        answers = await asyncio.gather(*(batcher.submit([n]) for n in (3, 10, 4)), return_exceptions=True)
+    assert answers[0] == [6] and answers[2] == [8]
+    assert isinstance(answers[1], InsufficientMemory)
+    assert str(answers[1]) == "a row of 10 tokens does not fit the device's memory: MemoryError"
+    assert load.out_of_memory == 3  # three rows, two rows, one row
 
 
-def test_the_caller_says_which_errors_mean_that_memory_ran_out() -> None:
+async def test_the_caller_says_which_errors_mean_that_memory_ran_out() -> None:
     class Exhausted(RuntimeError):
         pass
 
@@ -430,35 +379,27 @@ def test_the_caller_says_which_errors_mean_that_memory_ran_out() -> None:
         async with serving(device, Load(100), **more) as batcher:
             return await asyncio.gather(*(batcher.submit([n]) for n in (4, 5)), return_exceptions=True)
 
-    assert asyncio.run(scenario(is_out_of_memory=lambda error: isinstance(error, Exhausted))) == [[8], [10]]
-    assert [type(answer) for answer in asyncio.run(scenario())] == [InferenceFailed] * 2
+    assert await scenario(is_out_of_memory=lambda error: isinstance(error, Exhausted)) == [[8], [10]]
+    assert [type(answer) for answer in await scenario()] == [InferenceFailed] * 2
 
 
-def test_a_row_abandoned_while_its_batch_failed_is_not_tried_again() -> None:
-    async def scenario() -> None:
-        device = SmallDevice(9)
-        tasks: list[asyncio.Task[list[int]]] = []
-        loop = asyncio.get_running_loop()
-        async with serving(
-            device, Load(100), free_caches=lambda: loop.call_soon_threadsafe(tasks[0].cancel)
-        ) as batcher:
-            tasks += [asyncio.create_task(batcher.submit([n])) for n in (4, 5)]
-            assert await tasks[1] == [10]
-        assert device.batches == [[4, 5], [5]]
-
-    asyncio.run(scenario())
+async def test_a_row_abandoned_while_its_batch_failed_is_not_tried_again() -> None:
+    device = SmallDevice(9)
+    tasks: list[asyncio.Task[list[int]]] = []
+    loop = asyncio.get_running_loop()
+    async with serving(device, Load(100), free_caches=lambda: loop.call_soon_threadsafe(tasks[0].cancel)) as batcher:
+        tasks += [asyncio.create_task(batcher.submit([n])) for n in (4, 5)]
+        assert await tasks[1] == [10]
+    assert device.batches == [[4, 5], [5]]
 
 
-def test_stopping_between_two_halves_fails_the_rows_of_both() -> None:
-    async def scenario() -> None:
-        device, load = SmallDevice(9), Load(100)
-        batcher: Batcher[int, int] = Batcher(device, max_batch=8, load=load, free_caches=lambda: server.cancel())
-        server = asyncio.create_task(batcher.serve())
-        answers = await asyncio.gather(*(batcher.submit([n]) for n in (4, 5, 6)), return_exceptions=True)
-        assert [type(answer) for answer in answers] == [NotReady] * 3
-        assert load.waiting == load.running == 0
-
-    asyncio.run(scenario())
+async def test_stopping_between_two_halves_fails_the_rows_of_both() -> None:
+    device, load = SmallDevice(9), Load(100)
+    batcher: Batcher[int, int] = Batcher(device, max_batch=8, load=load, free_caches=lambda: server.cancel())
+    server = asyncio.create_task(batcher.serve())
+    answers = await asyncio.gather(*(batcher.submit([n]) for n in (4, 5, 6)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [NotReady] * 3
+    assert load.waiting == load.running == 0
 
 
 class Clock:

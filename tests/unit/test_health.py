@@ -79,7 +79,9 @@ def test_where_nothing_was_started_or_nothing_answers_a_probe_fails_in_one_line(
 def test_nothing_is_left_when_the_service_ends_and_nobody_elses_file_is_written(
     server: HTTPServer, folders: Path
 ) -> None:
-    (mine,) = (file for file in health._files() if file.parent == folders)
+    with written_down(server.socket):
+        (mine,) = (file for file in folders.iterdir() if file.is_file())
+    assert not mine.exists()
     (folders / "precious").write_text("as it was")
     mine.symlink_to(folders / "precious")
     with written_down(server.socket):
@@ -88,12 +90,15 @@ def test_nothing_is_left_when_the_service_ends_and_nobody_elses_file_is_written(
 
 
 def test_without_a_temporary_folder_shared_memory_is_taken(
-    server: HTTPServer, folders: Path, monkeypatch: pytest.MonkeyPatch
+    server: HTTPServer, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
+    monkeypatch.setattr(sys, "argv", ["health"])
     with written_down(server.socket):
-        assert [file.parent for file in health._files() if file.exists()] == [folders / "memory"]
-        assert health._read() == server.server_address
+        assert len(list((folders / "memory").iterdir())) == 1
+        with pytest.raises(SystemExit) as end:
+            health.main()
+    assert not end.value.code and capsys.readouterr().out == "as asked\n"
 
 
 def test_a_service_that_can_write_nowhere_says_so_and_goes_on(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.service.cli import server as listening
 from latentwire.service.cli.server import listen, url
 
 Listen = Callable[[str, int], list[socket.socket]]
@@ -96,15 +95,15 @@ def test_a_name_is_listened_on_at_each_of_its_addresses_and_on_one_port(
 def test_a_free_port_is_free_at_every_address(
     open_: Listen, name: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, met = listening._listener, []
+    real, met = socket.create_server, []
 
-    def taken_once(host: str, port: int, *more: Any) -> socket.socket:
-        if host == "::1" and not met:
-            met.append(port)
+    def taken_once(address: tuple[str, int], **more: Any) -> socket.socket:
+        if address[0] == "::1" and not met:
+            met.append(address[1])
             raise OSError(errno.EADDRINUSE, "taken")
-        return real(host, port, *more)
+        return real(address, **more)
 
-    monkeypatch.setattr(listening, "_listener", taken_once)
+    monkeypatch.setattr(socket, "create_server", taken_once)
     (port,) = ports(open_(name("127.0.0.1", "::1"), 0))
     assert met and reached("::1", port)
 

@@ -166,7 +166,7 @@ async def _answer(_: Request, error: Exception) -> Response:
     return PlainTextResponse(f"{type(error).__name__}: {error}", status_code=400)
 
 
-def call(
+async def call(
     keys: Keys,
     path: str = "/encode",
     *headers: str,
@@ -187,41 +187,38 @@ def call(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    async def scenario() -> None:
-        raw = [(b"authorization", header.encode("latin-1")) for header in headers]
-        scope = {"type": kind, "path": path, "headers": raw, "query_string": b"", "method": method}
-        pages = Pages(Settings(), has_keys=bool(keys))
-        guard = Guard(app, pages=pages, keys=keys, limiter=Limiter(keys), check_room=check_room, answer=_answer)
-        await guard(scope, receive, send)
-
-    asyncio.run(scenario())
+    raw = [(b"authorization", header.encode("latin-1")) for header in headers]
+    scope = {"type": kind, "path": path, "headers": raw, "query_string": b"", "method": method}
+    pages = Pages(Settings(), has_keys=bool(keys))
+    guard = Guard(app, pages=pages, keys=keys, limiter=Limiter(keys), check_room=check_room, answer=_answer)
+    await guard(scope, receive, send)
     return (reached[0] if reached else None), sent
 
 
-def test_without_keys_anyone_may_do_everything() -> None:
-    assert call(Keys(), "/admin/bridges/tiny/load") == (Caller("", SCOPES), [])
-    assert call(Keys(), "/forgotten")[0] == Caller("", SCOPES)
+async def test_without_keys_anyone_may_do_everything() -> None:
+    assert await call(Keys(), "/admin/bridges/tiny/load") == (Caller("", SCOPES), [])
+    assert (await call(Keys(), "/forgotten"))[0] == Caller("", SCOPES)
 
 
-def test_a_full_service_refuses_work_before_its_body_is_read_and_after_its_key() -> None:
+async def test_a_full_service_refuses_work_before_its_body_is_read_and_after_its_key() -> None:
     def check_room() -> None:
         raise Overloaded("no room")
 
     for keys, headers in ((Keys(), []), (keys_of(), ["Bearer key-a"])):
         for path in ("/encode", "/generate", "/v1/completions"):
-            caller, answered = call(keys, path, *headers, check_room=check_room)
+            caller, answered = await call(keys, path, *headers, check_room=check_room)
             assert (caller, answered[1]["body"]) == (None, b"Overloaded: no room"), path
-        assert call(keys, "/bridges", *headers, method="GET", check_room=check_room)[0] is not None
-    assert b"Unauthenticated" in call(keys_of(), "/encode", check_room=check_room)[1][1]["body"]
+        assert (await call(keys, "/bridges", *headers, method="GET", check_room=check_room))[0] is not None
+    assert b"Unauthenticated" in (await call(keys_of(), "/encode", check_room=check_room))[1][1]["body"]
 
 
-def test_a_key_opens_what_its_scopes_name() -> None:
+async def test_a_key_opens_what_its_scopes_name() -> None:
     for scheme in ("Bearer", "bearer", "BEARER"):
-        assert call(keys_of(), "/encode", f"{scheme} key-a") == (Caller("a", frozenset({"infer"})), [])
-    caller, answered = call(keys_of(), "/admin/bridges/tiny/load", "Bearer key-a")
+        assert await call(keys_of(), "/encode", f"{scheme} key-a") == (Caller("a", frozenset({"infer"})), [])
+    caller, answered = await call(keys_of(), "/admin/bridges/tiny/load", "Bearer key-a")
     assert caller is None
     assert answered[1]["body"] == b"Forbidden: POST /admin/bridges/tiny/load needs the scope admin; key 'a' has infer"
-    assert call(keys_of(), "/admin/bridges/tiny/load", "Bearer key-b")[0] is not None
+    assert (await call(keys_of(), "/admin/bridges/tiny/load", "Bearer key-b"))[0] is not None
 
 
 @pytest.mark.parametrize(
@@ -240,25 +237,25 @@ def test_a_key_opens_what_its_scopes_name() -> None:
         (f"Bearer {hash_of(b'key-a')}",),
     ],
 )
-def test_whoever_does_not_show_a_known_key_is_refused_before_the_body_is_read(headers: tuple[str, ...]) -> None:
-    caller, answered = call(keys_of(), "/encode", *headers)
+async def test_whoever_does_not_show_a_known_key_is_refused_before_the_body_is_read(headers: tuple[str, ...]) -> None:
+    caller, answered = await call(keys_of(), "/encode", *headers)
     assert caller is None
     assert answered[1]["body"].startswith(b"Unauthenticated: ")
     assert b"key-a" not in answered[1]["body"] and b"wrong" not in answered[1]["body"]
 
 
-def test_a_path_that_was_forgotten_is_closed_to_every_key() -> None:
-    caller, answered = call(keys_of(), "/forgotten", "Bearer key-b")
+async def test_a_path_that_was_forgotten_is_closed_to_every_key() -> None:
+    caller, answered = await call(keys_of(), "/forgotten", "Bearer key-b")
     assert caller is None and answered[1]["body"].startswith(b"Forbidden: POST /forgotten is open to no key")
 
 
-def test_an_open_path_asks_for_no_key_and_gives_no_rights() -> None:
-    assert call(keys_of(), "/health/live") == (Caller("", frozenset()), [])
+async def test_an_open_path_asks_for_no_key_and_gives_no_rights() -> None:
+    assert await call(keys_of(), "/health/live") == (Caller("", frozenset()), [])
 
 
 @pytest.mark.parametrize("path", ["/", "/encode", "/forgotten"])
-def test_a_websocket_that_shows_no_key_is_closed_even_where_pages_are_open(path: str) -> None:
-    assert call(keys_of(), path, kind="websocket") == (None, [{"type": "websocket.close", "code": 1008}])
+async def test_a_websocket_that_shows_no_key_is_closed_even_where_pages_are_open(path: str) -> None:
+    assert await call(keys_of(), path, kind="websocket") == (None, [{"type": "websocket.close", "code": 1008}])
 
 
 # Limits
@@ -298,49 +295,40 @@ async def admitted(limiter: Limiter, times: int = 1, tenant: str = "a", *, work:
     return let_in
 
 
-def test_requests_over_the_limit_are_refused_until_the_time_that_was_told(clock: Clock) -> None:
-    async def scenario() -> None:
-        limiter = Limiter(keys_of(requests_per_minute=2))
-        assert await admitted(limiter, 2) == [True, True]
-        clock.now += 20
-        with pytest.raises(RateLimited, match=r"key 'a' has used its 2 requests of this minute; .* in 41 s") as caught:
-            await limiter.admit("a", work=False)
-        assert 40 <= caught.value.retry_after_seconds <= 41
-        clock.now += 39.9
-        assert await admitted(limiter) == [False]
-        clock.now += caught.value.retry_after_seconds - 39.9
-        assert await admitted(limiter, 3) == [True, True, False]
-
-    asyncio.run(scenario())
+async def test_requests_over_the_limit_are_refused_until_the_time_that_was_told(clock: Clock) -> None:
+    limiter = Limiter(keys_of(requests_per_minute=2))
+    assert await admitted(limiter, 2) == [True, True]
+    clock.now += 20
+    with pytest.raises(RateLimited, match=r"key 'a' has used its 2 requests of this minute; .* in 41 s") as caught:
+        await limiter.admit("a", work=False)
+    assert 40 <= caught.value.retry_after_seconds <= 41
+    clock.now += 39.9
+    assert await admitted(limiter) == [False]
+    clock.now += caught.value.retry_after_seconds - 39.9
+    assert await admitted(limiter, 3) == [True, True, False]
 
 
-def test_tokens_are_charged_afterwards_in_full_and_close_the_door_for_work_until_the_minute_is_over(
+async def test_tokens_are_charged_afterwards_in_full_and_close_the_door_for_work_until_the_minute_is_over(
     clock: Clock,
 ) -> None:
-    async def scenario() -> None:
-        limiter = Limiter(keys_of(tokens_per_minute=100))
-        await limiter.charge("a", 99)
-        assert await admitted(limiter) == [True]
-        await limiter.charge("a", 1000)  # over the limit by itself, and counted all the same
-        assert await admitted(limiter) == [False]
-        assert await admitted(limiter, work=False) == [True]  # looking at the bridges costs no tokens
-        with pytest.raises(RateLimited, match="its 100 tokens of this minute") as caught:
-            await limiter.admit("a", work=True)
-        clock.now += caught.value.retry_after_seconds
-        assert await admitted(limiter) == [True]
-
-    asyncio.run(scenario())
+    limiter = Limiter(keys_of(tokens_per_minute=100))
+    await limiter.charge("a", 99)
+    assert await admitted(limiter) == [True]
+    await limiter.charge("a", 1000)  # over the limit by itself, and counted all the same
+    assert await admitted(limiter) == [False]
+    assert await admitted(limiter, work=False) == [True]  # looking at the bridges costs no tokens
+    with pytest.raises(RateLimited, match="its 100 tokens of this minute") as caught:
+        await limiter.admit("a", work=True)
+    clock.now += caught.value.retry_after_seconds
+    assert await admitted(limiter) == [True]
 
 
-def test_a_tenant_without_limits_and_one_of_another_name_are_never_refused() -> None:
-    async def scenario() -> None:
-        limiter = Limiter(keys_of(requests_per_minute=1, tokens_per_minute=1))
-        for tenant in ("b", ""):
-            await limiter.charge(tenant, 1000)
-            assert all(await admitted(limiter, 20, tenant))
-        assert await admitted(limiter, 2) == [True, False]
-
-    asyncio.run(scenario())
+async def test_a_tenant_without_limits_and_one_of_another_name_are_never_refused() -> None:
+    limiter = Limiter(keys_of(requests_per_minute=1, tokens_per_minute=1))
+    for tenant in ("b", ""):
+        await limiter.charge(tenant, 1000)
+        assert all(await admitted(limiter, 20, tenant))
+    assert await admitted(limiter, 2) == [True, False]
 
 
 @pytest.fixture
@@ -370,115 +358,99 @@ async def limiters(url: str, **limits: int) -> AsyncIterator[tuple[Limiter, Limi
         yield Limiter(keys, stores[0]), Limiter(keys, stores[1]), stores[0]
 
 
-def test_two_services_over_one_redis_share_a_limit_and_the_count_ends_with_its_minute(url: str) -> None:
-    async def scenario() -> None:
-        async with limiters(url, requests_per_minute=3, tokens_per_minute=50) as (one, other, _):
-            assert await admitted(one, 2) == [True, True]
-            assert await admitted(other, 2) == [True, False]
-            await one.charge("a", 60)
-            with redis.Redis.from_url(url) as held:
-                counts = {key: int(held.get(key) or 0) for key in held.keys("latentwire:limits:*")}
-                assert sorted(counts.values()) == [4, 60]
-                assert all(0 < held.ttl(key) <= 60 for key in counts)
-                requests = next(key for key, count in counts.items() if count == 4)
-                held.pexpire(requests, 3400)  # of which Redis tells whole seconds
-                with pytest.raises(RateLimited) as caught:
-                    await one.admit("a", work=False)
-                assert caught.value.retry_after_seconds >= int(held.pttl(requests)) / 1000
-
-    asyncio.run(scenario())
-
-
-def test_tokens_charged_by_one_service_close_the_door_of_another(url: str) -> None:
-    async def scenario() -> None:
-        async with limiters(url, tokens_per_minute=50) as (one, other, _):
-            await one.charge("a", 50)
+async def test_two_services_over_one_redis_share_a_limit_and_the_count_ends_with_its_minute(url: str) -> None:
+    async with limiters(url, requests_per_minute=3, tokens_per_minute=50) as (one, other, _):
+        assert await admitted(one, 2) == [True, True]
+        assert await admitted(other, 2) == [True, False]
+        await one.charge("a", 60)
+        with redis.Redis.from_url(url) as held:
+            counts = {key: int(held.get(key) or 0) for key in held.keys("latentwire:limits:*")}
+            assert sorted(counts.values()) == [4, 60]
+            assert all(0 < held.ttl(key) <= 60 for key in counts)
+            requests = next(key for key, count in counts.items() if count == 4)
+            held.pexpire(requests, 3400)  # of which Redis tells whole seconds
             with pytest.raises(RateLimited) as caught:
-                await other.admit("a", work=True)
-            assert 50 < caught.value.retry_after_seconds <= 61
-
-    asyncio.run(scenario())
+                await one.admit("a", work=False)
+            assert caught.value.retry_after_seconds >= int(held.pttl(requests)) / 1000
 
 
-def test_while_redis_is_away_this_process_goes_on_counting_and_says_so_once(
+async def test_tokens_charged_by_one_service_close_the_door_of_another(url: str) -> None:
+    async with limiters(url, tokens_per_minute=50) as (one, other, _):
+        await one.charge("a", 50)
+        with pytest.raises(RateLimited) as caught:
+            await other.admit("a", work=True)
+        assert 50 < caught.value.retry_after_seconds <= 61
+
+
+async def test_while_redis_is_away_this_process_goes_on_counting_and_says_so_once(
     server: ValkeyServer, url: str, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scenario() -> None:
-        async with limiters(url, requests_per_minute=6) as (limiter, _, store):
-            assert all(await admitted(limiter, 3)) and store.available
-            server.stop()
-            assert await admitted(limiter, 4) == [True, True, True, False]  # no fresh minute for anyone
-            assert not store.available
-            clock.now += 2
-            assert await admitted(limiter, 2) == [False, False]
-            server.start()  # forgetting what it held
-            clock.now += 2
-            assert await admitted(limiter, 2) == [True, True] and store.available
-
-    asyncio.run(scenario())
+    async with limiters(url, requests_per_minute=6) as (limiter, _, store):
+        assert all(await admitted(limiter, 3)) and store.available
+        server.stop()
+        assert await admitted(limiter, 4) == [True, True, True, False]  # no fresh minute for anyone
+        assert not store.available
+        clock.now += 2
+        assert await admitted(limiter, 2) == [False, False]
+        server.start()  # forgetting what it held
+        clock.now += 2
+        assert await admitted(limiter, 2) == [True, True] and store.available
     said = [record.getMessage() for record in caplog.records if record.name == redis_store.__name__]
     assert [line.split(" (")[0].split(",")[0] for line in said] == ["Redis no longer answers", "Redis answers again"]
 
 
-def test_a_redis_that_is_full_refuses_no_request_and_still_gives_out_what_it_has(url: str) -> None:
-    async def scenario() -> None:
-        async with limiters(url, requests_per_minute=2) as (limiter, _, store):
-            await store.put("latent", "a", b"a")
-            with redis.Redis.from_url(url) as held:
-                held.config_set("maxmemory-policy", "noeviction")
-                held.config_set("maxmemory", "1")
-            assert await admitted(limiter, 3) == [True, True, False]
-            assert not store.available
-            assert await store.get("latent", "a") == b"a"
-
-    asyncio.run(scenario())
+async def test_a_redis_that_is_full_refuses_no_request_and_still_gives_out_what_it_has(url: str) -> None:
+    async with limiters(url, requests_per_minute=2) as (limiter, _, store):
+        await store.put("latent", "a", b"a")
+        with redis.Redis.from_url(url) as held:
+            held.config_set("maxmemory-policy", "noeviction")
+            held.config_set("maxmemory", "1")
+        assert await admitted(limiter, 3) == [True, True, False]
+        assert not store.available
+        assert await store.get("latent", "a") == b"a"
 
 
-def test_a_redis_that_never_answers_is_asked_once_and_left_alone_for_a_while(tmp_path: Path, clock: Clock) -> None:
-    async def scenario() -> None:
-        calls = 0
+async def test_a_redis_that_never_answers_is_asked_once_and_left_alone_for_a_while(
+    tmp_path: Path, clock: Clock
+) -> None:
+    calls = 0
 
-        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal calls
-            calls += 1
-            await reader.read()  # until the other side hangs up
-            writer.close()
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        await reader.read()  # until the other side hangs up
+        writer.close()
 
-        hung = await asyncio.start_unix_server(silent, tmp_path / "hung")
-        url = f"unix://{tmp_path / 'hung'}"
-        async with limiters(url, requests_per_minute=5, tokens_per_minute=5) as (limiter, _, store):
-            async with asyncio.timeout(10):  # a guard against hanging; what is meant takes a twentieth of a second
-                assert await admitted(limiter, 5) == [True] * 5
-                await limiter.charge("a", 5)
-                assert calls == 1
-                with pytest.raises(StoreUnavailable, match="not asked at the moment"):  # nor by whoever else would
-                    await store.get("latent", "a")
-                clock.now += 1.5
-                await asyncio.gather(*(admitted(limiter) for _ in range(10)))
-                assert calls == 2  # one of ten found out
-        hung.close()
-        await hung.wait_closed()
-
-    asyncio.run(scenario())
+    hung = await asyncio.start_unix_server(silent, tmp_path / "hung")
+    url = f"unix://{tmp_path / 'hung'}"
+    async with limiters(url, requests_per_minute=5, tokens_per_minute=5) as (limiter, _, store):
+        async with asyncio.timeout(10):  # a guard against hanging; what is meant takes a twentieth of a second
+            assert await admitted(limiter, 5) == [True] * 5
+            await limiter.charge("a", 5)
+            assert calls == 1
+            with pytest.raises(StoreUnavailable, match="not asked at the moment"):  # nor by whoever else would
+                await store.get("latent", "a")
+            clock.now += 1.5
+            await asyncio.gather(*(admitted(limiter) for _ in range(10)))
+            assert calls == 2  # one of ten found out
+    hung.close()
+    await hung.wait_closed()
 
 
-def test_an_answer_that_came_too_late_is_never_taken_for_the_next_one(
+async def test_an_answer_that_came_too_late_is_never_taken_for_the_next_one(
     url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scenario() -> None:
-        async with limiters(url, tokens_per_minute=50) as (limiter, other, store):
-            await limiter.admit("a", work=True)
-            with redis.Redis.from_url(url) as held:
-                held.client_pause(500)
-            monkeypatch.setattr(redis_store, "WAIT_SECONDS", 0.05)
-            await limiter.admit("a", work=True)  # asked how many tokens were used; the answer to come is none
-            assert not store.available
-            monkeypatch.setattr(redis_store, "WAIT_SECONDS", 20.0)
-            await other.charge("a", 50)
-            clock.now += 2
-            assert await admitted(limiter) == [False] and store.available
-
-    asyncio.run(scenario())
+    async with limiters(url, tokens_per_minute=50) as (limiter, other, store):
+        await limiter.admit("a", work=True)
+        with redis.Redis.from_url(url) as held:
+            held.client_pause(500)
+        monkeypatch.setattr(redis_store, "WAIT_SECONDS", 0.05)
+        await limiter.admit("a", work=True)  # asked how many tokens were used; the answer to come is none
+        assert not store.available
+        monkeypatch.setattr(redis_store, "WAIT_SECONDS", 20.0)
+        await other.charge("a", 50)
+        clock.now += 2
+        assert await admitted(limiter) == [False] and store.available
 
 
 # Binding

@@ -131,7 +131,7 @@ def test_a_message_that_no_header_could_describe_is_refused_without_hashing_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hashed: list[int] = []
-    monkeypatch.setattr(wire, "_signature", lambda signed, key: hashed.append(len(signed)) or bytes(32))
+    monkeypatch.setattr(wire.hmac, "digest", lambda key, signed, name: hashed.append(len(signed)) or bytes(32))
     message = bytearray(wire.MAX_MESSAGE_BYTES + wire.SIGNATURE_BYTES + 1)
     message[6] = wire.SIGNED
     with pytest.raises(wire.Forbidden, match=f"at most {wire.MAX_MESSAGE_BYTES}"):

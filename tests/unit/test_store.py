@@ -1,6 +1,5 @@
 """What a caller may rely on from the store in the process, and from what is kept in any store."""
 
-import asyncio
 import tracemalloc
 from pathlib import Path
 
@@ -37,116 +36,90 @@ async def held(store: Store, keys: str) -> str:
     return "".join(key for key, value in zip(keys, found, strict=True) if value is not None)
 
 
-def test_memory_gives_back_what_was_put_under_its_kind_and_key() -> None:
-    async def scenario() -> None:
-        store = memory()
-        await store.put("latent", "a", b"\x00latent\xff")
-        await store.put("job", "a", b"")
-        assert await store.get_many("latent", ["b", "a", "\ud800"]) == [None, b"\x00latent\xff", None]
-        assert await store.get("job", "a") == b""
-        assert await store.get("encode", "a") is None
-        await store.delete("latent", "a")
-        await store.delete("latent", "never there")
-        assert await store.get("latent", "a") is None
-        await store.close()
-
-    asyncio.run(scenario())
+async def test_memory_gives_back_what_was_put_under_its_kind_and_key() -> None:
+    store = memory()
+    await store.put("latent", "a", b"\x00latent\xff")
+    await store.put("job", "a", b"")
+    assert await store.get_many("latent", ["b", "a", "\ud800"]) == [None, b"\x00latent\xff", None]
+    assert await store.get("job", "a") == b""
+    assert await store.get("encode", "a") is None
+    await store.delete("latent", "a")
+    await store.delete("latent", "never there")
+    assert await store.get("latent", "a") is None
+    await store.close()
 
 
-def test_the_least_recently_used_goes_first() -> None:
-    async def scenario() -> None:
-        store = memory()
-        for key in "abc":
-            await store.put("latent", key, LARGE)
-        await store.get("latent", "a")
-        await store.put("latent", "d", LARGE)
-        assert await held(store, "abcd") == "acd"
-
-    asyncio.run(scenario())
+async def test_the_least_recently_used_goes_first() -> None:
+    store = memory()
+    for key in "abc":
+        await store.put("latent", key, LARGE)
+    await store.get("latent", "a")
+    await store.put("latent", "d", LARGE)
+    assert await held(store, "abcd") == "acd"
 
 
-def test_rows_of_one_request_push_out_older_ones_and_never_each_other() -> None:
-    async def scenario() -> None:
-        store = memory()
-        await store.put("latent", "a", LARGE)
-        await store.put_many("latent", dict.fromkeys("bcd", LARGE))
-        assert await held(store, "abcd") == "bcd"
-
-    asyncio.run(scenario())
+async def test_rows_of_one_request_push_out_older_ones_and_never_each_other() -> None:
+    store = memory()
+    await store.put("latent", "a", LARGE)
+    await store.put_many("latent", dict.fromkeys("bcd", LARGE))
+    assert await held(store, "abcd") == "bcd"
 
 
-def test_a_request_that_cannot_fit_as_a_whole_is_refused_before_anything_is_pushed_out() -> None:
-    async def scenario() -> None:
-        store = memory()
-        await store.put("latent", "a", SMALL)
-        with pytest.raises(
-            StoreUnavailable, match=rf"4 values of kind 'latent' take \d+ bytes; the store holds {ROOM}"
-        ):
-            await store.put_many("latent", dict.fromkeys("bcde", LARGE))
-        assert await held(store, "abcde") == "a"
-        assert (store.failures, store.available) == (1, True)
-
-    asyncio.run(scenario())
+async def test_a_request_that_cannot_fit_as_a_whole_is_refused_before_anything_is_pushed_out() -> None:
+    store = memory()
+    await store.put("latent", "a", SMALL)
+    with pytest.raises(StoreUnavailable, match=rf"4 values of kind 'latent' take \d+ bytes; the store holds {ROOM}"):
+        await store.put_many("latent", dict.fromkeys("bcde", LARGE))
+    assert await held(store, "abcde") == "a"
+    assert (store.failures, store.available) == (1, True)
 
 
-def test_no_flood_of_one_kind_costs_anybody_a_value_of_another() -> None:
-    async def scenario() -> None:
-        store = memory()
-        await store.put("job", "a", SMALL)
-        for key in "abcdefgh":
-            await store.put("latent", key, LARGE)
-            await store.put("encode", key, LARGE)
-        assert await store.get("job", "a") == SMALL
-
-    asyncio.run(scenario())
+async def test_no_flood_of_one_kind_costs_anybody_a_value_of_another() -> None:
+    store = memory()
+    await store.put("job", "a", SMALL)
+    for key in "abcdefgh":
+        await store.put("latent", key, LARGE)
+        await store.put("encode", key, LARGE)
+    assert await store.get("job", "a") == SMALL
 
 
-def test_what_has_expired_makes_room_before_what_was_not_used_for_longer() -> None:
-    async def scenario() -> None:
-        clock = Clock()
-        store = memory(clock)
-        await store.put("latent", "a", LARGE, ttl_seconds=3600)
-        await store.put_many("latent", dict.fromkeys("bc", LARGE), ttl_seconds=60)
-        clock.now += 61
-        await store.put("latent", "d", LARGE, ttl_seconds=3600)
-        assert await held(store, "abcd") == "ad"
-
-    asyncio.run(scenario())
+async def test_what_has_expired_makes_room_before_what_was_not_used_for_longer() -> None:
+    clock = Clock()
+    store = memory(clock)
+    await store.put("latent", "a", LARGE, ttl_seconds=3600)
+    await store.put_many("latent", dict.fromkeys("bc", LARGE), ttl_seconds=60)
+    clock.now += 61
+    await store.put("latent", "d", LARGE, ttl_seconds=3600)
+    assert await held(store, "abcd") == "ad"
 
 
-def test_reading_does_not_prolong_and_putting_again_does() -> None:
-    async def scenario() -> None:
-        clock = Clock()
-        store = memory(clock)
-        await store.put_many("latent", dict.fromkeys("ab", SMALL), ttl_seconds=60)
-        await store.put("latent", "c", SMALL)
-        clock.now += 59
-        assert await held(store, "abc") == "abc"
-        await store.put("latent", "b", SMALL, ttl_seconds=60)
-        clock.now += 2
-        assert await held(store, "abc") == "bc"
-        clock.now += 1e9
-        assert await held(store, "abc") == "c"
-
-    asyncio.run(scenario())
+async def test_reading_does_not_prolong_and_putting_again_does() -> None:
+    clock = Clock()
+    store = memory(clock)
+    await store.put_many("latent", dict.fromkeys("ab", SMALL), ttl_seconds=60)
+    await store.put("latent", "c", SMALL)
+    clock.now += 59
+    assert await held(store, "abc") == "abc"
+    await store.put("latent", "b", SMALL, ttl_seconds=60)
+    clock.now += 2
+    assert await held(store, "abc") == "bc"
+    clock.now += 1e9
+    assert await held(store, "abc") == "c"
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000])
-def test_the_budget_counts_keys_and_bookkeeping(size: int) -> None:
-    async def scenario() -> None:
-        tracemalloc.start()
-        try:
-            store = memory()
-            before, most = tracemalloc.get_traced_memory()[0], 0
-            for i in range(4000):
-                await store.put("latent", f"lat_{i:032x}", bytes(size), ttl_seconds=60)
-                await store.put("latent", "lat_the_same_again", bytes(size), ttl_seconds=60)
-                most = max(most, tracemalloc.get_traced_memory()[0] - before)
-        finally:
-            tracemalloc.stop()
-        assert ROOM / 4 < most <= ROOM
-
-    asyncio.run(scenario())
+async def test_the_budget_counts_keys_and_bookkeeping(size: int) -> None:
+    tracemalloc.start()
+    try:
+        store = memory()
+        before, most = tracemalloc.get_traced_memory()[0], 0
+        for i in range(4000):
+            await store.put("latent", f"lat_{i:032x}", bytes(size), ttl_seconds=60)
+            await store.put("latent", "lat_the_same_again", bytes(size), ttl_seconds=60)
+            most = max(most, tracemalloc.get_traced_memory()[0] - before)
+    finally:
+        tracemalloc.stop()
+    assert ROOM / 4 < most <= ROOM
 
 
 def test_an_id_is_the_messages_own_for_each_tenant() -> None:
@@ -157,46 +130,37 @@ def test_an_id_is_the_messages_own_for_each_tenant() -> None:
     assert all(len(key) == 36 and key.startswith("lat_") for key in ids)
 
 
-def test_a_latent_is_found_by_the_tenant_that_stored_it_and_by_no_other() -> None:
-    async def scenario() -> None:
-        store = memory()
-        a, twin, b = await keep_latents(store, [b"a", b"a", b"b"], tenant="mine")
-        assert a == twin == latent_id(b"a", "mine") != b
-        found = await find_latents(store, {"inputs.0": b, "inputs.2": a, "inputs.3": a}, tenant="mine")
-        assert found == {"inputs.0": b"b", "inputs.2": b"a", "inputs.3": b"a"}
-        for tenant in ("", "yours"):
-            with pytest.raises(UnknownBridge, match=a):
-                await find_latents(store, {"inputs.0": a}, tenant=tenant)
-        (theirs,) = await keep_latents(store, [b"a"], tenant="yours")
-        assert theirs != a
-        assert await find_latents(store, {"inputs.0": theirs}, tenant="yours") == {"inputs.0": b"a"}
-
-    asyncio.run(scenario())
+async def test_a_latent_is_found_by_the_tenant_that_stored_it_and_by_no_other() -> None:
+    store = memory()
+    a, twin, b = await keep_latents(store, [b"a", b"a", b"b"], tenant="mine")
+    assert a == twin == latent_id(b"a", "mine") != b
+    found = await find_latents(store, {"inputs.0": b, "inputs.2": a, "inputs.3": a}, tenant="mine")
+    assert found == {"inputs.0": b"b", "inputs.2": b"a", "inputs.3": b"a"}
+    for tenant in ("", "yours"):
+        with pytest.raises(UnknownBridge, match=a):
+            await find_latents(store, {"inputs.0": a}, tenant=tenant)
+    (theirs,) = await keep_latents(store, [b"a"], tenant="yours")
+    assert theirs != a
+    assert await find_latents(store, {"inputs.0": theirs}, tenant="yours") == {"inputs.0": b"a"}
 
 
-def test_a_latent_that_does_not_make_its_id_is_not_given_out() -> None:
-    async def scenario() -> None:
-        store = memory()
-        a, b = await keep_latents(store, [b"a", b"b"])
-        await store.put("latent", b, b"a")
-        with pytest.raises(UnknownBridge, match=b) as caught:
-            await find_latents(store, {"inputs.0": a, "inputs.1": b})
-        assert caught.value.param == "inputs.1"
-
-    asyncio.run(scenario())
+async def test_a_latent_that_does_not_make_its_id_is_not_given_out() -> None:
+    store = memory()
+    a, b = await keep_latents(store, [b"a", b"b"])
+    await store.put("latent", b, b"a")
+    with pytest.raises(UnknownBridge, match=b) as caught:
+        await find_latents(store, {"inputs.0": a, "inputs.1": b})
+    assert caught.value.param == "inputs.1"
 
 
 @pytest.mark.parametrize("key", ["", "lat_x", "lat_\ud800", "lat_" + "A" * 32, "lat_" + "0" * 33, "x" * 10_000])
-def test_what_is_no_id_is_unknown_without_asking_the_store(key: str, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        away = RedisStore(f"unix://{tmp_path / 'nobody'}")
-        with pytest.raises(UnknownBridge, match="no latent is stored under '") as caught:
-            await find_latents(away, {"inputs.7.latent_id": key})
-        assert caught.value.param == "inputs.7.latent_id"
-        assert len(str(caught.value)) < 1000
-        assert away.failures == 0
-
-    asyncio.run(scenario())
+async def test_what_is_no_id_is_unknown_without_asking_the_store(key: str, tmp_path: Path) -> None:
+    away = RedisStore(f"unix://{tmp_path / 'nobody'}")
+    with pytest.raises(UnknownBridge, match="no latent is stored under '") as caught:
+        await find_latents(away, {"inputs.7.latent_id": key})
+    assert caught.value.param == "inputs.7.latent_id"
+    assert len(str(caught.value)) < 1000
+    assert away.failures == 0
 
 
 def test_an_encoding_has_a_key_of_its_own_for_whatever_changes_it_and_for_each_tenant() -> None:
@@ -214,52 +178,42 @@ def test_an_encoding_has_a_key_of_its_own_for_whatever_changes_it_and_for_each_t
     assert len({encode_key(*key) for key in [same, *others]}) == 1 + len(others)
 
 
-def test_encodings_are_recalled_whole_and_in_order() -> None:
-    async def scenario() -> None:
-        store = memory()
-        empty = Sent(b"", 0, False)
-        await remember(store, {"a": SENT, "b": empty})
-        assert await recall(store, ["b", "nothing", "a"]) == [empty, None, SENT]
-
-    asyncio.run(scenario())
+async def test_encodings_are_recalled_whole_and_in_order() -> None:
+    store = memory()
+    empty = Sent(b"", 0, False)
+    await remember(store, {"a": SENT, "b": empty})
+    assert await recall(store, ["b", "nothing", "a"]) == [empty, None, SENT]
 
 
-def test_an_encoding_that_is_damaged_or_lies_under_another_key_is_not_recalled() -> None:
-    async def scenario() -> None:
-        store = memory()
-        await remember(store, {"a": SENT})
-        kept = await store.get("encode", "a")
-        assert kept is not None
-        for at in range(len(kept)):
-            await store.put("encode", "a", kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
-            assert await recall(store, ["a"]) == [None]
-            await store.put("encode", "a", kept[:at])
-            assert await recall(store, ["a"]) == [None]
-        await store.put_many("encode", {"a": kept, "b": kept})
-        assert await recall(store, ["a", "b"]) == [SENT, None]
-
-    asyncio.run(scenario())
-
-
-def test_without_its_store_an_encoding_is_neither_recalled_nor_remembered_and_a_latent_says_so(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        away = RedisStore(f"unix://{tmp_path / 'nobody'}")
-        assert await recall(away, ["a", "b"]) == [None, None]
-        await remember(away, {"a": SENT})
-        with pytest.raises(StoreUnavailable):
-            await keep_latents(away, [b"message"])
-        with pytest.raises(StoreUnavailable):
-            await find_latents(away, {"inputs.0": latent_id(b"message")})
-        assert (away.available, away.failures) == (False, 4)
-        await away.close()
-
-    asyncio.run(scenario())
-
-
-def test_encodings_too_large_to_remember_cost_the_request_nothing() -> None:
-    async def scenario() -> None:
-        store = memory()
-        await remember(store, {"a": Sent(bytes(ROOM), 1, False)})
+async def test_an_encoding_that_is_damaged_or_lies_under_another_key_is_not_recalled() -> None:
+    store = memory()
+    await remember(store, {"a": SENT})
+    kept = await store.get("encode", "a")
+    assert kept is not None
+    for at in range(len(kept)):
+        await store.put("encode", "a", kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
         assert await recall(store, ["a"]) == [None]
+        await store.put("encode", "a", kept[:at])
+        assert await recall(store, ["a"]) == [None]
+    await store.put_many("encode", {"a": kept, "b": kept})
+    assert await recall(store, ["a", "b"]) == [SENT, None]
 
-    asyncio.run(scenario())
+
+async def test_without_its_store_an_encoding_is_neither_recalled_nor_remembered_and_a_latent_says_so(
+    tmp_path: Path,
+) -> None:
+    away = RedisStore(f"unix://{tmp_path / 'nobody'}")
+    assert await recall(away, ["a", "b"]) == [None, None]
+    await remember(away, {"a": SENT})
+    with pytest.raises(StoreUnavailable):
+        await keep_latents(away, [b"message"])
+    with pytest.raises(StoreUnavailable):
+        await find_latents(away, {"inputs.0": latent_id(b"message")})
+    assert (away.available, away.failures) == (False, 4)
+    await away.close()
+
+
+async def test_encodings_too_large_to_remember_cost_the_request_nothing() -> None:
+    store = memory()
+    await remember(store, {"a": Sent(bytes(ROOM), 1, False)})
+    assert await recall(store, ["a"]) == [None]

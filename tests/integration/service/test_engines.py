@@ -32,7 +32,7 @@ async def borrow(engines: Engines, name: str) -> Engine:
         return engine
 
 
-def test_two_names_of_one_model_asked_for_at_once_share_its_engine(
+async def test_two_names_of_one_model_asked_for_at_once_share_its_engine(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, real = list[str](), module.open_engine
@@ -41,21 +41,18 @@ def test_two_names_of_one_model_asked_for_at_once_share_its_engine(
         opened.append(lm.name)
         return real(lm, **options)
 
-    async def scenario() -> None:
-        for name in NAMES:  # in memory, so that both reach the engine at once
-            await engines.acquire(name)
-        one, other = await asyncio.gather(*(borrow(engines, name) for name in NAMES))
-        assert one is other
-        for name in NAMES:
-            engines.residency.release(name)
-        await engines.close()
-
     monkeypatch.setattr(module, "open_engine", counted)
-    asyncio.run(scenario())
+    for name in NAMES:  # in memory, so that both reach the engine at once
+        await engines.acquire(name)
+    one, other = await asyncio.gather(*(borrow(engines, name) for name in NAMES))
+    assert one is other
+    for name in NAMES:
+        engines.residency.release(name)
+    await engines.close()
     assert len(opened) == 1
 
 
-def test_a_model_stays_lent_until_its_engine_is_open_also_when_who_asked_has_left(
+async def test_a_model_stays_lent_until_its_engine_is_open_also_when_who_asked_has_left(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began, go_on, real = threading.Event(), threading.Event(), module.open_engine
@@ -70,35 +67,29 @@ def test_a_model_stays_lent_until_its_engine_is_open_also_when_who_asked_has_lef
         assert state is not None
         return state.users
 
-    async def scenario() -> None:
-        asking = asyncio.create_task(borrow(engines, NAMES[0]))
-        await asyncio.to_thread(began.wait, 30)
-        await asyncio.sleep(2 * module.LINGER_SECONDS)
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
-        assert users() == 1
-        go_on.set()
-        while users():
-            await asyncio.sleep(0.01)
-        assert len(engines.all()) == 1
-        await engines.close()
-
     monkeypatch.setattr(module, "open_engine", slow)
-    asyncio.run(scenario())
+    asking = asyncio.create_task(borrow(engines, NAMES[0]))
+    await asyncio.to_thread(began.wait, 30)
+    await asyncio.sleep(2 * module.LINGER_SECONDS)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    assert users() == 1
+    go_on.set()
+    while users():
+        await asyncio.sleep(0.01)
+    assert len(engines.all()) == 1
+    await engines.close()
 
 
-def test_an_engine_that_cannot_be_opened_leaves_nothing_in_the_books(
+async def test_an_engine_that_cannot_be_opened_leaves_nothing_in_the_books(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(lm: FrozenLM, **options: Any) -> Engine:
         raise InferenceFailed("no")
 
-    async def scenario() -> None:
-        with pytest.raises(InferenceFailed):
-            await borrow(engines, NAMES[0])
-        state = engines.residency.state(NAMES[0])
-        assert state is not None and state.attached_bytes == 0
-        await engines.close()
-
     monkeypatch.setattr(module, "open_engine", fails)
-    asyncio.run(scenario())
+    with pytest.raises(InferenceFailed):
+        await borrow(engines, NAMES[0])
+    state = engines.residency.state(NAMES[0])
+    assert state is not None and state.attached_bytes == 0
+    await engines.close()

@@ -23,7 +23,7 @@ from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.evaluations import jobs
 from latentwire.service.evaluations import runner as evaluating
 from latentwire.service.settings import Settings
-from latentwire.service.store.base import Kind
+from latentwire.service.store.base import Kind, Store
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
 
 Start = Callable[..., TestClient]
@@ -330,7 +330,7 @@ def test_another_process_sees_who_lives_cancels_there_and_tells_who_died(
     assert get(other, queued)["state"] == "queued"
     assert other.delete(f"/evaluations/{queued['id']}").json()["id"] == queued["id"]
     until(lambda: get(one, queued)["state"] == get(other, queued)["state"] == "cancelled")
-    one.app.state.jobs._running[1].cancel()  # type: ignore[attr-defined]  # as if it were gone: no beat any more
+    monkeypatch.setattr(jobs, "BEAT_SECONDS", 1000.0)  # as if it were gone: no beat any more
     monkeypatch.setattr(jobs, "LEASE_SECONDS", 0.2)
     until(lambda: get(other, running)["state"] == "failed")
     assert get(other, running)["error"] == jobs.ABANDONED
@@ -347,7 +347,8 @@ def test_an_evaluation_that_ends_while_a_list_is_read_is_on_it(
     held = hold(evaluating, "evaluate")
     ending = post(client)
     assert held.entered.wait(HELD_SECONDS)
-    real = made._store.get_many
+    store: Store = client.app.state.runtime.store  # type: ignore[attr-defined]
+    real = store.get_many
 
     async def get_many(kind: Kind, keys: Sequence[str]) -> list[bytes | None]:
         if keys == [written["id"]]:  # the other is of this process, still
@@ -356,7 +357,7 @@ def test_an_evaluation_that_ends_while_a_list_is_read_is_on_it(
                 await asyncio.sleep(0.01)
         return await real(kind, keys)
 
-    monkeypatch.setattr(made._store, "get_many", get_many)
+    monkeypatch.setattr(store, "get_many", get_many)
     response = client.get("/evaluations")
     assert response.status_code == 200
     assert [one["id"] for one in response.json()["evaluations"]] == [ending["id"], written["id"]]

@@ -66,7 +66,7 @@ def test_texts_are_read_while_a_request_waits_for_its_engine(
         assert asking.result().status_code == 200
 
 
-def test_others_come_between_the_texts_of_one_request_that_are_long_together() -> None:
+async def test_others_come_between_the_texts_of_one_request_that_are_long_together() -> None:
     lanes, began, go_on, order = Lanes(), Event(), Event(), list[str]()
 
     def read(text: str) -> str:
@@ -76,14 +76,11 @@ def test_others_come_between_the_texts_of_one_request_that_are_long_together() -
             assert go_on.wait(HELD_SECONDS)
         return text[:2]
 
-    async def scenario() -> list[list[str]]:
-        many = asyncio.create_task(lanes.each(read, [name + LONG[5000:] for name in ("a1", "a2", "a3")], len))
-        await asyncio.to_thread(until, began.is_set)
-        one = asyncio.create_task(lanes.each(read, ["b1", "b2"], len))
-        await asyncio.sleep(0)
-        go_on.set()
-        return await asyncio.gather(many, one)
-
-    assert asyncio.run(scenario()) == [["a1", "a2", "a3"], ["b1", "b2"]]
+    many = asyncio.create_task(lanes.each(read, [name + LONG[5000:] for name in ("a1", "a2", "a3")], len))
+    await asyncio.to_thread(until, began.is_set)
+    one = asyncio.create_task(lanes.each(read, ["b1", "b2"], len))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert await asyncio.gather(many, one) == [["a1", "a2", "a3"], ["b1", "b2"]]
     assert order == ["a1", "b1", "b2", "a2", "a3"]
     lanes.close()

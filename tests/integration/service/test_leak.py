@@ -59,23 +59,23 @@ def engine_of(client: TestClient) -> ContinuousEngine:
 
 
 @pytest.fixture
-def soft_reads(service: TestClient, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Rows of the table of soft tokens that are read from now on."""
-    read: list[list[int]] = []
-    table = engine_of(service).soft_ids
-    rows = table._rows
+def soft_reads(service: TestClient, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ids of soft tokens that are read from now on."""
+    read: list[int] = []
+    embedding = engine_of(service).lm.model.get_input_embeddings()
+    embed = embedding.forward
 
-    def noted(wanted: list[int], like: torch.Tensor) -> torch.Tensor:
-        read.append(wanted)
-        return rows(wanted, like)
+    def noted(ids: torch.Tensor) -> torch.Tensor:
+        read.extend(ids[ids < 0].tolist())
+        return embed(ids)
 
-    monkeypatch.setattr(table, "_rows", noted)
+    monkeypatch.setattr(embedding, "forward", noted)
     return read
 
 
 @pytest.mark.parametrize("where", ["prompt", "text"])
 def test_a_token_beyond_the_embedding_is_refused_where_a_text_spells_it(
-    service: TestClient, soft_reads: list[list[int]], where: str
+    service: TestClient, soft_reads: list[int], where: str
 ) -> None:
     asked = {"inputs": [{"text": "Mara qzants." if where == "text" else "Ben."}], "prompt": "Who?", "max_tokens": 4}
     if where == "prompt":
@@ -88,9 +88,7 @@ def test_a_token_beyond_the_embedding_is_refused_where_a_text_spells_it(
     assert not soft_reads
 
 
-def test_an_added_token_beyond_the_embedding_is_no_token_of_a_text(
-    service: TestClient, soft_reads: list[list[int]]
-) -> None:
+def test_an_added_token_beyond_the_embedding_is_no_token_of_a_text(service: TestClient, soft_reads: list[int]) -> None:
     asked = {"inputs": [{"text": "Ben."}], "prompt": "@@ hello", "condition": "none", "max_tokens": 8}
     said = service.post("/generate", json=asked)
     assert said.status_code == 200 and said.json()["usage"]["prompt_tokens"] == 2 + len("@@ hello")  # BOS, line, bytes
@@ -101,9 +99,7 @@ def test_an_added_token_beyond_the_embedding_is_no_token_of_a_text(
 
 
 @pytest.mark.parametrize("stop_id", [ROWS, SPELLED, ADDED, (1 << 31) - 1, 1 << 40])
-def test_a_stop_id_beyond_the_embedding_is_refused(
-    service: TestClient, soft_reads: list[list[int]], stop_id: int
-) -> None:
+def test_a_stop_id_beyond_the_embedding_is_refused(service: TestClient, soft_reads: list[int], stop_id: int) -> None:
     asked = {"inputs": [{"text": "Ben."}], "prompt": "Who?", "condition": "none", "stop_ids": [stop_id]}
     error = service.post("/generate", json=asked).json()["error"]
     assert error["param"] == "stop_ids" and f"id {stop_id} " in error["message"] and not soft_reads
@@ -114,11 +110,12 @@ def test_an_id_below_zero_is_no_stop_id(service: TestClient) -> None:
     assert service.post("/generate", json=asked).json()["error"]["param"] == "stop_ids.0"
 
 
-def test_no_id_that_a_tokenizer_can_have_names_a_soft_token(service: TestClient) -> None:
+def test_no_id_that_a_tokenizer_can_have_names_a_soft_token(service: TestClient, soft_reads: list[int]) -> None:
     engine = engine_of(service)
-    assert engine.soft_ids.tokens > 0
-    others = (one.soft for key, one in engine.soft_ids._held.items() if "probe" not in str(key))  # that has words' own
-    held = torch.cat(list(others))
+    asked = {"inputs": [{"text": "Mara."}], "prompt": "Where?", "max_tokens": 1}
+    assert service.post("/generate", json=asked).status_code == 200 and soft_reads
+    held = engine.lm.embed(torch.tensor([soft_reads]))[0]
+    assert held.any(dim=-1).all()  # none that the table has dropped
     for i in range(ROWS):
         embedded = engine.lm.embed(torch.tensor([[i]]))[0, 0]
         assert not (held == embedded).all(dim=-1).any()

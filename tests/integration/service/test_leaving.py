@@ -57,33 +57,28 @@ class Attended:
         ([BODY], 0.01, DeadlineExceeded, "no answer within 0.01 s"),
     ],
 )
-def test_work_nobody_waits_for_any_more_is_cancelled(
+async def test_work_nobody_waits_for_any_more_is_cancelled(
     messages: list[dict[str, Any]], timeout: float, error: type[Exception], said: str
 ) -> None:
-    async def scenario() -> None:
-        attended = Attended(*messages)
-        async with asyncio.timeout(HELD_SECONDS):
-            with pytest.raises(error, match=said):
-                await attend(attended.request, attended.endless(), timeout)
-            await attended.ended.wait()
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    asyncio.run(scenario())
+    attended, before = Attended(*messages), asyncio.all_tasks()
+    async with asyncio.timeout(HELD_SECONDS):
+        with pytest.raises(error, match=said):
+            await attend(attended.request, attended.endless(), timeout)
+        await attended.ended.wait()
+    assert asyncio.all_tasks() == before
 
 
-def test_a_caller_who_stays_gets_the_answer_or_its_error_and_is_watched_no_longer() -> None:
-    async def scenario() -> None:
-        assert await attend(Attended(BODY).request, asyncio.sleep(0.01, "answer"), 60.0) == "answer"
+async def test_a_caller_who_stays_gets_the_answer_or_its_error_and_is_watched_no_longer() -> None:
+    before = asyncio.all_tasks()
+    assert await attend(Attended(BODY).request, asyncio.sleep(0.01, "answer"), 60.0) == "answer"
 
-        async def refused() -> None:
-            raise InvalidRequest("seven is not eight")
+    async def refused() -> None:
+        raise InvalidRequest("seven is not eight")
 
-        with pytest.raises(InvalidRequest, match="seven"):
-            await attend(Attended(BODY).request, refused(), 60.0)
-        await asyncio.sleep(0)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    asyncio.run(scenario())
+    with pytest.raises(InvalidRequest, match="seven"):
+        await attend(Attended(BODY).request, refused(), 60.0)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
 
 
 def connect(client: TestClient, path: str, body: dict[str, Any], hang_up: Event, key: str = "") -> "Future[list[Any]]":
@@ -193,13 +188,15 @@ def test_rows_of_a_caller_who_left_never_reach_the_receiver_and_their_blocks_are
     assert {call["cu_seq_lens_q"].numel() for call in gate.named} == {2}  # one row in every step
 
 
-def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start) -> None:
+def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start, hold: Callable[..., Gate]) -> None:
     client = start()
     runtime, hang_up = client.app.state.runtime, Event()  # type: ignore[attr-defined]
     (made,) = runtime.engines.all()
+    gate = hold(made.lm.model, "forward")
+    gate.opened.set()
     body = {**ASK, "max_tokens": 200, "temperature": 1.0, "stream": True, "seed": 5}
     leaving = connect(client, "/generate", body, hang_up)
-    until(lambda: any(len(running.answer.ids) > 8 for running in list(made._running.values())))
+    until(lambda: len(gate.calls) > 8)  # a token each
     hang_up.set()
     sent = leaving.result(HELD_SECONDS)
     assert sent[0]["status"] == 200 and b"event: token" in sent[1]["body"]

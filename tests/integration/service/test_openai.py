@@ -1,6 +1,5 @@
 """OpenAI's own client against a service in a thread: what it reads is what ``/generate`` says, by other names."""
 
-import asyncio
 import json
 import re
 import socket
@@ -18,7 +17,6 @@ import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
-from openai.types.chat import ChatCompletion
 from pydantic import SecretStr
 
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
@@ -398,18 +396,14 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(client: OpenAI) -> None:
     assert not any("usage" in chunk.to_dict(exclude_unset=True) for chunk in chunks)
 
 
-def test_the_asynchronous_client_reads_the_same(address: str, client: OpenAI) -> None:
-    async def ask() -> tuple[Completion, ChatCompletion, str, str]:
-        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="all", max_retries=0) as asynchronous:
-            said = await asynchronous.completions.create(**ASK, extra_body=GIVEN)
-            chatted = await asynchronous.chat.completions.create(**CHAT, extra_body=GIVEN)
-            stream = await asynchronous.completions.create(**ASK, stream=True, extra_body=GIVEN)
-            text = joined([chunk async for chunk in stream], 0)
-            chat = await asynchronous.chat.completions.create(**CHAT, stream=True, extra_body=GIVEN)
-            content = "".join([chunk.choices[0].delta.content or "" async for chunk in chat])
-        return said, chatted, text, content
-
-    said, chatted, text, content = asyncio.run(ask())
+async def test_the_asynchronous_client_reads_the_same(address: str, client: OpenAI) -> None:
+    async with AsyncOpenAI(base_url=f"{address}/v1", api_key="all", max_retries=0) as asynchronous:
+        said = await asynchronous.completions.create(**ASK, extra_body=GIVEN)
+        chatted = await asynchronous.chat.completions.create(**CHAT, extra_body=GIVEN)
+        stream = await asynchronous.completions.create(**ASK, stream=True, extra_body=GIVEN)
+        text = joined([chunk async for chunk in stream], 0)
+        chat = await asynchronous.chat.completions.create(**CHAT, stream=True, extra_body=GIVEN)
+        content = "".join([chunk.choices[0].delta.content or "" async for chunk in chat])
     expected = client.completions.create(**ASK, extra_body=GIVEN).choices[0].text
     assert (said.choices[0].text, chatted.choices[0].message.content, text, content) == (expected,) * 4
 

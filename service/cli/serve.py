@@ -1,0 +1,80 @@
+"""``latentwire serve``."""
+
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from latentwire.bridge.errors import InvalidRequest
+from latentwire.service.cli.logs import configure
+from latentwire.service.cli.signals import ended_by_signals
+from latentwire.service.health import written_down
+
+log = logging.getLogger(__name__)
+
+
+@ended_by_signals()
+def serve(
+    bridge: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help=r"A bridge to serve; repeat for several. \[default: builtin]"),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help=r"Name or address to listen on. \[default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help=r"Port to listen on. \[default: 8000]")] = None,
+    root_path: Annotated[
+        str | None, typer.Option(help="Path that a proxy in front leaves before every address, e.g. /lw.")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen beyond this machine without asking anyone for a key.")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
+    ] = None,
+) -> None:
+    """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
+    from pydantic import ValidationError
+
+    from latentwire.service.app import create_app
+    from latentwire.service.auth.guard import check_binding
+    from latentwire.service.cli.server import listen, url
+    from latentwire.service.cli.server import serve as run
+    from latentwire.service.settings import Settings, service_links
+
+    flags: dict[str, Any] = {
+        "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
+    }  # fmt: skip
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        got = "" if isinstance(first["input"], dict) or where == "redis_url" else f", got {first['input']!r}"
+        raise InvalidRequest(f"{where + ': ' if where else ''}{first['msg']}{got}") from None
+    # Requests bring few texts at a time: the tokenizer's own threads would only take turns with the model's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
+    check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
+    application = create_app(settings, _named(bridge or ["builtin=builtin"]))
+    listeners = listen(settings.host, settings.port)
+    operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)
+    if operators:
+        application.state.runtime.admin_port = operators[0].getsockname()[1]
+    configure("info", console=sys.stderr)
+    if links := service_links():
+        log.warning("left aside, as links to a Service of Kubernetes (enableServiceLinks: false): %s", ", ".join(links))
+    address = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
+    typer.echo(f"LatentWire listens on {address} (page: {address}/, reference: {address}/docs)")
+    with written_down(listeners[0]):
+        sys.exit(run(application, [*listeners, *operators]))
+
+
+def _named(bridges: list[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for item in bridges:
+        name, _, path = item.partition("=")
+        if not name or not path or name in named:
+            raise InvalidRequest(f"--bridge {item!r}: expected NAME=PATH with a name of its own", param="bridge")
+        named[name] = path
+    return named
