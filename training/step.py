@@ -24,11 +24,10 @@ from latentwire.bridge.errors import TrainingFailed
 from latentwire.bridge.models import FrozenLM
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import chunks
-from latentwire.training.forward import Forward, teacher_logits
 from latentwire.training.machine import Ranks, clear_gradients, memory_of
 from latentwire.training.monitor import AnswerStats, StepRecord
 from latentwire.training.objectives import NEEDS, OBJECTIVES, weights_of
-from latentwire.training.run import Phase, Run
+from latentwire.training.run import Forward, Phase, Run, teacher_logits
 from latentwire.training.tokens import Tokens
 
 log = logging.getLogger(__name__)

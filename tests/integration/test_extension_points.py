@@ -18,9 +18,9 @@ from latentwire.bridge.evaluation.html import page
 from latentwire.bridge.evaluation.metrics import METRICS, Metric
 from latentwire.bridge.evaluation.report import evaluate, table
 from latentwire.training.config import TrainConfig, read_config
-from latentwire.training.forward import Forward
 from latentwire.training.loop import train
 from latentwire.training.objectives import OBJECTIVES, Objective, first_logits
+from latentwire.training.run import Forward
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, log_of, quiet, said, task_of
 

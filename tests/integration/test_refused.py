@@ -15,7 +15,8 @@ from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.errors import TrainingFailed
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Batch
-from latentwire.training import forward, loop
+from latentwire.training import loop
+from latentwire.training import run as running
 from latentwire.training.loop import train
 from latentwire.training.monitor import StepRecord
 from latentwire.training.run import Run
@@ -45,7 +46,7 @@ def passes(patch: pytest.MonkeyPatch, change: Callable[[int, Logits], Logits]) -
         rows.append(len(batch.ids))
         return change(len(rows), answer_logits(lm, batch, soft, **rest))
 
-    patch.setattr(forward, "answer_logits", changing)
+    patch.setattr(running, "answer_logits", changing)
     return rows
 
 

@@ -13,9 +13,9 @@ from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose
 from latentwire.bridge.reader import text_ids
-from latentwire.training import forward, tokens
+from latentwire.training import run as running
 from latentwire.training import step as stepping
-from latentwire.training.forward import teacher_logits, with_mode
+from latentwire.training import tokens
 from latentwire.training.objectives import (
     alignment_loss,
     answer_loss,
@@ -26,7 +26,7 @@ from latentwire.training.objectives import (
     weights_of,
     word_targets,
 )
-from latentwire.training.run import Run
+from latentwire.training.run import Run, teacher_logits, with_mode
 from latentwire.training.tokens import Tokens
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import WEIGHTS, examples_of, measured, prepared, receiver_of, step_of, tokens_of
@@ -58,7 +58,7 @@ def read_by_receiver(patch: pytest.MonkeyPatch) -> list[tuple[Batch, Tensor | No
         seen.append((batch, None if soft is None else soft.detach()))
         return answer_logits(lm, batch, soft, **rest)
 
-    patch.setattr(forward, "answer_logits", spying)
+    patch.setattr(running, "answer_logits", spying)
     return seen
 
 
