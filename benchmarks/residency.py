@@ -160,8 +160,8 @@ def _answer(bridge: BridgeModel, receiver: FrozenLM, encoded: list[Encoded]) -> 
     asked = []
     for row in encoded:
         composed = compose(receiver, layout, place(layout, "Who?"), latent=len(row.latent), max_tokens=512)
-        asked.append(engine.Asked(composed, row.latent, params))
-    engine.ask(bridge, receiver.name, receiver, asked)
+        asked.append(engine.LatentPrompt(composed, row.latent, params))
+    engine.generate_from_latents(bridge, receiver.name, receiver, asked)
 
 
 @contextmanager

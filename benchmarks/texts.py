@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.record import record
-from latentwire.bridge.generation.base import Telling
-from latentwire.bridge.generation.output import Answer, Transcript
+from latentwire.bridge.generation.base import CallbackThread
+from latentwire.bridge.generation.output import OutputText, OutputTokens
 from latentwire.bridge.models import BUILTIN, load_reader
 from latentwire.bridge.reader import Reader, text_ids
 from latentwire.bridge.sampling import SamplingParams
@@ -82,16 +82,16 @@ def step(lm: Reader, stop: tuple[str, ...]) -> dict[str, Any]:
     """Milliseconds of one token for each of the streams, after so many tokens; both ways take turns."""
     ids = (text_ids(lm, TEXT) * TOKENS)[: TOKENS + STEPS]
     params = SamplingParams(max_tokens=2 * TOKENS, stop=stop)
-    transcripts = [Transcript(Answer(lm, params)) for _ in range(STREAMS)]
-    for transcript in transcripts:
-        read(transcript, ids[:TOKENS])
-    telling = Telling()
-    telling.close()  # what is given to it is kept, and done by hand
+    outputs = [OutputText(OutputTokens(lm, params)) for _ in range(STREAMS)]
+    for output in outputs:
+        read(output, ids[:TOKENS])
+    callbacks = CallbackThread()
+    callbacks.close()  # what is given to it is kept, and done by hand
     whole, adding, reading = list[float](), list[float](), list[float]()
     for at in range(TOKENS, TOKENS + STEPS):
-        whole.append(timed(lambda: [decode_whole(lm, ids[: at + 1], stop) for _ in transcripts]))  # noqa: B023
-        adding.append(timed(lambda: [add(transcript, ids[at], telling) for transcript in transcripts]))  # noqa: B023
-        reading.append(timed(lambda: [transcript.read() for transcript in transcripts]))
+        whole.append(timed(lambda: [decode_whole(lm, ids[: at + 1], stop) for _ in outputs]))  # noqa: B023
+        adding.append(timed(lambda: [add(output, ids[at], callbacks) for output in outputs]))  # noqa: B023
+        reading.append(timed(lambda: [output.read() for output in outputs]))
     before, stepping, off = (statistics.median(seconds) * 1000 for seconds in (whole, adding, reading))
     return {
         "before_on_the_thread_that_steps": before,
@@ -102,17 +102,17 @@ def step(lm: Reader, stop: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def read(transcript: Transcript, ids: Sequence[int]) -> None:
+def read(output: OutputText, ids: Sequence[int]) -> None:
     """Tokens read as they come."""
     for token in ids:
-        transcript.answer.add(token)
-        transcript.read()
+        output.tokens.add(token)
+        output.read()
 
 
-def add(transcript: Transcript, token: int, telling: Telling) -> None:
+def add(output: OutputText, token: int, callbacks: CallbackThread) -> None:
     """What an engine does with a token on the thread that steps."""
-    transcript.answer.add(token)
-    telling.soon(partial(Transcript.read, transcript))
+    output.tokens.add(token)
+    callbacks.submit(partial(OutputText.read, output))
 
 
 def decode_whole(lm: Reader, ids: Sequence[int], stop: Sequence[str]) -> str:

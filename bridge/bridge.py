@@ -29,7 +29,7 @@ from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import Row, compose, place
-from latentwire.bridge.reader import SourceTokens, check_ids, tokenize_source
+from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.results import Generated, Latent, Output, Timing, Usage
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
@@ -213,14 +213,14 @@ class Bridge:
         latents, source_tokens = self._latents(inputs, truncate)
         encode_ms = _ms_since(started)
         rows = [
-            engine.Asked(self.compose(name, latent, asked, params), latent, sample_params(params, sample))
+            engine.LatentPrompt(self.compose(name, latent, asked, params), latent, sample_params(params, sample))
             for latent, asked in zip(latents, _prompts(prompt, len(latents)), strict=True)
             for sample in range(n)
         ]
         answers: list[Generation] = []
         with self.lend(name) as lm:
             for start in range(0, len(rows), BATCH_ROWS):
-                answers += engine.ask(self.model, name, lm, rows[start : start + BATCH_ROWS])[0]
+                answers += engine.generate_from_latents(self.model, name, lm, rows[start : start + BATCH_ROWS])[0]
         outputs = tuple(
             Output(index, answer.text, answer.finish_reason, answer.token_count, answer.logprobs)
             for index, answer in enumerate(answers)
@@ -266,10 +266,7 @@ class Bridge:
 
     def tokenize(self, text: str, *, truncate: bool = False) -> SourceTokens:
         """What the sender reads of a text (InvalidRequest where that is nothing, or too much)."""
-        config = self.manifest.bridge
-        return tokenize_source(
-            self.reader(self.sender), text, config.source, max_tokens=config.max_source_tokens, truncate=truncate
-        )
+        return source_tokens(self.manifest.bridge, self.reader(self.sender), text, truncate=truncate)
 
     def compose(
         self, receiver: str, given: NDArray[np.float32] | str | None, prompt: Prompt, params: SamplingParams

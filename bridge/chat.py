@@ -50,7 +50,7 @@ def segments(lm: Reader, chat: Chat, turns: Sequence[Turn]) -> list[Segment]:
 
 
 def closing_of(lm: Reader, chat: Chat) -> int | None:
-    """The token that the template puts behind what the assistant said, where it puts one."""
+    """The token that the template puts after a turn of the assistant, where it puts one."""
     behind = _split(lm, _rendered(lm, chat, ["user", "assistant"], answering=False)[-1])
     return behind[0] if behind and isinstance(behind[0], int) else None
 

@@ -89,7 +89,7 @@ def _missing(device: torch.device) -> str | None:
 
 
 def dtype_named(precision: str | None, device: torch.device) -> torch.dtype:
-    """What was asked for, or what suits the device; what is slow there is said in one line.
+    """What was asked for, or what suits the device; a warning names what is slow there.
 
     Raises:
         InvalidRequest: Not one of bf16, fp16 and fp32.
@@ -136,7 +136,7 @@ def _unusable(device: torch.device) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on an accelerator or on a CPU."""
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+        isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
     )

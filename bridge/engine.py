@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from latentwire.bridge.checkpoint import BridgeModel
-from latentwire.bridge.generation.output import Answer, Generation, Odds, Transcript, odds_of
+from latentwire.bridge.generation.output import Generation, IdLogprob, OutputText, OutputTokens, logprobs_of
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
 from latentwire.bridge.reader import SourceTokens
@@ -71,20 +71,20 @@ def soften(
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """One thing to generate: the composed row, the latent its slots stand for, and how to sample."""
+class LatentPrompt:
+    """One output to generate: the composed row, the latent for its slots, and how to sample."""
 
     row: Row
     latent: NDArray[np.float32] | None
     params: SamplingParams
 
 
-def ask(
-    bridge: BridgeModel, receiver_name: str, receiver: FrozenLM, asked: Sequence[Asked]
+def generate_from_latents(
+    bridge: BridgeModel, receiver_name: str, receiver: FrozenLM, prompts: Sequence[LatentPrompt]
 ) -> tuple[list[Generation], float]:
-    """Answer from latents: ``soften``, then ``generate``."""
-    soft = soften(bridge, receiver_name, receiver, [item.latent for item in asked])
-    return generate(receiver, [item.row for item in asked], soft, [item.params for item in asked])
+    """``soften`` latents, then ``generate``."""
+    soft = soften(bridge, receiver_name, receiver, [prompt.latent for prompt in prompts])
+    return generate(receiver, [prompt.row for prompt in prompts], soft, [prompt.params for prompt in prompts])
 
 
 def generate(
@@ -93,7 +93,7 @@ def generate(
     soft_tokens: Float[Tensor, "B K D"] | None,
     params: Sequence[SamplingParams],
 ) -> tuple[list[Generation], float]:
-    """Answer every row; each by its own parameters, none influenced by its neighbours.
+    """Generate for every row; each by its own parameters, none influenced by its neighbours.
 
     Rows are left-padded and run through the library's own ``generate``, with explicit positions: exact for
     every decoder family, and the reference for faster engines.
@@ -101,14 +101,14 @@ def generate(
     Returns:
         Generations in order, and the seconds until the first token of the first batch was chosen.
     """
-    transcripts = [Transcript(Answer(receiver, p)) for p in params]
+    outputs = [OutputText(OutputTokens(receiver, p)) for p in params]
 
     def look_for_stops(row: int) -> None:
         if params[row].stop:
-            transcripts[row].read()
+            outputs[row].read()
 
-    seconds = run(receiver, rows, soft_tokens, [transcript.answer for transcript in transcripts], look_for_stops)
-    return [transcript.finish() for transcript in transcripts], seconds
+    seconds = run(receiver, rows, soft_tokens, [output.tokens for output in outputs], look_for_stops)
+    return [output.finish() for output in outputs], seconds
 
 
 @torch.inference_mode()
@@ -116,10 +116,10 @@ def run(
     receiver: FrozenLM,
     rows: Sequence[Row],
     soft_tokens: Float[Tensor, "B K D"] | None,
-    answers: Sequence[Answer],
+    outputs: Sequence[OutputTokens],
     on_token: Callable[[int], None] = lambda row: None,
 ) -> float:
-    """Bring answers to their end; one that has begun goes on where it was, one that is ended meanwhile is left alone.
+    """Generate outputs to their ends; one that has begun is continued, one that is ended meanwhile is left alone.
 
     ``on_token`` is called with a row's number after each of its tokens.
 
@@ -127,22 +127,22 @@ def run(
         Seconds until the first token of the first batch was chosen.
     """
     seconds: list[float] = []
-    rows = [row.after(answer.ids) for row, answer in zip(rows, answers, strict=True)]
-    for group in _within_context(rows, answers, receiver.max_tokens):
+    rows = [row.after(output.ids) for row, output in zip(rows, outputs, strict=True)]
+    for group in _within_context(rows, outputs, receiver.max_tokens):
         soft = None if soft_tokens is None else soft_tokens[group]
-        watch = _Watch([answers[i] for i in group], [partial(on_token, i) for i in group])
+        watch = _Watch([outputs[i] for i in group], [partial(on_token, i) for i in group])
         _generate(receiver, [rows[i] for i in group], soft, watch)
         seconds.append(watch.first_token_seconds)
     return seconds[0]
 
 
-def _within_context(rows: Sequence[Row], answers: Sequence[Answer], limit: int) -> list[list[int]]:
-    """Rows that can share a batch, nearly always all: its longest row and its longest answer must fit together,
+def _within_context(rows: Sequence[Row], outputs: Sequence[OutputTokens], limit: int) -> list[list[int]]:
+    """Rows that can share a batch, nearly always all: its longest row and its longest output must fit together,
     since a finished row goes on taking positions until the batch ends."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: answers[i].left):
+    for i in sorted(range(len(rows)), key=lambda i: outputs[i].left):
         for group in groups:
-            if max(len(rows[j]) for j in [*group, i]) + answers[i].left <= limit:
+            if max(len(rows[j]) for j in [*group, i]) + outputs[i].left <= limit:
                 group.append(i)
                 break
         else:
@@ -159,7 +159,7 @@ def _generate(
         inputs_embeds=embed(receiver, batch, soft_tokens),
         attention_mask=batch.mask.long(),
         position_ids=batch.positions,
-        max_new_tokens=max(answer.left for answer in watch.answers),
+        max_new_tokens=max(output.left for output in watch.outputs),
         do_sample=False,
         num_beams=1,
         eos_token_id=list(receiver.end_ids) or None,
@@ -210,16 +210,16 @@ def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> 
 class _Watch(LogitsProcessor):
     """Chooses each row's next token, and times the first."""
 
-    def __init__(self, answers: Sequence[Answer], on_token: Sequence[Callable[[], None]]) -> None:
-        self.answers, self.on_token = answers, on_token
-        self.params = [answer.params for answer in answers]
-        self.odds: list[Odds | None] = []
+    def __init__(self, outputs: Sequence[OutputTokens], on_token: Sequence[Callable[[], None]]) -> None:
+        self.outputs, self.on_token = outputs, on_token
+        self.params = [output.params for output in outputs]
+        self.logprobs: list[IdLogprob | None] = []
         self.started = time.perf_counter()
         self.first_token_seconds = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = choose(scores, self.params, [len(answer.ids) for answer in self.answers])
-        self.odds = odds_of(self.answers, scores, chosen)
+        chosen = choose(scores, self.params, [len(output.ids) for output in self.outputs])
+        self.logprobs = logprobs_of(self.outputs, scores, chosen)
         if not self.first_token_seconds:
             chosen.argmax(dim=-1).tolist()  # wait for the device: this is the moment a user sees a token
             self.first_token_seconds = time.perf_counter() - self.started
@@ -234,8 +234,8 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         tokens = input_ids[:, -1].tolist()
-        for row, (answer, token) in enumerate(zip(self.watch.answers, tokens, strict=True)):
-            if not answer.over:
-                answer.add(token, self.watch.odds[row])
+        for row, (output, token) in enumerate(zip(self.watch.outputs, tokens, strict=True)):
+            if not output.over:
+                output.add(token, self.watch.logprobs[row])
                 self.watch.on_token[row]()
-        return torch.tensor([answer.over for answer in self.watch.answers], device=input_ids.device)
+        return torch.tensor([output.over for output in self.watch.outputs], device=input_ids.device)

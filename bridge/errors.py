@@ -118,6 +118,13 @@ class CallerLeft(LatentWireError):
 class InferenceFailed(LatentWireError):
     """The model raised while running a batch; ``__cause__`` holds why."""
 
+    @classmethod
+    def of(cls, error: BaseException) -> "InferenceFailed":
+        """What callers get for an error that no request caused."""
+        failure = cls(f"the model failed with {type(error).__name__}")
+        failure.__cause__ = error
+        return failure
+
 
 class TrainingFailed(LatentWireError):
     """A training run cannot go on; what it saved last is kept."""

@@ -47,7 +47,7 @@ def _is(*kinds: str) -> Callable[[PreTrainedConfig], bool]:
 def _takes_no_embeddings(config: PreTrainedConfig) -> bool:
     """Whether the library's ``generate`` refuses embeddings for this family, looked up as it does itself."""
     made: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if made is None:  # no causal language model, which is said where it is loaded
+    if made is None:  # no causal language model: loading it raises that
         return False
     return "inputs_embeds" not in inspect.signature(made.prepare_inputs_for_generation).parameters
 

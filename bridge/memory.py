@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from latentwire.bridge.errors import InvalidRequest
+
+Row = TypeVar("Row")
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt
@@ -83,6 +86,12 @@ def free_caches() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def halves(rows: list[Row]) -> list[list[Row]]:
+    """Two halves of a batch that memory was too small for, the first one last, to be popped next; none of one row."""
+    middle = len(rows) // 2
+    return [rows[middle:], rows[:middle]] if middle else []
 
 
 @contextmanager

@@ -51,9 +51,9 @@ class Row:
         """Ids of the ordinary tokens."""
         return [i for i, slot in zip(self.ids, self.slots, strict=True) if slot == TEXT]
 
-    def after(self, said: list[int]) -> "Row":
-        """The same row with tokens said after it, to go on from there."""
-        return Row(self.ids + said, self.slots + [TEXT] * len(said), self.labels + [IGNORE] * len(said))
+    def after(self, ids: list[int]) -> "Row":
+        """The same row with generated tokens after it, to continue generating."""
+        return Row(self.ids + ids, self.slots + [TEXT] * len(ids), self.labels + [IGNORE] * len(ids))
 
     def with_slots(self, count: int) -> "Row":
         """The same row around ``count`` soft tokens: what it would be with another example's latent."""
@@ -138,7 +138,7 @@ def place(layout: Layout, prompt: Prompt) -> Prompt:
     """The whole of what the receiver is asked: the prompt's own ``{latent}``, else the layout's surroundings of it.
 
     In a conversation these are put around what the user says first. Where the layout has no chat template, a
-    conversation is what is said in it, line by line.
+    conversation is the text of its turns, line by line.
     """
     if isinstance(prompt, str):
         return prompt if LATENT in prompt else layout.template.replace(PROMPT, prompt)
@@ -166,7 +166,7 @@ def split_template(template: str) -> tuple[str, str]:
 
 
 def _segments(lm: Reader, layout: Layout, prompt: Prompt) -> list[Segment]:
-    """What is said around the latent, and the tokens of the chat template where the layout has one."""
+    """The text around the latent, and the tokens of the chat template where the layout has one."""
     if layout.chat is None:
         assert isinstance(prompt, str), "a conversation is placed before it is composed"
         return [prompt]
@@ -225,12 +225,13 @@ def compose(
     slots = [TEXT] * len(ids)
     if isinstance(latent, int):
         slots[first : first + latent] = range(latent)
-    said: list[int] = []
+    answer_ids: list[int] = []
     if answer is not None:
         text = answer.removeprefix(" ") if layout.chat else answer
-        said = continuation(lm, text, spoken) if spoken or not layout.chat else _run(lm, text, not lm.begins_again)
-        said = said + ([] if layout.eos_id is None else [layout.eos_id])
-    length = len(ids) + len(said)
+        in_turn = bool(spoken) or not layout.chat
+        answer_ids = continuation(lm, text, spoken) if in_turn else _run(lm, text, not lm.begins_again)
+        answer_ids = answer_ids + ([] if layout.eos_id is None else [layout.eos_id])
+    length = len(ids) + len(answer_ids)
     if not ids:
         raise InvalidRequest("the receiver's input is empty; expected a prompt or a latent", param="prompt")
     if max_tokens is not None and length > max_tokens:
@@ -238,7 +239,7 @@ def compose(
             f"the input takes {length} receiver tokens; {max(max_tokens, 0)} fit beside what is to be generated",
             param="prompt",
         )
-    return Row(ids + said, slots + [TEXT] * len(said), [IGNORE] * len(ids) + said)
+    return Row(ids + answer_ids, slots + [TEXT] * len(answer_ids), [IGNORE] * len(ids) + answer_ids)
 
 
 def _home(parts: Sequence[Segment]) -> int:

@@ -7,10 +7,8 @@ which columns stay in half precision.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -20,25 +18,15 @@ PACKED = ("F8", "F6", "F4")  # dtypes of safetensors
 UNPACKED = "save it unquantised (where its library runs: model.dequantize(), then save_pretrained)"
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way of packing that transformers unpacks while it reads, with the package it needs for that, if any."""
-
-    package: str | None = None
-
-
-READ = {
-    "fp8": Method(),
-    "mxfp4": Method(),
-    "compressed-tensors": Method("compressed_tensors"),
-}
-"""By the ``quant_method`` of a ``config.json``; every other is refused."""
+READ = {"fp8": None, "mxfp4": None, "compressed-tensors": "compressed_tensors"}
+"""Each ``quant_method`` that transformers unpacks while it reads, with the package it needs; others are refused."""
 
 
 def method_of(config: PreTrainedConfig) -> str | None:
     """How a checkpoint's weights are packed, as it says itself; None where they are not."""
-    found = _described(config)
-    return None if found is None else str(found.get("quant_method") or "an unnamed method")
+    parts = (config, config.get_text_config())
+    found = next((f for part in parts if (f := getattr(part, "quantization_config", None)) is not None), None)
+    return None if found is None else str(dict(found).get("quant_method") or "an unnamed method")
 
 
 def check_quantisation(name: str, config: PreTrainedConfig) -> None:
@@ -55,7 +43,7 @@ def check_quantisation(name: str, config: PreTrainedConfig) -> None:
             f"model {name!r} is quantised with {method}, which is not read here: {UNPACKED}, "
             f"or take one that is unquantised or quantised with {', '.join(READ)}"
         )
-    package = READ[method].package
+    package = READ[method]
     if package is not None and find_spec(package) is None:
         raise ModelUnavailable(
             f"model {name!r} is quantised with {method}, which needs a package that is not installed: "
@@ -102,11 +90,3 @@ def refuse_gguf(place: Path) -> None:
             f"package gguf: read = AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r}), put "
             "read.state_dict() into a fresh from_config model, and save_pretrained that and the tokenizer"
         )
-
-
-def _described(config: PreTrainedConfig) -> dict[str, Any] | None:
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "quantization_config", None)
-        if found is not None:
-            return dict(found)
-    return None

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from latentwire.bridge.config import SourceLayout
+from latentwire.bridge.config import BridgeConfig, SourceLayout
 from latentwire.bridge.errors import InvalidRequest, ModelUnavailable
 from latentwire.bridge.families import context_tokens
 
@@ -54,7 +54,7 @@ class Reader:
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """Ids of the tokens that stand for no text when they are said, by how they are written."""
+        """Ids of the tokens that stand for no text when they are generated, by how they are written."""
         tokenizer = self.tokenizer
         if not tokenizer.is_fast:  # which leaves out fewer
             return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -231,8 +231,8 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     if tokenizer.is_fast:
         tried = tokenizer.backend_tokenizer.encode("a")
         return tried.ids, [bool(flag) for flag in tried.special_tokens_mask]
-    said = tokenizer("a", return_special_tokens_mask=True)
-    return list(said["input_ids"]), [bool(flag) for flag in said["special_tokens_mask"]]
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    return list(encoding["input_ids"]), [bool(flag) for flag in encoding["special_tokens_mask"]]
 
 
 def _one(lm: Reader, ids: Sequence[int], where: str) -> int | None:
@@ -249,6 +249,11 @@ def kept_layout(kept: SourceLayout | None, lm: Reader) -> SourceLayout:
     """What a bridge puts around a source; one made before that was kept opens with BOS wherever there is one."""
     bos = lm.tokenizer.bos_token_id
     return kept or SourceLayout(None if bos is None else int(bos), None)
+
+
+def source_tokens(config: BridgeConfig, lm: Reader, text: str, *, truncate: bool = False) -> SourceTokens:
+    """Sender tokens of one text for a bridge, with its layout and within its limit (errors as ``tokenize_source``)."""
+    return tokenize_source(lm, text, config.source, max_tokens=config.max_source_tokens, truncate=truncate)
 
 
 def tokenize_source(

@@ -27,29 +27,18 @@ from latentwire.bridge.models import FrozenLM, fingerprint_of, load_model, predi
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """A model in memory, as an operator sees it.
+@dataclass(eq=False)
+class Resident:
+    """A model in memory.
 
     Attributes:
         bytes: Of its weights.
-        attached_bytes: Of what lives with it, as a generation engine's cache.
-        activation_bytes: The largest batch so far, beyond the weights.
+        names: Under which it was lent.
         users: Loans not given back yet.
-        pinned: Whether it stays when others need its room.
-        idle_seconds: Since the last loan ended; 0 while it is lent.
+        idle_since: ``time.monotonic()`` at which the last loan ended.
+        attached: What lives with it, as a generation engine with its cache: closers, and bytes.
     """
 
-    bytes: int
-    attached_bytes: int
-    activation_bytes: int
-    users: int
-    pinned: bool
-    idle_seconds: float
-
-
-@dataclass(eq=False)
-class _Resident:
     lm: FrozenLM
     bytes: int
     names: set[str]
@@ -82,7 +71,7 @@ class Residency:
     load: Callable[..., FrozenLM] = load_model
     history: list[tuple[str, str, int]] = field(default_factory=list)
     loading: str | None = None
-    _models: OrderedDict[str, _Resident] = field(default_factory=OrderedDict)
+    _models: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
     _activations: dict[str, int] = field(default_factory=dict)
     _keep_alive: dict[str, float] = field(default_factory=dict)
     _pinned: set[str] = field(default_factory=set)
@@ -101,15 +90,10 @@ class Residency:
         """Weights in bytes by the name each model was loaded under, least recently used first."""
         return {name: resident.bytes for name, resident in list(self._models.items())}
 
-    def state(self, name: str) -> ModelState | None:
-        """How the model of a name is doing, whichever name it was loaded under; None when it is not in memory."""
+    def find(self, name: str) -> Resident | None:
+        """The model of a name, whichever name it was loaded under; None when it is not in memory."""
         with self._changed:
-            resident = self._find(name)
-            if resident is None:
-                return None
-            idle = 0.0 if resident.users else time.monotonic() - resident.idle_since
-            size, activation, pinned = resident.bytes, self._activation(resident.names), self.is_pinned(name)
-            return ModelState(size, resident.attached_bytes, activation, resident.users, pinned, idle)
+            return self._find(name)
 
     @contextmanager
     def use(self, name: str, wait_seconds: float = 0.0) -> Iterator[FrozenLM]:
@@ -297,13 +281,13 @@ class Residency:
             resident = self._find(name, identity)
             return None if resident is None else self._lent(resident, name)
 
-    def _lent(self, resident: _Resident, name: str) -> FrozenLM:
+    def _lent(self, resident: Resident, name: str) -> FrozenLM:
         resident.names.add(name)
         resident.users += 1
         self._models.move_to_end(resident.lm.name)
         return resident.lm if resident.lm.name == name else replace(resident.lm, name=name)
 
-    def _find(self, name: str, identity: Fingerprint | None = None) -> _Resident | None:
+    def _find(self, name: str, identity: Fingerprint | None = None) -> Resident | None:
         return next((r for r in self._models.values() if name in r.names or r.lm.fingerprint == identity), None)
 
     def _names(self, name: str) -> set[str]:
@@ -327,7 +311,7 @@ class Residency:
                 with mapped_apart():
                     lm = self.load(name, device=self.device, dtype=self.dtype)
                 with self._changed:
-                    resident = self._models[lm.name] = _Resident(lm, weights_bytes(lm.model), {name})
+                    resident = self._models[lm.name] = Resident(lm, weights_bytes(lm.model), {name})
                     self._note("load", name)
                     return self._lent(resident, name)
             except Exception as error:
@@ -337,11 +321,11 @@ class Residency:
             finally:
                 self.loading = None
 
-    def _make_room(self, need: int, *, activation: int = 0, most: int = 1) -> list[_Resident] | None:
+    def _make_room(self, need: int, *, activation: int = 0, most: int = 1) -> list[Resident] | None:
         """Take idle models out of the books, longest unused first, until ``need`` more bytes fit; they are to be
         dropped. None, and nothing taken, where that is not enough. Once no more than ``most`` stay, activations give
         way: a model must be able to run alone."""
-        staying, leaving, idle = list(self._models.values()), list[_Resident](), deque(self._idle())
+        staying, leaving, idle = list(self._models.values()), list[Resident](), deque(self._idle())
         while self.budget_bytes is not None and need + self._total(staying, activation) > self.budget_bytes:
             if idle and len(staying) > most:
                 staying.remove(idle[0])
@@ -354,24 +338,24 @@ class Residency:
             self._take_out(resident)
         return leaving
 
-    def _total(self, staying: list[_Resident], activation: int = 0) -> int:
+    def _total(self, staying: list[Resident], activation: int = 0) -> int:
         held = sum(resident.all_bytes for resident in staying)
         return held + max([activation, *(self._activation(resident.names) for resident in staying)])
 
     def _activation(self, names: set[str]) -> int:
         return max(self._activations.get(name, 0) for name in names)
 
-    def _kept_seconds(self, resident: _Resident) -> float:
+    def _kept_seconds(self, resident: Resident) -> float:
         return max((self._keep_alive[name] for name in resident.names if name in self._keep_alive), default=math.inf)
 
-    def _idle(self) -> list[_Resident]:
+    def _idle(self) -> list[Resident]:
         return [r for r in self._models.values() if r.users == 0 and self._pinned.isdisjoint(r.names)]
 
-    def _take_out(self, resident: _Resident) -> None:
+    def _take_out(self, resident: Resident) -> None:
         del self._models[resident.lm.name]
         self._note_change()
 
-    def _drop(self, resident: _Resident) -> int:
+    def _drop(self, resident: Resident) -> int:
         """Close and free a model that is out of the books; bytes that came back."""
         name, before = resident.lm.name, held_bytes(self.device)
         for closer, _ in reversed(resident.attached):

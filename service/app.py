@@ -90,7 +90,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         pages=Pages(settings, has_keys=bool(runtime.keys)),
         keys=runtime.keys,
         limiter=runtime.limiter,
-        check_room=runtime.load.check_room,
+        check_room=runtime.admission.check_room,
         answer=deliberate_error,
     )
     app.add_middleware(Envelope, runtime=runtime)  # added later, so outside: a refusal has its id and is counted too

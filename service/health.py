@@ -44,10 +44,10 @@ def main() -> None:
         connection = HTTPConnection(host, port, timeout=TIMEOUT_SECONDS)  # past any proxy
         connection.request("GET", f"/health/{question}")
         answer = connection.getresponse()
-        said = answer.read().decode(errors="replace")
+        text = answer.read().decode(errors="replace")
     except (OSError, HTTPException) as error:
         sys.exit(f"the service does not answer: {error}")
-    print(said)
+    print(text)
     sys.exit(answer.status != 200)
 
 

@@ -26,7 +26,7 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
 from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_model
 from latentwire.bridge.prompt import compose, layout_for
-from latentwire.bridge.reader import Reader, tokenize_source
+from latentwire.bridge.reader import Reader, source_tokens
 from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Sampler, split_off
@@ -351,8 +351,7 @@ def _cached(run: Run, console: Console) -> CachedStates:
     seen = sorted({i for step in range(config.max_steps) for i in sampler.batch(step)})
     side = run.tokenisers[config.receivers[0]].sender
     texts = [run.train[i].source for i in seen] + [example.source for example in run.validation]
-    kept, limit = described.source, described.max_source_tokens
-    sources = [tokenize_source(side, text, kept, max_tokens=limit, truncate=True) for text in texts]
+    sources = [source_tokens(described, side, text, truncate=True) for text in texts]
     key = features_key(
         sender=str(described.sender.fingerprint),
         layers=described.layers,

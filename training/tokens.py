@@ -21,7 +21,7 @@ from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import LatentWireError
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, compose, fit
-from latentwire.bridge.reader import Reader, SourceTokens, kept_layout, text_ids, text_offsets, tokenize_source
+from latentwire.bridge.reader import Reader, SourceTokens, kept_layout, source_tokens, text_ids, text_offsets
 from latentwire.training.config import TrainConfig
 
 SPARE = 8  # receiver tokens left free beside a repeated source, whose tokens can join otherwise than counted
@@ -69,8 +69,7 @@ class Tokeniser:
 
     def __call__(self, example: Example) -> Tokens:
         """Raises InvalidRequest when the prompt and answer do not fit the receiver beside the soft tokens."""
-        config, limit = self.config, self.bridge.max_source_tokens
-        source = tokenize_source(self.sender, example.source, self.bridge.source, max_tokens=limit, truncate=True)
+        config, source = self.config, source_tokens(self.bridge, self.sender, example.source, truncate=True)
         slots = slots_of(self.bridge.encoder, len(source.ids))
         answer = self._compose(example.prompt, slots, example.answer)
         half, rest = self._halves(example.source, source)

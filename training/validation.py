@@ -12,7 +12,7 @@ from latentwire.bridge.evaluation.conditions import PredictionContext, predict
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import METRICS, Metric, metrics_of
 from latentwire.bridge.prompt import collate
-from latentwire.bridge.reader import tokenize_source
+from latentwire.bridge.reader import source_tokens
 from latentwire.training.data import chunks
 from latentwire.training.objectives import answer_loss
 from latentwire.training.run import Run
@@ -40,10 +40,9 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
 
 def _latents(run: Run) -> list[NDArray[np.float32]]:
     config, side = run.bridge.config, run.tokenisers[run.config.receivers[0]].sender
-    limit = config.max_source_tokens
     found: list[NDArray[np.float32]] = []
     for part in chunks(list(run.validation), run.micro_batch):
-        sources = [tokenize_source(side, e.source, config.source, max_tokens=limit, truncate=True) for e in part]
+        sources = [source_tokens(config, side, e.source, truncate=True) for e in part]
         latents, slots = run.bridge.encoder(*run.states.read(sources))
         found += [row[real].float().cpu().numpy() for row, real in zip(latents, slots, strict=True)]
     return found

@@ -24,7 +24,7 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, answer_text, load_task
 from latentwire.bridge.models import FrozenLM, check_role, load_model
 from latentwire.bridge.prompt import LATENT, Row, collate, compose, cut_text, fit, text_layout
-from latentwire.bridge.reader import Reader, SourceTokens, tokenize_source
+from latentwire.bridge.reader import Reader, SourceTokens, source_tokens
 from latentwire.bridge.sampling import SamplingParams
 
 Latent = NDArray[np.float32]
@@ -114,9 +114,8 @@ class EvaluationContext(PredictionContext):
 
     def sources(self, chosen: Sequence[int]) -> list[SourceTokens]:
         """Sender tokens of the chosen examples, cut to what the bridge reads."""
-        config = self.bridge.config
-        limit, texts = config.max_source_tokens, (self.examples[i].source for i in chosen)
-        return [tokenize_source(self.sender, text, config.source, max_tokens=limit, truncate=True) for text in texts]
+        config, sender = self.bridge.config, self.sender
+        return [source_tokens(config, sender, self.examples[i].source, truncate=True) for i in chosen]
 
     def latents(self, chosen: Sequence[int]) -> list[Latent]:
         """Latents of the chosen examples as the receiver's side decodes them, after the wire."""

@@ -204,7 +204,7 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode())
     except OSError as error:
-        raise InvalidRequest(f"--out {path}: {error.strerror}", param="out") from None
+        raise InvalidRequest(f"the report {str(path)!r} cannot be written: {error.strerror}", param="out") from None
 
 
 def others_in(report: Mapping[str, Any]) -> list[Metric]:

@@ -1,6 +1,6 @@
-"""The life of a request in a generation engine: submitted, running, then ended once, with an answer or an error.
+"""The life of a request in a generation engine: submitted, running, then ended once, with an output or an error.
 
-``ContinuousEngine`` and ``PaddedEngine`` differ in how steps are made; what is here they have in common.
+What ``ContinuousEngine`` and ``PaddedEngine`` have in common; they differ in how they make steps.
 """
 
 import logging
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, at_fault
-from latentwire.bridge.generation.output import Answer, Generation, Transcript
+from latentwire.bridge.generation.output import Generation, OutputText, OutputTokens
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.reader import check_ids
@@ -31,7 +31,7 @@ Kind = Literal["continuous", "padded"]
 
 @dataclass(frozen=True, eq=False)
 class Soft:
-    """Soft tokens of one latent for one receiver: what tells them apart from all others, and how they are made."""
+    """Soft tokens of one latent for one receiver: a key that identifies them, and how they are made."""
 
     key: Hashable
     make: Callable[[], Float[Tensor, "K D"]]
@@ -42,50 +42,50 @@ class Running:
     """A request in an engine.
 
     Attributes:
-        on_end: Called once, on the thread of the engine's ``Telling``, with the answer or the error.
-        on_news: Called there with each piece of text that may be shown, and the log-probabilities of its tokens where
-            those were asked for; when given.
-        first_token_at: ``time.monotonic()`` when the first token was there.
+        on_end: Called once, on the engine's ``CallbackThread``, with the output or the error.
+        on_text: Called there with each new piece of text, and the log-probabilities of its tokens where those were
+            requested; when given.
+        first_token_at: ``time.monotonic()`` of the first token.
     """
 
     name: str
     row: Row
     soft: Soft | None
-    answer: Answer
+    tokens: OutputTokens
     on_end: Callable[[Generation | LatentWireError], None]
-    on_news: Callable[[str, tuple[TokenLogprob, ...]], None] | None = None
+    on_text: Callable[[str, tuple[TokenLogprob, ...]], None] | None = None
     first_token_at: float | None = None
-    transcript: Transcript = field(init=False)
+    text: OutputText = field(init=False)
 
     def __post_init__(self) -> None:
-        self.transcript = Transcript(self.answer)
+        self.text = OutputText(self.tokens)
 
 
-class Telling:
-    """A thread that does what it is given, one after the other: the text of answers is made here, and told.
+class CallbackThread:
+    """A thread that decodes the texts of outputs and calls the callbacks of requests, in order.
 
     The thread that steps has no time for that: with hundreds of streams it would take longer than the step.
     """
 
     def __init__(self) -> None:
-        self._given: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True, name="telling")
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="callbacks")
         self._thread.start()
 
-    def soon(self, work: Callable[[], None]) -> None:
-        """Do this after all that was given before."""
-        self._given.put(work)
+    def submit(self, call: Callable[[], None]) -> None:
+        """Make a call after all that were submitted before."""
+        self._queue.put(call)
 
     def close(self) -> None:
-        """End the thread, once everything is done."""
-        self._given.put(None)
+        """End the thread, once all calls are made."""
+        self._queue.put(None)
         self._thread.join()
 
     def _work(self) -> None:
-        while (work := self._given.get()) is not None:
+        while (call := self._queue.get()) is not None:
             try:
-                work()
-            except Exception:  # of one caller's: the others are told all the same
+                call()
+            except Exception:  # of one request's callback: the other requests get theirs
                 log.exception("a caller could not be told")
 
 
@@ -112,9 +112,9 @@ class Engine(ABC):
         self.on_step: Callable[[int, float], None] = lambda rows, seconds: None
         self.on_death = on_death
         self._count = 0
-        self._running: dict[str, Running] = {}  # until they are told how they ended
+        self._running: dict[str, Running] = {}  # until their end is reported
         self._lock = threading.RLock()
-        self._telling = Telling()
+        self._callbacks = CallbackThread()
         self.submitting = ThreadPoolExecutor(1, thread_name_prefix="submit")
 
     @property
@@ -124,7 +124,7 @@ class Engine(ABC):
 
     @property
     def capacity_tokens(self) -> int:
-        """Most tokens of one request, its answer included."""
+        """Most tokens of one request, its output included."""
         return self.lm.max_tokens
 
     def submit(
@@ -133,9 +133,9 @@ class Engine(ABC):
         params: SamplingParams,
         soft: Soft | None,
         on_end: Callable[[Generation | LatentWireError], None],
-        on_news: Callable[[str, tuple[TokenLogprob, ...]], None] | None = None,
+        on_text: Callable[[str, tuple[TokenLogprob, ...]], None] | None = None,
     ) -> Running:
-        """Take a request; it joins the running batch at the next step.
+        """Accept a request; it joins the running batch at the next step.
 
         Raises:
             InvalidRequest: It could never fit.
@@ -152,7 +152,7 @@ class Engine(ABC):
             check_ids(self.lm, params.stop_ids)
         with self._lock:
             self._count += 1
-            running = Running(f"r{self._count}", row, soft, Answer(self.lm, params), on_end, on_news)
+            running = Running(f"r{self._count}", row, soft, OutputTokens(self.lm, params), on_end, on_text)
         self._prepare(running)
         with self._lock:
             try:
@@ -171,9 +171,9 @@ class Engine(ABC):
         return running
 
     def cancel(self, running: Running) -> None:
-        """Give a request up: it ends at the next step, its memory is free, and nobody is called any more."""
+        """Cancel a request: it ends at the next step, its memory is freed, and no callback of it is called any more."""
         with self._lock:
-            if self._take_out(running):
+            if self._remove(running):
                 self._stop(running)
 
     @abstractmethod
@@ -181,8 +181,8 @@ class Engine(ABC):
         """End the thread and free what it holds; requests still running fail."""
 
     def _end_threads(self) -> None:
-        """Those that all engines have, once everybody has been told."""
-        self._telling.close()
+        """End the threads that all engines have, once all callbacks were called."""
+        self._callbacks.close()
         self.submitting.shutdown(wait=False)
 
     @abstractmethod
@@ -191,15 +191,15 @@ class Engine(ABC):
 
     @abstractmethod
     def _prepare(self, running: Running) -> None:
-        """What can be done before it is handed over, on the caller's thread."""
+        """What is done before it is handed over, on the caller's thread."""
 
     @abstractmethod
     def _stop(self, running: Running) -> None:
-        """Tell the thread that a request is over before its time."""
+        """Tell the thread that a request was cancelled or has failed."""
 
     @abstractmethod
     def _discard(self, running: Running) -> None:
-        """Let go of what a request held."""
+        """Free what a request held."""
 
     def _check_alive(self) -> None:
         if self.failure is not None:
@@ -207,43 +207,43 @@ class Engine(ABC):
 
     def _is_live(self, running: Running | None) -> TypeGuard[Running]:
         """Whether a request takes more tokens."""
-        return running is not None and running.name in self._running and not running.answer.over
+        return running is not None and running.name in self._running and not running.tokens.over
 
     def _advance(self, running: Running) -> None:
-        """After a token, on the thread that steps: let its text be read where somebody waits for that."""
+        """After a token, on the thread that steps: have its text decoded where it is needed now."""
         if running.first_token_at is None:
             running.first_token_at = time.monotonic()
-        answer = running.answer
-        if answer.over or running.on_news is not None or answer.params.stop:
-            self._telling.soon(partial(self._tell, running))
+        tokens = running.tokens
+        if tokens.over or running.on_text is not None or tokens.params.stop:
+            self._callbacks.submit(partial(self._read, running))
 
-    def _tell(self, running: Running) -> None:
-        """Show what is new, and end the request where it ended."""
+    def _read(self, running: Running) -> None:
+        """Decode new tokens, report their text, and end the request where its output has ended."""
         if running.name not in self._running:
             return
         try:
-            news = running.transcript.read()
-            if news and running.on_news is not None:
-                running.on_news(news, running.transcript.told())
-            said: Generation | LatentWireError | None = running.transcript.generation
-        except Exception as error:  # of one request's reading: no reason to end the others
+            piece = running.text.read()
+            if piece and running.on_text is not None:
+                running.on_text(piece, running.text.new_logprobs())
+            result: Generation | LatentWireError | None = running.text.generation
+        except Exception as error:  # of one request: no reason to end the others
             log.exception("a request failed while its answer was read")
             self._stop(running)
-            said = failed(error)
-        if said is not None:
-            self._tell_end(running, said)
+            result = InferenceFailed.of(error)
+        if result is not None:
+            self._end_here(running, result)
 
-    def _tell_end(self, running: Running, result: Generation | LatentWireError) -> None:
-        """End a request, unless somebody has just done so."""
-        if self._take_out(running):
+    def _end_here(self, running: Running, result: Generation | LatentWireError) -> None:
+        """End a request on the callback thread, unless it has ended."""
+        if self._remove(running):
             running.on_end(result)
 
     def _end(self, running: Running, result: Generation | LatentWireError) -> None:
-        """The same from any other thread: it is out at once, and its caller is told in turn."""
-        if self._take_out(running):
-            self._telling.soon(partial(running.on_end, result))
+        """The same from any other thread: it is removed at once, and its callback is called in turn."""
+        if self._remove(running):
+            self._callbacks.submit(partial(running.on_end, result))
 
-    def _take_out(self, running: Running) -> bool:
+    def _remove(self, running: Running) -> bool:
         with self._lock:
             if self._running.pop(running.name, None) is None:
                 return False
@@ -251,17 +251,10 @@ class Engine(ABC):
             return True
 
     def _die(self, failure: LatentWireError) -> None:
-        """No request will be served any more; those that run fail, but for answers that are there and only untold."""
+        """Refuse all later requests; those that run fail, except outputs that are whole and not reported yet."""
         with self._lock:
             self.failure = failure
-            lost = list(self._running.values())
-        for running in lost:
+            unfinished = list(self._running.values())
+        for running in unfinished:
             self._stop(running)
-            self._telling.soon(partial(self._tell_end, running, failure))
-
-
-def failed(error: BaseException) -> InferenceFailed:
-    """What callers are told of an error that no request caused."""
-    failure = InferenceFailed(f"the model failed with {type(error).__name__}")
-    failure.__cause__ = error
-    return failure
+            self._callbacks.submit(partial(self._end_here, running, failure))

@@ -28,8 +28,8 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
-from latentwire.bridge.generation.base import Engine, Running, failed
-from latentwire.bridge.generation.output import Odds, odds_of
+from latentwire.bridge.generation.base import Engine, Running
+from latentwire.bridge.generation.output import IdLogprob, logprobs_of
 from latentwire.bridge.generation.softids import SoftIds
 from latentwire.bridge.memory import free_caches
 from latentwire.bridge.models import FrozenLM
@@ -75,7 +75,7 @@ class ContinuousEngine(Engine):
         self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
         self.soft_ids = SoftIds(lm.model.get_input_embeddings(), kept_tokens=KEPT_SOFT_TOKENS)
         self._let_go = _exclusive(lm)
-        self._odds: dict[str, Odds | None] = {}
+        self._logprobs: dict[str, IdLogprob | None] = {}
         self._trouble = threading.Event()
         self._closed = False
         try:
@@ -88,7 +88,7 @@ class ContinuousEngine(Engine):
 
     @property
     def capacity_tokens(self) -> int:
-        """Most tokens of one request, its answer included."""
+        """Most tokens of one request, its output included."""
         return min(self.lm.max_tokens, self._kv_tokens - PAGE_TOKENS)
 
     @property
@@ -154,7 +154,7 @@ class ContinuousEngine(Engine):
                 time.sleep(POLL_SECONDS / 10)
 
     def _discard(self, running: Running) -> None:
-        self._odds.pop(running.name, None)
+        self._logprobs.pop(running.name, None)
         if running.soft is not None:
             self.soft_ids.release(running.soft.key)
 
@@ -163,13 +163,13 @@ class ContinuousEngine(Engine):
         if running.soft is not None:
             soft = self.soft_ids.ids(running.soft.key)
             ids = [i if slot == TEXT else soft[slot] for i, slot in zip(ids, running.row.slots, strict=True)]
-        said = running.answer.ids
+        generated = running.tokens.ids
         self._manager.add_request(
-            ids + said,  # what was said before the cache was lost is read again
+            ids + generated,  # the cache that held them was lost
             request_id=running.name,
-            max_new_tokens=running.answer.params.max_tokens - len(said),
+            max_new_tokens=running.tokens.params.max_tokens - len(generated),
             streaming=True,
-            eos_token_id=sorted(running.answer.end_ids) or -1,
+            eos_token_id=sorted(running.tokens.end_ids) or -1,
             request=running.name,
         )
 
@@ -187,20 +187,20 @@ class ContinuousEngine(Engine):
 
     def _take(self, output: GenerationOutput) -> None:
         """A token, or the failure of one request, from the library's thread."""
-        odds = self._odds.pop(output.request_id, None)
+        logprob = self._logprobs.pop(output.request_id, None)
         running = self._running.get(output.request_id)
         if not self._is_live(running):
             if not output.is_finished():  # over between two looks of the library: it has not heard
                 self._manager.cancel_request(output.request_id)
         elif output.error is None:
             try:
-                if running.answer.add(output.generated_tokens[-1], odds) and not output.is_finished():
+                if running.tokens.add(output.generated_tokens[-1], logprob) and not output.is_finished():
                     self._stop(running)
                 self._advance(running)
             except Exception as error:  # of one request: no reason to end the others
                 log.exception("a request failed at one of its tokens")
                 self._stop(running)
-                self._end(running, failed(error))
+                self._end(running, InferenceFailed.of(error))
         elif self._takes_requests:  # its own failure, not the thread's
             self._end(running, InferenceFailed(f"the engine refused the request: {output.error}"))
 
@@ -213,7 +213,7 @@ class ContinuousEngine(Engine):
                     self._recover()
         except Exception as error:
             log.error("the generation engine died: %s", first_line(error), exc_info=error)
-            self._die(failed(error))
+            self._die(InferenceFailed.of(error))
             self.on_death()
 
     def _recover(self) -> None:
@@ -318,13 +318,13 @@ class _Choose(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: Float[Tensor, "B V"], tensor_arg: Tensor) -> Float[Tensor, "B V"]:
         rows = self._engine._rows(self._names)
         live = [i for i, running in enumerate(rows) if running is not None]
-        answers = [running.answer for running in rows if running is not None]
-        if all(answer.params.temperature == 0 and answer.params.logprobs is None for answer in answers):
+        outputs = [running.tokens for running in rows if running is not None]
+        if all(output.params.temperature == 0 and output.params.logprobs is None for output in outputs):
             return scores
         logits = scores[: len(rows)][live]
-        chosen = choose(logits, [a.params for a in answers], [len(a.ids) for a in answers])
-        for i, odds in zip(live, odds_of(answers, logits, chosen), strict=True):
-            self._engine._odds[self._names[i]] = odds
+        chosen = choose(logits, [output.params for output in outputs], [len(output.ids) for output in outputs])
+        for i, logprob in zip(live, logprobs_of(outputs, logits, chosen), strict=True):
+            self._engine._logprobs[self._names[i]] = logprob
         return scores.index_copy(0, torch.tensor(live, device=scores.device), chosen)
 
 

@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.bridge import engine
 from latentwire.bridge.devices import is_out_of_memory
-from latentwire.bridge.errors import InsufficientMemory, NotReady, first_line
-from latentwire.bridge.generation.base import Engine, Running, failed
-from latentwire.bridge.memory import free_caches
+from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
+from latentwire.bridge.generation.base import Engine, Running
+from latentwire.bridge.memory import free_caches, halves
 from latentwire.bridge.models import FrozenLM
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class PaddedEngine(Engine):
         self._arrived.set()
 
     def _stop(self, running: Running) -> None:
-        running.answer.give_up()  # its row takes no more tokens, and does not hold the batch up
+        running.tokens.cancel()  # its row takes no more tokens, and does not hold the batch up
 
     def _serve(self) -> None:
         try:
@@ -71,7 +71,7 @@ class PaddedEngine(Engine):
                     self._run(batch)
         except Exception as error:
             log.exception("the generation engine died")
-            self._die(failed(error))
+            self._die(InferenceFailed.of(error))
             self.on_death()
 
     def _next_batch(self) -> list[Running]:
@@ -100,7 +100,7 @@ class PaddedEngine(Engine):
                 self.lm,
                 [running.row for running in batch],
                 _padded(soft),
-                [running.answer for running in batch],
+                [running.tokens for running in batch],
                 lambda row: self._token(batch[row]),
             )
         except Exception as error:
@@ -108,17 +108,15 @@ class PaddedEngine(Engine):
                 return first_line(error)  # and the error goes, with the tensors that its frames hold
             log.error("a batch of %d rows failed: %s", len(batch), first_line(error), exc_info=error)
             for running in filter(self._is_live, batch):
-                self._end(running, failed(error))
+                self._end(running, InferenceFailed.of(error))
         return ""
 
-    def _halve(self, batch: list[Running], said: str) -> list[list[Running]]:
+    def _halve(self, batch: list[Running], reason: str) -> list[list[Running]]:
         self.out_of_memory += 1
         free_caches()
         if len(batch) == 1:
-            self._end(batch[0], InsufficientMemory(f"the request does not fit in memory ({said})"))
-            return []
-        half = (len(batch) + 1) // 2
-        return [batch[half:], batch[:half]]
+            self._end(batch[0], InsufficientMemory(f"the request does not fit in memory ({reason})"))
+        return halves(batch)
 
     def _token(self, running: Running) -> None:
         self.last_step = time.monotonic()

@@ -60,10 +60,10 @@ def _trouble(made: ContinuousEngine) -> str | None:
     The first token of an answer needs no cache: where an answer is no longer, another request is tried.
     """
     for number in range(TRIES):
-        wanted, said = _tried(made, number)
-        if isinstance(said, str):
-            return said
-        trouble = _difference(wanted, said, exact=made.lm.model.dtype == torch.float32)
+        wanted, result = _tried(made, number)
+        if isinstance(result, str):
+            return result
+        trouble = _difference(wanted, result, exact=made.lm.model.dtype == torch.float32)
         if trouble is not None or len(wanted.logprobs or ()) > 1:
             return trouble
     return "the answers that continuous batching was tried on end at once"
@@ -83,30 +83,30 @@ def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation 
     row = Row([0] * count + words, [*range(count), TEXT, TEXT], [IGNORE] * (count + 2))
     params = SamplingParams(max_tokens=ANSWER_TOKENS, logprobs=0)
     wanted = engine.generate(lm, [row], soft[None], [params])[0][0]
-    ended, said = threading.Event(), list[Generation | LatentWireError]()
+    ended, results = threading.Event(), list[Generation | LatentWireError]()
 
     def end(result: Generation | LatentWireError) -> None:
-        said.append(result)
+        results.append(result)
         ended.set()
 
     made.submit(row, params, Soft(("probe", number), lambda: soft), end)
     if not ended.wait(PROBE_SECONDS):
         return wanted, f"continuous batching gave no answer within {PROBE_SECONDS:g} s"
-    result = said[0]
+    result = results[0]
     if isinstance(result, LatentWireError):
         return wanted, f"continuous batching fails with {first_line(result)}"
     return wanted, result
 
 
-def _difference(wanted: Generation, said: Generation, *, exact: bool) -> str | None:
+def _difference(wanted: Generation, found: Generation, *, exact: bool) -> str | None:
     """How an answer differs from the reference's; in half precision two likely tokens may change places, and what
     follows is not compared."""
-    for number, (ours, theirs) in enumerate(zip(said.logprobs or (), wanted.logprobs or (), strict=False), start=1):
+    for number, (ours, theirs) in enumerate(zip(found.logprobs or (), wanted.logprobs or (), strict=False), start=1):
         off = abs(ours.logprob - theirs.logprob)
         if off > (EXACT_NATS if exact else HALF_NATS):
             return f"the log-probability of token {number} is {off:.2g} nats from that of generate"
         if ours.token != theirs.token:
             break
-    if exact and wanted.text != said.text:
-        return f"continuous batching says {said.text!r} where generate says {wanted.text!r}"
+    if exact and wanted.text != found.text:
+        return f"continuous batching says {found.text!r} where generate says {wanted.text!r}"
     return None

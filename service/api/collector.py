@@ -28,13 +28,15 @@ class LiveCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every gauge, with its value now."""
         runtime = self.runtime
-        engines, load, residency = runtime.engines.all(), runtime.load, runtime.residency
+        engines, admission, residency = runtime.engines.all(), runtime.admission, runtime.residency
         yield GaugeMetricFamily("latentwire_ready", "1 once warmed up.", value=float(runtime.ready))
-        yield GaugeMetricFamily("latentwire_queue_rows", "Rows waiting.", value=load.waiting)
+        yield GaugeMetricFamily("latentwire_queue_rows", "Rows waiting.", value=admission.waiting)
         generating = sum(engine.running for engine in engines)
-        yield GaugeMetricFamily("latentwire_running_rows", "Rows in a batch.", value=load.running + generating)
-        yield GaugeMetricFamily("latentwire_admitted_rows", "Rows accepted, not answered yet.", value=load.admitted)
-        oom = load.out_of_memory + sum(engine.out_of_memory for engine in engines)
+        yield GaugeMetricFamily("latentwire_running_rows", "Rows in a batch.", value=admission.running + generating)
+        yield GaugeMetricFamily(
+            "latentwire_admitted_rows", "Rows accepted, not answered yet.", value=admission.admitted
+        )
+        oom = admission.out_of_memory + sum(engine.out_of_memory for engine in engines)
         yield CounterMetricFamily("latentwire_out_of_memory", "Batches that memory was too small for.", value=oom)
         yield GaugeMetricFamily(
             "latentwire_store_available", "1 while the store answers.", value=float(runtime.store.available)
@@ -60,8 +62,8 @@ class LiveCollector(Collector):
             models.add_metric([name], size)
         yield models
         measured = {bridge: diversity(list(texts)) for bridge, texts in list(runtime.metrics.latest.items())}
-        for name, attribute, said in DIVERSITY:
-            gauge = GaugeMetricFamily(f"latentwire_output_{name}", said, labels=["bridge"])
+        for name, attribute, meaning in DIVERSITY:
+            gauge = GaugeMetricFamily(f"latentwire_output_{name}", meaning, labels=["bridge"])
             for bridge, values in measured.items():
                 gauge.add_metric([bridge], getattr(values, attribute))
             yield gauge

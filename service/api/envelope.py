@@ -57,8 +57,8 @@ class Envelope:
         except Exception:
             log.exception("request %s failed", request_id)
             if not replied:
-                said = error_body_of(scope, 500, *CRASHED, None)
-                await JSONResponse(said, status_code=500)(scope, receive, send_with_id)
+                content = error_body_of(scope, 500, *CRASHED, None)
+                await JSONResponse(content, status_code=500)(scope, receive, send_with_id)
         finally:
             known = scope["path"] if scope["path"] in scope["app"].openapi()["paths"] else "unknown"
             route = getattr(scope.get("route"), "path", known)  # none was looked for where the guard refused

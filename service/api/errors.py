@@ -53,13 +53,13 @@ OPENAI_STATUS = {409: 400, 413: 400, 422: 400}  # they know a bad request by 400
 
 def error_body_of(scope: Scope, code: int, kind: str, message: str, param: str | None) -> dict[str, Any]:
     param = None if param is None else errors.shorten(param)
-    said = {
+    error = {
         "type": kind,
         "message": errors.shorten(message),
         "param": param,
         "request_id": scope["state"]["request_id"],
     }
-    return {"error": said | ({"type": error_type(code), "code": kind} if scope["path"].startswith(OPENAI) else {})}
+    return {"error": error | ({"type": error_type(code), "code": kind} if scope["path"].startswith(OPENAI) else {})}
 
 
 def error_response(
@@ -109,8 +109,8 @@ async def invalid_body(request: Request, error: Exception) -> JSONResponse:
     value = (
         "" if isinstance(first.get("input"), dict | list) else f", got {errors.shorten(repr(first.get('input')), 80)}"
     )
-    said = first["msg"].removeprefix("Value error, ")  # pydantic's word for what a validator of ours says
-    return error_response(request, 422, "InvalidRequest", f"{param or 'body'}: {said}{value}", param)
+    reason = first["msg"].removeprefix("Value error, ")  # pydantic's prefix of our validators' messages
+    return error_response(request, 422, "InvalidRequest", f"{param or 'body'}: {reason}{value}", param)
 
 
 async def http_error(request: Request, error: Exception) -> JSONResponse:

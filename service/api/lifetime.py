@@ -1,4 +1,4 @@
-"""Doing the work of a request while somebody waits for it: with a deadline, until the caller leaves, or as a stream."""
+"""Deadlines, callers who disconnect, and streams."""
 
 import asyncio
 import json
@@ -11,73 +11,73 @@ from starlette.types import Receive, Scope, Send
 
 from latentwire.bridge.errors import CallerLeft, DeadlineExceeded
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 KEEP_ALIVE_SECONDS = 15.0
 QUIET = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies pass events on as they come
-Show = Callable[[Any], None]
+OnPiece = Callable[[Any], None]
 
 
 def deadline(request: Request, wished: float | None) -> float:
-    """Seconds a request may take: what the caller wishes, within what the operator allows."""
-    most: float = request.app.state.runtime.settings.request_timeout
-    return most if wished is None else min(wished, most)
+    """Seconds a request may take: what the caller wishes, at most what the operator allows."""
+    limit: float = request.app.state.runtime.settings.request_timeout
+    return limit if wished is None else min(wished, limit)
 
 
-async def attend(request: Request, work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:
-    """Do the work of a request while somebody waits for it, and no longer than ``seconds``.
+async def run_while_connected(request: Request, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
+    """Await ``work`` for at most ``seconds``, and cancel it when the caller disconnects.
 
     Raises:
         DeadlineExceeded: It took too long.
         CallerLeft: The connection was closed.
     """
-    task, left = asyncio.create_task(work), asyncio.create_task(_left(request))
+    task, disconnected = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
     try:
-        done, _ = await asyncio.wait((task, left), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((task, disconnected), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
             return task.result()
-        if left in done:
+        if disconnected in done:
             raise CallerLeft("the caller closed the connection before the answer")
         raise DeadlineExceeded(f"no answer within {seconds:g} s")
     finally:
         task.cancel()
-        left.cancel()
+        disconnected.cancel()
 
 
-async def stream(
+async def stream_response(
     request: Request,
-    work: Callable[[Show], Coroutine[Any, Any, Answer]],
-    events: Callable[[AsyncIterator[Any], Callable[[], Answer]], AsyncIterator[str]],
+    work: Callable[[OnPiece], Coroutine[Any, Any, Result]],
+    events: Callable[[AsyncIterator[Any], Callable[[], Result]], AsyncIterator[str]],
     seconds: float,
 ) -> EventSourceResponse:
-    """Do the work of a request and send what it shows as it comes.
+    """Start ``work`` and stream its pieces as server-sent events.
 
-    What fails before anything was shown is raised, and becomes an ordinary answer with its status.
+    An error before the first piece is raised, and becomes an ordinary response with its status.
 
     Args:
-        request: Whose caller is watched until the first piece; then the response sees to that.
+        request: Watched for a disconnect until the first piece; after it the response does that.
         work: Called with a function that takes pieces, on the event loop.
-        events: Makes the lines of the stream from the pieces and, after the last, the answer; the second argument
-            raises what the work raised.
-        seconds: For all of it.
+        events: Makes the lines of the stream: gets the pieces, and a function that returns the result of ``work`` after
+            the last piece, or raises its error.
+        seconds: The deadline of all of it.
     """
     pieces: asyncio.Queue[tuple[Any] | None] = asyncio.Queue()
-    task = asyncio.create_task(_in_time(work(lambda piece: pieces.put_nowait((piece,))), seconds))
+    task = asyncio.create_task(_with_deadline(work(lambda piece: pieces.put_nowait((piece,))), seconds))
     task.add_done_callback(lambda _: pieces.put_nowait(None))
     try:
-        first = await attend(request, pieces.get(), seconds + 1)
+        first = await run_while_connected(request, pieces.get(), seconds + 1)
         if first is None:
             task.result()
     except BaseException:
         task.cancel()
         raise
 
-    async def shown() -> AsyncIterator[Any]:
+    async def stream_pieces() -> AsyncIterator[Any]:
         item = first
         while item is not None:
             yield item[0]
             item = await pieces.get()
 
-    return _Events(_kept_alive(events(shown(), task.result)), task)
+    return _Events(_kept_alive(events(stream_pieces(), task.result)), task)
 
 
 def event(name: str | None, data: Any) -> str:
@@ -119,7 +119,7 @@ async def _kept_alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
         waiting.cancel()
 
 
-async def _in_time(work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:
+async def _with_deadline(work: Coroutine[Any, Any, Result], seconds: float) -> Result:
     try:
         async with asyncio.timeout(seconds):
             return await work
@@ -127,6 +127,6 @@ async def _in_time(work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:
         raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
 
 
-async def _left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

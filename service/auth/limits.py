@@ -13,7 +13,7 @@ from latentwire.bridge.errors import RateLimited, StoreUnavailable
 from latentwire.service.auth.keys import Entry, Keys
 from latentwire.service.store.redis import RedisStore
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class Limiter:
@@ -40,8 +40,8 @@ class Limiter:
         """
         costs = {"requests": 1, "tokens": 0} if work else {"requests": 1}
         items = self._items.get(tenant, {})
-        asked = {items[kind]: cost for kind, cost in costs.items() if kind in items}
-        over = await self._ask(lambda window: _over(window, tenant, asked)) if asked else None
+        limited = {items[kind]: cost for kind, cost in costs.items() if kind in items}
+        over = await self._count(lambda window: _over(window, tenant, limited)) if limited else None
         if over is not None:
             item, seconds = over
             used = f"key {tenant!r} has used its {item.amount} {item.namespace} of this minute"
@@ -51,21 +51,21 @@ class Limiter:
         """Count the tokens that a request has cost; never refuses."""
         item = self._items.get(tenant, {}).get("tokens")
         if item is not None and tokens > 0:
-            await self._ask(lambda window: window.hit(item, tenant, cost=tokens))
+            await self._count(lambda window: window.hit(item, tenant, cost=tokens))
 
-    async def _ask(self, question: Callable[[FixedWindowRateLimiter], Awaitable[Answer]]) -> Answer:
-        """The answer of Redis, or where it gives none that of this process.
+    async def _count(self, operation: Callable[[FixedWindowRateLimiter], Awaitable[Result]]) -> Result:
+        """The result in Redis, or where it is unavailable that of this process.
 
-        This process counts in any case, so that a Redis that goes away hands nobody a fresh minute.
+        This process always counts too, so that nobody gets a fresh minute when Redis goes away.
         """
-        here = await question(self._local)
+        local = await operation(self._local)
         if self._redis is None or self._shared is None:
-            return here
+            return local
         shared = self._shared
         try:
-            return await self._redis.write(lambda _: question(shared))
+            return await self._redis.write(lambda _: operation(shared))
         except StoreUnavailable:
-            return here
+            return local
 
 
 def _items(entry: Entry) -> dict[str, RateLimitItem]:
@@ -85,10 +85,10 @@ def _in_redis(redis: RedisStore) -> FixedWindowRateLimiter:
 
 
 async def _over(
-    window: FixedWindowRateLimiter, tenant: str, asked: Mapping[RateLimitItem, int]
+    window: FixedWindowRateLimiter, tenant: str, costs: Mapping[RateLimitItem, int]
 ) -> tuple[RateLimitItem, float] | None:
     """Count each cost, 0 only looks; the first limit that has no room, and the seconds until it has."""
-    for item, cost in asked.items():
+    for item, cost in costs.items():
         if not await (window.hit(item, tenant, cost=cost) if cost else window.test(item, tenant)):
             resets, _ = await window.get_window_stats(item, tenant)
             return item, max(0.0, resets - time.time()) + 0.5  # Redis rounds to whole seconds

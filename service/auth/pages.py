@@ -22,7 +22,7 @@ class Pages:
     """Tells this service's own page, and those of allowed origins, from all others; what is no browser passes.
 
     A service is called by an address, which no page can make lead elsewhere; as ``localhost``; by the name it listens
-    on or the machine's; or by one of ``allowed_hosts``. Where keys are asked for and no hosts were said, any name is
+    on or the machine's; or by one of ``allowed_hosts``. Where keys are asked for and no hosts are listed, any name is
     as good: a page has no key.
     """
 
@@ -39,11 +39,11 @@ class Pages:
         headers = dict(scope["headers"])
         host = headers.get(b"host")
         if host is not None and not (self._any_host or self._is_ours(_name(host))):
-            said = shorten(host.decode("latin-1"), 80)
-            raise Forbidden(f"the Host {said!r} is no name of this service; LW_ALLOWED_HOSTS can add it", param="host")
+            shown = shorten(host.decode("latin-1"), 80)
+            raise Forbidden(f"the Host {shown!r} is no name of this service; LW_ALLOWED_HOSTS can add it", param="host")
         if scope.get("method") not in READING and not (self._any_page or self._may_act(headers)):
-            said = shorten(headers.get(b"origin", b"another").decode("latin-1"), 80)
-            raise Forbidden(f"a page of {said} asks; LW_CORS_ORIGINS can allow its origin", param="origin")
+            shown = shorten(headers.get(b"origin", b"another").decode("latin-1"), 80)
+            raise Forbidden(f"a page of {shown} asks; LW_CORS_ORIGINS can allow its origin", param="origin")
 
     def _is_ours(self, name: str) -> bool:
         with suppress(ValueError):

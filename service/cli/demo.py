@@ -41,7 +41,7 @@ def check_free(port: int) -> None:
 def running(checkpoint: Path | str, port: int, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """``latentwire serve`` as a process of its own, its output in ``log``; ended on the way out.
 
-    ``variables`` are added to its environment. Ready is what it has said itself: another may answer on the port.
+    ``variables`` are added to its environment. Its own log says when it is ready: another may answer on the port.
 
     Raises:
         InferenceFailed: It ended, or was not ready in time; the last line it printed is named.
@@ -81,8 +81,8 @@ def ask(console: Console, port: int, example: "Example") -> None:
         _post(http, "/generate", inputs=[{"text": example.source}], prompt=prompt)  # the first of a connection warms it
         encoded, encode_ms = _post(http, "/encode", inputs=[example.source])
         (latent,) = encoded["latents"]
-        said, generate_ms = _post(http, "/generate", inputs=[{"latent": latent["data"]}], prompt=prompt)
-    (output,) = said["outputs"]
+        response, generate_ms = _post(http, "/generate", inputs=[{"latent": latent["data"]}], prompt=prompt)
+    (output,) = response["outputs"]
     console.print("\n[bold]POST /encode[/bold] — the sender reads", f"[cyan]{example.source}[/cyan]", **PLAIN)
     _show(console, {**latent, "data": latent["data"][:SHOWN_CHARACTERS] + "…"})
     console.print(f"  {encode_ms:.1f} ms")

@@ -69,7 +69,7 @@ def configure(level: str, *, file: Path | None = None, console: Console | TextIO
 
 
 def restore() -> None:
-    """Take away what ``configure`` set, after writing what is still to be said."""
+    """Undo ``configure``, after writing what was not written yet."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Folding)]:
         root.removeHandler(handler)

@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
         if self._loop is None or self.runtime.draining:
             self.should_exit = self.force_exit = True
             return
-        log.info("%s: answering %d rows, then stopping", signal.Signals(sig).name, self.runtime.load.admitted)
+        log.info("%s: answering %d rows, then stopping", signal.Signals(sig).name, self.runtime.admission.admitted)
         self.runtime.draining = True
         self._loop.call_soon_threadsafe(self._begin_to_end)
 

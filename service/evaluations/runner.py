@@ -57,7 +57,7 @@ class PoliteLender(Lender):
     def _let_requests_go_first(self) -> None:
         until = time.monotonic() + YIELD_SECONDS
         self._check()
-        while self._runtime.load.admitted and time.monotonic() < until:
+        while self._runtime.admission.admitted and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
             self._check()
 

@@ -1,4 +1,4 @@
-"""How much a service has taken on, and when there is room again."""
+"""Admission control: the rows a service has accepted, and when there is room for more."""
 
 import math
 import time
@@ -13,8 +13,8 @@ RETRY_SECONDS = (1.0, 60.0)  # what a refused caller may be told to wait, at lea
 
 
 @dataclass
-class Load:
-    """What a service has taken on, and the last time anything moved; shared by all its batchers.
+class Admission:
+    """Counts the rows of a service and refuses those over its limit; all batchers share one.
 
     Attributes:
         limit: Most rows admitted at once.
@@ -73,7 +73,7 @@ class Load:
         return min(max(self._rate.seconds_for(missing, self.clock()), low), high)
 
     def progress(self) -> None:
-        """Something moved."""
+        """Note that work was done."""
         self.last_progress = time.monotonic()
 
 

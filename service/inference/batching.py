@@ -1,10 +1,10 @@
 """Group concurrent rows into one forward pass.
 
-No row waits for company: while the device works on one batch, the rows that arrive become the next. Promises, each
-with a test in ``tests/unit/test_batching.py``: every row gets exactly one result or one error; a row nobody waits for
-any more never reaches the model; a failing batch fails its own rows only; the row that has waited longest is always
-in the next batch; a batch that memory is too small for is halved until it fits, and only a row that does not fit
-alone is refused.
+No row waits for others to come: while the device works on one batch, the rows that arrive become the next. Promises,
+each with a test in ``tests/unit/test_batching.py``: every row gets exactly one result or one error; a row nobody waits
+for any more never reaches the model; a failing batch fails its own rows only; the row that has waited longest is always
+in the next batch; a batch that memory is too small for is halved until it fits, and only a row that does not fit alone
+is refused.
 """
 
 import asyncio
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, LatentWireError, NotReady, first_line
-from latentwire.service.inference.admission import Load
+from latentwire.bridge.memory import halves
+from latentwire.service.inference.admission import Admission
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 class _Row(Generic[Item, Result]):
     item: Item
     tokens: int
-    answer: "asyncio.Future[Result]"
-    begun: bool = False
+    result: "asyncio.Future[Result]"
+    started: bool = False
 
 
 class Batcher(Generic[Item, Result]):
@@ -41,7 +42,7 @@ class Batcher(Generic[Item, Result]):
     Args:
         run: Called with one batch at a time.
         max_batch: Most rows of a batch.
-        load: Where rows are counted.
+        admission: Where rows are counted.
         max_batch_tokens: Most tokens of a batch, padding included; None: no limit.
         cost: Tokens of a row, asked once when it is submitted.
         is_out_of_memory: Whether an error of ``run`` says that memory did not suffice.
@@ -53,7 +54,7 @@ class Batcher(Generic[Item, Result]):
         run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | LatentWireError]]],
         *,
         max_batch: int,
-        load: Load,
+        admission: Admission,
         max_batch_tokens: int | None = None,
         cost: Callable[[Item], int] = lambda _: 1,
         is_out_of_memory: Callable[[BaseException], bool] = lambda error: isinstance(error, MemoryError),
@@ -63,18 +64,18 @@ class Batcher(Generic[Item, Result]):
         self._max_batch = max_batch
         self._max_tokens = math.inf if max_batch_tokens is None else max_batch_tokens
         self._cost = cost
-        self._load = load
+        self._admission = admission
         self._is_out_of_memory = is_out_of_memory
         self._free_caches = free_caches
         self._queue: list[_Row[Item, Result]] = []
         self._arrived = asyncio.Event()
 
     async def submit(
-        self, items: Sequence[Item], on_begun: Callable[[Item], object] = lambda item: None
+        self, items: Sequence[Item], on_started: Callable[[Item], object] = lambda item: None
     ) -> list[Result]:
-        """Queue all rows of a request and wait for every result; cancelled, rows still queued are taken out.
+        """Queue all rows of a request and wait for every result; cancelled, rows still queued are removed.
 
-        At the end, whatever end that is, ``on_begun`` is called with each row that reached ``run``.
+        At the end, also where an error is raised, ``on_started`` is called with each row that reached ``run``.
 
         Raises:
             InferenceFailed: ``run`` raised for a batch one of them was in.
@@ -83,34 +84,34 @@ class Batcher(Generic[Item, Result]):
         """
         loop = asyncio.get_running_loop()
         rows: list[_Row[Item, Result]] = [_Row(item, self._cost(item), loop.create_future()) for item in items]
-        if not self._load.waiting and not self._load.running:
-            self._load.progress()
+        if not self._admission.waiting and not self._admission.running:
+            self._admission.progress()
         self._queue += rows
-        self._load.waiting += len(rows)
+        self._admission.waiting += len(rows)
         self._arrived.set()
         try:
-            return list(await asyncio.gather(*(row.answer for row in rows)))
+            return list(await asyncio.gather(*(row.result for row in rows)))
         finally:
             for row in rows:
-                row.answer.cancel()
-                if row.begun:
-                    on_begun(row.item)
-            self._keep([row for row in self._queue if not row.answer.done()])
+                row.result.cancel()
+                if row.started:
+                    on_started(row.item)
+            self._set_queue([row for row in self._queue if not row.result.done()])
 
     async def serve(self) -> None:
-        """Run batches until cancelled; rows still waiting then get an error, not silence."""
+        """Run batches until cancelled; rows still waiting then get an error."""
         try:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
                 while batch := self._next_batch():
-                    await self._answer(batch)
+                    await self._run_batch(batch)
         finally:
-            _stopped(self._queue)
-            self._keep([])
+            _refuse(self._queue)
+            self._set_queue([])
 
-    def _keep(self, rows: list[_Row[Item, Result]]) -> None:
-        self._load.waiting -= len(self._queue) - len(rows)
+    def _set_queue(self, rows: list[_Row[Item, Result]]) -> None:
+        self._admission.waiting -= len(self._queue) - len(rows)
         self._queue = rows
 
     def _next_batch(self) -> list[_Row[Item, Result]]:
@@ -119,7 +120,7 @@ class Batcher(Generic[Item, Result]):
         Nearest first, so that lengths mix only where too few alike are waiting; the bound is for a short row beside
         many long ones, whose own pass is cheaper.
         """
-        waiting = [row for row in self._queue if not row.answer.done()]
+        waiting = [row for row in self._queue if not row.result.done()]
         if not waiting:
             return []
         oldest = waiting[0]
@@ -131,27 +132,27 @@ class Batcher(Generic[Item, Result]):
                 batch.append(row)
                 longest, real = max(longest, row.tokens), real + row.tokens
         taken = set(batch)
-        self._keep([row for row in waiting if row not in taken])
+        self._set_queue([row for row in waiting if row not in taken])
         return batch
 
-    async def _answer(self, batch: list[_Row[Item, Result]]) -> None:
-        """Give every row its result or an error, in as many parts as memory asks for."""
+    async def _run_batch(self, batch: list[_Row[Item, Result]]) -> None:
+        """Give every row its result or an error, in as many parts as memory needs."""
         parts = [batch]
         try:
             while parts:
-                part = [row for row in parts.pop() if not row.answer.done()]
+                part = [row for row in parts.pop() if not row.result.done()]
                 if part and (shortage := await self._attempt(part)):
                     parts += await self._halve(part, shortage)
         except asyncio.CancelledError:
-            _stopped(batch)
+            _refuse(batch)
             raise
 
     async def _attempt(self, rows: list[_Row[Item, Result]]) -> str:
-        """Run rows and answer them; or, where memory was too small for them, what the device said."""
+        """Run rows and set their results; or, where memory was too small for them, return the reason."""
         results: Sequence[Result | LatentWireError]
-        self._load.running += len(rows)
+        self._admission.running += len(rows)
         for row in rows:
-            row.begun = True
+            row.started = True
         try:
             results = await self._run([row.item for row in rows])
             if len(results) != len(rows):
@@ -162,41 +163,35 @@ class Batcher(Generic[Item, Result]):
             if self._is_out_of_memory(error):
                 return first_line(error)  # and the error goes, with the tensors that its frames hold
             log.exception("a batch of %d rows failed", len(rows))
-            results = [_failed(error) for _ in rows]
+            results = [InferenceFailed.of(error) for _ in rows]
         finally:
-            self._load.running -= len(rows)
-            self._load.progress()
+            self._admission.running -= len(rows)
+            self._admission.progress()
         for row, result in zip(rows, results, strict=True):
-            _settle(row, result)
+            _set_result(row, result)
         return ""
 
-    async def _halve(self, rows: list[_Row[Item, Result]], said: str) -> list[list[_Row[Item, Result]]]:
-        self._load.out_of_memory += 1
+    async def _halve(self, rows: list[_Row[Item, Result]], reason: str) -> list[list[_Row[Item, Result]]]:
+        self._admission.out_of_memory += 1
         await asyncio.to_thread(self._free_caches)
         tokens = max(row.tokens for row in rows)
-        log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, said)
+        log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, reason)
         if len(rows) == 1:
-            _settle(rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {said}"))
-            return []
-        middle = len(rows) // 2
-        return [rows[middle:], rows[:middle]]
+            _set_result(
+                rows[0], InsufficientMemory(f"a row of {tokens} tokens does not fit the device's memory: {reason}")
+            )
+        return halves(rows)
 
 
-def _settle(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
-    if row.answer.done():
+def _set_result(row: _Row[Item, Result], result: Result | LatentWireError) -> None:
+    if row.result.done():
         return
     if isinstance(result, LatentWireError):
-        row.answer.set_exception(result)
+        row.result.set_exception(result)
     else:
-        row.answer.set_result(result)
+        row.result.set_result(result)
 
 
-def _stopped(rows: Sequence[_Row[Item, Result]]) -> None:
+def _refuse(rows: Sequence[_Row[Item, Result]]) -> None:
     for row in rows:
-        _settle(row, NotReady("the service is stopping"))
-
-
-def _failed(error: Exception) -> InferenceFailed:
-    failure = InferenceFailed(f"the model failed with {type(error).__name__}")
-    failure.__cause__ = error
-    return failure
+        _set_result(row, NotReady("the service is stopping"))

@@ -26,7 +26,7 @@ SMALLEST_KV_TOKENS = 256
 
 
 class Engines:
-    """Lends engines, and brings models in for that; see the module."""
+    """Lends engines, and loads their models; see the module."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class Engines:
         self._max_rows, self._kv_tokens, self._step_tokens = max_rows, kv_tokens, step_tokens
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint, Engine] = {}
-        self._coming: dict[str, asyncio.Task[None]] = {}
+        self._pending: dict[str, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
 
     def all(self) -> list[Engine]:
-        """Every engine there is."""
+        """All open engines."""
         return list(self._engines.values())
 
     def kind(self, name: str) -> Kind | None:
@@ -68,7 +68,7 @@ class Engines:
             check(lm)
             yield await self._engine(lm)
         finally:
-            opening = self._coming.get(_engine_of(lm))
+            opening = self._pending.get(_engine_of(lm))
             if opening is None:
                 self.residency.release(name)
             else:  # who asked for the engine leaves before it is open
@@ -77,7 +77,7 @@ class Engines:
     async def acquire(self, name: str) -> FrozenLM:
         """A model, lent until ``residency.release``; the event loop goes on while it is loaded."""
         while (lm := self.residency.try_acquire(name)) is None:
-            await self._once(name, partial(self._bring, name))
+            await self._run_once(name, partial(self._load, name))
         return lm
 
     async def close(self) -> None:
@@ -89,31 +89,31 @@ class Engines:
 
     async def _engine(self, lm: FrozenLM) -> Engine:
         while (engine := self._engines.get(lm.fingerprint)) is None:
-            await self._once(_engine_of(lm), partial(self._open, lm))
+            await self._run_once(_engine_of(lm), partial(self._open, lm))
         return engine
 
-    async def _once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do something that takes long, once for all who wait for it now."""
+    async def _run_once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run something that takes long, once for all who wait for it now."""
 
         def done(task: asyncio.Task[None]) -> None:
-            del self._coming[name]
+            del self._pending[name]
             if not task.cancelled():
                 task.exception()  # is raised where it is awaited; nobody may be left to do so
 
-        if name not in self._coming:
-            self._coming[name] = asyncio.create_task(work())
-            self._coming[name].add_done_callback(done)
-        await asyncio.shield(self._coming[name])
+        if name not in self._pending:
+            self._pending[name] = asyncio.create_task(work())
+            self._pending[name].add_done_callback(done)
+        await asyncio.shield(self._pending[name])
 
-    async def _bring(self, name: str) -> None:
+    async def _load(self, name: str) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, partial(self.residency.acquire, name, self._load_wait))
         loop.call_later(LINGER_SECONDS, self.residency.release, name)
 
     async def _open(self, lm: FrozenLM) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._threads, self._open_here, lm)
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._open_on_thread, lm)
 
-    def _open_here(self, lm: FrozenLM) -> None:
+    def _open_on_thread(self, lm: FrozenLM) -> None:
         """On a thread: make room for the cache, then the engine."""
         token_bytes = max(lm.kv_bytes(1), 1)
         room = self.residency.room(lm.name)

@@ -1,10 +1,10 @@
-"""What ``/encode`` and ``/generate`` do, for whichever route asks: latents from texts, answers from latents."""
+"""The work of ``/encode`` and ``/generate``, for whichever route asks: latents from texts, outputs from latents."""
 
 import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -26,53 +26,60 @@ from latentwire.service.schemas.inference import (
     Usage,
     message_of,
 )
-from latentwire.service.store.latents import Sent, encode_key, find_latents, keep_latents, recall, remember
+from latentwire.service.store.latents import (
+    CachedEncoding,
+    encode_key,
+    get_encodings,
+    get_latents,
+    put_encodings,
+    put_latents,
+)
 
 
-class Answering:
-    """The work of one caller's request on one bridge."""
+class RequestHandler:
+    """Encodes and generates for one request on one bridge; ``usage`` counts what that has cost so far."""
 
     def __init__(self, runtime: Runtime, tenant: str, bridge: Bridge) -> None:
         self.runtime, self.tenant, self.bridge = runtime, tenant, bridge
         self.store, self.ttl_seconds = runtime.store, runtime.settings.store_ttl
         self.usage = Usage()
 
-    async def send(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[Sent]:
-        """The messages of texts; one that comes twice is read once, those encoded before come from the cache.
+    async def encode(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[CachedEncoding]:
+        """Encode texts. The sender reads equal texts once, and none whose encoding is in the cache.
 
-        ``usage`` has what the sender read for it, also when it does not end well; then, what all texts hold.
+        ``usage`` counts the tokens that the sender read, also where an error is raised; at the end, those of all texts.
         """
         bridge, bridge_id = self.bridge, self.bridge.manifest.bridge_id
         keys = [encode_key(bridge_id, dtype, row.truncate, row.text, self.tenant) for row in texts]
-        found = await self._cached(keys)
+        cached = await self._cached(keys)
         missing: dict[str, Text] = {}
-        for key, text, sent in zip(keys, texts, found, strict=True):
-            if sent is None:
+        for key, text, hit in zip(keys, texts, cached, strict=True):
+            if hit is None:
                 missing.setdefault(key, text)
-        encoded = await self.runtime.encode(bridge, list(missing.values()), self._read) if missing else []
+        encoded = await self.runtime.encode(bridge, list(missing.values()), self._count_source) if missing else []
         made = {
-            key: Sent(bridge.message(row.latent, dtype), row.source_tokens, row.truncated)
+            key: CachedEncoding(bridge.message(row.latent, dtype), row.source_tokens, row.truncated)
             for key, row in zip(missing, encoded, strict=True)
         }
         if made and self.runtime.settings.encode_cache:
-            await remember(self.store, made, ttl_seconds=self.ttl_seconds)
-        all_sent = [one or made[key] for key, one in zip(keys, found, strict=True)]
-        self.usage.source_tokens = sum(one.source_tokens for one in all_sent)
-        return all_sent
+            await put_encodings(self.store, made, ttl_seconds=self.ttl_seconds)
+        encodings = [hit or made[key] for key, hit in zip(keys, cached, strict=True)]
+        self._count_source(sum(encoding.source_tokens for encoding in encodings))
+        return encodings
 
-    def _read(self, source_tokens: int) -> None:
-        self.usage.source_tokens = source_tokens
+    def _count_source(self, tokens: int) -> None:
+        self.usage.source_tokens = tokens
 
-    async def keep(self, messages: Sequence[bytes]) -> list[str]:
-        """Keep messages under ids of their own (StoreUnavailable)."""
-        return await keep_latents(self.store, messages, tenant=self.tenant, ttl_seconds=self.ttl_seconds)
+    async def store_messages(self, messages: Sequence[bytes]) -> list[str]:
+        """Store messages, and return their ids (StoreUnavailable)."""
+        return await put_latents(self.store, messages, tenant=self.tenant, ttl_seconds=self.ttl_seconds)
 
-    async def answer(
+    async def generate(
         self, receiver: str, body: GenerateRequest, on_piece: Callable[[Piece], None] | None = None
     ) -> GenerateResponse:
-        """Everything ``POST /generate`` asks for."""
+        """Generate the outputs that ``POST /generate`` asks for."""
         started = time.perf_counter()
-        given = await self._given(body)
+        sources = await self._sources(body)
         encode_ms = ms_since(started)
         seed = secrets.randbits(63) if body.seed is None else body.seed
         params = SamplingParams(
@@ -80,32 +87,32 @@ class Answering:
             tuple(body.stop), tuple(body.stop_ids), body.logprobs,
         )  # fmt: skip
         requests = [
-            GenerationRequest(one, prompt, sample_params(params, sample))
-            for one, prompt in zip(given, body.prompts, strict=True)
+            GenerationRequest(source, prompt, sample_params(params, sample))
+            for source, prompt in zip(sources, body.prompts, strict=True)
             for sample in range(body.n)
         ]
 
-        def cost(prompt_tokens: list[int], generated_tokens: int) -> None:
-            """Also of an answer nobody waited for."""
-            self.usage.soft_tokens = sum(len(one) for one in given if isinstance(one, np.ndarray))
+        def count_usage(prompt_tokens: list[int], generated_tokens: int) -> None:
+            """Also of a request that was cancelled."""
+            self.usage.soft_tokens = sum(len(source) for source in sources if isinstance(source, np.ndarray))
             self.usage.prompt_tokens = sum(prompt_tokens[:: body.n])
             self.usage.generated_tokens = generated_tokens
 
-        said = await self.runtime.generate(self.bridge, receiver, requests, on_piece, cost)
-        texts = [answer.text for answer in said.answers]
-        self.runtime.metrics.observe(self.bridge.name, texts, said.first_token_seconds, self.usage)
+        result = await self.runtime.generate(self.bridge, receiver, requests, on_piece, count_usage)
+        texts = [generation.text for generation in result.generations]
+        self.runtime.metrics.observe(self.bridge.name, texts, result.first_token_seconds, self.usage)
         total_ms = ms_since(started)
         return GenerateResponse(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.bridge.name,
-            outputs=[_output(index, answer) for index, answer in enumerate(said.answers)],
+            outputs=[_output(index, generation) for index, generation in enumerate(result.generations)],
             diversity=DiversityOut(**asdict(diversity(texts))),
             usage=self.usage,
             timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
         )
 
-    async def _given(self, body: GenerateRequest) -> list[wire.Latent | str | None]:
-        """What stands in the latent's place for every input."""
+    async def _sources(self, body: GenerateRequest) -> list[wire.Latent | str | None]:
+        """For every input, what stands in the latent's place: a latent, a text, or nothing."""
         if body.condition == "none":
             return [None] * len(body.inputs)
         if body.condition == "direct":
@@ -115,40 +122,40 @@ class Answering:
             for at, item in enumerate(body.inputs)
             if item.text is not None
         ]
-        sent = iter(await self.send(texts) if texts else [])
+        encodings = iter(await self.encode(texts) if texts else [])
         ids = {
             f"inputs.{at}.latent_id": item.latent_id
             for at, item in enumerate(body.inputs)
             if item.latent_id is not None
         }
-        stored = await find_latents(self.store, ids, tenant=self.tenant) if ids else {}
-        given: list[wire.Latent | str | None] = []
+        stored = await get_latents(self.store, ids, tenant=self.tenant) if ids else {}
+        latents: list[wire.Latent | str | None] = []
         for at, item in enumerate(body.inputs):
             field = next(name for name in ("text", "latent", "latent_id") if getattr(item, name) is not None)
-            with at_fault(place := f"inputs.{at}.{field}"):
+            with at_fault(param := f"inputs.{at}.{field}"):
                 if field == "text":
-                    message = next(sent).message
+                    encoding = next(encodings)
+                    latents.append(self.bridge.decode(encoding.message) if encoding.latent is None else encoding.latent)
                 else:
-                    message = stored[place] if item.latent is None else message_of(item.latent)
-                given.append(self.bridge.decode(message))
-        return given
+                    message = stored[param] if item.latent is None else message_of(item.latent)
+                    latents.append(self.bridge.decode(message))
+        return latents
 
-    async def _cached(self, keys: Sequence[str]) -> list[Sent | None]:
+    async def _cached(self, keys: Sequence[str]) -> list[CachedEncoding | None]:
         if not self.runtime.settings.encode_cache:
             return [None] * len(keys)
-        found = [sent if sent and self._is_ours(sent) else None for sent in await recall(self.store, keys)]
-        hits = sum(sent is not None for sent in found)
+        found = [hit and self._decoded(hit) for hit in await get_encodings(self.store, keys)]
+        hits = sum(hit is not None for hit in found)
         self.runtime.metrics.cached.labels("hit").inc(hits)
         self.runtime.metrics.cached.labels("miss").inc(len(found) - hits)
         return found
 
-    def _is_ours(self, sent: Sent) -> bool:
-        """Whether a cached message may still be sent: it may have been signed with a key that is used no more."""
+    def _decoded(self, hit: CachedEncoding) -> CachedEncoding | None:
+        """A cache hit with its latent; None where the key that signed its message was replaced since."""
         try:
-            self.bridge.decode(sent.message)
+            return replace(hit, latent=self.bridge.decode(hit.message))
         except LatentWireError:
-            return False
-        return True
+            return None
 
 
 def check_limits(runtime: Runtime, body: GenerateRequest) -> None:
@@ -180,12 +187,12 @@ def ms_since(started: float) -> float:
     return round((time.perf_counter() - started) * 1000, 3)
 
 
-def _output(index: int, answer: Generation) -> Output:
-    logprobs = None if answer.logprobs is None else [TokenLogprobOut.of(token) for token in answer.logprobs]
+def _output(index: int, generation: Generation) -> Output:
+    logprobs = None if generation.logprobs is None else [TokenLogprobOut.of(token) for token in generation.logprobs]
     return Output(
         index=index,
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        token_count=answer.token_count,
+        text=generation.text,
+        finish_reason=generation.finish_reason,
+        token_count=generation.token_count,
         logprobs=logprobs,
     )

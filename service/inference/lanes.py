@@ -1,4 +1,4 @@
-"""Threads on which texts are read, off the event loop: the time that takes grows with the text."""
+"""Threads on which texts are tokenised, off the event loop: the time it takes grows with the text."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 LONG_CHARACTERS = 10_000  # one to eight milliseconds of a core
 
@@ -20,11 +20,11 @@ class Lanes:
         self._long = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
 
     async def each(
-        self, work: Callable[[Given], Made], items: Sequence[Given], characters: Callable[[Given], int]
-    ) -> list[Made]:
-        """Do something with each of a request's items, in order, which takes as long as they have ``characters``.
+        self, work: Callable[[Item], Result], items: Sequence[Item], characters: Callable[[Item], int]
+    ) -> list[Result]:
+        """Call ``work`` with each of a request's items, in order; the time it takes grows with their ``characters``.
 
-        Many texts are no shorter than a long one: they are read one by one, and other requests come between.
+        Many short texts take as long as a long one: they are worked on one by one, and other requests come between.
         """
         loop = asyncio.get_running_loop()
         if sum(map(characters, items)) <= LONG_CHARACTERS:
@@ -33,6 +33,6 @@ class Lanes:
         return [await loop.run_in_executor(lane, partial(work, item)) for lane, item in zip(lanes, items, strict=True)]
 
     def close(self) -> None:
-        """End both threads, after what they were given."""
+        """End both threads, once their work is done."""
         for lane in (self._short, self._long):
             lane.shutdown()

@@ -36,22 +36,22 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """One output that is asked for: what stands in the latent's place (a latent, a text, nothing), and the prompt."""
+    """One output to generate: what stands in the latent's place (a latent, a text, nothing), and the prompt."""
 
-    given: NDArray[np.float32] | str | None
+    source: NDArray[np.float32] | str | None
     prompt: Prompt
     params: SamplingParams
 
     @property
     def characters(self) -> int:
-        """Of all its text."""
-        said = [self.prompt] if isinstance(self.prompt, str) else [turn.text for turn in self.prompt]
-        return sum(map(len, [*said, self.given if isinstance(self.given, str) else ""]))
+        """Length of all its text."""
+        texts = [self.prompt] if isinstance(self.prompt, str) else [turn.text for turn in self.prompt]
+        return sum(map(len, [*texts, self.source if isinstance(self.source, str) else ""]))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that an output got, and the log-probabilities of its tokens: ``index`` says which output."""
+    """New text of output ``index``, and the log-probabilities of its tokens."""
 
     index: int
     text: str
@@ -60,9 +60,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The answers to requests, and when the first token of each came."""
+    """What was generated for each request, and the seconds to its first token."""
 
-    answers: list[Generation]
+    generations: list[Generation]
     first_token_seconds: list[float]
 
 
@@ -83,23 +83,24 @@ class InFlightRequest:
         self._rows, self._requests, self._on_piece = rows, requests, on_piece
         self._results: list[asyncio.Future[Generation]] = [self._loop.create_future() for _ in rows]
         self._running: list[Running] = []
-        self._given_up = False
+        self._cancelled = False
         self._started = time.monotonic()
 
     @property
     def generated_tokens(self) -> int:
         """Tokens so far, of all outputs."""
-        return sum(running.answer.token_count for running in self._running)
+        return sum(running.tokens.token_count for running in self._running)
 
-    async def answers(self) -> tuple[list[Generation], list[float]]:
-        """All answers, and the seconds to the first token of each."""
+    async def result(self) -> GenerationResult:
+        """Submit all requests to the engine, and wait for their ends; cancelled, they are cancelled too."""
         submitting = self._loop.run_in_executor(self._engine.submitting, self._submit)
         try:
             await asyncio.shield(submitting)
-            said = await asyncio.gather(*self._results)
-            return said, [(running.first_token_at or self._started) - self._started for running in self._running]
+            generations = await asyncio.gather(*self._results)
+            seconds = [(running.first_token_at or self._started) - self._started for running in self._running]
+            return GenerationResult(generations, seconds)
         finally:
-            self._given_up = True
+            self._cancelled = True
             await _settled(submitting)
             for running in self._running:
                 self._engine.cancel(running)
@@ -107,9 +108,9 @@ class InFlightRequest:
                 result.cancel()
 
     def _submit(self) -> None:
-        """On a thread: heads run here, and locks are waited for."""
+        """On the engine's submitting thread: makes soft tokens, and waits for locks."""
         for index, (row, request) in enumerate(zip(self._rows, self._requests, strict=True)):
-            if self._given_up:
+            if self._cancelled:
                 return
             self._running.append(
                 self._engine.submit(
@@ -121,27 +122,27 @@ class InFlightRequest:
                 )
             )
 
-    def _post(self, call: Callable[..., None], *given: object) -> None:
-        """From an engine's thread to the loop, which may be gone."""
+    def _post(self, call: Callable[..., None], *arguments: object) -> None:
+        """Call something on the event loop from an engine's thread; the loop may have been closed."""
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(call, *given)
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     def _show(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...]) -> None:
-        if self._on_piece is not None and not self._given_up:
+        if self._on_piece is not None and not self._cancelled:
             self._on_piece(Piece(index, text, logprobs))
 
     @staticmethod
-    def _end(result: asyncio.Future[Generation], said: Generation | LatentWireError) -> None:
-        if result.done():
+    def _end(future: asyncio.Future[Generation], result: Generation | LatentWireError) -> None:
+        if future.done():
             return
-        if isinstance(said, LatentWireError):
-            result.set_exception(said)
+        if isinstance(result, LatentWireError):
+            future.set_exception(result)
         else:
-            result.set_result(said)
+            future.set_result(result)
 
 
 async def _settled(submitting: asyncio.Future[None]) -> None:
-    """Until a thread is done, whatever became of it, also for one who was cancelled and is cancelled again."""
+    """Wait until a thread is done, whatever its outcome; being cancelled does not end the wait."""
     while not submitting.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([submitting])
@@ -149,7 +150,7 @@ async def _settled(submitting: asyncio.Future[None]) -> None:
 
 def soft_tokens_of(bridge: Bridge, receiver: str, lm: FrozenLM, request: GenerationRequest) -> Soft | None:
     """Soft tokens of a request's latent, under a key that no other latent, encoder or head has."""
-    latent = request.given
+    latent = request.source
     if not isinstance(latent, np.ndarray):
         return None
 

@@ -25,7 +25,7 @@ from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.auth.keys import load_keys
 from latentwire.service.auth.limits import Limiter
-from latentwire.service.inference.admission import Load
+from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.batching import Batcher
 from latentwire.service.inference.engines import Engines
 from latentwire.service.inference.lanes import Lanes
@@ -66,7 +66,7 @@ class Runtime:
         budget = budget_bytes(settings.memory_budget, device)
         self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
-        self.load = Load(settings.max_queue)
+        self.admission = Admission(settings.max_queue)
         self.ready = self.draining = False
         self.failure: str | None = None
         self.dead: str | None = None
@@ -107,7 +107,7 @@ class Runtime:
                 max_batch=self.settings.max_batch,
                 max_batch_tokens=self.settings.batch_tokens,
                 cost=lambda source: len(source.ids),
-                load=self.load,
+                admission=self.admission,
                 is_out_of_memory=is_out_of_memory,
                 free_caches=free_caches,
             )
@@ -122,7 +122,7 @@ class Runtime:
             async with asyncio.timeout(self.settings.drain_timeout):
                 while time.monotonic() - quiet_since < QUIET_SECONDS:
                     await asyncio.sleep(0.01)
-                    if self.load.admitted:
+                    if self.admission.admitted:
                         quiet_since = time.monotonic()
 
     async def stop(self) -> None:
@@ -161,9 +161,10 @@ class Runtime:
     async def encode(
         self, bridge: Bridge, rows: Sequence[Text], on_cost: Callable[[int], None] = lambda source_tokens: None
     ) -> list[Encoded]:
-        """Latents of texts, batched with whatever else is waiting.
+        """Encode texts, batched with those of other requests.
 
-        ``on_cost`` is called at the end, whatever end that is, with the tokens of the texts that reached the sender.
+        ``on_cost`` is called at the end, also where an error is raised, with the tokens of the texts that reached the
+        sender.
         """
 
         def tokenize(row: Text) -> SourceTokens:
@@ -185,29 +186,28 @@ class Runtime:
         on_piece: Callable[[Piece], None] | None = None,
         on_cost: Callable[[list[int], int], None] = lambda prompt_tokens, generated_tokens: None,
     ) -> GenerationResult:
-        """Answers to requests, each of which joins the receiver's running batch at its next step.
+        """Generate for requests; each joins the receiver's running batch at its next step.
 
-        ``on_piece`` is called on the event loop with every piece of text as it comes, ``on_cost`` at the end, whatever
-        end that is. Cancelled, what still runs is given up at once.
+        ``on_piece`` is called on the event loop with every piece of text as it comes, and ``on_cost`` at the end, also
+        where an error is raised. Cancelled, requests that still run are cancelled too.
         """
         rows = await self._lanes.each(
-            lambda request: bridge.compose(receiver, request.given, request.prompt, request.params),
+            lambda request: bridge.compose(receiver, request.source, request.prompt, request.params),
             requests,
             lambda request: request.characters,
         )
         async with self.engines.lend(receiver, bridge.check) as engine:
-            running = InFlightRequest(engine, bridge, receiver, rows, requests, on_piece)
+            in_flight = InFlightRequest(engine, bridge, receiver, rows, requests, on_piece)
             try:
-                answers, firsts = await running.answers()
+                return await in_flight.result()
             finally:
-                on_cost([row.slots.count(TEXT) for row in rows], running.generated_tokens)
-        return GenerationResult(answers, firsts)
+                on_cost([row.slots.count(TEXT) for row in rows], in_flight.generated_tokens)
 
     async def _encode(self, bridge: Bridge, sources: Sequence[SourceTokens]) -> list[Encoded]:
         def run() -> list[Encoded]:
             with self.residency.use(bridge.sender, self.settings.load_wait) as sender:
                 bridge.check(sender)
-                self.load.progress()  # a large model loads for minutes; that is no stall
+                self.admission.progress()  # a large model loads for minutes; that is no stall
                 with peak_bytes(self.residency.device) as peak:
                     encoded = engine.encode(bridge.model, sender, sources)
                 self.residency.note_activation(bridge.sender, peak.bytes)
@@ -251,7 +251,7 @@ class Runtime:
         """Work is there, no model is being loaded, and nothing has moved for ``stall_timeout`` seconds."""
         if self.residency.loading is not None:
             return False
-        latest = [self.load.last_progress] if self.load.waiting + self.load.running else []
+        latest = [self.admission.last_progress] if self.admission.waiting + self.admission.running else []
         latest += [engine.last_step for engine in self.engines.all() if engine.running]
         return any(time.monotonic() - at > self.settings.stall_timeout for at in latest)
 

@@ -65,9 +65,9 @@ async function fromLatent(asked) {
   find("crossed").hidden = false;
   showLatent(sent.data);
   showReads("bridge", `${sent.shape[0]} soft tokens`);
-  const said = await streamed("bridge", { latent: sent.data }, asked);
-  show("bridge", "read", `${countsRead(said.usage)}. Both times include ${ms(encodeMs)} for the sender.`);
-  return { ...said, sent };
+  const answered = await streamed("bridge", { latent: sent.data }, asked);
+  show("bridge", "read", `${countsRead(answered.usage)}. Both times include ${ms(encodeMs)} for the sender.`);
+  return { ...answered, sent };
 }
 
 /** One answer, written into its column as it comes. */
@@ -93,11 +93,11 @@ async function shown(condition, { signal }, answer) {
   try {
     return await answer;
   } catch (error) {
-    const said = part(condition, ".said");
-    said.dataset.ended = "";
+    const place = part(condition, ".said");
+    place.dataset.ended = "";
     if (!signal.aborted) {
-      said.classList.add("problem");
-      said.textContent = error.message;
+      place.classList.add("problem");
+      place.textContent = error.message;
     }
     throw error;
   }
@@ -105,10 +105,10 @@ async function shown(condition, { signal }, answer) {
 
 function begin() {
   for (const condition of Object.keys(CONDITIONS)) {
-    const said = part(condition, ".said");
-    said.textContent = "";
-    said.classList.remove("problem");
-    delete said.dataset.ended;
+    const place = part(condition, ".said");
+    place.textContent = "";
+    place.classList.remove("problem");
+    delete place.dataset.ended;
     for (const name of ["first", "total", "tokens"]) show(condition, name, "–");
     show(condition, "read", "");
   }
@@ -118,9 +118,9 @@ function begin() {
 }
 
 function end(condition, { outputs: [output], usage }, milliseconds) {
-  const said = part(condition, ".said");
-  said.textContent = output.text.trim() || "(an empty answer)";
-  said.dataset.ended = "";
+  const place = part(condition, ".said");
+  place.textContent = output.text.trim() || "(an empty answer)";
+  place.dataset.ended = "";
   show(condition, "total", ms(milliseconds));
   show(condition, "tokens", `${output.token_count}${output.finish_reason === "length" ? " (the most)" : ""}`);
   show(condition, "read", `${countsRead(usage)}.`);

@@ -26,8 +26,8 @@ export async function ask(path, body, signal) {
     throw signal?.aborted ? error : new Refused(`The request did not reach the service: ${error.message}.`);
   });
   if (response.ok) return response;
-  const said = await response.json().catch(() => null);
-  throw new Refused(said?.error?.message ?? `The service answered with status ${response.status}.`, response.status);
+  const content = await response.json().catch(() => null);
+  throw new Refused(content?.error?.message ?? `The service answered with status ${response.status}.`, response.status);
 }
 
 /** The server-sent events of a response, as { name, data }. */

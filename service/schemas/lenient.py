@@ -62,11 +62,11 @@ class Lenient(Strict):
         return frozenset(name for name, field in fields if any(isinstance(one, Only) for one in field.metadata))
 
     @property
-    def left_out(self) -> list[str]:
+    def ignored_fields(self) -> list[str]:
         """Fields that were taken and not used, ``OTHER`` for each that is not known."""
         return [*(self._idle() & self.model_fields_set), *[OTHER] * self._nulls]
 
 
 def below(place: str, *parts: Lenient) -> list[str]:
     """What parts of a body leave out, with their place before it."""
-    return [f"{place}.{name}" for part in parts for name in part.left_out]
+    return [f"{place}.{name}" for part in parts for name in part.ignored_fields]

@@ -30,9 +30,6 @@ class Store(Protocol):
     async def get_many(self, kind: Kind, keys: Sequence[str]) -> list[bytes | None]:
         """The values of keys in order, None where there is none (StoreUnavailable when the store is away)."""
 
-    async def delete(self, kind: Kind, key: str) -> None:
-        """Forget a value, if there is one (StoreUnavailable when the store is away)."""
-
     async def close(self) -> None:
         """Let go of connections."""
 

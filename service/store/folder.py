@@ -45,10 +45,6 @@ class FolderStore(Store):
         """The values of keys in order, None where there is none (StoreUnavailable)."""
         return await asyncio.to_thread(lambda: [self._get(key) for key in keys])
 
-    async def delete(self, kind: Kind, key: str) -> None:
-        """Forget a value, if there is one."""
-        await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
-
     async def close(self) -> None:
         """Nothing to let go of."""
 

@@ -53,10 +53,6 @@ class MemoryStore(Store):
         found = map(self._shelves[kind].get, keys)
         return [None if entry is None else entry.value for entry in found]
 
-    async def delete(self, kind: Kind, key: str) -> None:
-        """Forget a value, if there is one."""
-        self._shelves[kind].pop(key, None)
-
     async def close(self) -> None:
         """Nothing to let go of."""
 

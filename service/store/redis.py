@@ -1,10 +1,10 @@
-"""The store in Redis, so that any replica can answer from what another one kept.
+"""The store in Redis, which replicas share.
 
 Promises, each with a test:
 
-- A request waits for Redis ``WAIT_SECONDS`` at most, whoever asks for it and how often, whatever state Redis is in.
-- A Redis that failed is left alone for ``REST_SECONDS``; then one caller tries it. It comes back by itself.
-- A connection whose answer nobody waited for is never used again: the next answer would be to the last question.
+- A request waits for Redis for ``WAIT_SECONDS`` at most, however many operations it makes, in whatever state Redis is.
+- A Redis that failed is not called for ``REST_SECONDS``; then one caller tries it. It is used again by itself.
+- A connection whose response nobody waited for is never used again: the next response would be to the last command.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from redis.exceptions import RedisError, ResponseError
 from latentwire.bridge.errors import StoreUnavailable, first_line
 from latentwire.service.store.base import Kind, Store
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 PREFIX = "latentwire"
 WAIT_SECONDS = 0.05
@@ -60,7 +60,7 @@ _of_request: ContextVar[_Budget | None] = ContextVar("_of_request", default=None
 
 @contextmanager
 def one_request() -> Iterator[None]:
-    """Inside, and in tasks begun inside, all questions to Redis wait ``WAIT_SECONDS`` together; elsewhere each does."""
+    """Inside, and in tasks begun inside, all operations together wait ``WAIT_SECONDS``; elsewhere each one does."""
     token = _of_request.set(_Budget(WAIT_SECONDS))
     try:
         yield
@@ -69,28 +69,28 @@ def one_request() -> Iterator[None]:
 
 
 class Circuit:
-    """Open after a failure: nobody asks for ``REST_SECONDS``, then one caller does, and others once that went well.
+    """A circuit breaker: open for ``REST_SECONDS`` after a failure; then one caller tries, and success closes it.
 
-    Without it a dead Redis would cost every request the whole of ``WAIT_SECONDS``.
+    Without it a dead Redis would cost every request the whole of ``WAIT_SECONDS``. ``does`` is the verb of its log.
     """
 
     def __init__(self, does: str) -> None:
         self.available, self.failures = True, 0
         self._does = does
         self._probing = False
-        self._failed_at = self._asked_again_at = -math.inf
+        self._failed_at = self._retry_at = -math.inf
 
     @contextmanager
     def guard(self, failures: tuple[type[Exception], ...]) -> Iterator[bool]:
-        """Around one operation; yields whether it is the one that finds out if things are well again.
+        """Guard one operation; yields whether it is the one that tries an open circuit.
 
-        What is not in ``failures`` passes without a verdict: a caller that leaves says nothing about Redis.
+        An exception that is not in ``failures`` changes nothing: a caller who disconnects says nothing about Redis.
 
         Raises:
             StoreUnavailable: The operation failed, or the circuit is open and it was not tried.
         """
         now, probing = time.monotonic(), not self.available
-        if probing and (self._probing or now < self._asked_again_at):
+        if probing and (self._probing or now < self._retry_at):
             self.failures += 1
             raise StoreUnavailable(f"Redis failed {now - self._failed_at:.1f} s ago and is not asked at the moment")
         self._probing = self._probing or probing
@@ -99,17 +99,19 @@ class Circuit:
             self._close()
         except failures as error:
             self._open(error)
-            raise StoreUnavailable(f"Redis no longer {self._does}: {_said(error)}") from error
+            raise StoreUnavailable(f"Redis no longer {self._does}: {_reason(error)}") from error
         finally:
             self._probing = self._probing and not probing
 
     def _open(self, error: Exception) -> None:
         self.failures += 1
         now = time.monotonic()
-        self._asked_again_at = now + REST_SECONDS
+        self._retry_at = now + REST_SECONDS
         if self.available:
             self.available, self._failed_at = False, now
-            log.warning("Redis no longer %s (%s); it is tried again every %g s", self._does, _why(error), REST_SECONDS)
+            log.warning(
+                "Redis no longer %s (%s); it is tried again every %g s", self._does, _detail(error), REST_SECONDS
+            )
 
     def _close(self) -> None:
         if not self.available:
@@ -117,39 +119,36 @@ class Circuit:
             log.warning("Redis %s again, after %.1f s", self._does, time.monotonic() - self._failed_at)
 
 
-def _said(error: Exception) -> str:
-    # No more than this reaches callers: redis-py says where Redis is, or a part of what it was sent.
+def _reason(error: Exception) -> str:
+    # Callers get no more than this: redis-py's messages hold the address of Redis, or a part of what it was sent.
     return f"no answer within {WAIT_SECONDS * 1000:.0f} ms" if type(error) is TimeoutError else type(error).__name__
 
 
-def _why(error: Exception) -> str:
-    # For the operator: who could not be reached, but still nothing of what was sent.
-    return f"{_said(error)}: {first_line(error)}" if isinstance(error, NotConnected) else _said(error)
+def _detail(error: Exception) -> str:
+    # For the operator: also the address that could not be reached, but nothing of what was sent.
+    return f"{_reason(error)}: {first_line(error)}" if isinstance(error, NotConnected) else _reason(error)
 
 
 class RedisStore(Store):
-    """The same in Redis, so that any replica can answer from what another one kept.
-
-    A Redis that is full still gives out what it has, so putting has a circuit of its own.
-    """
+    """The store in Redis. A full Redis can still be read, so writing has a circuit breaker of its own."""
 
     def __init__(self, url: str) -> None:
         self.pool = ConnectionPool.from_url(url, **CONNECTION)
         self.pool.connection_kwargs.update(CONNECTION)  # from_url lets the URL's query win
         self._redis = Redis(connection_pool=self.pool)
-        self._answers, self._takes = Circuit("answers"), Circuit("takes values")
+        self._reads, self._writes = Circuit("answers"), Circuit("takes values")
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
-        self._asked: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def available(self) -> bool:
-        """Whether Redis answered when it was last asked, and took what it was last given."""
-        return self._answers.available and self._takes.available
+        """Whether the last operation and the last write succeeded."""
+        return self._reads.available and self._writes.available
 
     @property
     def failures(self) -> int:
         """Operations that could not be done since the start, those not tried included."""
-        return self._answers.failures + self._takes.failures
+        return self._reads.failures + self._writes.failures
 
     async def put_many(self, kind: Kind, values: Mapping[str, bytes], *, ttl_seconds: float | None = None) -> None:
         """Keep all of these or none (StoreUnavailable)."""
@@ -169,76 +168,68 @@ class RedisStore(Store):
         async def get(redis: Redis) -> list[bytes | None]:
             return cast(list[bytes | None], await redis.mget([_redis_key(kind, key) for key in keys]))
 
-        return await self.ask(get) if keys else []
-
-    async def delete(self, kind: Kind, key: str) -> None:
-        """Forget a value, if there is one (StoreUnavailable)."""
-
-        async def delete(redis: Redis) -> None:
-            await redis.delete(_redis_key(kind, key))
-
-        await self.ask(delete)
+        return await self.run(get) if keys else []
 
     async def close(self) -> None:
         """Close the connections."""
-        await asyncio.gather(*self._asked, return_exceptions=True)
-        with suppress(*FAILURES):  # a peer that is away need not hear of it
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with suppress(*FAILURES):  # a server that is away is not told
             async with asyncio.timeout(WAIT_SECONDS):
                 await self.pool.aclose()
 
-    async def write(self, work: Callable[[Redis], Awaitable[Answer]]) -> Answer:
-        """``ask``, where ``work`` gives Redis something to keep (StoreUnavailable, also where it takes nothing)."""
+    async def write(self, work: Callable[[Redis], Awaitable[Result]]) -> Result:
+        """``run``, where ``work`` writes values (StoreUnavailable also where Redis refuses them)."""
 
-        async def answered(redis: Redis) -> Answer | ResponseError:
+        async def attempt(redis: Redis) -> Result | ResponseError:
             try:
                 return await work(redis)
-            except ResponseError as refusal:  # full, read-only, unable to save: an answer all the same
+            except ResponseError as refusal:  # full, read-only, unable to save: a response all the same
                 return refusal
 
-        with self._takes.guard((ResponseError,)):
-            answer = await self.ask(answered)
-            if isinstance(answer, ResponseError):
-                raise answer
-            return answer
+        with self._writes.guard((ResponseError,)):
+            result = await self.run(attempt)
+            if isinstance(result, ResponseError):
+                raise result
+            return result
 
-    async def ask(self, work: Callable[[Redis], Awaitable[Answer]]) -> Answer:
-        """Let ``work`` use the connections, as bounded and as spared as the store's own operations.
+    async def run(self, work: Callable[[Redis], Awaitable[Result]]) -> Result:
+        """Run an operation with a connection, within the time limit and behind the circuit breaker.
 
         Raises:
-            StoreUnavailable: No answer in time, an error for an answer, or Redis is not asked at the moment.
+            StoreUnavailable: No response in time, an error, or the circuit is open.
         """
-        asked_at = math.inf
+        began_at = math.inf
 
-        async def with_connection(probing: bool) -> Answer:
-            nonlocal asked_at
+        async def with_connection(probing: bool) -> Result:
+            nonlocal began_at
             async with self._slots:
-                asked_at = time.monotonic()
-                if probing:  # a value that is not read would stay, with its socket, so something small goes first
+                began_at = time.monotonic()
+                if probing:  # something small first: a value that is never read would stay, with its socket
                     await self._redis.ping()
                 return await work(self._redis)
 
-        with self._answers.guard(FAILURES) as probing:
+        with self._reads.guard(FAILURES) as probing:
             try:
                 return await self._bounded(partial(with_connection, probing))
             except TimeoutError:
-                if time.monotonic() - asked_at >= ENOUGH_SECONDS:
+                if time.monotonic() - began_at >= ENOUGH_SECONDS:
                     raise
-                self._answers.failures += 1
+                self._reads.failures += 1
                 raise StoreUnavailable(f"the request waited for Redis for {WAIT_SECONDS * 1000:.0f} ms") from None
 
-    async def _bounded(self, operation: Callable[[], Coroutine[None, None, Answer]]) -> Answer:
-        """The outcome of an operation, waited for as long as the request still may (TimeoutError).
+    async def _bounded(self, operation: Callable[[], Coroutine[None, None, Result]]) -> Result:
+        """The result of an operation, within the time that the request has left (TimeoutError).
 
-        ``asyncio.wait``, not ``timeout``: it returns on time however long cancelling takes, and where the loop itself
-        was late it still takes an answer that had arrived.
+        ``asyncio.wait``, not ``timeout``: it returns on time however long cancelling takes, and takes a result that had
+        arrived where the loop itself was late.
         """
         budget = _of_request.get() or _Budget(WAIT_SECONDS)
         if budget.left_seconds <= 0:
             raise TimeoutError
         started = time.monotonic()
         task = asyncio.create_task(operation())
-        self._asked.add(task)
-        task.add_done_callback(self._asked.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         try:
             await asyncio.wait({task}, timeout=budget.left_seconds)
             if task.done():

@@ -28,7 +28,7 @@ from latentwire.bridge.generation import continuous, softids
 from latentwire.bridge.generation import output as answer
 from latentwire.bridge.generation.base import Engine, Running, Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
-from latentwire.bridge.generation.output import Generation, Transcript
+from latentwire.bridge.generation.output import Generation, OutputText
 from latentwire.bridge.generation.padded import PaddedEngine
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM, load_model
@@ -124,9 +124,7 @@ def test_greedy_output_is_the_references_token_for_token(lm: FrozenLM, opened: C
         one.answer()
         reference = alone(lm, i, params)
         assert told(one.answer()) == told(reference)
-        assert (
-            one.running.transcript.text == reference.text and len(one.running.answer.ids) >= reference.token_count - 1
-        )
+        assert one.running.text.text == reference.text and len(one.running.tokens.ids) >= reference.token_count - 1
 
 
 def test_a_request_joins_while_others_run_and_leaves_before_them(
@@ -147,13 +145,13 @@ def test_a_stop_id_ends_an_answer_and_is_no_part_of_it(lms: dict[str, FrozenLM],
     made = opened(ContinuousEngine, lm)
     (free,) = ask(made, [0], [SamplingParams(12)])
     said = free.answer()
-    ids = free.running.answer.ids
+    ids = free.running.tokens.ids
     at = next(i for i in range(3, len(ids)) if ids[i] not in ids[:i])
     params = SamplingParams(12, stop_ids=(ids[at],))
     (cut,) = ask(opened(PaddedEngine, lm), [0], [params])
     (also,) = ask(made, [0], [params])
     assert told(cut.answer()) == told(also.answer()) == told(alone(lm, 0, params))
-    assert cut.running.answer.ids == also.running.answer.ids == ids[:at] and said.text.startswith(cut.answer().text)
+    assert cut.running.tokens.ids == also.running.tokens.ids == ids[:at] and said.text.startswith(cut.answer().text)
     assert (cut.answer().finish_reason, cut.answer().token_count) == ("stop", at + 1)
 
 
@@ -452,7 +450,7 @@ def test_an_error_while_one_answer_is_read_fails_that_one_alone(
     held = threading.Event()
     read_when(held, monkeypatch)
     bad, good = ask(made, [0, 1], [SamplingParams(30), SamplingParams(30)])
-    monkeypatch.setattr(bad.running, "on_news", lambda *_: 1 / 0)
+    monkeypatch.setattr(bad.running, "on_text", lambda *_: 1 / 0)
     held.set()
     with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
         bad.answer()
@@ -482,7 +480,7 @@ def test_the_thread_that_steps_makes_no_text(
     noting(PreTrainedTokenizerFast, "_decode", decoding)
     for one in ask(made, range(4), MIXED):
         one.answer()
-    assert decoding == {"telling"} and stepping and "telling" not in stepping
+    assert decoding == {"callbacks"} and stepping and "callbacks" not in stepping
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -494,13 +492,13 @@ def until(condition: Callable[[], object]) -> None:
 
 def read_when(event: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold the thread that makes text."""
-    read = Transcript.read
+    read = OutputText.read
 
-    def late(transcript: Transcript) -> str:
+    def late(text: OutputText) -> str:
         assert event.wait(PATIENCE)
-        return read(transcript)
+        return read(text)
 
-    monkeypatch.setattr(Transcript, "read", late)
+    monkeypatch.setattr(OutputText, "read", late)
 
 
 @pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
@@ -512,12 +510,12 @@ def test_tokens_made_before_anybody_read_are_cut_behind_the_stop_string(
     wanted = alone(lm, 0, params)
     read_when(held, monkeypatch)
     (one,) = ask(made, [0], [params])
-    until(lambda: one.running.answer.over)
-    assert len(one.running.answer.ids) == 30 and not one.pieces
+    until(lambda: one.running.tokens.over)
+    assert len(one.running.tokens.ids) == 30 and not one.pieces
     held.set()
     said = one.answer()
     assert told(said) == told(wanted) and wanted.token_count < 30 and "".join(one.pieces) == said.text
-    assert said.logprobs is not None and len(said.logprobs) == said.token_count == one.running.answer.token_count
+    assert said.logprobs is not None and len(said.logprobs) == said.token_count == one.running.tokens.token_count
     assert one.ends == 1 and made.running == 0
 
 
@@ -529,7 +527,7 @@ def test_a_stop_string_frees_the_cache_at_the_next_step(
     (one,) = ask(made, [0], [replace(params, stop=(stop_within(alone(lm, 0, params).text),))])
     assert one.answer().finish_reason == "stop"
     ask(made, [1], [SamplingParams(2)])[0].answer()  # a step later
-    assert made.blocks_in_use == 0 and len(one.running.answer.ids) < 200
+    assert made.blocks_in_use == 0 and len(one.running.tokens.ids) < 200
 
 
 @pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])
@@ -544,11 +542,11 @@ def test_an_answer_that_is_there_is_told_though_the_engine_ends_first(
     short, long = ask(made, [0, 1], [SamplingParams(2), SamplingParams(200, 1.0, seed=1)])
 
     def waiting(*given: Any, **named: Any) -> Any:
-        assert not short.running.answer.over or step.wait(PATIENCE)
+        assert not short.running.tokens.over or step.wait(PATIENCE)
         return forward(*given, **named)
 
     monkeypatch.setattr(lm.model, "forward", waiting)
-    until(lambda: short.running.answer.over)
+    until(lambda: short.running.tokens.over)
     closing = threading.Thread(target=made.close)
     closing.start()
     until(lambda: made._closed)
@@ -571,13 +569,13 @@ def test_a_stop_string_that_is_a_special_token_ends_the_answer(
     lm = lms["llama"]
     said = alone(lm, 0, params := SamplingParams(12, stop=("<mark>",)))
     (free,) = ask(opened(PaddedEngine, lm), [0], [params])
-    ids = (free.answer(), free.running.answer.ids)[1]
+    ids = (free.answer(), free.running.tokens.ids)[1]
     at = next(i for i in range(3, len(ids)) if ids[i] not in ids[:i])
     marked = replace(lm, tokenizer=with_special(lm, ids[at], "<mark>"))
     assert "<mark>" not in said.text
     (cut,) = ask(opened(kind, marked), [0], [params])
     assert told(cut.answer()) == told(alone(marked, 0, params)) == (decode(lm, ids[:at]), "stop", at + 1)
-    assert cut.running.answer.ids == ids[:at]
+    assert cut.running.tokens.ids == ids[:at]
 
 
 def with_special(lm: FrozenLM, token: int, written: str) -> PreTrainedTokenizerFast:

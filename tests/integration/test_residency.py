@@ -227,12 +227,12 @@ def test_files_under_two_names_are_loaded_once_and_lent_under_the_name_asked_for
     residency = Residency(None, device=CPU)
     with residency.use(pair[0]) as one, residency.use(copy) as other:
         assert one.model is other.model and (one.name, other.name) == (pair[0], copy)
-        one_state, other_state = residency.state(pair[0]), residency.state(copy)
-        assert one_state == other_state and other_state is not None and other_state.users == 2
+        resident = residency.find(pair[0])
+        assert resident is residency.find(copy) and resident is not None and resident.users == 2
     assert residency.resident_bytes == size(copy) and events(residency) == [("load", pair[0])]
     residency.pin(copy)
     assert residency.sweep(math.inf) == [] and residency.unload(pair[0]) != 0
-    assert residency.state(copy) is None
+    assert residency.find(copy) is None
 
 
 def test_models_that_differ_only_in_weights_are_not_shared(three: tuple[str, str, str]) -> None:
@@ -247,7 +247,7 @@ def test_a_loan_that_must_wait_begins_when_the_models_in_the_way_become_idle(pai
     residency.acquire(sender)
     waiting = in_thread(residency.acquire, receiver, LONG)
     until(lambda: somebody_waits(residency, sender))
-    assert not waiting.done() and residency.state(receiver) is None
+    assert not waiting.done() and residency.find(receiver) is None
     residency.release(sender)
     assert waiting.result(LONG).name == receiver
     assert list(residency.resident()) == [receiver]
@@ -339,7 +339,7 @@ def test_while_a_model_is_read_others_are_lent_at_once_and_one_more_load_waits(t
     assert residency.try_acquire(sender) is not None
     assert residency.acquire(sender) is not None
     assert residency.try_acquire(receiver) is None and residency.sweep() == []
-    assert residency.state(sender) is not None and not (slow.done() or same.done() or other.done())
+    assert residency.find(sender) is not None and not (slow.done() or same.done() or other.done())
     go_on.set()
     assert slow.result(LONG).model is same.result(LONG).model and other.result(LONG).name == third
     assert events(residency) == [("load", sender), ("load", receiver), ("load", third)]
@@ -369,8 +369,7 @@ def test_a_pinned_model_stays_until_it_is_unpinned(pair: tuple[str, str]) -> Non
     residency = Residency(max(map(size, pair)), device=CPU)
     residency.pin(sender)
     touch(residency, sender)
-    state = residency.state(sender)
-    assert state is not None and state.pinned
+    assert residency.find(sender) is not None and residency.is_pinned(sender)
     with pytest.raises(InsufficientMemory, match=f"{size(sender)} of the"):
         residency.acquire(receiver)
     waiting = in_thread(residency.acquire, receiver, LONG)
@@ -391,8 +390,8 @@ def test_a_model_can_be_brought_in_and_dropped_on_demand_but_not_while_lent(pair
     residency.unload(sender)
     with residency.use(sender):
         pass
-    state = residency.state(sender)
-    assert state is not None and not state.pinned and state.idle_seconds >= 0
+    resident = residency.find(sender)
+    assert resident is not None and not residency.is_pinned(sender) and resident.idle_since > 0
     assert events(residency) == [("load", sender), ("drop", sender), ("load", sender)]
 
 
@@ -414,7 +413,7 @@ def test_what_is_attached_counts_makes_room_and_is_closed_before_the_model_goes(
             assert residency.room(sender) == 1
         with pytest.raises(InsufficientMemory):
             residency.attach(sender, closed.clear, budget)
-    state = residency.state(sender)
+    state = residency.find(sender)
     assert state is not None and (state.bytes, state.attached_bytes) == (size(sender), size(third) - 1)
     touch(residency, receiver, third)
     assert closed == [True] and there() is None and set(residency.resident()) == {receiver, third}
@@ -427,7 +426,7 @@ def test_something_attached_that_cannot_be_closed_does_not_keep_the_model(
     with residency.use(pair[0]):
         residency.attach(pair[0], lambda: 1 / 0, 1)
     residency.unload(pair[0])
-    assert residency.state(pair[0]) is None and "could not be closed" in caplog.text
+    assert residency.find(pair[0]) is None and "could not be closed" in caplog.text
 
 
 def test_noted_activations_count_beside_other_models_and_give_way_to_a_model_alone(pair: tuple[str, str]) -> None:
@@ -466,9 +465,9 @@ def test_an_idle_model_leaves_when_its_time_is_over_and_the_longest_wish_holds(
 
 
 def idle_seconds(residency: Residency, name: str) -> float:
-    state = residency.state(name)
-    assert state is not None
-    return state.idle_seconds
+    resident = residency.find(name)
+    assert resident is not None
+    return time.monotonic() - resident.idle_since
 
 
 def test_a_loan_ends_the_idle_time(pair: tuple[str, str]) -> None:
@@ -476,8 +475,8 @@ def test_a_loan_ends_the_idle_time(pair: tuple[str, str]) -> None:
     touch(residency, pair[0])
     until(lambda: idle_seconds(residency, pair[0]) > 0.05)
     with residency.use(pair[0]):
-        state = residency.state(pair[0])
-        assert state is not None and (state.users, state.idle_seconds) == (1, 0.0)
+        resident = residency.find(pair[0])
+        assert resident is not None and resident.users == 1
         begun = time.monotonic()
     assert idle_seconds(residency, pair[0]) <= time.monotonic() - begun
 

@@ -69,8 +69,8 @@ def answer(bridge: BridgeModel, receiver: FrozenLM, encoded: list[Encoded]) -> l
     asked = []
     for row in encoded:
         composed = compose(receiver, layout, place(layout, "Who?"), latent=len(row.latent), max_tokens=200)
-        asked.append(engine.Asked(composed, row.latent, SamplingParams(max_tokens=4)))
-    return [said.text for said in engine.ask(bridge, receiver.name, receiver, asked)[0]]
+        asked.append(engine.LatentPrompt(composed, row.latent, SamplingParams(max_tokens=4)))
+    return [said.text for said in engine.generate_from_latents(bridge, receiver.name, receiver, asked)[0]]
 
 
 def ask_in_turns(residency: Residency, bridge: BridgeModel, wide: tuple[str, str]) -> list[str]:

@@ -18,7 +18,7 @@ from latentwire.bridge.errors import (
     Overloaded,
     TooLarge,
 )
-from latentwire.service.inference.admission import Load
+from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.batching import Batcher
 
 LONG = 10.0
@@ -48,11 +48,11 @@ class Doubler:
 @asynccontextmanager
 async def serving(
     run: Callable[[Sequence[int]], Awaitable[Sequence[int | LatentWireError]]],
-    load: Load,
+    admission: Admission,
     max_batch: int = 4,
     **more: Any,
 ) -> AsyncIterator[Batcher[int, int]]:
-    batcher: Batcher[int, int] = Batcher(run, max_batch=max_batch, load=load, **more)
+    batcher: Batcher[int, int] = Batcher(run, max_batch=max_batch, admission=admission, **more)
     server = asyncio.create_task(batcher.serve())
     try:
         yield batcher
@@ -69,8 +69,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_every_row_of_a_request_gets_exactly_one_result_in_order() -> None:
-    model, load = Doubler(), Load(100)
-    async with serving(model, load) as batcher:
+    model, admission = Doubler(), Admission(100)
+    async with serving(model, admission) as batcher:
         rows = list(range(1, 12))
         assert await batcher.submit(rows) == [2 * row for row in rows]
     assert [row for batch in model.batches for row in batch] == rows
@@ -79,46 +79,46 @@ async def test_every_row_of_a_request_gets_exactly_one_result_in_order() -> None
 
 async def test_concurrent_requests_share_a_batch_and_keep_their_own_answers() -> None:
     model = Doubler()
-    async with serving(model, Load(8)) as batcher:
+    async with serving(model, Admission(8)) as batcher:
         answers = await asyncio.gather(*(batcher.submit([n]) for n in (1, 2, 3)))
     assert answers == [[2], [4], [6]]
     assert model.batches == [[1, 2, 3]]
 
 
 async def test_what_arrives_while_the_device_works_becomes_the_next_batch() -> None:
-    model, load = Doubler(), Load(8)
+    model, admission = Doubler(), Admission(8)
     model.gate.clear()
-    async with serving(model, load) as batcher:
+    async with serving(model, admission) as batcher:
         first = asyncio.create_task(batcher.submit([1]))
         await until(model.busy.is_set)
         others = [asyncio.create_task(batcher.submit([n])) for n in (2, 3)]
-        await until(lambda: load.waiting == 2)
+        await until(lambda: admission.waiting == 2)
         model.gate.set()
         assert await asyncio.gather(first, *others) == [[2], [4], [6]]
     assert model.batches == [[1], [2, 3]]
 
 
 async def test_a_row_whose_caller_left_never_reaches_the_model() -> None:
-    model, load = Doubler(), Load(8)
+    model, admission = Doubler(), Admission(8)
     model.gate.clear()
-    async with serving(model, load) as batcher:
+    async with serving(model, admission) as batcher:
         first = asyncio.create_task(batcher.submit([1]))
         await until(model.busy.is_set)
         gone = asyncio.create_task(batcher.submit([2, 4]))
-        await until(lambda: load.waiting == 2)
+        await until(lambda: admission.waiting == 2)
         gone.cancel()
-        await until(lambda: load.waiting == 0)  # its place is free at once, not when the device gets there
+        await until(lambda: admission.waiting == 0)  # its place is free at once, not when the device gets there
         model.gate.set()
         assert await first == [2]
         assert await batcher.submit([3]) == [6]
-        assert load.waiting == load.running == 0
+        assert admission.waiting == admission.running == 0
     assert model.batches == [[1], [3]]
 
 
 async def test_a_caller_who_leaves_while_the_model_runs_disturbs_nobody_in_the_same_batch() -> None:
-    model, load = Doubler(), Load(8)
+    model, admission = Doubler(), Admission(8)
     model.gate.clear()
-    async with serving(model, load) as batcher:
+    async with serving(model, admission) as batcher:
         leaving, staying = (asyncio.create_task(batcher.submit([n])) for n in (1, 2))
         await until(model.busy.is_set)
         leaving.cancel()
@@ -129,8 +129,8 @@ async def test_a_caller_who_leaves_while_the_model_runs_disturbs_nobody_in_the_s
 
 
 async def test_a_failing_batch_fails_its_own_rows_and_the_next_works() -> None:
-    load = Load(8)
-    async with serving(Doubler(), load, max_batch=2) as batcher:
+    admission = Admission(8)
+    async with serving(Doubler(), admission, max_batch=2) as batcher:
         bad, neighbour, other = await asyncio.gather(*(batcher.submit([n]) for n in (-1, 1, 5)), return_exceptions=True)
         for failed in (bad, neighbour):
             assert isinstance(failed, InferenceFailed)
@@ -138,7 +138,7 @@ async def test_a_failing_batch_fails_its_own_rows_and_the_next_works() -> None:
             assert isinstance(failed.__cause__, ValueError)
         assert other == [10]
         assert await batcher.submit([6]) == [12]
-        assert load.waiting == load.running == 0
+        assert admission.waiting == admission.running == 0
 
 
 async def test_a_deliberate_error_of_a_batch_reaches_its_rows_unchanged() -> None:
@@ -147,7 +147,7 @@ async def test_a_deliberate_error_of_a_batch_reaches_its_rows_unchanged() -> Non
     async def refuse(_: Sequence[int]) -> list[int | LatentWireError]:
         raise refusal
 
-    async with serving(refuse, Load(8)) as batcher:
+    async with serving(refuse, Admission(8)) as batcher:
         with pytest.raises(InvalidRequest) as caught:
             await batcher.submit([1])
     assert caught.value is refusal
@@ -155,7 +155,7 @@ async def test_a_deliberate_error_of_a_batch_reaches_its_rows_unchanged() -> Non
 
 async def test_an_error_of_one_row_is_that_rows_alone() -> None:
     model = Doubler()
-    async with serving(model, Load(8)) as batcher:
+    async with serving(model, Admission(8)) as batcher:
         good, refused = await asyncio.gather(batcher.submit([1]), batcher.submit([0]), return_exceptions=True)
     assert model.batches == [[1, 0]]
     assert good == [2]
@@ -167,94 +167,94 @@ async def test_a_model_that_loses_or_invents_a_row_fails_the_batch(results: list
     async def wrong(_: Sequence[int]) -> list[int | LatentWireError]:
         return list(results)
 
-    async with serving(wrong, Load(8)) as batcher:
+    async with serving(wrong, Admission(8)) as batcher:
         with pytest.raises(InferenceFailed):
             await batcher.submit([1, 2])
 
 
 def test_a_request_that_does_not_fit_beside_others_is_refused_and_takes_no_place() -> None:
-    load = Load(3)
-    with load.admit(2):
-        with pytest.raises(Overloaded, match="2 rows are being answered, 2 more exceed 3"), load.admit(2):
+    admission = Admission(3)
+    with admission.admit(2):
+        with pytest.raises(Overloaded, match="2 rows are being answered, 2 more exceed 3"), admission.admit(2):
             pass
-        with load.admit(1):  # the last free place is still there
-            assert load.admitted == 3
-    with load.admit(3):
-        assert load.admitted == 3
-    assert load.admitted == 0
+        with admission.admit(1):  # the last free place is still there
+            assert admission.admitted == 3
+    with admission.admit(3):
+        assert admission.admitted == 3
+    assert admission.admitted == 0
 
 
 def test_a_request_larger_than_the_whole_queue_is_no_matter_of_time() -> None:
-    with pytest.raises(TooLarge, match="4 rows; at most 3"), Load(3).admit(4):
+    with pytest.raises(TooLarge, match="4 rows; at most 3"), Admission(3).admit(4):
         pass
 
 
 async def test_stopping_fails_the_rows_that_wait() -> None:
-    load = Load(8)
-    batcher: Batcher[int, int] = Batcher(Doubler(), max_batch=4, load=load)
+    admission = Admission(8)
+    batcher: Batcher[int, int] = Batcher(Doubler(), max_batch=4, admission=admission)
     server = asyncio.create_task(batcher.serve())
     await asyncio.sleep(0)
     waiting = asyncio.create_task(batcher.submit([1, 2]))
-    await until(lambda: load.waiting == 2)
+    await until(lambda: admission.waiting == 2)
     server.cancel()
     with pytest.raises(NotReady, match="stopping"):
         await waiting
-    assert load.waiting == load.running == 0
+    assert admission.waiting == admission.running == 0
 
 
 async def test_stopping_fails_the_rows_on_the_device() -> None:
-    model, load = Doubler(), Load(8)
+    model, admission = Doubler(), Admission(8)
     model.gate.clear()
-    batcher: Batcher[int, int] = Batcher(model, max_batch=1, load=load)
+    batcher: Batcher[int, int] = Batcher(model, max_batch=1, admission=admission)
     server = asyncio.create_task(batcher.serve())
     callers = [asyncio.create_task(batcher.submit([n])) for n in (1, 2)]
     await until(model.busy.is_set)
     server.cancel()
     await until(lambda: all(caller.done() for caller in callers))
     assert [type(caller.exception()) for caller in callers] == [NotReady, NotReady]
-    assert load.waiting == load.running == 0
+    assert admission.waiting == admission.running == 0
 
 
 async def test_the_load_says_what_waits_and_what_runs_and_returns_to_nothing() -> None:
-    model, load = Doubler(), Load(8)
+    model, admission = Doubler(), Admission(8)
     model.gate.clear()
-    async with serving(model, load, max_batch=2) as batcher:
+    async with serving(model, admission, max_batch=2) as batcher:
         asked = asyncio.create_task(batcher.submit([1, 2, 3]))
         await until(model.busy.is_set)
-        assert (load.running, load.waiting) == (2, 1)
+        assert (admission.running, admission.waiting) == (2, 1)
         model.gate.set()
         await asked
-        assert (load.running, load.waiting) == (0, 0)
+        assert (admission.running, admission.waiting) == (0, 0)
 
 
 async def test_progress_is_counted_from_the_first_row_of_an_idle_service_and_from_each_batch() -> None:
-    model, load = Doubler(), Load(8, last_progress=0.0)
+    model, admission = Doubler(), Admission(8, last_progress=0.0)
     model.gate.clear()
-    async with serving(model, load, max_batch=1) as batcher:
+    async with serving(model, admission, max_batch=1) as batcher:
         first = asyncio.create_task(batcher.submit([1]))
         await until(model.busy.is_set)
-        assert load.last_progress > 0  # an idle hour is not a stall
-        load.last_progress = 1.0
+        assert admission.last_progress > 0  # an idle hour is not a stall
+        admission.last_progress = 1.0
         second = asyncio.create_task(batcher.submit([2]))
-        await until(lambda: load.waiting == 1)
-        assert load.last_progress == 1.0  # new rows are no progress while the device hangs
+        await until(lambda: admission.waiting == 1)
+        assert admission.last_progress == 1.0  # new rows are no progress while the device hangs
         model.gate.set()
         await asyncio.gather(first, second)
-        assert load.last_progress > 1.0
+        assert admission.last_progress > 1.0
 
 
 async def batches_of(
     rows: Sequence[int], *, max_batch: int = 100, max_batch_tokens: int | None = 100
 ) -> list[list[int]]:
     """The batches made of rows that wait while the device is busy; a row's tokens are its number."""
-    model, load = Doubler(), Load(1000)
+    model, admission = Doubler(), Admission(1000)
     model.gate.clear()
     limits = {"max_batch": max_batch, "max_batch_tokens": max_batch_tokens}
-    async with serving(model, load, **limits, cost=lambda row: row) as batcher:  # type: ignore[arg-type]
+    async with serving(model, admission, **limits, cost=lambda row: row) as batcher:  # type: ignore[arg-type]
         busy = asyncio.create_task(batcher.submit([1]))
         await until(model.busy.is_set)
         asked = [asyncio.create_task(batcher.submit([row])) for row in rows]
-        await until(lambda: load.waiting == len(rows))
+        await until(lambda: admission.waiting == len(rows))
         model.gate.set()
         await busy
         assert await asyncio.gather(*asked) == [[2 * row] for row in rows]
@@ -298,13 +298,13 @@ async def test_every_batch_is_within_its_bounds_and_holds_the_row_that_waited_lo
 
 
 async def test_a_long_row_is_served_in_its_turn_while_short_ones_keep_coming() -> None:
-    model, load = Doubler(), Load(1000)
+    model, admission = Doubler(), Admission(1000)
 
     async def keep_asking(batcher: Batcher[int, int]) -> None:
         while True:
             await batcher.submit([1])
 
-    async with serving(model, load, max_batch=2, max_batch_tokens=10, cost=lambda row: row) as batcher:
+    async with serving(model, admission, max_batch=2, max_batch_tokens=10, cost=lambda row: row) as batcher:
         short = [asyncio.create_task(keep_asking(batcher)) for _ in range(6)]
         await until(lambda: len(model.batches) > 3)
         before = len(model.batches)
@@ -322,7 +322,7 @@ async def test_the_tokens_of_a_row_are_asked_once_when_it_is_submitted() -> None
         asked.append(row)
         return row
 
-    async with serving(Doubler(), Load(10), max_batch=1, cost=cost) as batcher:
+    async with serving(Doubler(), Admission(10), max_batch=1, cost=cost) as batcher:
         await batcher.submit([3, 1, 2])
     assert asked == [3, 1, 2]
 
@@ -352,22 +352,22 @@ class SmallDevice:
 
 
 async def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits() -> None:
-    device, load = SmallDevice(9), Load(100)
-    async with serving(device, load, max_batch=8, free_caches=device.free) as batcher:
+    device, admission = SmallDevice(9), Admission(100)
+    async with serving(device, admission, max_batch=8, free_caches=device.free) as batcher:
         assert await batcher.submit([3, 4, 3, 4, 3]) == [6, 8, 6, 8, 6]
-        assert (load.running, load.waiting, load.out_of_memory) == (0, 0, 2)
+        assert (admission.running, admission.waiting, admission.out_of_memory) == (0, 0, 2)
     assert device.batches == [[3, 4, 3, 4, 3], [3, 4], [3, 4, 3], [3], [4, 3]]
     assert device.freed == [True, True]  # caches are freed once nothing of the failed batch is alive
 
 
 async def test_only_a_row_that_does_not_fit_alone_is_refused() -> None:
-    device, load = SmallDevice(9), Load(100)
-    async with serving(device, load, max_batch=8, cost=lambda row: row) as batcher:
+    device, admission = SmallDevice(9), Admission(100)
+    async with serving(device, admission, max_batch=8, cost=lambda row: row) as batcher:
         answers = await asyncio.gather(*(batcher.submit([n]) for n in (3, 10, 4)), return_exceptions=True)
     assert answers[0] == [6] and answers[2] == [8]
     assert isinstance(answers[1], InsufficientMemory)
     assert str(answers[1]) == "a row of 10 tokens does not fit the device's memory: MemoryError"
-    assert load.out_of_memory == 3  # three rows, two rows, one row
+    assert admission.out_of_memory == 3  # three rows, two rows, one row
 
 
 async def test_the_caller_says_which_errors_mean_that_memory_ran_out() -> None:
@@ -376,7 +376,7 @@ async def test_the_caller_says_which_errors_mean_that_memory_ran_out() -> None:
 
     async def scenario(**more: Any) -> list[Any]:
         device = SmallDevice(9, Exhausted)
-        async with serving(device, Load(100), **more) as batcher:
+        async with serving(device, Admission(100), **more) as batcher:
             return await asyncio.gather(*(batcher.submit([n]) for n in (4, 5)), return_exceptions=True)
 
     assert await scenario(is_out_of_memory=lambda error: isinstance(error, Exhausted)) == [[8], [10]]
@@ -387,19 +387,21 @@ async def test_a_row_abandoned_while_its_batch_failed_is_not_tried_again() -> No
     device = SmallDevice(9)
     tasks: list[asyncio.Task[list[int]]] = []
     loop = asyncio.get_running_loop()
-    async with serving(device, Load(100), free_caches=lambda: loop.call_soon_threadsafe(tasks[0].cancel)) as batcher:
+    async with serving(
+        device, Admission(100), free_caches=lambda: loop.call_soon_threadsafe(tasks[0].cancel)
+    ) as batcher:
         tasks += [asyncio.create_task(batcher.submit([n])) for n in (4, 5)]
         assert await tasks[1] == [10]
     assert device.batches == [[4, 5], [5]]
 
 
 async def test_stopping_between_two_halves_fails_the_rows_of_both() -> None:
-    device, load = SmallDevice(9), Load(100)
-    batcher: Batcher[int, int] = Batcher(device, max_batch=8, load=load, free_caches=lambda: server.cancel())
+    device, admission = SmallDevice(9), Admission(100)
+    batcher: Batcher[int, int] = Batcher(device, max_batch=8, admission=admission, free_caches=lambda: server.cancel())
     server = asyncio.create_task(batcher.serve())
     answers = await asyncio.gather(*(batcher.submit([n]) for n in (4, 5, 6)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [NotReady] * 3
-    assert load.waiting == load.running == 0
+    assert admission.waiting == admission.running == 0
 
 
 class Clock:
@@ -411,58 +413,58 @@ class Clock:
         return self.now
 
 
-def answer(load: Load, clock: Clock, rows: int, seconds: float) -> None:
-    with load.admit(rows):
+def answer(admission: Admission, clock: Clock, rows: int, seconds: float) -> None:
+    with admission.admit(rows):
         clock.now += seconds
 
 
 def test_a_refused_caller_is_told_when_its_rows_will_fit_at_the_rate_of_the_latest_answers() -> None:
     clock = Clock()
-    load = Load(40, clock=clock)
+    admission = Admission(40, clock=clock)
     for _ in range(10):
-        answer(load, clock, 2, 1.0)
-    with load.admit(30):
-        assert load.retry_after(20) == pytest.approx(5.0)  # ten of them fit already
-        with load.admit(10):
-            assert load.retry_after(1) == 1.0  # half a second at two rows a second, but no less than one
-            assert load.retry_after(10) == pytest.approx(5.0)
-            with pytest.raises(Overloaded) as caught, load.admit(20):
+        answer(admission, clock, 2, 1.0)
+    with admission.admit(30):
+        assert admission.retry_after(20) == pytest.approx(5.0)  # ten of them fit already
+        with admission.admit(10):
+            assert admission.retry_after(1) == 1.0  # half a second at two rows a second, but no less than one
+            assert admission.retry_after(10) == pytest.approx(5.0)
+            with pytest.raises(Overloaded) as caught, admission.admit(20):
                 pass
             assert caught.value.retry_after_seconds == pytest.approx(10.0)
 
 
 def test_an_idle_hour_does_not_slow_the_rate_and_a_hanging_device_does() -> None:
     clock = Clock()
-    load = Load(40, clock=clock)
-    answer(load, clock, 20, 10.0)
+    admission = Admission(40, clock=clock)
+    answer(admission, clock, 20, 10.0)
     clock.now += 3600
-    with load.admit(40):
-        before = load.retry_after(10)
+    with admission.admit(40):
+        before = admission.retry_after(10)
         assert before == pytest.approx(5.0)
         clock.now += 10
-        assert load.retry_after(10) == pytest.approx(10.0)
+        assert admission.retry_after(10) == pytest.approx(10.0)
         clock.now += 1000
-        assert load.retry_after(10) == 60.0
+        assert admission.retry_after(10) == 60.0
 
 
 def test_the_rate_follows_what_the_device_does_now() -> None:
     clock = Clock()
-    load = Load(40, clock=clock)
+    admission = Admission(40, clock=clock)
     for seconds, expected in ((0.1, 1.0), (2.0, 20.0), (0.1, 1.0)):
         for _ in range(300):
-            answer(load, clock, 1, seconds)
-        with load.admit(40):
-            assert load.retry_after(10) == pytest.approx(expected, rel=0.05)
+            answer(admission, clock, 1, seconds)
+        with admission.admit(40):
+            assert admission.retry_after(10) == pytest.approx(expected, rel=0.05)
 
 
 def test_before_anything_was_answered_a_caller_is_told_to_wait_as_long_as_the_work_has_taken() -> None:
     clock = Clock()
-    load = Load(2, clock=clock)
-    with pytest.raises(ValueError), load.admit(2):
-        assert load.retry_after() == 1.0
+    admission = Admission(2, clock=clock)
+    with pytest.raises(ValueError), admission.admit(2):
+        assert admission.retry_after() == 1.0
         clock.now += 7
-        assert load.retry_after() == 7.0
+        assert admission.retry_after() == 7.0
         raise ValueError
-    with load.admit(2):
+    with admission.admit(2):
         clock.now += 3
-        assert load.retry_after() == 3.0  # what failed was no answer
+        assert admission.retry_after() == 3.0  # what failed was no answer

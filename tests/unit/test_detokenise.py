@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from latentwire.bridge.detokenise import UNFINISHED, Text, decode
-from latentwire.bridge.generation.output import Answer, Generation, Odds, Transcript
+from latentwire.bridge.generation.output import Generation, IdLogprob, OutputText, OutputTokens
 from latentwire.bridge.models import load_reader
 from latentwire.bridge.reader import Reader
 from latentwire.bridge.sampling import SamplingParams
@@ -165,14 +165,14 @@ def test_an_answer_is_the_same_at_any_pace_and_its_pieces_are_its_text(kind: str
     stop = [said[at : at + length] or "x", data.draw(st.sampled_from(["never this", "\ufffd", " ", "e", "世"]))]
     stop = [one for one in stop if one not in lm.special]
     params = SamplingParams(max_tokens=len(ids), stop=tuple(data.draw(st.sampled_from([[], stop]))))
-    transcript, pieces = Transcript(Answer(lm, params)), list[str]()
+    transcript, pieces = OutputText(OutputTokens(lm, params)), list[str]()
     for piece in paced(data, ids):
         for token in piece:
-            transcript.answer.add(token)
+            transcript.tokens.add(token)
         pieces.append(transcript.read())
     assert transcript.generation == answered(lm, ids, params)
     assert "".join(pieces) == transcript.text
-    assert transcript.answer.token_count == answered(lm, ids, params).token_count
+    assert transcript.tokens.token_count == answered(lm, ids, params).token_count
 
 
 @each_kind
@@ -226,12 +226,12 @@ def test_a_stop_string_that_is_a_token_ends_the_answer(stop: str, text: str) -> 
     """One that stands for no text is in none: it ends the answer as EOS does."""
     kind = "byte-level BPE"
     lm = reader(kind)
-    answer = Answer(lm, SamplingParams(99, stop=("never this", stop)))
+    answer = OutputTokens(lm, SamplingParams(99, stop=("never this", stop)))
     for token in lm.tokenizer("the", add_special_tokens=False)["input_ids"] + named(
         kind, [stop] if "<" in stop else []
     ):
         answer.add(token)
-    said = Transcript(answer).finish()
+    said = OutputText(answer).finish()
     assert (said.text, said.finish_reason, said.token_count) == (text, "stop", answer.token_count)
 
 
@@ -239,11 +239,11 @@ def test_tokens_added_before_a_stop_string_was_read_do_not_count() -> None:
     lm = reader("builtin:llama")
     ids = lm.tokenizer("one two three four", add_special_tokens=False)["input_ids"]
     at = next(n for n in range(1, len(ids)) if "two" in whole(lm, ids[:n]))
-    answer = Answer(lm, SamplingParams(len(ids), stop=("two",), logprobs=1))
+    answer = OutputTokens(lm, SamplingParams(len(ids), stop=("two",), logprobs=1))
     for token in ids:
-        answer.add(token, Odds(token, -1.0, ((token, -1.0),)))
+        answer.add(token, IdLogprob(token, -1.0, ((token, -1.0),)))
     assert answer.ended_by == "length"
-    said = Transcript(answer).finish()
+    said = OutputText(answer).finish()
     assert (said.text, said.finish_reason, said.token_count, answer.token_count) == ("one ", "stop", at, at)
     assert said.logprobs is not None and [t.token for t in said.logprobs] == [decode(lm, [i]) for i in ids[:at]]
 
@@ -257,13 +257,13 @@ def test_log_probabilities_are_told_once_and_not_before_the_text_of_their_tokens
     lm = reader(kind)
     ids = data.draw(ids_of(kind).filter(bool))
     stop = data.draw(st.sampled_from([(), ("e ", "never this"), ("\ufffd", "世界")]))
-    transcript, shown = Transcript(Answer(lm, SamplingParams(len(ids), stop=stop, logprobs=0))), ""
+    transcript, shown = OutputText(OutputTokens(lm, SamplingParams(len(ids), stop=stop, logprobs=0))), ""
     told: list[float] = []
     for piece in paced(data, ids):
         for token in piece:
-            transcript.answer.add(token, Odds(token, -float(len(transcript.answer.ids)), ()))
+            transcript.tokens.add(token, IdLogprob(token, -float(len(transcript.tokens.ids)), ()))
         shown += transcript.read()
-        told += [one.logprob for one in transcript.told()]
+        told += [one.logprob for one in transcript.new_logprobs()]
         if transcript.generation is None:
             assert shown.startswith(whole(lm, ids[: len(told)]))
     said = transcript.generation
@@ -276,12 +276,12 @@ def test_log_probabilities_of_held_back_text_are_held_back_with_it() -> None:
     lm = reader("builtin:llama")
     ids = lm.tokenizer("one two three four", add_special_tokens=False)["input_ids"]
     before = next(n for n in range(len(ids)) if "th" in whole(lm, ids[: n + 1]))
-    transcript = Transcript(Answer(lm, SamplingParams(len(ids), stop=("three five",), logprobs=0)))
+    transcript = OutputText(OutputTokens(lm, SamplingParams(len(ids), stop=("three five",), logprobs=0)))
     for token in ids[: before + 1]:
-        transcript.answer.add(token, Odds(token, -1.0, ()))
+        transcript.tokens.add(token, IdLogprob(token, -1.0, ()))
     assert transcript.read().strip() == "one two"
-    assert [one.token for one in transcript.told()] == [decode(lm, [token]) for token in ids[:before]]
+    assert [one.token for one in transcript.new_logprobs()] == [decode(lm, [token]) for token in ids[:before]]
     for token in ids[before + 1 :]:
-        transcript.answer.add(token, Odds(token, -1.0, ()))
+        transcript.tokens.add(token, IdLogprob(token, -1.0, ()))
     assert transcript.read().strip() == "three four"
-    assert [one.token for one in transcript.told()] == [decode(lm, [token]) for token in ids[before:]]
+    assert [one.token for one in transcript.new_logprobs()] == [decode(lm, [token]) for token in ids[before:]]

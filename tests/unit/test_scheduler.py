@@ -9,7 +9,7 @@ import pytest
 from transformers.generation.continuous_batching.requests import RequestState
 
 from latentwire.bridge.generation.continuous import _Scheduler
-from latentwire.bridge.generation.output import Answer
+from latentwire.bridge.generation.output import OutputTokens
 from latentwire.bridge.models import load_reader
 from latentwire.bridge.sampling import SamplingParams
 
@@ -32,7 +32,7 @@ def test_a_request_that_is_cancelled_lets_those_in_that_wait_for_a_full_cache(
 
 
 def test_a_token_for_an_answer_that_was_given_up_is_no_error() -> None:
-    answer = Answer(load_reader("builtin:llama"), SamplingParams(max_tokens=4))
-    answer.give_up()
+    answer = OutputTokens(load_reader("builtin:llama"), SamplingParams(max_tokens=4))
+    answer.cancel()
     assert answer.add(7)
     assert answer.ids == []

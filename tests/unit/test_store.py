@@ -7,13 +7,21 @@ import pytest
 
 from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
 from latentwire.service.store.base import Store
-from latentwire.service.store.latents import Sent, encode_key, find_latents, keep_latents, latent_id, recall, remember
+from latentwire.service.store.latents import (
+    CachedEncoding,
+    encode_key,
+    get_encodings,
+    get_latents,
+    latent_id,
+    put_encodings,
+    put_latents,
+)
 from latentwire.service.store.memory import MemoryStore
 from latentwire.service.store.redis import RedisStore
 
 ROOM = 1 << 20
 SMALL, LARGE = bytes(10), bytes(ROOM // 4)  # three large ones fit, a fourth with its key and bookkeeping does not
-SENT = Sent(b"\x00message\xff", 17, True)
+SENT = CachedEncoding(b"\x00message\xff", 17, True)
 
 
 class Clock:
@@ -43,9 +51,6 @@ async def test_memory_gives_back_what_was_put_under_its_kind_and_key() -> None:
     assert await store.get_many("latent", ["b", "a", "\ud800"]) == [None, b"\x00latent\xff", None]
     assert await store.get("job", "a") == b""
     assert await store.get("encode", "a") is None
-    await store.delete("latent", "a")
-    await store.delete("latent", "never there")
-    assert await store.get("latent", "a") is None
     await store.close()
 
 
@@ -132,24 +137,24 @@ def test_an_id_is_the_messages_own_for_each_tenant() -> None:
 
 async def test_a_latent_is_found_by_the_tenant_that_stored_it_and_by_no_other() -> None:
     store = memory()
-    a, twin, b = await keep_latents(store, [b"a", b"a", b"b"], tenant="mine")
+    a, twin, b = await put_latents(store, [b"a", b"a", b"b"], tenant="mine")
     assert a == twin == latent_id(b"a", "mine") != b
-    found = await find_latents(store, {"inputs.0": b, "inputs.2": a, "inputs.3": a}, tenant="mine")
+    found = await get_latents(store, {"inputs.0": b, "inputs.2": a, "inputs.3": a}, tenant="mine")
     assert found == {"inputs.0": b"b", "inputs.2": b"a", "inputs.3": b"a"}
     for tenant in ("", "yours"):
         with pytest.raises(UnknownBridge, match=a):
-            await find_latents(store, {"inputs.0": a}, tenant=tenant)
-    (theirs,) = await keep_latents(store, [b"a"], tenant="yours")
+            await get_latents(store, {"inputs.0": a}, tenant=tenant)
+    (theirs,) = await put_latents(store, [b"a"], tenant="yours")
     assert theirs != a
-    assert await find_latents(store, {"inputs.0": theirs}, tenant="yours") == {"inputs.0": b"a"}
+    assert await get_latents(store, {"inputs.0": theirs}, tenant="yours") == {"inputs.0": b"a"}
 
 
 async def test_a_latent_that_does_not_make_its_id_is_not_given_out() -> None:
     store = memory()
-    a, b = await keep_latents(store, [b"a", b"b"])
+    a, b = await put_latents(store, [b"a", b"b"])
     await store.put("latent", b, b"a")
     with pytest.raises(UnknownBridge, match=b) as caught:
-        await find_latents(store, {"inputs.0": a, "inputs.1": b})
+        await get_latents(store, {"inputs.0": a, "inputs.1": b})
     assert caught.value.param == "inputs.1"
 
 
@@ -157,7 +162,7 @@ async def test_a_latent_that_does_not_make_its_id_is_not_given_out() -> None:
 async def test_what_is_no_id_is_unknown_without_asking_the_store(key: str, tmp_path: Path) -> None:
     away = RedisStore(f"unix://{tmp_path / 'nobody'}")
     with pytest.raises(UnknownBridge, match="no latent is stored under '") as caught:
-        await find_latents(away, {"inputs.7.latent_id": key})
+        await get_latents(away, {"inputs.7.latent_id": key})
     assert caught.value.param == "inputs.7.latent_id"
     assert len(str(caught.value)) < 1000
     assert away.failures == 0
@@ -180,40 +185,40 @@ def test_an_encoding_has_a_key_of_its_own_for_whatever_changes_it_and_for_each_t
 
 async def test_encodings_are_recalled_whole_and_in_order() -> None:
     store = memory()
-    empty = Sent(b"", 0, False)
-    await remember(store, {"a": SENT, "b": empty})
-    assert await recall(store, ["b", "nothing", "a"]) == [empty, None, SENT]
+    empty = CachedEncoding(b"", 0, False)
+    await put_encodings(store, {"a": SENT, "b": empty})
+    assert await get_encodings(store, ["b", "nothing", "a"]) == [empty, None, SENT]
 
 
 async def test_an_encoding_that_is_damaged_or_lies_under_another_key_is_not_recalled() -> None:
     store = memory()
-    await remember(store, {"a": SENT})
+    await put_encodings(store, {"a": SENT})
     kept = await store.get("encode", "a")
     assert kept is not None
     for at in range(len(kept)):
         await store.put("encode", "a", kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
-        assert await recall(store, ["a"]) == [None]
+        assert await get_encodings(store, ["a"]) == [None]
         await store.put("encode", "a", kept[:at])
-        assert await recall(store, ["a"]) == [None]
+        assert await get_encodings(store, ["a"]) == [None]
     await store.put_many("encode", {"a": kept, "b": kept})
-    assert await recall(store, ["a", "b"]) == [SENT, None]
+    assert await get_encodings(store, ["a", "b"]) == [SENT, None]
 
 
 async def test_without_its_store_an_encoding_is_neither_recalled_nor_remembered_and_a_latent_says_so(
     tmp_path: Path,
 ) -> None:
     away = RedisStore(f"unix://{tmp_path / 'nobody'}")
-    assert await recall(away, ["a", "b"]) == [None, None]
-    await remember(away, {"a": SENT})
+    assert await get_encodings(away, ["a", "b"]) == [None, None]
+    await put_encodings(away, {"a": SENT})
     with pytest.raises(StoreUnavailable):
-        await keep_latents(away, [b"message"])
+        await put_latents(away, [b"message"])
     with pytest.raises(StoreUnavailable):
-        await find_latents(away, {"inputs.0": latent_id(b"message")})
+        await get_latents(away, {"inputs.0": latent_id(b"message")})
     assert (away.available, away.failures) == (False, 4)
     await away.close()
 
 
 async def test_encodings_too_large_to_remember_cost_the_request_nothing() -> None:
     store = memory()
-    await remember(store, {"a": Sent(bytes(ROOM), 1, False)})
-    assert await recall(store, ["a"]) == [None]
+    await put_encodings(store, {"a": CachedEncoding(bytes(ROOM), 1, False)})
+    assert await get_encodings(store, ["a"]) == [None]

@@ -1,7 +1,7 @@
-"""What OpenAI's clients ask for, and the request to ``/generate`` that asks the same.
+"""Requests in OpenAI's format, and their translation to requests to ``/generate``.
 
-Null is as good as absent, as OpenAI has it, in fields that nobody knows too. What asks for nothing that could be told
-from the answer is taken, left out and counted. Every other unknown field is refused: it could be a misspelt one.
+A null field is an absent one, as in OpenAI's service, also where the field is unknown. A field that could not change
+the response is accepted, ignored and counted. Every other unknown field is refused: it could be a misspelt one.
 """
 
 from abc import abstractmethod
@@ -26,10 +26,10 @@ from latentwire.service.schemas.inference import (
 )
 from latentwire.service.schemas.lenient import Lenient, Only, Unused, below
 
-CARRIES = {"text": "text", "source": "text", "latent": "data", "latent_id": "id"}  # field of each content part
-NATIVE = {"source": "text", "latent": "latent", "latent_id": "latent_id"}  # field of an input of /generate
-SPOKEN: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-FEW: int = GenerateRequest.model_fields["max_tokens"].default
+PART_FIELDS = {"text": "text", "source": "text", "latent": "data", "latent_id": "id"}  # field of each content part
+INPUT_FIELDS = {"source": "text", "latent": "latent", "latent_id": "latent_id"}  # field of an input of /generate
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+DEFAULT_MAX_TOKENS: int = GenerateRequest.model_fields["max_tokens"].default
 
 
 def _as_parts(value: Any) -> Any:
@@ -46,18 +46,18 @@ class StreamOptions(Lenient):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
-class Given(NamedTuple):
-    """A thing to ask about: the field of ``Input`` it fills, its value, and where in the body it stood."""
+class SourceRef(NamedTuple):
+    """A source in a request body: the field of ``Input`` for it, its value, and its place in the body."""
 
     field: str
     value: str
     place: str
 
 
-class Asked(Lenient):
-    """What both endpoints take."""
+class OpenAIRequest(Lenient):
+    """The fields that both endpoints take."""
 
-    PROMPT: ClassVar[str]  # the field that the receiver's prompt comes from
+    PROMPT: ClassVar[str]  # the field that holds the receiver's prompt
 
     model: str = Field(description="A bridge, or BRIDGE/RECEIVER (the first slash parts them) for another receiver.")
     source: str | None = Field(None, description="A text; the sender reads it, the receiver does not.")
@@ -70,7 +70,9 @@ class Asked(Lenient):
     )
     stream: bool = Field(False, description="Send the text as it comes, as server-sent events.")
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = Field(None, ge=1, description=f"Most tokens for each choice; {FEW} when absent.")
+    max_tokens: int | None = Field(
+        None, ge=1, description=f"Most tokens for each choice; {DEFAULT_MAX_TOKENS} when absent."
+    )
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens of this probability.")
     top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all. Not OpenAI's.")
@@ -102,75 +104,75 @@ class Asked(Lenient):
 
     @property
     @abstractmethod
-    def asked(self) -> dict[str, Any]:
-        """What the receiver is asked, as ``/generate`` takes it."""
+    def prompt_fields(self) -> dict[str, Any]:
+        """The fields of ``GenerateRequest`` for the prompt."""
 
     @property
-    def questions(self) -> int:
-        """How often it is asked about the one source."""
+    def prompt_count(self) -> int:
+        """Number of prompts about the one source."""
         return 1
 
     @property
     @abstractmethod
-    def reported(self) -> int | None:
-        """Likeliest tokens to report beside each token; None reports no log-probability."""
+    def logprob_count(self) -> int | None:
+        """Number of likeliest tokens to report for each token; None reports no log-probability."""
 
     @property
-    def left_out(self) -> list[str]:
+    def ignored_fields(self) -> list[str]:
         """Also those of parts of the body."""
-        return super().left_out + below("stream_options", self.stream_options)
+        return super().ignored_fields + below("stream_options", self.stream_options)
 
     @property
-    def most_tokens(self) -> int | None:
-        """Most tokens to generate for each choice, where that was said."""
+    def token_limit(self) -> int | None:
+        """Most tokens to generate for each choice, where the body has that."""
         return self.max_tokens
 
     @property
-    def given(self) -> list[Given]:
+    def sources(self) -> list[SourceRef]:
         """Every source in the body; a valid body has one, or none under condition ``none``."""
-        values = {name: getattr(self, name) for name in NATIVE}
-        return [Given(NATIVE[name], value, name) for name, value in values.items() if value is not None]
+        values = {name: getattr(self, name) for name in INPUT_FIELDS}
+        return [SourceRef(INPUT_FIELDS[name], value, name) for name, value in values.items() if value is not None]
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = self.given
-        if len(given) > 1 or (not given and self.condition != "none"):
+        sources = self.sources
+        if len(sources) > 1 or (not sources and self.condition != "none"):
             raise PydanticCustomError(
                 "source",
                 "give exactly one of source, latent and latent_id, not {count}; only condition none needs no source",
-                {"count": len(given)},
+                {"count": len(sources)},
             )
-        if self.condition == "direct" and given[0].field != "text":
+        if self.condition == "direct" and sources[0].field != "text":
             raise PydanticCustomError(
                 "source", "condition direct lets the receiver read the source; give it as text, not as a latent"
             )
         return self
 
-    def native(self, bridge: str, receiver: str | None) -> GenerateRequest:
-        """The request to ``/generate`` that asks the same."""
+    def to_generate_request(self, bridge: str, receiver: str | None) -> GenerateRequest:
+        """The equal request to ``/generate``."""
         same = ("condition", "temperature", "top_p", "top_k", "seed", "n", "stop", "timeout_seconds", "truncate")
         fields: dict[str, Any] = {name: getattr(self, name) for name in same}
-        if self.most_tokens is not None:
-            fields["max_tokens"] = self.most_tokens
-        source = Input(**{one.field: one.value for one in self.given} or {"text": ""})
+        if self.token_limit is not None:
+            fields["max_tokens"] = self.token_limit
+        source = Input(**{one.field: one.value for one in self.sources} or {"text": ""})
         return GenerateRequest(
             bridge=bridge,
             receiver=receiver,
-            inputs=[source] * self.questions,
-            **self.asked,
-            logprobs=self.reported,
+            inputs=[source] * self.prompt_count,
+            **self.prompt_fields,
+            logprobs=self.logprob_count,
             **fields,
         )
 
-    def place(self, param: str | None) -> str | None:
-        """Where in this body stands what an error about the native request calls ``param``."""
+    def param_of(self, param: str | None) -> str | None:
+        """The field of this body for a ``param`` of the request to ``/generate``."""
         if param is not None and param.startswith("inputs."):
-            return next((one.place for one in self.given), None)
+            return next((one.place for one in self.sources), None)
         names = {"bridge": "model", "receiver": "model", "prompt": self.PROMPT}
         return None if param is None else names.get(param, param)
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(OpenAIRequest):
     """A receiver goes on with a prompt about a source it will not see."""
 
     PROMPT = "prompt"
@@ -187,17 +189,17 @@ class CompletionRequest(Asked):
     suffix: Annotated[Any, Only("")] = None
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def prompt_fields(self) -> dict[str, Any]:
         """One prompt for each question."""
         return {"prompt": self.prompt}
 
     @property
-    def questions(self) -> int:
+    def prompt_count(self) -> int:
         """One for each prompt."""
         return len(self.prompt)
 
     @property
-    def reported(self) -> int | None:
+    def logprob_count(self) -> int | None:
         """As asked."""
         return self.logprobs
 
@@ -215,18 +217,18 @@ class Part(Lenient):
     @model_validator(mode="after")
     def _carries_its_own(self) -> Self:
         given = [name for name in ("text", "data", "id") if getattr(self, name) is not None]
-        if given != [CARRIES[self.type]]:
+        if given != [PART_FIELDS[self.type]]:
             raise PydanticCustomError(
                 "part",
                 "a part of type {type} has the field {expected}, not {given}",
-                {"type": self.type, "expected": CARRIES[self.type], "given": " and ".join(given) or "none"},
+                {"type": self.type, "expected": PART_FIELDS[self.type], "given": " and ".join(given) or "none"},
             )
         return self
 
     @property
     def value(self) -> str:
         """What it carries."""
-        value: str = getattr(self, CARRIES[self.type])
+        value: str = getattr(self, PART_FIELDS[self.type])
         return value
 
 
@@ -262,9 +264,9 @@ class Message(Lenient):
         return self
 
     @property
-    def left_out(self) -> list[str]:
+    def ignored_fields(self) -> list[str]:
         """Also those of its parts."""
-        return super().left_out + below("content", *self.content)
+        return super().ignored_fields + below("content", *self.content)
 
     @property
     def text(self) -> str:
@@ -272,7 +274,7 @@ class Message(Lenient):
         return _lines([part.value for part in self.content if part.type == "text"])
 
 
-class ChatRequest(Asked):
+class ChatRequest(OpenAIRequest):
     """A receiver answers messages about a source it will not see."""
 
     PROMPT = "messages"
@@ -314,30 +316,30 @@ class ChatRequest(Asked):
         return self
 
     @property
-    def left_out(self) -> list[str]:
+    def ignored_fields(self) -> list[str]:
         """Also those of messages."""
-        return super().left_out + below("messages", *self.messages)
+        return super().ignored_fields + below("messages", *self.messages)
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def prompt_fields(self) -> dict[str, Any]:
         """The conversation."""
-        return {"messages": [TurnIn(role=SPOKEN[m.role], content=m.text) for m in self.messages]}
+        return {"messages": [TurnIn(role=ROLES[m.role], content=m.text) for m in self.messages]}
 
     @property
-    def reported(self) -> int | None:
+    def logprob_count(self) -> int | None:
         """``top_logprobs`` where log-probabilities are asked for."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def most_tokens(self) -> int | None:
+    def token_limit(self) -> int | None:
         """By either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def given(self) -> list[Given]:
+    def sources(self) -> list[SourceRef]:
         """Those of the body's fields, and those of content parts."""
-        return super().given + [
-            Given(NATIVE[part.type], part.value, f"messages.{at}.content.{number}.{CARRIES[part.type]}")
+        return super().sources + [
+            SourceRef(INPUT_FIELDS[part.type], part.value, f"messages.{at}.content.{number}.{PART_FIELDS[part.type]}")
             for at, message in enumerate(self.messages)
             for number, part in enumerate(message.content)
             if part.type != "text"

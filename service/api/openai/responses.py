@@ -1,4 +1,4 @@
-"""Answers in the shape that OpenAI's clients read, whole or in chunks."""
+"""Responses in OpenAI's format, whole or in chunks."""
 
 import time
 import uuid
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from latentwire.service.api.openai.requests import Asked
+from latentwire.service.api.openai.requests import OpenAIRequest
 from latentwire.service.inference.request import Piece
 from latentwire.service.schemas.inference import GenerateResponse, Output, TokenLogprobOut, Usage
 
@@ -177,13 +177,13 @@ Choice = TypeVar("Choice", CompletionChoice, ChatChunkChoice)
 
 
 class Reply(ABC, Generic[Whole, Choice]):
-    """The answer to one request, whole or as the chunks of a stream."""
+    """The response to one request, whole or as the chunks of a stream."""
 
     PREFIX: ClassVar[str]  # of ids
 
-    def __init__(self, body: Asked, bridge_id: str) -> None:
-        self.choices = range(body.questions * body.n)
-        self._told, self._characters = Counter[int](), Counter[int]()  # of each choice: tokens reported, and of them
+    def __init__(self, body: OpenAIRequest, bridge_id: str) -> None:
+        self.choices = range(body.prompt_count * body.n)
+        self._tokens, self._characters = Counter[int](), Counter[int]()  # reported so far of each choice
         self._reports_usage = body.stream_options.include_usage
         self._head: dict[str, Any] = {
             "id": f"{self.PREFIX}-{uuid.uuid4().hex}",
@@ -193,54 +193,56 @@ class Reply(ABC, Generic[Whole, Choice]):
         }
 
     @abstractmethod
-    def whole(self, said: GenerateResponse) -> Whole:
-        """All of it at once."""
+    def whole(self, response: GenerateResponse) -> Whole:
+        """The whole response."""
 
     @abstractmethod
-    def openings(self) -> list[Choice]:
-        """What a stream says before any text."""
+    def choice(self, index: int, text: str | None, finish_reason: FinishReason | None, **logprobs: Any) -> Choice:
+        """A choice of a chunk, with new text or, at its end, none."""
 
     @abstractmethod
-    def piece(self, piece: Piece) -> Choice:
-        """A choice's newest text."""
-
-    @abstractmethod
-    def ending(self, output: Output) -> Choice:
-        """A choice's finish reason, and the log-probabilities of tokens that no piece had: those of a stop string."""
-
-    @abstractmethod
-    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> BaseModel:
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int = 0) -> BaseModel:
         """The log-probabilities of tokens; so many characters came before them."""
 
     @abstractmethod
     def chunk(self, choices: Sequence[Choice], **usage: Any) -> BaseModel:
         """One chunk of the stream."""
 
-    def of_piece(self, piece: Piece) -> dict[str, Any]:
-        """The field of a choice for the log-probabilities of a piece, where it has any."""
-        return self._reported(piece.index, [TokenLogprobOut.of(token) for token in piece.logprobs])
+    def first_choices(self) -> list[Choice]:
+        """The choices of a stream before any text."""
+        return []
 
-    def of_rest(self, output: Output) -> dict[str, Any]:
-        """The same for those that no piece had."""
-        return self._reported(output.index, (output.logprobs or [])[self._told[output.index] :])
+    def piece_choice(self, piece: Piece) -> Choice:
+        """The choice with the text of a piece."""
+        tokens = [TokenLogprobOut.of(token) for token in piece.logprobs]
+        return self.choice(piece.index, piece.text, None, **self._reported(piece.index, tokens))
+
+    def last_choice(self, output: Output) -> Choice:
+        """The choice with the finish reason, and the log-probabilities that no piece had: those of a stop string."""
+        rest = (output.logprobs or [])[self._tokens[output.index] :]
+        return self.choice(output.index, None, output.finish_reason, **self._reported(output.index, rest))
 
     def _reported(self, index: int, tokens: Sequence[TokenLogprobOut]) -> dict[str, Any]:
         before = self._characters[index]
-        self._told[index] += len(tokens)
+        self._tokens[index] += len(tokens)
         self._characters[index] += sum(len(token.token) for token in tokens)
         return {"logprobs": self.logprobs(tokens, before)} if tokens else {}
 
-    def line(self, *choices: Choice, usage: CompletionUsage | None = None) -> str:
+    def logprobs_of(self, output: Output) -> Any:
+        """The log-probabilities of a whole output, where they were requested."""
+        return None if output.logprobs is None else self.logprobs(output.logprobs)
+
+    def chunk_json(self, *choices: Choice, usage: CompletionUsage | None = None) -> str:
         """One chunk of the stream as JSON; ``usage`` is in every one, null or not, when it was asked for."""
         reported = {"usage": usage} if self._reports_usage else {}
         return self.chunk(choices, **reported).model_dump_json(exclude_unset=True)
 
-    def endings(self, said: GenerateResponse) -> Iterator[str]:
-        """What a stream says after all text."""
-        for output in said.outputs:
-            yield self.line(self.ending(output))
+    def last_chunks(self, response: GenerateResponse) -> Iterator[str]:
+        """The chunks of a stream after all text."""
+        for output in response.outputs:
+            yield self.chunk_json(self.last_choice(output))
         if self._reports_usage:
-            yield self.line(usage=usage_of(said.usage))
+            yield self.chunk_json(usage=usage_of(response.usage))
         yield "[DONE]"
 
 
@@ -249,33 +251,21 @@ class CompletionReply(Reply[Completion, CompletionChoice]):
 
     PREFIX = "cmpl"
 
-    def whole(self, said: GenerateResponse) -> Completion:
-        """All of it at once."""
+    def whole(self, response: GenerateResponse) -> Completion:
+        """The whole response."""
         choices = [
-            CompletionChoice(
-                index=output.index,
-                text=output.text,
-                logprobs=None if output.logprobs is None else self.logprobs(output.logprobs, 0),
-                finish_reason=output.finish_reason,
-            )
-            for output in said.outputs
+            self.choice(output.index, output.text, output.finish_reason, logprobs=self.logprobs_of(output))
+            for output in response.outputs
         ]
-        return self.chunk(choices, usage=usage_of(said.usage))
+        return self.chunk(choices, usage=usage_of(response.usage))
 
-    def openings(self) -> list[CompletionChoice]:
-        """Nothing."""
-        return []
+    def choice(
+        self, index: int, text: str | None, finish_reason: FinishReason | None, **logprobs: Any
+    ) -> CompletionChoice:
+        """A choice of a chunk, or of the whole."""
+        return CompletionChoice(index=index, text=text or "", finish_reason=finish_reason, **logprobs)
 
-    def piece(self, piece: Piece) -> CompletionChoice:
-        """A choice's newest text."""
-        return CompletionChoice(index=piece.index, text=piece.text, finish_reason=None, **self.of_piece(piece))
-
-    def ending(self, output: Output) -> CompletionChoice:
-        """A choice's finish reason, and the log-probabilities of tokens that no piece had."""
-        rest = self.of_rest(output)
-        return CompletionChoice(index=output.index, text="", finish_reason=output.finish_reason, **rest)
-
-    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> Logprobs:
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int = 0) -> Logprobs:
         """In four lists."""
         return Logprobs(
             tokens=[token.token for token in tokens],
@@ -294,35 +284,32 @@ class ChatReply(Reply[ChatCompletion, ChatChunkChoice]):
 
     PREFIX = "chatcmpl"
 
-    def whole(self, said: GenerateResponse) -> ChatCompletion:
-        """All of it at once."""
+    def whole(self, response: GenerateResponse) -> ChatCompletion:
+        """The whole response."""
         choices = [
             ChatChoice(
                 index=output.index,
                 message=ChatMessage(role="assistant", content=output.text),
-                logprobs=None if output.logprobs is None else self.logprobs(output.logprobs, 0),
+                logprobs=self.logprobs_of(output),
                 finish_reason=output.finish_reason,
             )
-            for output in said.outputs
+            for output in response.outputs
         ]
-        return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage_of(said.usage))
+        return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage_of(response.usage))
 
-    def openings(self) -> list[ChatChunkChoice]:
+    def first_choices(self) -> list[ChatChunkChoice]:
         """Who speaks, in each choice."""
         delta = Delta(role="assistant", content="")
         return [ChatChunkChoice(index=index, delta=delta, finish_reason=None) for index in self.choices]
 
-    def piece(self, piece: Piece) -> ChatChunkChoice:
-        """A choice's newest text."""
-        delta = Delta(content=piece.text)
-        return ChatChunkChoice(index=piece.index, delta=delta, finish_reason=None, **self.of_piece(piece))
+    def choice(
+        self, index: int, text: str | None, finish_reason: FinishReason | None, **logprobs: Any
+    ) -> ChatChunkChoice:
+        """A choice of a chunk."""
+        delta = Delta() if text is None else Delta(content=text)
+        return ChatChunkChoice(index=index, delta=delta, finish_reason=finish_reason, **logprobs)
 
-    def ending(self, output: Output) -> ChatChunkChoice:
-        """A choice's finish reason, and the log-probabilities of tokens that no piece had."""
-        rest = self.of_rest(output)
-        return ChatChunkChoice(index=output.index, delta=Delta(), finish_reason=output.finish_reason, **rest)
-
-    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int) -> ChatLogprobs:
+    def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int = 0) -> ChatLogprobs:
         """One after the other."""
         return ChatLogprobs(
             content=[
@@ -356,7 +343,8 @@ def error_type(status: int) -> str:
 
 
 def _likeliest(token: TokenLogprobOut) -> dict[str, float]:
-    """The likeliest tokens and the one said. Of tokens with one text, as halves of characters have, the likeliest."""
+    """The likeliest tokens and the chosen one. Of tokens with the same text, as halves of characters have, the
+    likeliest."""
     found: dict[str, float] = {}
     for text, logprob in (*token.top, (token.token, token.logprob)):
         found.setdefault(text, logprob)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import LatentWireError
 from latentwire.service.api.lifetime import event
-from latentwire.service.api.openai.requests import Asked, ChatRequest, CompletionRequest
+from latentwire.service.api.openai.requests import ChatRequest, CompletionRequest, OpenAIRequest
 from latentwire.service.api.openai.responses import (
     ChatCompletion,
     ChatReply,
@@ -20,7 +20,7 @@ from latentwire.service.api.openai.responses import (
     ModelList,
     Reply,
 )
-from latentwire.service.api.routes.inference import EVENT, answering
+from latentwire.service.api.routes.inference import EVENT, run_generate
 from latentwire.service.inference.generation import within
 from latentwire.service.inference.request import Piece
 from latentwire.service.inference.runtime import Runtime
@@ -83,35 +83,36 @@ async def models(request: Request) -> ModelList:
 @router.get("/models/{name:path}")
 async def model(name: str, request: Request) -> Model:
     """One of them."""
-    with _named(lambda param: "model"):
+    with _translated(lambda param: "model"):
         _find(request.app.state.runtime, name)
     return _model(name)
 
 
-async def _answer(request: Request, body: Asked, shape: type[Reply[Any, Any]]) -> Any:
+async def _answer(request: Request, body: OpenAIRequest, shape: type[Reply[Any, Any]]) -> Any:
     runtime: Runtime = request.app.state.runtime
-    for name in body.left_out:
+    for name in body.ignored_fields:
         runtime.metrics.ignored.labels(name).inc()
-    with _named(body.place):
+    with _translated(body.param_of):
         bridge, receiver = _find(runtime, body.model)
-        within((body.PROMPT, body.questions, runtime.settings.max_inputs))
+        within((body.PROMPT, body.prompt_count, runtime.settings.max_inputs))
         reply = shape(body, bridge.manifest.bridge_id)
 
-        async def events(pieces: AsyncIterator[Piece], answer: Callable[[], GenerateResponse]) -> AsyncIterator[str]:
-            for choice in reply.openings():
-                yield event(None, reply.line(choice))
+        async def events(pieces: AsyncIterator[Piece], result: Callable[[], GenerateResponse]) -> AsyncIterator[str]:
+            for choice in reply.first_choices():
+                yield event(None, reply.chunk_json(choice))
             async for piece in pieces:
-                yield event(None, reply.line(reply.piece(piece)))
+                yield event(None, reply.chunk_json(reply.piece_choice(piece)))
             try:
-                said = answer()
+                chunks = reply.last_chunks(result())
             except Exception as error:
                 yield event(None, request.app.state.error_body(request, error))
                 return
-            for line in reply.endings(said):
-                yield event(None, line)
+            for chunk in chunks:
+                yield event(None, chunk)
 
-        said = await answering(request, body.native(bridge.name, receiver), events if body.stream else None)
-    return said if body.stream else reply.whole(said)
+        generate = body.to_generate_request(bridge.name, receiver)
+        response = await run_generate(request, generate, events if body.stream else None)
+    return response if body.stream else reply.whole(response)
 
 
 def _find(runtime: Runtime, model: str) -> tuple[Bridge, str | None]:
@@ -132,10 +133,10 @@ def _model(name: str) -> Model:
 
 
 @contextmanager
-def _named(place: Callable[[str | None], str | None]) -> Iterator[None]:
-    """Errors raised inside name fields as OpenAI does."""
+def _translated(param_of: Callable[[str | None], str | None]) -> Iterator[None]:
+    """Errors raised inside name the fields of OpenAI's format."""
     try:
         yield
     except LatentWireError as error:
-        error.param = place(error.param)
+        error.param = param_of(error.param)
         raise

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from latentwire.bridge import wire
-from latentwire.service.api.lifetime import Show, attend, deadline, event, stream
-from latentwire.service.inference.generation import Answering, check_limits, ms_since, within
+from latentwire.service.api.lifetime import OnPiece, deadline, event, run_while_connected, stream_response
+from latentwire.service.inference.generation import RequestHandler, check_limits, ms_since, within
 from latentwire.service.inference.request import Piece, Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import (
@@ -21,7 +21,7 @@ from latentwire.service.schemas.inference import (
     Timing,
     Usage,
 )
-from latentwire.service.store.latents import Sent
+from latentwire.service.store.latents import CachedEncoding
 
 router = APIRouter(tags=["inference"])
 RAW = "application/octet-stream"
@@ -55,95 +55,95 @@ async def encode(body: EncodeRequest, request: Request) -> EncodeResponse | Resp
     within(("inputs", len(body.inputs), runtime.settings.max_inputs))
     for at, text in enumerate(body.inputs):
         runtime.check_text(text, f"inputs.{at}")
-    work = Answering(runtime, request.state.caller.name, bridge)
+    handler = RequestHandler(runtime, request.state.caller.name, bridge)
 
-    async def answer() -> EncodeResponse | Response:
+    async def work() -> EncodeResponse | Response:
         try:
-            return await _encode(work, body, raw=RAW in request.headers.get("accept", ""))
+            return await _encode(handler, body, raw=RAW in request.headers.get("accept", ""))
         finally:
-            await charge(request, work.usage)
+            await charge(request, handler.usage)
 
-    with runtime.load.admit(len(body.inputs)):
-        return await attend(request, answer(), deadline(request, body.timeout_seconds))
+    with runtime.admission.admit(len(body.inputs)):
+        return await run_while_connected(request, work(), deadline(request, body.timeout_seconds))
 
 
 @router.post("/generate", response_model=GenerateResponse, responses=STREAMED)
 async def generate(body: GenerateRequest, request: Request) -> GenerateResponse | Response:
     """Let a receiver answer from latents, or from texts it will not see."""
 
-    async def events(pieces: AsyncIterator[Piece], answer: Callable[[], GenerateResponse]) -> AsyncIterator[str]:
+    async def events(pieces: AsyncIterator[Piece], result: Callable[[], GenerateResponse]) -> AsyncIterator[str]:
         async for piece in pieces:
             yield event("token", {"index": piece.index, "text": piece.text})
         try:
-            yield event("done", answer().model_dump_json())
+            yield event("done", result().model_dump_json())
         except Exception as error:
             yield event("error", request.app.state.error_body(request, error))
 
-    answer: GenerateResponse | Response = await answering(request, body, events if body.stream else None)
-    return answer
+    response: GenerateResponse | Response = await run_generate(request, body, events if body.stream else None)
+    return response
 
 
-async def answering(
+async def run_generate(
     request: Request,
     body: GenerateRequest,
     events: Callable[[AsyncIterator[Piece], Callable[[], GenerateResponse]], AsyncIterator[str]] | None,
 ) -> Any:
-    """The answer to a request, checked, admitted, attended and charged; a stream of ``events`` when they are given."""
+    """Check, admit and run a request, and charge its tenant; with ``events`` the response is a stream of them."""
     runtime: Runtime = request.app.state.runtime
     runtime.check_open()
     bridge = runtime.find(body.bridge)
     receiver = bridge.receiver(body.receiver)
     check_limits(runtime, body)
-    work = Answering(runtime, request.state.caller.name, bridge)
+    handler = RequestHandler(runtime, request.state.caller.name, bridge)
 
-    async def answer(show: Show | None = None) -> GenerateResponse:
-        with runtime.load.admit(len(body.inputs) * body.n):
+    async def work(on_piece: OnPiece | None = None) -> GenerateResponse:
+        with runtime.admission.admit(len(body.inputs) * body.n):
             try:
-                return await work.answer(receiver, body, show)
+                return await handler.generate(receiver, body, on_piece)
             finally:
-                await charge(request, work.usage)
+                await charge(request, handler.usage)
 
     seconds = deadline(request, body.timeout_seconds)
     if events is None:
-        return await attend(request, answer(), seconds)
-    return await stream(request, answer, events, seconds)
+        return await run_while_connected(request, work(), seconds)
+    return await stream_response(request, work, events, seconds)
 
 
 async def charge(request: Request, usage: Usage) -> None:
-    """Count what a request has cost, whatever came of it; after the fact, because nobody knows it before."""
+    """Count the tokens of a request for its tenant's limit; afterwards, since they are not known before."""
     runtime: Runtime = request.app.state.runtime
     tokens = usage.source_tokens + usage.prompt_tokens + usage.soft_tokens + usage.generated_tokens
     await runtime.limiter.charge(request.state.caller.name, tokens)
 
 
-async def _encode(work: Answering, body: EncodeRequest, *, raw: bool) -> EncodeResponse | Response:
+async def _encode(handler: RequestHandler, body: EncodeRequest, *, raw: bool) -> EncodeResponse | Response:
     started = time.perf_counter()
     rows = [Text(text, body.truncate, f"inputs.{at}") for at, text in enumerate(body.inputs)]
-    sent = await work.send(rows, body.dtype)
+    encodings = await handler.encode(rows, body.dtype)
     encode_ms = ms_since(started)
-    work.runtime.metrics.tokens.labels("source").inc(work.usage.source_tokens)
-    ids = await work.keep([one.message for one in sent]) if body.store else None
+    handler.runtime.metrics.tokens.labels("source").inc(handler.usage.source_tokens)
+    ids = await handler.store_messages([one.message for one in encodings]) if body.store else None
     if raw:
-        headers = {"x-message-bytes": ",".join(str(len(one.message)) for one in sent)}
+        headers = {"x-message-bytes": ",".join(str(len(one.message)) for one in encodings)}
         if ids is not None:
             headers["x-latent-ids"] = ",".join(ids)
-        return Response(b"".join(one.message for one in sent), media_type=RAW, headers=headers)
+        return Response(b"".join(one.message for one in encodings), media_type=RAW, headers=headers)
     latents = [
         _latent(text, one, body.dtype, None if ids is None else ids[at])
-        for at, (text, one) in enumerate(zip(body.inputs, sent, strict=True))
+        for at, (text, one) in enumerate(zip(body.inputs, encodings, strict=True))
     ]
     timing = Timing(encode_ms=encode_ms, total_ms=ms_since(started))
-    return EncodeResponse(bridge=work.bridge.name, latents=latents, usage=work.usage, timing=timing)
+    return EncodeResponse(bridge=handler.bridge.name, latents=latents, usage=handler.usage, timing=timing)
 
 
-def _latent(text: str, sent: Sent, dtype: str, latent_id: str | None) -> LatentOut:
+def _latent(text: str, encoding: CachedEncoding, dtype: str, latent_id: str | None) -> LatentOut:
     return LatentOut(
         id=latent_id,
-        data=base64.b64encode(sent.message).decode(),
-        shape=list(wire.shape_of(sent.message)),
+        data=base64.b64encode(encoding.message).decode(),
+        shape=list(wire.shape_of(encoding.message)),
         dtype=dtype,
-        bytes=len(sent.message),
-        source_tokens=sent.source_tokens,
+        bytes=len(encoding.message),
+        source_tokens=encoding.source_tokens,
         source_bytes=len(text.encode()),
-        truncated=sent.truncated,
+        truncated=encoding.truncated,
     )

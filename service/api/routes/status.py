@@ -60,7 +60,7 @@ async def metrics(request: Request) -> Response:
 def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
     """A bridge as callers see it."""
     config = bridge.manifest.bridge
-    states = {name: runtime.residency.state(name) for name in bridge.model_names}
+    residents = {name: runtime.residency.find(name) for name in bridge.model_names}
     return BridgeOut(
         name=bridge.name,
         bridge_id=bridge.manifest.bridge_id,
@@ -76,7 +76,7 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
         chat=config.heads[bridge.receiver(None)].layout.chat is not None,
         task=config.provenance.task,
         steps=config.provenance.steps,
-        loaded={name: state.bytes for name, state in states.items() if state is not None},
+        loaded={name: resident.bytes for name, resident in residents.items() if resident is not None},
         engines={name: runtime.engines.kind(name) for name in config.heads},
         pinned=all(runtime.residency.is_pinned(name) for name in bridge.model_names),
         keep_alive_seconds=runtime.settings.keep_alive_of(bridge.name),

@@ -63,7 +63,7 @@ async def test_a_model_stays_lent_until_its_engine_is_open_also_when_who_asked_h
         return real(lm, **options)
 
     def users() -> int:
-        state = engines.residency.state(NAMES[0])
+        state = engines.residency.find(NAMES[0])
         assert state is not None
         return state.users
 
@@ -90,6 +90,6 @@ async def test_an_engine_that_cannot_be_opened_leaves_nothing_in_the_books(
     monkeypatch.setattr(module, "open_engine", fails)
     with pytest.raises(InferenceFailed):
         await borrow(engines, NAMES[0])
-    state = engines.residency.state(NAMES[0])
+    state = engines.residency.find(NAMES[0])
     assert state is not None and state.attached_bytes == 0
     await engines.close()

@@ -242,20 +242,20 @@ def test_requests_go_first_but_not_for_ever(start: Start, monkeypatch: pytest.Mo
     lent: list[str] = []
     acquire = runtime.residency.acquire
     monkeypatch.setattr(runtime.residency, "acquire", lambda *args: lent.append(args[0]) or acquire(*args))
-    with runtime.load.admit(1):
+    with runtime.admission.admit(1):
         made = post(client)
         until(lambda: get(client, made)["state"] == "running")
         threading.Event().wait(0.3)
         assert not lent
     assert ended(client, made)["state"] == "done" and lent
     monkeypatch.setattr(evaluating, "YIELD_SECONDS", 0.02)
-    with runtime.load.admit(1):
+    with runtime.admission.admit(1):
         assert ended(client, post(client))["state"] == "done"
 
 
 def test_an_evaluation_waits_for_requests_no_longer_than_it_is_wanted(start: Start) -> None:
     client = start()
-    with client.app.state.runtime.load.admit(1):  # type: ignore[attr-defined]
+    with client.app.state.runtime.admission.admit(1):  # type: ignore[attr-defined]
         made = post(client)
         until(lambda: get(client, made)["state"] == "running")
         client.delete(f"/evaluations/{made['id']}")
@@ -270,7 +270,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
     client = start(Settings(memory_budget=str(larger + receiver.kv_bytes(300))))
     residency = client.app.state.runtime.residency  # type: ignore[attr-defined]
     client.post("/generate", json={"inputs": [{"text": "Mara sings."}], "prompt": "Who?", "max_tokens": 1})
-    until(lambda: residency.state(receiver.name) is not None and residency.state(receiver.name).users == 0)
+    until(lambda: residency.find(receiver.name) is not None and residency.find(receiver.name).users == 0)
     before = len(residency.history)
     done = ended(client, post(client, limit=3, conditions=None))
     assert done["state"] == "done", done["error"]

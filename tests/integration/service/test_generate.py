@@ -363,12 +363,12 @@ def test_numbers_no_encoder_sends_are_refused_under_a_right_checksum_and_leave_n
 
 def test_a_full_queue_answers_429_at_once_and_says_when_to_come_back(start: Start) -> None:
     client = start(Settings(max_queue=4))
-    load = client.app.state.runtime.load  # type: ignore[attr-defined]
-    load.admitted = 4
+    admission = client.app.state.runtime.admission  # type: ignore[attr-defined]
+    admission.admitted = 4
     try:
         response = client.post("/generate", json={"inputs": [{"text": "a"}], **SHORT})
     finally:
-        load.admitted = 0
+        admission.admitted = 0
     assert response.status_code == 429
     assert response.json()["error"]["type"] == "Overloaded"
     assert int(response.headers["retry-after"]) >= 1

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 
 from latentwire.bridge import engine
 from latentwire.bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
-from latentwire.service.api.lifetime import attend
+from latentwire.service.api.lifetime import run_while_connected
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, Gate, until
@@ -63,20 +63,20 @@ async def test_work_nobody_waits_for_any_more_is_cancelled(
     attended, before = Attended(*messages), asyncio.all_tasks()
     async with asyncio.timeout(HELD_SECONDS):
         with pytest.raises(error, match=said):
-            await attend(attended.request, attended.endless(), timeout)
+            await run_while_connected(attended.request, attended.endless(), timeout)
         await attended.ended.wait()
     assert asyncio.all_tasks() == before
 
 
 async def test_a_caller_who_stays_gets_the_answer_or_its_error_and_is_watched_no_longer() -> None:
     before = asyncio.all_tasks()
-    assert await attend(Attended(BODY).request, asyncio.sleep(0.01, "answer"), 60.0) == "answer"
+    assert await run_while_connected(Attended(BODY).request, asyncio.sleep(0.01, "answer"), 60.0) == "answer"
 
     async def refused() -> None:
         raise InvalidRequest("seven is not eight")
 
     with pytest.raises(InvalidRequest, match="seven"):
-        await attend(Attended(BODY).request, refused(), 60.0)
+        await run_while_connected(Attended(BODY).request, refused(), 60.0)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
 
@@ -112,22 +112,22 @@ def test_rows_of_a_caller_who_left_never_reach_the_sender_and_their_places_are_f
     start: Start, hold: Callable[..., Gate], samples: Samples
 ) -> None:
     client = start(Settings(encode_cache=False))
-    load, hang_up = client.app.state.runtime.load, Event()  # type: ignore[attr-defined]
+    admission, hang_up = client.app.state.runtime.admission, Event()  # type: ignore[attr-defined]
     gate = hold(engine, "encode")
     with ThreadPoolExecutor(1) as pool:
         staying = pool.submit(client.post, "/encode", json={"inputs": ["a"]})
         assert gate.entered.wait(HELD_SECONDS)
         leaving = connect(client, "/encode", {"inputs": ["a", "b", "c"]}, hang_up)
-        until(lambda: load.waiting == 3)
-        assert load.admitted == 4
+        until(lambda: admission.waiting == 3)
+        assert admission.admitted == 4
         hang_up.set()
         assert leaving.result(HELD_SECONDS)[0]["status"] == 499
-        until(lambda: load.waiting == 0)  # while the device still holds the other's row
-        assert (load.admitted, load.running) == (1, 1)
+        until(lambda: admission.waiting == 0)  # while the device still holds the other's row
+        assert (admission.admitted, admission.running) == (1, 1)
         gate.opened.set()
         assert staying.result(HELD_SECONDS).status_code == 200
     assert [len(call[-1]) for call in gate.calls] == [1]
-    assert (load.admitted, load.waiting, load.running) == (0, 0, 0)
+    assert (admission.admitted, admission.waiting, admission.running) == (0, 0, 0)
     assert samples(client)["latentwire_requests_total", "/encode", "499"] == 1
 
 
@@ -145,7 +145,7 @@ def test_texts_that_the_sender_read_for_a_caller_who_is_gone_are_charged_and_tho
 ) -> None:
     keys = [key_line(name, hash_of(name.encode()), ["infer"], tokens_per_minute=1) for name in ("read", "waiting")]
     client = start(Settings(api_keys=SecretStr("\n".join(keys))))
-    load, hang_up = client.app.state.runtime.load, Event()  # type: ignore[attr-defined]
+    admission, hang_up = client.app.state.runtime.admission, Event()  # type: ignore[attr-defined]
     gate = hold(engine, "encode")
     ask = {"inputs": ["Mara lives in Rome."]} if path == "/encode" else ASK
     body = {**ask, "timeout_seconds": 0.5} if way == "deadline" else ask
@@ -153,13 +153,13 @@ def test_texts_that_the_sender_read_for_a_caller_who_is_gone_are_charged_and_tho
     assert gate.entered.wait(HELD_SECONDS)
     waiting = connect(client, path, body, hang_up, "waiting")
     if way == "left":
-        until(lambda: load.waiting == 1)
+        until(lambda: admission.waiting == 1)
         hang_up.set()
     statuses = {gone.result(HELD_SECONDS)[0]["status"] for gone in (read, waiting)}
     assert statuses == {504 if way == "deadline" else 499}
     until(lambda: refused(client, "read"))
     gate.opened.set()
-    until(lambda: load.running == 0)
+    until(lambda: admission.running == 0)
     assert not refused(client, "waiting")
 
 
@@ -177,11 +177,11 @@ def test_rows_of_a_caller_who_left_never_reach_the_receiver_and_their_blocks_are
         assert gate.entered.wait(HELD_SECONDS)
         leaving = connect(client, "/generate", {**body, "n": 3}, hang_up)
         until(lambda: made.running == 4)
-        assert runtime.load.admitted == 4
+        assert runtime.admission.admitted == 4
         hang_up.set()
         assert leaving.result(HELD_SECONDS)[0]["status"] == 499
         until(lambda: made.running == 1)  # while the device still holds the other's row
-        assert runtime.load.admitted == 1
+        assert runtime.admission.admitted == 1
         gate.opened.set()
         assert staying.result(HELD_SECONDS).status_code == 200
     until(lambda: made.blocks_in_use == 0)
@@ -202,7 +202,7 @@ def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start, hold: Ca
     assert sent[0]["status"] == 200 and b"event: token" in sent[1]["body"]
     assert not any(b"event: done" in message.get("body", b"") for message in sent)
     until(lambda: made.running == 0 and made.blocks_in_use == 0)
-    assert runtime.load.admitted == 0
+    assert runtime.admission.admitted == 0
 
 
 def test_the_deadline_counts_while_the_receiver_answers_too_and_the_next_request_works(
@@ -217,7 +217,7 @@ def test_the_deadline_counts_while_the_receiver_answers_too_and_the_next_request
     assert response.status_code == 504
     assert response.json()["error"]["type"] == "DeadlineExceeded"
     assert response.json()["error"]["message"] == "no answer within 1 s"
-    assert runtime.load.admitted == 0 and made.running == 0
+    assert runtime.admission.admitted == 0 and made.running == 0
     gate.opened.set()
     assert client.post("/generate", json=ASK).status_code == 200
 

