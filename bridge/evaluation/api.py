@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ class Report:
     @property
     def conditions(self) -> dict[str, ConditionResult]:
         """The result of each condition, by its name."""
-        return {name: ConditionResult(**row) for name, row in self.document["conditions"].items()}
+        names = [field.name for field in fields(ConditionResult)]
+        rows = self.document["conditions"].items()
+        return {condition: ConditionResult(**{k: row[k] for k in names if k in row}) for condition, row in rows}
 
     @property
     def content_share(self) -> float | None:
