@@ -4,12 +4,13 @@ SERVE ?= 1
 JOBS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint setup clean benchmarks chromium proxies
+.PHONY: demo test lint docs setup clean benchmarks chromium proxies
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, measure and serve a bridge between the built-in models (SERVE=0 ends after the requests)"
 	@echo "make test          the whole test suite, with ruff and mypy"
+	@echo "make docs          build the guide into site/"
 	@echo "make benchmarks    measure; writes benchmarks/results/"
 
 setup: .venv/installed
@@ -19,7 +20,7 @@ setup: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "LatentWire needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } || { echo "Python's venv is missing: sudo apt-get install python3-venv"; exit 2; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,docs]'
 	@touch $@
 
 # promtool checks the alert rules and the dashboard's queries. Debian's package is unpacked here, so that no Prometheus
@@ -57,11 +58,15 @@ chromium:
 	    || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
 	    || echo "chromium could not be installed: the tests of the page are skipped (sudo apt-get install chromium)"
 
-test: lint .venv/bin/promtool chromium proxies
+# The theme says that MkDocs will have a successor; that is no warning about these pages.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+
+test: lint docs .venv/bin/promtool chromium proxies
 	.venv/bin/pytest -q -n $(JOBS) --dist loadfile
 
 benchmarks: setup
 	.venv/bin/python -m benchmarks
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -5,7 +5,9 @@ step that commits. Killed at any instant, the folder holds the old checkpoint or
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +19,16 @@ from torch import Tensor, nn
 from latentwire.bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
 from latentwire.bridge.devices import default_device
 from latentwire.bridge.encoder import Encoder, encoder_class, make_encoder
-from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, UnknownBridge
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, ModelUnavailable, UnknownBridge
 from latentwire.bridge.families import Role
 from latentwire.bridge.files import replace_file
 from latentwire.bridge.heads import SoftTokenHead
-from latentwire.bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of
+from latentwire.bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of, hub_folder
 from latentwire.bridge.prompt import check_layout
 
 CONFIG = "config.json"
 BUILTIN_BRIDGE = BUILTIN / "bridge"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,19 @@ def make_bridge(config: BridgeConfig) -> BridgeModel:
 
 
 def folder_of_checkpoint(name: str | Path) -> Path:
-    """``builtin`` is the bridge that ships with the product; anything else is a folder.
+    """``builtin`` is the bridge that ships with the product; anything else is a folder, or a Hub name.
 
     Raises:
-        UnknownBridge: No such folder, or no checkpoint in it.
+        UnknownBridge: No such folder or reachable Hub repository, or no checkpoint in it.
     """
     folder = BUILTIN_BRIDGE if str(name) == "builtin" else Path(name)
+    if not folder.exists() and HUB_NAME.fullmatch(str(name)):
+        with suppress(ModelUnavailable):
+            folder = hub_folder(str(name))
     if not (folder / CONFIG).is_file():
-        raise UnknownBridge(f"no checkpoint at {str(name)!r}: expected a folder with {CONFIG}, or 'builtin'")
+        raise UnknownBridge(
+            f"no checkpoint at {str(name)!r}: expected a folder with {CONFIG}, the Hub name of one, or 'builtin'"
+        )
     return folder
 
 

@@ -35,7 +35,10 @@ from latentwire.bridge.reader import Reader, SourceTokens, end_ids_of
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
 # Never pickles, never code, no weights twice.
-WANTED_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt"]
+# Of a model, and of a bridge.
+WANTED_FILES = [
+    "*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "encoder-*.safetensors", "head-*.safetensors",
+]  # fmt: skip
 TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges).*\.(json|txt)|.*\.model")
 CHUNK_ROWS = 8192  # vocabulary rows measured at once
 VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -120,7 +123,7 @@ def folder_of(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelUnavailable(f"the folder {name!r} holds no config.json; expected a Hugging Face model folder")
         return folder
-    return _hub_folder(name)
+    return hub_folder(name)
 
 
 def revision_of(name: str) -> tuple[str, str | None]:
@@ -130,7 +133,7 @@ def revision_of(name: str) -> tuple[str, str | None]:
 
 
 @cache
-def _hub_folder(name: str) -> Path:
+def hub_folder(name: str) -> Path:
     """``org/model``, or ``org/model@revision``; asked once a process, so that no fingerprint is older than the load."""
     repository, revision = revision_of(name)
     try:

@@ -6,6 +6,7 @@ Dimensions used in this file:
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,8 @@ class Latent:
     >>> latent.array.shape == latent.shape, latent.array.dtype, latent.dtype
     (True, dtype('float32'), 'float16')
     """
+
+    __pydantic_config__: ClassVar = {"val_json_bytes": "base64"}  # what pydantic needs to know to read it from JSON
 
     data: bytes
     shape: tuple[int, int]

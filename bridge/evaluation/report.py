@@ -216,7 +216,7 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode())
     except OSError as error:
-        raise InvalidRequest(f"--out {path}: {error.strerror}", param="out") from None
+        raise InvalidRequest(f"the report {str(path)!r} cannot be written: {error.strerror}", param="out") from None
 
 
 def table(report: Mapping[str, Any], *, explained: bool = True) -> Table:

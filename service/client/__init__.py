@@ -1,1 +1,1 @@
-"""Call a LatentWire service from Python. Needs httpx and numpy alone."""
+"""Call a LatentWire service from Python. Needs httpx, httpx-sse, numpy and pydantic: no torch, no models."""

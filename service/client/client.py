@@ -1,4 +1,4 @@
-"""Call a LatentWire service from Python. Needs httpx and numpy alone: no torch, no models.
+"""Call a LatentWire service from Python. No torch, no models.
 
 with Client("http://127.0.0.1:8000") as client:
     latent = client.encode("Mara wants a cup of tea.").latents[0]  # latent.array is (K, C) float32
@@ -33,7 +33,6 @@ from latentwire.service.client.types import (
     Input,
     Prompt,
     ServiceError,
-    Token,
 )
 
 P = ParamSpec("P")
@@ -109,18 +108,17 @@ class _Service:
         """
         call = protocol.inference("/generate", {**protocol.question(inputs, prompt), "stream": True}, options)
         response = await self._patiently(call, self._open_stream)
-        reader = protocol.EventReader()
-        async with aclosing(self._chunks(response)) as chunks:
-            async for chunk in chunks:
-                for event in protocol.events_of(reader, chunk, response):
-                    if isinstance(event, Token):
-                        yield event
-                        continue
+        async with aclosing(self._chunks(response)) as chunks, aclosing(protocol.read_events(chunks)) as events:
+            async for each in events:
+                event = protocol.event_of(each, response)
+                if isinstance(event, Generated):
                     # To the very end, or the service would see a caller who left, and the connection could not be kept.
                     with suppress(ServiceError):
                         _ = [rest async for rest in chunks]
                     yield event
                     return
+                if event is not None:
+                    yield event
         raise protocol.unlike(response, "the stream ended before its last event, 'done'")
 
     async def evaluate(
@@ -203,7 +201,7 @@ class _Service:
         async def once(request: httpx.Request, seconds: float) -> T:
             response, raw = await self._whole(request, seconds)
             with protocol.answered(response):
-                return protocol.read_json(kind, raw, request_id=response.headers.get("x-request-id"))
+                return protocol.read_json(kind, raw, response.headers.get("x-request-id"))
 
         return await self._patiently(call, once)
 

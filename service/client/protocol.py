@@ -1,27 +1,26 @@
 """How a client speaks with a LatentWire service: requests out of arguments, answers out of bytes, errors out of both.
 
-Nothing here sends or waits. Answers are read without trusting them: a field that is not known is left out, so that a
-newer service can be asked; one that is missing or of another type is a ``ServiceError`` that names it.
+Nothing here sends. Answers are read without trusting them: a field that is not known is left out, so that a newer
+service can be asked; one that is missing or of another type is a ``ServiceError`` that names it.
 """
 
 import base64
-import binascii
-import json
 import math
 import os
 import random
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+from httpx_sse import EventSource, ServerSentEvent
 
 from latentwire.bridge.errors import shorten
 from latentwire.bridge.results import Generated, Latent
@@ -41,6 +40,9 @@ from latentwire.service.client.types import (
     Token,
 )
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE, KEY_VARIABLE = "LATENTWIRE_URL", "LATENTWIRE_API_KEY"
 BUSY = (429, 503)
@@ -56,7 +58,7 @@ KINDS: tuple[tuple[type[httpx.RequestError], str], ...] = (
     (httpx.DecodingError, INVALID_ANSWER),
     (httpx.RequestError, INVALID_REQUEST),
 )
-LINE_END = re.compile(rb"\r?\n")
+MAX_FAULTS = 1000  # of which pydantic writes out every one, to say what the first is
 T = TypeVar("T")
 
 
@@ -92,31 +94,6 @@ class ErrorBody:
     """The service's one error body."""
 
     error: ErrorDetail
-
-
-class EventReader:
-    """Server-sent events out of bytes, however these are cut into chunks (WHATWG HTML §9.2.6).
-
-    Not by ``httpx``'s lines: those also end at characters that a JSON text may hold, U+2028 for example.
-    """
-
-    def __init__(self) -> None:
-        self._rest, self._name, self._data = b"", "message", list[str]()
-
-    def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
-        """The (name, data) of every event that is complete with this chunk."""
-        *lines, self._rest = LINE_END.split(self._rest + chunk)
-        for line in lines:
-            field, _, value = line.decode(errors="replace").partition(":")
-            value = value.removeprefix(" ")
-            if field == "event":
-                self._name = value
-            elif field == "data":
-                self._data.append(value)
-            elif not line:
-                if self._data:
-                    yield self._name, "\n".join(self._data)
-                self._name, self._data = "message", []
 
 
 def connection(url: str | None, api_key: str | None, timeout_seconds: float, trust_env: bool) -> dict[str, Any]:
@@ -186,21 +163,35 @@ def _input(item: Input) -> dict[str, str]:
     return {"latent": base64.b64encode(message).decode()}
 
 
-def events_of(reader: EventReader, chunk: bytes, response: httpx.Response) -> Iterator[Event]:
-    """The events complete with a chunk; those of a newer service that are not known are passed over.
+async def read_events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[ServerSentEvent, None]:
+    """Server-sent events out of bytes, however these are cut into chunks.
+
+    httpx-sse reads them from a response. One is made around the chunks, so that both clients read the same way, and
+    the text is UTF-8 whatever the header says. Its lines end at CR and LF alone, not, as ``httpx.Response.iter_lines``
+    has it, at characters that a JSON text may hold, U+2028 for example. The standard knows no event without data.
+    """
+    response = httpx.Response(200, headers={"content-type": "text/event-stream"}, content=chunks)
+    async with aclosing(EventSource(response).aiter_sse()) as events:
+        async for event in events:
+            if event.data:
+                yield event
+
+
+def event_of(event: ServerSentEvent, response: httpx.Response) -> Event | None:
+    """What an event of a stream holds; None when a newer service sent what is not known.
 
     Raises:
-        ServiceError: The service ended the stream with an error, or an event is not what it should be.
+        ServiceError: The service ended the stream with an error, or the event is not what it should be.
     """
     with answered(response):
-        for name, data in reader.feed(chunk):
-            if name == "token":
-                yield read_json(Token, data)
-            elif name == "done":
-                yield read_json(Generated, data, request_id=response.headers.get("x-request-id"))
-            elif name == "error":
-                error = read_json(ErrorBody, data).error
-                raise ServiceError(error.message, type=error.type, param=error.param, request_id=error.request_id)
+        if event.event == "token":
+            return read_json(Token, event.data)
+        if event.event == "done":
+            return read_json(Generated, event.data, response.headers.get("x-request-id"))
+        if event.event == "error":
+            error = read_json(ErrorBody, event.data).error
+            raise ServiceError(error.message, type=error.type, param=error.param, request_id=error.request_id)
+    return None
 
 
 def pause_seconds(error: ServiceError, attempt: int) -> float | None:
@@ -256,18 +247,20 @@ def name_of(request: httpx.Request) -> str:
     return f"{request.method} {request.url.copy_with(userinfo=b'')}"
 
 
-def read_json(kind: type[T], raw: bytes | str, **known: Any) -> T:
-    """An answer as a ``kind``; ``known`` fields are added to it.
+def read_json(kind: type[T], raw: bytes | str, request_id: str | None = None) -> T:
+    """An answer as a ``kind``, with its request id where a ``kind`` has one.
 
     Raises:
         ServiceError: It is not JSON, or a field of it is missing or of another type.
     """
+    from pydantic import ValidationError  # with the first answer: importing it takes longer than all the rest
+
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ServiceError(f"the answer is {_said(raw)}; expected JSON") from None
-    found: T = _read(kind, {**body, **known} if isinstance(body, dict) else body, "")
-    return found
+        found: Any = _reader(kind).validate_json(raw, strict=True)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ServiceError(_first_fault(error, raw)) from None
+    answer: T = replace(found, request_id=request_id) if hasattr(found, "request_id") else found
+    return answer
 
 
 def read_refusal(raw: bytes, status: int, headers: Mapping[str, str]) -> ServiceError:
@@ -275,7 +268,7 @@ def read_refusal(raw: bytes, status: int, headers: Mapping[str, str]) -> Service
     try:
         error = read_json(ErrorBody, raw).error
     except ServiceError:
-        error = ErrorDetail(HTTP_ERROR, _said(raw))
+        error = ErrorDetail(HTTP_ERROR, _shown(raw))
     return ServiceError(
         error.message,
         type=error.type,
@@ -298,57 +291,29 @@ def retry_after_seconds(value: str | None) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def _read(kind: Any, value: Any, at: str) -> Any:
-    arguments = get_args(kind)
-    if get_origin(kind) is UnionType:  # of one kind and None
-        return None if value is None else _read(arguments[0], value, at)
-    if is_dataclass(kind):
-        return _read_fields(kind, _checked(dict, value, at), at)
-    if get_origin(kind) is dict:
-        return {name: _read(arguments[1], item, f"{at}.{name}") for name, item in _checked(dict, value, at).items()}
-    if get_origin(kind) is tuple:
-        return _read_items(arguments, _checked(list, value, at), at)
-    if kind is bytes:
-        return _read_base64(_checked(str, value, at), at)
-    return value if kind is Any else _checked(kind, value, at)
+@cache
+def _reader(kind: type[Any]) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
-def _read_fields(kind: Any, body: dict[str, Any], at: str) -> Any:
-    for field in fields(kind):
-        if field.name not in body and field.default is MISSING:
-            raise ServiceError(
-                f"{_place(at)} has no {field.name!r}; it has {shorten(', '.join(body), 80) or 'nothing'}"
-            )
-    given = [field for field in fields(kind) if field.name in body]
-    return kind(**{field.name: _read(field.type, body[field.name], f"{at}.{field.name}") for field in given})
+def _first_fault(error: "ValidationError", raw: bytes | str) -> str:
+    if error.error_count() > MAX_FAULTS:
+        return f"the answer is {_shown(raw)}; it has {error.error_count()} faults"
+    first = error.errors(include_url=False)[0]
+    at, value = first["loc"], first["input"]
+    if first["type"] == "json_invalid":
+        return f"the answer is {_shown(raw)}; expected JSON"
+    if first["type"] == "missing":
+        return f"{_place(at[:-1])} has no {at[-1]!r}; it has {shorten(', '.join(map(str, value)), 80) or 'nothing'}"
+    return f"{_place(at)} is {shorten(repr(value), 80)}; {re.sub('^(Input|Data) should be', 'expected', first['msg'])}"
 
 
-def _read_items(kinds: tuple[Any, ...], items: list[Any], at: str) -> tuple[Any, ...]:
-    each = kinds[:1] * len(items) if kinds[-1] is Ellipsis else kinds
-    if len(each) != len(items):
-        raise ServiceError(f"{_place(at)} has {len(items)} items; expected {len(each)}")
-    return tuple(_read(kind, item, f"{at}.{i}") for i, (kind, item) in enumerate(zip(each, items, strict=True)))
+def _place(at: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, at)) or "the answer"
 
 
-def _read_base64(text: str, at: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ServiceError(f"{_place(at)} is {_said(text)}; expected base64") from None
-
-
-def _checked(kind: type[Any], value: Any, at: str) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ServiceError(f"{_place(at)} is {shorten(repr(value), 80)}; expected {kind.__name__}")
-    return value
-
-
-def _place(at: str) -> str:
-    return at[1:] or "the answer"
-
-
-def _said(raw: bytes | str) -> str:
+def _shown(raw: bytes | str) -> str:
     text = raw[:800].decode(errors="replace") if isinstance(raw, bytes) else raw
     return repr(shorten(text, 200)) if text else "empty"

@@ -5,10 +5,12 @@ import binascii
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
+from latentwire.bridge import results
 from latentwire.bridge.config import Prompt, Role, Turn
+from latentwire.bridge.diversity import Diversity
 from latentwire.bridge.errors import InvalidMessage
-from latentwire.bridge.results import TokenLogprob
 
 Condition = Literal["bridge", "direct", "none"]
 
@@ -189,12 +191,9 @@ class Usage(BaseModel):
     generated_tokens: int = 0
 
 
-class Timing(BaseModel):
+@dataclass(frozen=True)
+class Timing(results.Timing):
     """Milliseconds: on the device for each half, and from request to answer."""
-
-    encode_ms: float = 0.0
-    generate_ms: float = 0.0
-    total_ms: float = 0.0
 
 
 class EncodeResponse(BaseModel):
@@ -223,7 +222,7 @@ class TokenLogprobOut(BaseModel):
     top: list[tuple[str, LogProb]]
 
     @classmethod
-    def of(cls, token: TokenLogprob) -> Self:
+    def of(cls, token: results.TokenLogprob) -> Self:
         """The same, as it goes over HTTP."""
         return cls(token=token.token, logprob=token.logprob, top=list(token.top))
 
@@ -238,15 +237,9 @@ class Output(BaseModel):
     logprobs: list[TokenLogprobOut] | None = None
 
 
-class DiversityOut(BaseModel):
+@dataclass(frozen=True)
+class DiversityOut(Diversity):
     """Diversity of this request's outputs; see ``bridge.diversity``."""
-
-    outputs: int
-    distinct_ratio: float
-    top_output_ratio: float
-    distinct_1: float
-    distinct_2: float
-    entropy_nats: float
 
 
 class GenerateResponse(BaseModel):

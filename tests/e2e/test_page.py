@@ -23,7 +23,7 @@ from latentwire.service.cli.demo import running
 from tests.ports import free_port
 
 KEY = "a key for the page"
-PICTURE = Path(__file__).with_name("page.png")  # the README shows it
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "page.png"  # the guide shows it
 RENEW = 'to take it anew: python -c "from tests.e2e.test_page import take_picture; take_picture()"'
 WAIT_SECONDS = 30.0
 HOSTILE = '<img src="x" onerror="document.title = \'taken\'">'
@@ -429,7 +429,7 @@ def test_files_are_sent_with_their_types_and_asked_for_again_only_when_they_chan
 
 
 def take_picture(file: Path = PICTURE) -> None:
-    """The page after a run, for the README."""
+    """The page after a run, for the guide."""
     with running_service(file.parent) as service, opened_browser() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
         page.goto(service)
@@ -444,7 +444,7 @@ def take_picture(file: Path = PICTURE) -> None:
     Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
-def test_the_picture_in_the_readme_is_wide_and_light() -> None:
+def test_the_picture_in_the_guide_is_wide_and_light() -> None:
     data = PICTURE.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", data[16:20]) == (1280,), RENEW
     assert len(data) < 200_000, RENEW

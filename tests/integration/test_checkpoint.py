@@ -423,3 +423,17 @@ def test_killed_before_any_file_operation_of_saving_state_and_checkpoint_the_run
         assert len(saves) > 30 and saves[-1][0]
         whole = [True, ["config.json", "encoder", "events.jsonl", "head", "log.jsonl", "state", "state"]]
         assert [left for _, left in saves] == [whole] * len(saves)
+
+
+def test_a_checkpoint_can_be_a_revision_of_a_hub_repository(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, commit = tmp_path / "models--org--bridge", "3" * 40
+    shutil.copytree(checkpoint, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("org/bridge", f"org/bridge@{commit}"):
+        assert load_bridge(name)[0] == read_manifest(checkpoint)
+    with pytest.raises(UnknownBridge, match=r"no checkpoint at .org/other.: expected a folder .* the Hub name of one"):
+        load_bridge("org/other")

@@ -1,12 +1,13 @@
 """What the client makes of arguments and of bytes, before and after anything is sent."""
 
+import asyncio
 import base64
 import inspect
 import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -24,7 +25,7 @@ from latentwire.bridge.errors import InvalidMessage
 from latentwire.bridge.results import Encoded, Generated, Latent
 from latentwire.service.client import protocol
 from latentwire.service.client.client import AsyncClient, Client
-from latentwire.service.client.types import Evaluation, ServiceError, Token
+from latentwire.service.client.types import BridgeInfo, Evaluation, ServiceError, Token
 
 NUMBERS = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
 MESSAGE = wire.encode(NUMBERS, "0" * 32, "float32")
@@ -61,8 +62,14 @@ def changed(path: str, value: Any) -> str:
 
 
 def events(*chunks: bytes) -> list[tuple[str, str]]:
-    reader = protocol.EventReader()
-    return [event for chunk in chunks for event in reader.feed(chunk)]
+    async def arriving() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    async def read() -> list[tuple[str, str]]:
+        return [(event.event, event.data) async for event in protocol.read_events(arriving())]
+
+    return asyncio.run(read())
 
 
 @pytest.fixture(autouse=True)
@@ -115,13 +122,13 @@ def test_what_a_newer_service_adds_is_left_out(at: str) -> None:
     [
         ("id", ..., "the answer has no 'id'; it has bridge, outputs"),
         ("outputs.0.text", ..., "outputs.0 has no 'text'"),
-        ("outputs.0.text", 5, "outputs.0.text is 5; expected str"),
-        ("outputs.0.token_count", True, "outputs.0.token_count is True; expected int"),
-        ("outputs.0.token_count", None, "outputs.0.token_count is None; expected int"),
-        ("outputs", {"a": 1}, "outputs is {'a': 1}; expected list"),
-        ("outputs.0", "x", "outputs.0 is 'x'; expected dict"),
-        ("timing.total_ms", "soon", "timing.total_ms is 'soon'; expected float"),
-        ("outputs.0.logprobs.0.top.1", ["Co"], "outputs.0.logprobs.0.top.1 has 1 items; expected 2"),
+        ("outputs.0.text", 5, "outputs.0.text is 5; expected a valid string"),
+        ("outputs.0.token_count", True, "outputs.0.token_count is True; expected a valid integer"),
+        ("outputs.0.token_count", None, "outputs.0.token_count is None; expected a valid integer"),
+        ("outputs", {"a": 1}, "outputs is {'a': 1}; expected a valid array"),
+        ("outputs.0", "x", "outputs.0 is 'x'; expected an object"),
+        ("timing.total_ms", "soon", "timing.total_ms is 'soon'; expected a valid number"),
+        ("outputs.0.logprobs.0.top.1", ["Co"], "outputs.0.logprobs.0.top.1 has no 1; it has Co"),
     ],
 )
 def test_what_is_missing_or_of_another_type_is_named(at: str, value: Any, said: str) -> None:
@@ -140,10 +147,16 @@ def test_what_is_no_answer_is_a_service_error_of_moderate_length(raw: bytes) -> 
     assert len(str(caught.value)) < 500
 
 
+def test_an_answer_that_is_wrong_throughout_is_not_written_out() -> None:
+    with pytest.raises(ServiceError, match="it has 100000 faults") as caught:
+        protocol.read_json(Generated, changed("outputs", [1] * 100_000))
+    assert len(str(caught.value)) < 500
+
+
 def test_a_message_that_is_not_base64_is_named() -> None:
     latent = {"data": "§", "shape": [3, 4], "source_tokens": 7, "dtype": "float32"}
     body = {"bridge": "b", "latents": [latent], "usage": {}, "timing": {}}
-    with pytest.raises(ServiceError, match=r"latents\.0\.data is '§'; expected base64"):
+    with pytest.raises(ServiceError, match=r"latents\.0\.data is '§'; expected valid base64"):
         protocol.read_json(Encoded, json.dumps(body))
 
 
@@ -160,7 +173,7 @@ def test_engines_of_models_that_are_not_loaded_are_none() -> None:
         "receivers": ["r", "q"],
         "engines": {"r": "padded", "q": None},
     }
-    assert protocol.read_json(Bridge, json.dumps(body)).engines == {"r": "padded", "q": None}
+    assert protocol.read_json(BridgeInfo, json.dumps(body)).engines == {"r": "padded", "q": None}
 
 
 def test_a_refusal_in_the_service_s_words_keeps_all_of_them() -> None:
@@ -321,3 +334,19 @@ def test_events_are_the_same_however_the_bytes_arrive(cuts: list[int]) -> None:
             yield STREAM[start:end]
 
     assert events(*pieces()) == WHOLE
+
+
+LINE_ENDS_ELSEWHERE = "\x85\u2028\u2029"  # where str.splitlines and httpx end a line too, and JSON need not escape them
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_ends_nowhere_but_at_its_end(end: str) -> None:
+    data = json.dumps({"index": 0, "text": LINE_ENDS_ELSEWHERE}, ensure_ascii=False)
+    raw = f": keep-alive{end}{end}event: token{end}data: {data}{end}{end}data: 2{end}{end}".encode()
+    assert events(raw) == events(*(raw[i : i + 1] for i in range(len(raw)))) == [("token", data), ("message", "2")]
+
+
+def test_a_line_may_be_long() -> None:
+    data = "x" * 3_000_000
+    raw = f"data: {data}\n\n".encode()
+    assert events(*(raw[i : i + 1000] for i in range(0, len(raw), 1000))) == [("message", data)]

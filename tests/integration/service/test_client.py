@@ -472,7 +472,7 @@ def test_where_nothing_listens_is_a_failed_connection(connect: Connect) -> None:
     [
         (ok(b"<html>hello</html>", "text/html"), "expected JSON"),
         (ok(b""), "the answer is empty; expected JSON"),
-        (ok(b"[]"), "expected dict"),
+        (ok(b"[]"), "the answer is []; expected an object"),
         (ok(b'{"brid'), "expected JSON"),
         (ok(b'{"bridge": []}'), "has no 'bridges'"),
         (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\nabc", "incorrect header check"),
@@ -495,7 +495,7 @@ TOKEN = sse("token", {"index": 0, "text": "Te"})
         (b"", None, "InvalidAnswer", "the stream ended before its last event"),
         (sse("done", SAID)[:-1], None, "InvalidAnswer", "the stream ended before its last event"),
         (sse("done", SAID)[:-9], 9999, "ConnectionFailed", "closed"),
-        (sse("done", SAID | {"id": 1}), None, "InvalidAnswer", "id is 1; expected str"),
+        (sse("done", SAID | {"id": 1}), None, "InvalidAnswer", "id is 1; expected a valid string"),
         (sse("token", {"text": "a"}), None, "InvalidAnswer", "has no 'index'"),
         (b"event: done\ndata: {\n\n", None, "InvalidAnswer", "expected JSON"),
         (b"event: error\ndata: oh\n\n", None, "InvalidAnswer", "expected JSON"),
