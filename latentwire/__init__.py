@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentwire.bridge.bridge import Bridge
     from latentwire.bridge.errors import LatentWireError
-    from latentwire.bridge.evaluation.api import ConditionResult, Report, evaluate
+    from latentwire.bridge.evaluation.evaluate import ConditionResult, Report, evaluate
     from latentwire.bridge.results import Encoded, Generated, Latent, Output, Timing, TokenLogprob, Usage
     from latentwire.service.client.client import AsyncClient, Client
     from latentwire.service.client.types import BridgeInfo, Evaluation, ServiceError, Token
-    from latentwire.training.api import TrainingRun, train
+    from latentwire.training.train import TrainingRun, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,11 +33,11 @@ __all__ = [
 _MODULES = {
     "bridge.bridge": ("Bridge",),
     "bridge.errors": ("LatentWireError",),
-    "bridge.evaluation.api": ("ConditionResult", "Report", "evaluate"),
+    "bridge.evaluation.evaluate": ("ConditionResult", "Report", "evaluate"),
     "bridge.results": ("Encoded", "Generated", "Latent", "Output", "Timing", "TokenLogprob", "Usage"),
     "service.client.client": ("AsyncClient", "Client"),
     "service.client.types": ("BridgeInfo", "Evaluation", "ServiceError", "Token"),
-    "training.api": ("TrainingRun", "train"),
+    "training.train": ("TrainingRun", "train"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -301,7 +301,7 @@ def _open(
 
 
 def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext]") -> dict[str, Any]:
-    from latentwire.bridge.evaluation.api import progress_bar
+    from latentwire.bridge.evaluation.evaluate import progress_bar
     from latentwire.bridge.evaluation.report import evaluate as measure
     from latentwire.bridge.evaluation.report import table
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import InsufficientMemory
-from latentwire.bridge.evaluation.api import context_of
 from latentwire.bridge.evaluation.conditions import Lender
+from latentwire.bridge.evaluation.evaluate import context_of
 from latentwire.bridge.evaluation.report import Progress, evaluate
 from latentwire.bridge.evaluation.tasks import Task
 from latentwire.bridge.models import FrozenLM
