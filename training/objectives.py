@@ -150,7 +150,7 @@ def _mean(losses: Float[Tensor, "B N"], weights: Float[Tensor, "B N"]) -> Losses
 
 
 Need = Literal["soft", "answers", "others", "text"]
-NEEDS: tuple[Need, ...] = get_args(Need)  # in the order in which they are read
+NEEDS: tuple[Need, ...] = get_args(Need)  # in the order in which they are read, which is that of sums of gradients
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from latentwire.bridge.checkpoint import BridgeModel, head_key
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import answer_logits
+from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row, collate
@@ -109,8 +111,12 @@ class Forward:
 
     @cached_property
     def soft(self) -> Soft:
-        """Soft tokens of the sources."""
-        return self.encode(self.states[1])
+        """Soft tokens of the sources (InvalidRequest where the encoder makes other slots than it counts)."""
+        soft, slots = self.encode(self.states[1])
+        config = self.run.bridge.config.encoder
+        if slots != (counted := [slots_of(config, len(row.source.ids)) for row in self.rows]):
+            raise InvalidRequest(f"encoder {config.kind!r} makes {slots} slots; its slot_count says {counted}")
+        return soft, slots
 
     @cached_property
     def answers(self) -> Read:

@@ -198,10 +198,10 @@ def open_context(
     loaded = load_task(task)
     check_role(manifest.bridge.sender.name, "sender")
     check_role(name, "receiver")
-    sender, answering = load_model(manifest.bridge.sender.name, **where), load_model(name, **where)
+    sender, lm = load_model(manifest.bridge.sender.name, **where), load_model(name, **where)
     check_sender(manifest.bridge, sender)
-    check_receiver(manifest.bridge, name, answering)
-    check_room(loaded, answering)
+    check_receiver(manifest.bridge, name, lm)
+    check_room(loaded, lm)
     return EvaluationContext(
         checkpoint=str(checkpoint),
         task=loaded,
@@ -210,7 +210,7 @@ def open_context(
         bridge_id=manifest.bridge_id,
         sender=sender,
         receiver_name=name,
-        receiver=answering,
+        receiver=lm,
         dtype=dtype,
         where=where,
     )

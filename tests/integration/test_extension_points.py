@@ -71,6 +71,17 @@ def test_a_windowed_kind_of_ones_own_is_aligned_with_the_words_it_covers(make: M
         del KINDS["wide"]
 
 
+def test_an_encoder_that_makes_other_slots_than_it_counts_is_refused(make: MakeConfig) -> None:
+    class Odd(Pooling):
+        kind, windowed = "odd", False
+
+    try:
+        with pytest.raises(InvalidRequest, match=r"^encoder 'odd' makes \[\d.*\] slots; its slot_count says \[5, 5, 5"):
+            train(make(encoder="odd", num_latents=5, alignment_steps=0), quiet())
+    finally:
+        del KINDS["odd"]
+
+
 def test_a_kind_that_nobody_defined_is_refused_with_those_there_are(make: MakeConfig, own_kind: type[Encoder]) -> None:
     known = "Input should be 'pooling', 'perceiver', 'mean', 'linear', 'prompt' or 'last'"
     keys: dict[str, Any] = {"sender": "a", "receiver": "b", "task": "world", "out": "c"}
