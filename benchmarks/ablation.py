@@ -25,7 +25,8 @@ from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
 from latentwire.training.prepare import prepare, sampler_of
-from latentwire.training.step import Run, take_step
+from latentwire.training.run import Run
+from latentwire.training.step import take_step
 
 WORLD = {
     "sender": "builtin:neox", "receiver": "builtin:llama", "task": "world", "max_steps": 220, "batch_size": 32,
@@ -104,7 +105,7 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
         right: list[float] = []
         for first in range(0, limit, 50):
             chosen = range(first, min(first + 50, limit))
-            said = predict(context, chosen, CONDITIONS["bridge"](context, chosen))
+            said = predict(context, chosen, CONDITIONS["bridge"].read(context, chosen))
             right += [exact_match(said[i - first], context.examples[i].answer) for i in chosen]
     return {
         "value": statistics.fmean(right),

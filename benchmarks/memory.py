@@ -27,8 +27,9 @@ from latentwire.training import prepare as preparing
 from latentwire.training.config import TrainConfig
 from latentwire.training.plan import plan
 from latentwire.training.prepare import prepare
+from latentwire.training.run import Run
 from latentwire.training.simulate import Lengths, tokens_of
-from latentwire.training.step import Run, take_step
+from latentwire.training.step import take_step
 
 # Freed memory goes back at once, so that the resident set follows what is alive; a serving heap would keep holes.
 GLIBC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}

@@ -38,7 +38,7 @@ def segments(lm: Reader, chat: Chat, turns: Sequence[Turn]) -> list[Segment]:
     Raises:
         InvalidRequest: The template refuses the conversation, or leaves a turn out.
     """
-    parts = _rendered(lm, chat, [turn.role for turn in turns], answering=True)
+    parts = _rendered(lm, chat, [turn.role for turn in turns], prompting=True)
     made: list[Segment] = _split(lm, parts[0])
     for turn, markup in zip(turns, parts[1:], strict=True):
         for segment in [turn.text, *_split(lm, markup)]:
@@ -51,18 +51,18 @@ def segments(lm: Reader, chat: Chat, turns: Sequence[Turn]) -> list[Segment]:
 
 def closing_of(lm: Reader, chat: Chat) -> int | None:
     """The token that the template puts after a turn of the assistant, where it puts one."""
-    behind = _split(lm, _rendered(lm, chat, ["user", "assistant"], answering=False)[-1])
+    behind = _split(lm, _rendered(lm, chat, ["user", "assistant"], prompting=False)[-1])
     return behind[0] if behind and isinstance(behind[0], int) else None
 
 
-def _rendered(lm: Reader, chat: Chat, roles: Sequence[Role], *, answering: bool) -> list[str]:
+def _rendered(lm: Reader, chat: Chat, roles: Sequence[Role], *, prompting: bool) -> list[str]:
     """What the template puts before, between and behind turns of these roles."""
     turns = [{"role": role, "content": f"{_PLACE}-{at}-{_PLACE}"} for at, role in enumerate(roles)]
     template = (CLOCK if "strftime_now" in chat.template else "") + chat.template
     try:
         text = str(
             lm.tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=answering, date_string=TODAY
+                turns, chat_template=template, tokenize=False, add_generation_prompt=prompting, date_string=TODAY
             )
         )  # fmt: skip
     except (TemplateError, TypeError, ValueError, KeyError) as error:

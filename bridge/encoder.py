@@ -16,6 +16,10 @@ from latentwire.bridge.config import EncoderConfig
 from latentwire.bridge.errors import one_of
 
 HEAD_WIDTH = 32  # attention head width inside the encoder
+States = Float[Tensor, "B S N"]
+Mask = Bool[Tensor, "B S"]
+Slots = tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]
+"""Slots of each row, and which of them are real."""
 KINDS: dict[str, type["Encoder"]] = {}
 """Encoders by what a configuration calls them: every subclass of ``Encoder`` that has a ``kind``, yours too."""
 
@@ -52,15 +56,11 @@ class Encoder(nn.Module):
         """Slots K that a source of so many sender tokens takes."""
         return -(-tokens // config.ratio) if cls.windowed else config.num_latents
 
-    def slots(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+    def slots(self, states: States, mask: Mask) -> Slots:
         """Make K slots of each row, and say which are real."""
         raise NotImplementedError(type(self).__name__)
 
-    def forward(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
+    def forward(self, states: States, mask: Mask) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
         """Latents, right-padded with zeros, and their mask.
 
         Args:
@@ -124,9 +124,7 @@ class Pooling(Encoder):
         super().__init__(config)
         self.read = nn.Linear(config.ratio * config.sender_width, config.hidden_dim)
 
-    def slots(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+    def slots(self, states: States, mask: Mask) -> Slots:
         windows, window_mask = _windows(states, mask, self.config.ratio)
         return self.read(windows.flatten(-2)), window_mask.any(dim=-1)
 
@@ -145,9 +143,7 @@ class Perceiver(Encoder):
         self.queries = nn.Parameter(torch.randn(config.num_latents, config.hidden_dim))
         self.attend = Block(config.hidden_dim)
 
-    def slots(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+    def slots(self, states: States, mask: Mask) -> Slots:
         queries = self.queries.expand(len(states), -1, -1)
         return self.attend(queries, self.read(states), mask), _all_or_none(mask, self.config.num_latents)
 
@@ -161,9 +157,7 @@ class Mean(Encoder):
         super().__init__(config)
         self.read = nn.Linear(config.sender_width, config.num_latents * config.hidden_dim)
 
-    def slots(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+    def slots(self, states: States, mask: Mask) -> Slots:
         mean = states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         K = self.config.num_latents
         return self.read(mean).reshape(len(mean), K, -1), _all_or_none(mask, K)
@@ -180,9 +174,7 @@ class LinearPooling(Encoder):
         self.mix = nn.ModuleList()
         self.read = nn.Linear(config.sender_width, config.hidden_dim)
 
-    def slots(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+    def slots(self, states: States, mask: Mask) -> Slots:
         windows, window_mask = _windows(states, mask, self.config.ratio)
         count = window_mask.sum(dim=-1, keepdim=True).clamp(min=1)
         return self.read(windows.sum(dim=-2) / count), window_mask.any(dim=-1)
@@ -197,9 +189,7 @@ class LearnedPrompt(Encoder):
         super().__init__(config)
         self.prompt = nn.Parameter(torch.randn(config.num_latents, config.hidden_dim))
 
-    def slots(
-        self, states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B K H"], Bool[Tensor, "B K"]]:
+    def slots(self, states: States, mask: Mask) -> Slots:
         return self.prompt.expand(len(states), -1, -1), _all_or_none(mask, self.config.num_latents)
 
 
@@ -207,9 +197,7 @@ def _all_or_none(mask: Bool[Tensor, "B S"], slots: int) -> Bool[Tensor, "B K"]:
     return mask.any(dim=1, keepdim=True).expand(-1, slots)
 
 
-def _windows(
-    states: Float[Tensor, "B S N"], mask: Bool[Tensor, "B S"], ratio: int
-) -> tuple[Float[Tensor, "B K R N"], Bool[Tensor, "B K R"]]:
+def _windows(states: States, mask: Mask, ratio: int) -> tuple[Float[Tensor, "B K R N"], Bool[Tensor, "B K R"]]:
     missing = -states.shape[1] % ratio
     states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
     B, S, N = states.shape

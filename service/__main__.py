@@ -301,18 +301,12 @@ def _open(
 
 
 def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext]") -> dict[str, Any]:
-    from rich.progress import Progress
-
+    from latentwire.bridge.evaluation.api import progress_bar
     from latentwire.bridge.evaluation.report import evaluate as measure
     from latentwire.bridge.evaluation.report import table
 
-    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
-        bar = progress.add_task("evaluating", total=None)
-        report = measure(
-            context,
-            trained=trained,
-            progress=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
-        )
+    with progress_bar(out) as progress:
+        report = measure(context, trained=trained, progress=progress)
     out.print(table(report, explained=out.width >= WIDE))
     return report
 

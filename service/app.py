@@ -91,7 +91,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
         keys=runtime.keys,
         limiter=runtime.limiter,
         check_room=runtime.admission.check_room,
-        answer=deliberate_error,
+        error_response=deliberate_error,
     )
     app.add_middleware(Envelope, runtime=runtime)  # added later, so outside: a refusal has its id and is counted too
     if settings.cors_origins:  # outside even of that: pages may read refusals and crashes, and preflights bear no key

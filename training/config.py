@@ -12,11 +12,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentwire.bridge.config import DEVICE, RANDOM, Precision
-from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.errors import InvalidRequest, one_of
+from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.bridge.wire import MAX_SLOTS, MAX_WIDTH
 
 CACHE = Path("~/.cache/latentwire")
-Metric = Literal["em", "accuracy", "token_f1", "loss"]
 
 
 def _panel(title: str) -> Callable[..., Any]:
@@ -136,7 +136,7 @@ class TrainConfig(BaseModel):
     keep_last: int = WATCHING(2, ge=1, description="Resumable states kept.")
     validate_every: int = WATCHING(200, ge=0, description="Optimiser steps between validations; 0 turns them off.")
     validation_examples: int = WATCHING(64, ge=1, description="Training examples held out for validation.")
-    metric: Metric | None = WATCHING(
+    metric: str | None = WATCHING(
         None, description="What the best checkpoint is best in: em, accuracy, token_f1 or loss. [em, or accuracy]"
     )
     probe_every: int = WATCHING(20, ge=0, description="Steps between measurements of loss(mismatched) - loss(matched).")
@@ -152,10 +152,17 @@ class TrainConfig(BaseModel):
 
     @field_validator("encoder")
     @classmethod
-    def _registered(cls, kind: str) -> str:
+    def _known_encoder(cls, kind: str) -> str:
         from latentwire.bridge.encoder import encoder_class  # late: it loads torch
 
         return encoder_class(kind).kind
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, name: str | None) -> str | None:
+        if name is not None and name not in METRICS:
+            raise ValueError(f"Input should be {one_of(METRICS)}")
+        return name
 
     @field_validator("sender", "receiver", "task", "add_receiver", "bridge")
     @classmethod

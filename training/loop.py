@@ -11,16 +11,18 @@ from rich.console import Console
 from latentwire.bridge.checkpoint import CONFIG, read_manifest, save_bridge
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import InvalidRequest, TrainingFailed
+from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.training.alarms import Alarm, Alarms
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Prefetch
 from latentwire.training.machine import graphs, stop_requests
 from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
 from latentwire.training.prepare import completed, prepare, sampler_of
+from latentwire.training.run import Run
 from latentwire.training.state import Trained, load_state, save_state, states_in
-from latentwire.training.step import Run, take_step
+from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
-from latentwire.training.validation import is_better, validate
+from latentwire.training.validation import validate
 
 BEST = "best"  # folder of the best checkpoint so far, inside the run's
 
@@ -135,7 +137,7 @@ def _validate(run: Run, done: int, monitor: Monitor) -> None:
     # A sharded receiver answers only with all processes at it.
     metric, value = validate(run, monitor.say) if run.ranks.first or run.config.fsdp else ("loss", 0.0)
     if run.ranks.first:
-        best = run.best is None or is_better(metric, value, run.best)
+        best = run.best is None or METRICS[metric].is_better(value, run.best)
         monitor.event(done, "validation", metric=metric, value=value, best=best)
         monitor.say(f"step {done}: validation {metric} {value:.3f}" + (" (best so far)" if best else ""))
         if best:

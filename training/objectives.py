@@ -6,7 +6,9 @@ Dimensions used in this file:
     B batch    K slots    D receiver width    A answer columns    V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,15 @@ from torch import Tensor
 from latentwire.bridge.engine import token_losses
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE
+from latentwire.training.config import TrainConfig
+from latentwire.training.run import Forward, Phase
+
+Logits = Float[Tensor, "B A V"]
+Labels = Int[Tensor, "B A"]
+Losses = Float[Tensor, " B"]
 
 
-def answer_loss(
-    logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"], *, first_token_weight: float = 1.0
-) -> Float[Tensor, " B"]:
+def answer_loss(logits: Logits, labels: Labels, *, first_token_weight: float = 1.0) -> Losses:
     """Cross-entropy of each row's answer in nats per token, its first token weighted.
 
     The first token is where a bridge is needed most: later ones lean on the answer so far, and a bridge that
@@ -36,7 +42,7 @@ def answer_loss(
     return _mean(losses, torch.where(_ordinal(labels) == 1, first_token_weight, weights))
 
 
-def first_k_loss(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"], *, k: int) -> Float[Tensor, " B"]:
+def first_k_loss(logits: Logits, labels: Labels, *, k: int) -> Losses:
     """Cross-entropy of the first ``k`` tokens of each row's answer, nats per token; a row without labels has 0.
 
     What the answer's start cannot say the rest of it mostly repeats: all weight goes where the latent decides.
@@ -45,9 +51,7 @@ def first_k_loss(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"], *, 
     return _mean(token_losses(logits, labels), (answer_mask(labels) & (_ordinal(labels) <= k)).to(torch.float32))
 
 
-def distillation_loss(
-    logits: Float[Tensor, "B A V"], teacher: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]
-) -> Float[Tensor, " B"]:
+def distillation_loss(logits: Logits, teacher: Logits, labels: Labels) -> Losses:
     """KL(teacher ‖ student) in nats per answer token; the teacher is the same receiver reading the source.
 
     Both logits stand at the answer's columns only, so memory grows with answer × V, not with source × V.
@@ -60,7 +64,7 @@ def distillation_loss(
     return _mean(apart.masked_fill(~answer_mask(labels), 0.0), answer_mask(labels).to(torch.float32))
 
 
-def margin_loss(matched: Float[Tensor, " B"], mismatched: Float[Tensor, " B"], *, margin: float) -> Float[Tensor, " B"]:
+def margin_loss(matched: Losses, mismatched: Losses, *, margin: float) -> Losses:
     """max(0, margin + matched - mismatched): another example's latent must be worse by ``margin`` nats.
 
     Keeps the channel open: a receiver that ignores the latent pays the whole margin.
@@ -69,7 +73,7 @@ def margin_loss(matched: Float[Tensor, " B"], mismatched: Float[Tensor, " B"], *
     return F.relu(margin + matched - mismatched)
 
 
-def diversity_loss(first: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
+def diversity_loss(first: Float[Tensor, "B V"]) -> Losses:
     """-KL(row's first-token distribution ‖ the batch's mean): 0 when all rows say the same, at least -log B.
 
     Its mean is minus the mutual information between example and first token, so it rewards answers that differ
@@ -86,7 +90,7 @@ def diversity_loss(first: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
 
 def alignment_loss(
     soft_tokens: Float[Tensor, "B K D"], words: Float[Tensor, "B K D"], covered: Bool[Tensor, "B K"]
-) -> Float[Tensor, " B"]:
+) -> Losses:
     """1 - cosine between each soft token and the words its window covers, averaged over a row's windows.
 
     A warm start. A frozen receiver answers to random soft tokens with noise, and the gradient that comes back
@@ -117,31 +121,109 @@ def word_targets(
     return total, count > 0
 
 
-def answers_right(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, " B"]:
+def answers_right(logits: Logits, labels: Labels) -> Losses:
     """1 for each row whose every labelled token is the likeliest one, else 0; a measure, not an objective."""
     wrong = (logits[:, :-1].argmax(dim=-1) != labels[:, 1:]) & answer_mask(labels)
     return (~wrong.any(dim=1)).float()
 
 
-def first_logits(
-    logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]
-) -> tuple[Float[Tensor, "B V"], Int[Tensor, " B"]]:
+def first_logits(logits: Logits, labels: Labels) -> tuple[Float[Tensor, "B V"], Int[Tensor, " B"]]:
     """Logits of each row's first answer token and the token wanted there; a row without labels wants ``IGNORE``."""
     at = answer_mask(labels).int().argmax(dim=1)
     rows = torch.arange(len(labels), device=labels.device)
     return logits[rows, at], labels[rows, at + 1]
 
 
-def answer_mask(labels: Int[Tensor, "B A"]) -> Bool[Tensor, "B A-1"]:
+def answer_mask(labels: Labels) -> Bool[Tensor, "B A-1"]:
     """Columns of ``token_losses`` that stand for a labelled token."""
     return labels[:, 1:] != IGNORE
 
 
-def _ordinal(labels: Int[Tensor, "B A"]) -> Int[Tensor, "B A-1"]:
+def _ordinal(labels: Labels) -> Int[Tensor, "B A-1"]:
     """1 at each row's first labelled token, 2 at its second, …; 0 where nothing is labelled."""
     mask = answer_mask(labels)
     return mask.long().cumsum(dim=1) * mask
 
 
-def _mean(losses: Float[Tensor, "B N"], weights: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+def _mean(losses: Float[Tensor, "B N"], weights: Float[Tensor, "B N"]) -> Losses:
     return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-8)
+
+
+Need = Literal["soft", "answers", "others", "text"]
+NEEDS: tuple[Need, ...] = get_args(Need)  # in the order in which they are read
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Something a bridge is trained for.
+
+    Attributes:
+        name: Of its loss in the logs. Its weight is the setting ``NAME_weight``: it is on where that is above 0.
+        needs: What is read for it: the soft tokens alone, the answers, the answers from ``others``' latents (of which
+            there must be some), or a text of its own, which mode tokens tell from answering.
+        loss: One loss per row.
+        taught: Whether ``Forward.teacher`` is read for it.
+    """
+
+    name: str
+    needs: Need
+    loss: Callable[[Forward], Losses]
+    taught: bool = False
+
+
+def weights_of(config: TrainConfig, phase: Phase) -> dict[str, float]:
+    """Weight of each objective that is on; the warm start has one."""
+    if phase == "align":
+        return {"alignment": 1.0}
+    return {name: weight for name in OBJECTIVES if (weight := getattr(config, f"{name}_weight")) > 0}
+
+
+def _distillation(forward: Forward) -> Losses:
+    logits, labels = forward.answers
+    assert forward.teacher is not None
+    A = min(forward.teacher.shape[1], logits.shape[1])
+    return distillation_loss(logits[:, -A:], forward.teacher[:, -A:], labels[:, -A:])
+
+
+def _continuation(forward: Forward) -> Losses:
+    """A causal sender's states of the first half are those of the whole source's first half."""
+    mask = forward.states[1]
+    half = torch.tensor([row.half for row in forward.rows], device=mask.device)
+    first = mask & (torch.arange(mask.shape[1], device=mask.device) < half[:, None])
+    return answer_loss(*forward.read_mode("continuation", *forward.encode(first)))
+
+
+def _margin(forward: Forward) -> Losses:
+    """The margin to the latent of the row before; Δ = loss(mismatched) - loss(matched) is noted on the way."""
+    config, rows, (soft, slots), (logits, labels) = forward.run.config, forward.rows, forward.soft, forward.answers
+    answers = [row.answer.with_slots(slots[i - 1]) for i, row in enumerate(rows)]
+    with torch.set_grad_enabled(config.margin_weight > 0):
+        mismatched = answer_loss(*forward.read(answers, soft.roll(1, dims=0)))
+        matched = answer_loss(logits, labels)
+    other = [row.source.ids != rows[i - 1].source.ids for i, row in enumerate(rows)]
+    different = torch.tensor(other, device=soft.device)
+    if any(other):
+        forward.delta = float(((mismatched - matched).detach() * different).sum()) / sum(other)
+    return margin_loss(matched, mismatched, margin=config.margin) * different
+
+
+def _alignment(forward: Forward) -> Losses:
+    words, covered = word_targets(forward.receiver, [row.words for row in forward.rows])
+    return alignment_loss(forward.soft[0][:, : words.shape[1]], words, covered)
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            "answer", "answers", lambda f: answer_loss(*f.answers, first_token_weight=f.run.config.first_token_weight)
+        ),
+        Objective("first_k", "answers", lambda f: first_k_loss(*f.answers, k=f.run.config.first_k)),
+        Objective("kd", "answers", _distillation, taught=True),
+        Objective("reconstruction", "text", lambda f: answer_loss(*f.read_mode("reconstruction", *f.soft))),
+        Objective("continuation", "text", _continuation),
+        Objective("margin", "others", _margin),
+        Objective("diversity", "answers", lambda f: diversity_loss(first_logits(*f.answers)[0])),
+        Objective("alignment", "soft", _alignment),
+    )
+}

@@ -33,11 +33,11 @@ from latentwire.training.data import Sampler, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
 from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, shard
 from latentwire.training.muon import Muon
-from latentwire.training.step import Run
+from latentwire.training.objectives import OBJECTIVES, weights_of
+from latentwire.training.run import Run
 from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
 
 CHECKED = 2000  # examples of a generated task that are looked at before the first step
-OBJECTIVES = ("reconstruction", "continuation")  # those with learned mode tokens
 Sample = Callable[[str, int], Tokens]
 
 
@@ -237,7 +237,7 @@ def _bridge(config: TrainConfig, described: BridgeConfig) -> BridgeModel:
 
 def learned_modes(config: TrainConfig, bridge: BridgeModel, device: torch.device) -> nn.ParameterDict:
     """Learned tokens that tell each long objective from answering; part of the run, not of the checkpoint."""
-    wanted = [name for name in OBJECTIVES if getattr(config, f"{name}_weight") > 0]
+    wanted = [name for name in weights_of(config, "answer") if OBJECTIVES[name].needs == "text"]
     return nn.ParameterDict(
         {
             f"{head_key(receiver)}·{name}": nn.Parameter(

@@ -36,7 +36,8 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks, gradient_checkpointing
 from latentwire.training.prepare import completed, describe, learned_modes, optimisers, with_heads
-from latentwire.training.step import Run, take_step
+from latentwire.training.run import Run
+from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
 
 ROWS, DEPTHS = (2, 3), (3, 4)  # batch sizes and receiver blocks that are run; one row has no other row to compare with

@@ -10,35 +10,23 @@ from numpy.typing import NDArray
 from latentwire.bridge import engine
 from latentwire.bridge.evaluation.conditions import PredictionContext, predict
 from latentwire.bridge.evaluation.debug import shown
-from latentwire.bridge.evaluation.metrics import exact_match, token_f1
+from latentwire.bridge.evaluation.metrics import METRICS, Metric, metrics_of
 from latentwire.bridge.prompt import collate
 from latentwire.bridge.reader import source_tokens
-from latentwire.training.config import Metric
 from latentwire.training.data import chunks
 from latentwire.training.objectives import answer_loss
-from latentwire.training.step import Run
-
-SCORES: dict[str, Callable[[str, str], float]] = {
-    "em": exact_match,
-    "token_f1": token_f1,
-    "accuracy": lambda text, wanted: float(text == wanted),
-}
+from latentwire.training.run import Run
 
 
-def is_better(metric: Metric, value: float, than: float) -> bool:
-    """Whether ``value`` beats ``than``: a loss is better when it is smaller."""
-    return value < than if metric == "loss" else value > than
-
-
-def metric_of(run: Run) -> Metric:
-    """The metric asked for, or the task's own."""
-    return run.config.metric or ("accuracy" if run.task.kind == "classification" else "em")
+def metric_of(run: Run) -> str:
+    """Name of the metric asked for, or of the task's own."""
+    return run.config.metric or metrics_of(run.task.kind)[0].name
 
 
 @torch.inference_mode()
-def validate(run: Run, say: Callable[[str], None] = print) -> tuple[Metric, float]:
+def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
     """Name and value of the validation metric, averaged over receivers; prints generations when asked to."""
-    metric, latents, values = metric_of(run), _latents(run), []
+    metric, latents, values = METRICS[metric_of(run)], _latents(run), []
     for name in run.config.receivers:
         with run.residency.use(name) as receiver:
             context = PredictionContext(
@@ -46,8 +34,8 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[Metric, floa
             )
             for line in shown(context, latents, run.config.debug_print_first, run.config.debug_topk):
                 say(line)
-            values.append(_loss(run, context, latents) if metric == "loss" else _score(run, metric, context, latents))
-    return metric, statistics.fmean(values)
+            values.append(_score(run, metric, context, latents) if metric.score else _loss(run, context, latents))
+    return metric.name, statistics.fmean(values)
 
 
 def _latents(run: Run) -> list[NDArray[np.float32]]:
@@ -65,8 +53,7 @@ def _score(run: Run, metric: Metric, context: PredictionContext, latents: Sequen
     for chosen in chunks(range(len(latents)), run.micro_batch):
         texts += predict(context, chosen, [latents[i] for i in chosen])
     wanted = [example.answer for example in context.examples]
-    score = SCORES[metric]
-    return statistics.fmean(score(have, want) for have, want in zip(texts, wanted, strict=True))
+    return statistics.fmean(metric.scores(texts, wanted))
 
 
 def _loss(run: Run, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ class Report:
     @property
     def conditions(self) -> dict[str, ConditionResult]:
         """The result of each condition, by its name."""
-        return {name: ConditionResult(**row) for name, row in self.document["conditions"].items()}
+        names = [field.name for field in fields(ConditionResult)]
+        rows = self.document["conditions"].items()
+        return {condition: ConditionResult(**{k: row[k] for k in names if k in row}) for condition, row in rows}
 
     @property
     def content_share(self) -> float | None:
@@ -144,7 +146,9 @@ def evaluate(
         known = ", ".join(CONDITIONS)
         raise InvalidRequest(f"no condition is called {unknown[0]!r}; there are {known}", param="conditions")
     context = context_of(bridge, load_task(str(task)), BridgeLender(bridge), receiver, limit, wire.as_dtype(dtype))
-    with _shown(on_progress) as progress:
+    if on_progress is not None:
+        return Report(measure(context, conditions=conditions, progress=on_progress))
+    with progress_bar(Console(stderr=True)) as progress:
         return Report(measure(context, conditions=conditions, progress=progress))
 
 
@@ -174,12 +178,8 @@ def context_of(
 
 
 @contextmanager
-def _shown(on_progress: Progress | None) -> Iterator[Progress]:
-    """``on_progress``, or a bar at a terminal."""
-    if on_progress is not None:
-        yield on_progress
-        return
-    console = Console(stderr=True)
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar that shows how far an evaluation is, at a terminal."""
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         line = bar.add_task("evaluating", total=None)
         yield lambda name, done, total: bar.update(line, description=name, completed=done, total=total)

@@ -225,19 +225,45 @@ def check_room(task: Task, receiver: Reader) -> None:
         )
 
 
-Condition = Callable[[EvaluationContext, Sequence[int]], Sequence[Reading]]
+@dataclass(frozen=True)
+class Condition:
+    """What the receiver gets to see of the chosen examples.
 
-CONDITIONS: dict[str, Condition] = {
-    "bridge": lambda s, chosen: s.latents(chosen),
-    "direct": lambda s, chosen: [s.examples[i].source for i in chosen],
-    "relay": lambda s, chosen: s.relay(chosen),
-    "same_budget": lambda s, chosen: s.cut(chosen),
-    "none": lambda s, chosen: [None] * len(chosen),
-    "mismatched": lambda s, chosen: s.latents([s.partner(i) for i in chosen]),
-    "noise": lambda s, chosen: s.noise(chosen),
-}
-TRAINED = ("prompt", "random_sender")
+    Attributes:
+        name: In reports, and wherever one is asked for.
+        meaning: What the receiver gets, in a few words.
+        read: What stands at ``{latent}``, for each of the chosen examples.
+    """
+
+    name: str
+    meaning: str
+    read: Callable[[EvaluationContext, Sequence[int]], Sequence[Reading]]
+
+
+def _by_name(*conditions: Condition) -> dict[str, Condition]:
+    return {condition.name: condition for condition in conditions}
+
+
+CONDITIONS = _by_name(
+    Condition("bridge", "soft tokens from the sender's reading", EvaluationContext.latents),
+    Condition("direct", "the receiver reads the source", lambda c, chosen: [c.examples[i].source for i in chosen]),
+    Condition("relay", "the receiver reads what the sender wrote about it", EvaluationContext.relay),
+    Condition("same_budget", "the source cut to as many receiver tokens", EvaluationContext.cut),
+    Condition("none", "the prompt alone", lambda _, chosen: [None] * len(chosen)),
+    Condition("mismatched", "another example's latent", lambda c, chosen: c.latents([c.partner(i) for i in chosen])),
+    Condition("noise", "random latents with the same moments", EvaluationContext.noise),
+)
+TRAINED = _by_name(
+    Condition("prompt", "learned soft tokens, no sender", EvaluationContext.latents),
+    Condition("random_sender", "the same bridge trained on an untrained sender", EvaluationContext.latents),
+)
 """Conditions that are bridges of their own, trained like the one measured: run when asked for."""
+
+
+def meaning_of(name: str) -> str:
+    """What the receiver gets under a condition, in a few words; nothing of one that is not known here."""
+    found = CONDITIONS.get(name) or TRAINED.get(name)
+    return found.meaning if found else ""
 
 
 def predict(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from latentwire.bridge.evaluation.report import MEANING
+from latentwire.bridge.evaluation.conditions import meaning_of
+from latentwire.bridge.evaluation.metrics import METRICS
+from latentwire.bridge.evaluation.report import others_in
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #667085; --line: #d9dee5; --back: #fff; --band: #9db8e8;
@@ -62,20 +64,19 @@ def page(report: Mapping[str, Any] | None, *, title: str, facts: Mapping[str, st
 def _measured(report: Mapping[str, Any]) -> Iterator[str]:
     conditions: Mapping[str, Mapping[str, Any]] = report["conditions"]
     metric = next((str(row["metric"]) for row in conditions.values()), "value")
-    metric = "exact match" if metric == "em" else metric
-    f1 = any("token_f1" in row for row in conditions.values())
+    metric = METRICS[metric].title if metric in METRICS else metric
+    others = others_in(report)
     headings = [("condition", ""), ("0 to 1, with the 95 % interval", "wide"), (metric, "number")]
-    headings += [("token F1", "number")] if f1 else []
-    headings += [("first token", "number")]
+    headings += [*((other.title, "number") for other in others), ("first token", "number")]
     yield f"<p>{escape(str(report['task']))}: {report['n']} held-out examples.</p>"
     yield "<table><thead><tr>"
     yield from (f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in headings)
     yield "</tr></thead><tbody>"
     for name, row in conditions.items():
         yield f'<tr class="{"own" if name == "bridge" else "other"}"><th scope="row">{escape(name)}'
-        yield f'<small>{escape(MEANING.get(name, ""))}</small></th><td class="wide">{_bar(row)}</td>'
+        yield f'<small>{escape(meaning_of(name))}</small></th><td class="wide">{_bar(row)}</td>'
         yield _number(metric, f"{row['value']:.3f}", f"{row['low']:.3f} – {row['high']:.3f}")
-        yield _number("token F1", f"{row['token_f1']:.3f}") if "token_f1" in row else ""
+        yield from (_number(other.title, f"{row[other.name]:.3f}") for other in others if other.name in row)
         yield _number("first token", f"{row['ttft_ms']:.1f} ms") + "</tr>"
     yield "</tbody></table>"
     yield f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in _sizes(report).items())}</dl>"

@@ -7,7 +7,8 @@ Dimensions used in this file:
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,51 @@ def token_f1(text: str, wanted: str) -> float:
         return float(have == want)
     common = (Counter(have) & Counter(want)).total()
     return 2 * common / (len(have) + len(want))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to say how good answers are.
+
+    Attributes:
+        name: In configurations, reports and logs.
+        title: On pages and in tables; ``short`` where a column is narrow.
+        score: Of an answer and the wanted one, 0 to 1; None where no answer is read: the loss.
+        tasks: Kinds of task whose reports show it.
+        smaller_is_better: As a loss is.
+    """
+
+    name: str
+    title: str
+    short: str
+    score: Callable[[str, str], float] | None
+    tasks: tuple[str, ...] = ()
+    smaller_is_better: bool = False
+
+    def scores(self, texts: Sequence[str], wanted: Sequence[str]) -> list[float]:
+        """The score of each text."""
+        assert self.score is not None, f"{self.name} is no score of a text"
+        return [self.score(have, want) for have, want in zip(texts, wanted, strict=True)]
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Whether ``value`` beats ``than``."""
+        return value < than if self.smaller_is_better else value > than
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("em", "exact match", "EM", exact_match, ("generation",)),
+        Metric("accuracy", "accuracy", "accuracy", lambda text, wanted: float(text == wanted), ("classification",)),
+        Metric("token_f1", "token F1", "token F1", token_f1, ("generation",)),
+        Metric("loss", "loss", "loss", None, smaller_is_better=True),
+    )
+}
+
+
+def metrics_of(task_kind: str) -> list[Metric]:
+    """Those that reports of such a task show; the first is what it is measured in."""
+    return [metric for metric in METRICS.values() if task_kind in metric.tasks]
 
 
 def bootstrap(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

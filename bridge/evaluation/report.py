@@ -19,10 +19,11 @@ from latentwire.bridge.evaluation.conditions import (
     Condition,
     EvaluationContext,
     Reading,
+    meaning_of,
     predict,
     soft_tokens,
 )
-from latentwire.bridge.evaluation.metrics import bootstrap, exact_match, token_f1
+from latentwire.bridge.evaluation.metrics import METRICS, Metric, bootstrap, metrics_of
 from latentwire.bridge.files import replace_file
 from latentwire.bridge.reader import text_ids
 from latentwire.bridge.sampling import SamplingParams
@@ -32,17 +33,6 @@ Progress = Callable[[str | None, int, int], None]
 
 BATCH_ROWS = 32
 TIMED_EXAMPLES = 12
-MEANING = {
-    "bridge": "soft tokens from the sender's reading",
-    "direct": "the receiver reads the source",
-    "relay": "the receiver reads what the sender wrote about it",
-    "same_budget": "the source cut to as many receiver tokens",
-    "none": "the prompt alone",
-    "mismatched": "another example's latent",
-    "noise": "random latents with the same moments",
-    "prompt": "learned soft tokens, no sender",
-    "random_sender": "the same bridge trained on an untrained sender",
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +109,7 @@ def _read_all(
     for name, (made, condition) in asked.items():
         readings: list[Reading] = []
         for chosen in _batches(made):
-            readings += condition(made, chosen)
+            readings += condition.read(made, chosen)
             progress(None, len(read) * count + len(readings), len(asked) * count)
         timed = [_timed_reading(made, condition, i) for i in range(min(TIMED_EXAMPLES, count))]
         read[name] = _Read(made, readings, timed)
@@ -137,19 +127,17 @@ def _measure(context: EvaluationContext, name: str, read: _Read, progress: Progr
         texts += predict(context, chosen, read.readings[chosen.start : chosen.stop])
         progress(name, len(texts), len(context.examples))
     wanted = [example.answer for example in context.examples]
-    same = exact_match if context.task.kind == "generation" else lambda have, want: float(have == want)
-    exact = [same(have, want) for have, want in zip(texts, wanted, strict=True)]
-    low, high = bootstrap(exact)
-    row = {
-        "metric": "accuracy" if context.task.kind == "classification" else "em",
-        "value": statistics.fmean(exact),
+    metric, *others = metrics_of(context.task.kind)
+    scores = metric.scores(texts, wanted)
+    low, high = bootstrap(scores)
+    return {
+        "metric": metric.name,
+        "value": statistics.fmean(scores),
         "low": low,
         "high": high,
         "ttft_ms": _first_token_ms(context, read.timed),
+        **{other.name: statistics.fmean(other.scores(texts, wanted)) for other in others},
     }
-    if context.task.kind == "generation":
-        row["token_f1"] = statistics.fmean(token_f1(have, want) for have, want in zip(texts, wanted, strict=True))
-    return row
 
 
 def _first_token_ms(context: EvaluationContext, timed: Sequence[tuple[Reading, float]]) -> float:
@@ -168,7 +156,7 @@ def _first_token_seconds(context: EvaluationContext, example: int, reading: Read
 
 def _timed_reading(context: EvaluationContext, condition: Condition, example: int) -> tuple[Reading, float]:
     with _timing(context) as took:
-        (reading,) = condition(context, [example])
+        (reading,) = condition.read(context, [example])
     return reading, took()
 
 
@@ -219,11 +207,16 @@ def write_text(path: Path, text: str) -> None:
         raise InvalidRequest(f"the report {str(path)!r} cannot be written: {error.strerror}", param="out") from None
 
 
+def others_in(report: Mapping[str, Any]) -> list[Metric]:
+    """The metrics that a report shows beside the task's own."""
+    return [metric for name, metric in METRICS.items() if any(name in row for row in report["conditions"].values())]
+
+
 def table(report: Mapping[str, Any], *, explained: bool = True) -> Table:
     """The report as people read it; ``explained`` adds what the receiver gets in each condition."""
     conditions: Mapping[str, Mapping[str, Any]] = report["conditions"]
     metric = next(iter(conditions.values()))["metric"]
-    f1 = any("token_f1" in row for row in conditions.values())
+    others = others_in(report)
     share = report["content_share"]
     sizes = report["bytes"]
     out = Table(
@@ -240,12 +233,14 @@ def table(report: Mapping[str, Any], *, explained: bool = True) -> Table:
     out.add_column("condition")
     if explained:
         out.add_column("the receiver gets", no_wrap=True)
-    headings: Sequence[str] = [metric.upper() if metric == "em" else metric, "95 % interval"]
-    for heading in [*headings, *(["token F1"] if f1 else []), "first token"]:
+    short = METRICS[metric].short if metric in METRICS else metric
+    for heading in [short, "95 % interval", *(other.short for other in others), "first token"]:
         out.add_column(heading, justify="right")
     for name, row in conditions.items():
         cells = [f"{row['value']:.3f}", f"{row['low']:.3f} – {row['high']:.3f}"]
-        cells += [f"{row['token_f1']:.3f}"] if f1 else []
+        cells += [f"{row[other.name]:.3f}" for other in others]
         cells += [f"{row['ttft_ms']:.1f} ms"]
-        out.add_row(name, *([MEANING[name]] if explained else []), *cells, style="bold" if name == "bridge" else None)
+        out.add_row(
+            name, *([meaning_of(name)] if explained else []), *cells, style="bold" if name == "bridge" else None
+        )
     return out

@@ -49,13 +49,13 @@ def access_of(path: str) -> Access | None:
 
 
 class Guard:
-    """Before every route: from where and who calls, whether they may, whether there is room, whether not too often.
+    """Checks every request before its route: origin, key, scope, room, and the limits of its tenant.
 
-    Around it and the route is what ``one_request`` may wait for Redis.
+    All operations of the request on Redis share the time limit of ``one_request``.
 
-    Plain ASGI, because a dependency of FastAPI runs after the body was read, and only for routes that remembered it;
-    and what a full service spends on callers it refuses is taken from those it answers. A request that passes has its
-    ``Caller`` in ``request.state.caller``.
+    Plain ASGI: a dependency of FastAPI would run after the body was read, and only for routes that name it; and what a
+    full service spends on callers it refuses is taken from those it answers. A request that passes has its ``Caller``
+    in ``request.state.caller``.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Guard:
         keys: Keys,
         limiter: Limiter,
         check_room: Callable[[], None],
-        answer: Callable[[Request, Exception], Awaitable[Response]],
+        error_response: Callable[[Request, Exception], Awaitable[Response]],
     ) -> None:
-        """``answer`` makes the response to an error; ``check_room`` raises one where no work is taken now."""
-        self.app, self.keys, self.limiter, self.answer = app, keys, limiter, answer
-        self.pages, self.check_room = pages, check_room
+        """``error_response`` makes the response to an error; ``check_room`` raises one while no work is accepted."""
+        self.app, self.keys, self.limiter = app, keys, limiter
+        self.pages, self.check_room, self.error_response = pages, check_room, error_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -120,7 +120,7 @@ class Guard:
 
     async def _refuse(self, error: LatentWireError, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            response = await self.answer(Request(scope), error)
+            response = await self.error_response(Request(scope), error)
             await response(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})

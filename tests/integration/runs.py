@@ -19,7 +19,8 @@ from latentwire.training import loop
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
 from latentwire.training.prepare import prepare, sampler_of
-from latentwire.training.step import Run, take_step
+from latentwire.training.run import Run
+from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[2]

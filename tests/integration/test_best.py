@@ -6,13 +6,12 @@ import pytest
 
 from latentwire.bridge.checkpoint import load_bridge
 from latentwire.training import loop
-from latentwire.training.config import Metric
 from latentwire.training.loop import BEST, train
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, files_of, interrupted, quiet, same
 
 
-def validating(patch: pytest.MonkeyPatch, *values: float, metric: Metric = "em") -> None:
+def validating(patch: pytest.MonkeyPatch, *values: float, metric: str = "em") -> None:
     """Let the validations to come find these values."""
     found = iter(values)
     patch.setattr(loop, "validate", lambda run, say: (metric, next(found)))
@@ -20,7 +19,7 @@ def validating(patch: pytest.MonkeyPatch, *values: float, metric: Metric = "em")
 
 @pytest.mark.parametrize("metric, values, best", [("em", [0.1, 0.5, 0.3], 2), ("loss", [2.0, 2.5, 1.0], 3)])
 def test_only_a_better_value_replaces_the_best_checkpoint(
-    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, metric: Metric, values: list[float], best: int
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, metric: str, values: list[float], best: int
 ) -> None:
     config = make(max_steps=3, validate_every=1, alignment_steps=0, metric=metric)
     validating(monkeypatch, *values, metric=metric)

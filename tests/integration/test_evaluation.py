@@ -26,6 +26,7 @@ from latentwire.bridge.evaluation.conditions import (
     EvaluationContext,
     Lender,
     Reading,
+    meaning_of,
     open_context,
     predict,
 )
@@ -89,11 +90,11 @@ def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], cont
 
 
 def test_every_condition_is_explained(report: dict[str, Any]) -> None:
-    assert set(reporting.MEANING) == set(EVERY) | set(TRAINED)
+    assert set(CONDITIONS) == set(EVERY) and all(meaning_of(name) for name in (*EVERY, *TRAINED))
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(table(report))
     text = console.export_text()
-    assert all(name in text and reporting.MEANING[name] in text for name in EVERY)
+    assert all(name in text and meaning_of(name) in text for name in EVERY)
     assert "of the gain: none" in text and f"{report['truncated']} sources cut" in text
     console.print(table({**report, "truncated": 0}))
     assert "sources cut" not in console.export_text()
@@ -298,7 +299,7 @@ def test_mismatched_reads_the_latent_of_another_source(context: EvaluationContex
     for i in range(6):
         partner = context.partner(i)
         assert context.examples[partner].source != context.examples[i].source
-        wrong = CONDITIONS["mismatched"](context, [i])[0]
+        wrong = CONDITIONS["mismatched"].read(context, [i])[0]
         assert isinstance(wrong, np.ndarray) and np.array_equal(wrong, context.latents([partner])[0])
 
 
@@ -324,14 +325,14 @@ def test_only_the_bridge_pays_for_the_sender_where_the_latents_are_known(
     runs: list[int] = []
     encode = engine.encode
     monkeypatch.setattr(engine, "encode", lambda *args: runs.append(len(args[2])) or encode(*args))
-    first = CONDITIONS["bridge"](made, range(6))
+    first = CONDITIONS["bridge"].read(made, range(6))
     assert runs == [6]
     for name in ("same_budget", "noise"):
-        CONDITIONS[name](made, range(6))
+        CONDITIONS[name].read(made, range(6))
     assert runs == [6]
-    again = CONDITIONS["bridge"](made, range(6))
+    again = CONDITIONS["bridge"].read(made, range(6))
     assert runs == [6, 6] and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    CONDITIONS["same_budget"](replace(context), [1, 4])
+    CONDITIONS["same_budget"].read(replace(context), [1, 4])
     assert runs == [6, 6, 2]
 
 
@@ -342,14 +343,14 @@ def test_same_budget_uses_its_budget(context: EvaluationContext) -> None:
 
 @pytest.mark.parametrize("name", ["direct", "relay", "same_budget", "none"])
 def test_conditions_of_text_never_get_a_soft_token(context: EvaluationContext, name: str) -> None:
-    readings = CONDITIONS[name](context, range(6))
+    readings = CONDITIONS[name].read(context, range(6))
     assert not any(isinstance(reading, np.ndarray) for reading in readings)
     assert all(set(row.slots) == {TEXT} for row in context.rows(range(6), readings, [None] * 6))
 
 
 @pytest.mark.parametrize("name", ["bridge", "mismatched", "noise"])
 def test_conditions_of_latents_never_get_the_source(context: EvaluationContext, name: str) -> None:
-    readings = CONDITIONS[name](context, range(6))
+    readings = CONDITIONS[name].read(context, range(6))
     for row, reading, i in zip(context.rows(range(6), readings, [None] * 6), readings, range(6), strict=True):
         assert isinstance(reading, np.ndarray)
         assert [slot for slot in row.slots if slot != TEXT] == list(range(len(reading)))
@@ -359,7 +360,7 @@ def test_conditions_of_latents_never_get_the_source(context: EvaluationContext, 
 
 def test_direct_is_the_whole_source_where_it_fits(context: EvaluationContext) -> None:
     short = replace(context, examples=[Example("Mara sings.", "{latent}\nQ:", " x")])
-    row = short.rows([0], CONDITIONS["direct"](short, [0]), [None])[0]
+    row = short.rows([0], CONDITIONS["direct"].read(short, [0]), [None])[0]
     assert context.receiver.tokenizer.decode(row.ids) == "<s>Mara sings.\nQ:"
 
 
@@ -382,7 +383,7 @@ def test_a_prompt_too_long_for_the_receiver_is_refused_with_both_numbers(
     examples = [Example("Mara sings.", "{latent}" + "Q" * 300, " x"), Example("Ben", "{latent}Q", " y")]
     made = replace(context, receiver=gpt2, receiver_name=gpt2.name, bridge=make_bridge(config), examples=examples)
     with pytest.raises(InvalidRequest, match=r"takes 3\d\d receiver tokens; 232 fit"):
-        predict(made, [0, 1], CONDITIONS[name](made, [0, 1]))
+        predict(made, [0, 1], CONDITIONS[name].read(made, [0, 1]))
 
 
 def test_a_relay_is_what_the_sender_writes(context: EvaluationContext) -> None:
@@ -404,7 +405,7 @@ def test_the_sender_of_a_relay_reads_the_source_and_its_words_are_what_is_passed
 
     monkeypatch.setattr(engine, "generate", spying)
     short = replace(context, examples=[replace(e, source=e.source[:60]) for e in context.examples[:2]])
-    passed = CONDITIONS["relay"](short, [0, 1])
+    passed = CONDITIONS["relay"].read(short, [0, 1])
     ((lm, prompts, soft, written),) = seen
     assert lm is context.sender and soft is None and passed == written
     assert prompts == [f"<s>{example.source}\nRepeat:" for example in short.examples]
@@ -425,7 +426,7 @@ def test_noise_has_the_moments_and_lengths_of_real_latents_and_nothing_of_their_
 def test_an_answer_is_the_same_alone_and_in_a_batch(context: EvaluationContext, sentiment: EvaluationContext) -> None:
     for made in (context, sentiment):
         count = len(made.examples)
-        readings = CONDITIONS["bridge"](made, range(count))
+        readings = CONDITIONS["bridge"].read(made, range(count))
         together = predict(made, range(count), readings)
         assert together == [predict(made, [i], [readings[i]])[0] for i in range(count)]
 
@@ -433,7 +434,7 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(context: EvaluationContext, 
 @pytest.mark.parametrize("condition", ["direct", "none", "bridge"])
 def test_a_label_is_chosen_by_its_likelihood(sentiment: EvaluationContext, condition: str) -> None:
     lm = sentiment.receiver
-    readings = CONDITIONS[condition](sentiment, range(4))
+    readings = CONDITIONS[condition].read(sentiment, range(4))
     chosen = predict(sentiment, range(4), readings)
     for i, reading in enumerate(readings):
         scores = [by_hand(sentiment, reading, f" {label}") for label in sentiment.task.labels]
@@ -456,7 +457,7 @@ def test_a_classification_scored_in_parts_has_the_scores_of_the_whole(
 
             patch.setattr(engine, "answer_scores", spying)
             patch.setattr(conditions, "SCORED_ROWS", rows)
-            predict(sentiment, range(4), CONDITIONS["bridge"](sentiment, range(4)))
+            predict(sentiment, range(4), CONDITIONS["bridge"].read(sentiment, range(4)))
         return made
 
     (whole,), threes, ones = scores(64), scores(3), scores(1)
@@ -538,8 +539,8 @@ def test_the_content_share_is_the_part_of_the_gain_that_another_latent_does_not_
 
 
 def test_the_receiver_answers_differently_to_different_readings(context: EvaluationContext) -> None:
-    said = {name: predict(context, [0], CONDITIONS[name](context, [0]))[0] for name in ("bridge", "none", "direct")}
-    assert len(set(said.values())) == 3
+    read = {name: CONDITIONS[name].read(context, [0]) for name in ("bridge", "none", "direct")}
+    assert len({predict(context, [0], readings)[0] for readings in read.values()}) == 3
 
 
 def test_opening_names_what_is_wrong(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,16 @@ from latentwire.bridge.checkpoint import load_bridge, read_manifest
 from latentwire.bridge.config import EncoderConfig
 from latentwire.bridge.encoder import KINDS, Encoder, Pooling, slots_of
 from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
-from latentwire.bridge.evaluation.conditions import open_context
-from latentwire.bridge.evaluation.report import evaluate
-from latentwire.training.config import read_config
+from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, open_context
+from latentwire.bridge.evaluation.html import page
+from latentwire.bridge.evaluation.metrics import METRICS, Metric
+from latentwire.bridge.evaluation.report import evaluate, table
+from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.loop import train
+from latentwire.training.objectives import OBJECTIVES, Objective, first_logits
+from latentwire.training.run import Forward
 from tests.integration.conftest import MakeConfig
-from tests.integration.runs import log_of, quiet
+from tests.integration.runs import events_of, log_of, quiet, said, task_of
 
 
 @pytest.fixture
@@ -80,3 +85,85 @@ def test_a_kind_that_nobody_defined_is_refused_with_those_there_are(make: MakeCo
     for load in (read_manifest, load_bridge):
         with pytest.raises(CorruptCheckpoint, match=rf"config\.json: bridge\.encoder\.kind: {known}$"):
             load(config.out)
+
+
+def shown(report: dict[str, Any]) -> tuple[str, str]:
+    """A report as a terminal and as a page show it."""
+    console = quiet()
+    console.width = 200
+    console.print(table(report))
+    return said(console), page(report, title="tiny", facts={})
+
+
+def test_a_condition_is_a_record_that_is_measured_and_shown_with_what_it_means(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backwards = Condition(
+        "backwards", "the source from its end", lambda c, chosen: [c.examples[i].source[::-1] for i in chosen]
+    )
+    monkeypatch.setitem(CONDITIONS, "backwards", backwards)
+    config = make(max_steps=1)
+    train(config, quiet())
+    context = open_context(config.out, "world", limit=2, dtype="float16", receiver=None)
+    assert backwards.read(context, [1]) == [context.examples[1].source[::-1]]
+    report = evaluate(context, conditions=["none", "backwards"])
+    assert list(report["conditions"]) == ["none", "backwards"]
+    assert all("backwards" in text and backwards.meaning in text for text in shown(report))
+
+
+def test_a_metric_is_a_record_that_chooses_the_best_checkpoint_and_stands_in_reports(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    excess = Metric(
+        "excess", "characters too many", "excess", lambda text, wanted: float(len(text) - len(wanted)),
+        ("generation",), smaller_is_better=True,
+    )  # fmt: skip
+    monkeypatch.setitem(METRICS, "excess", excess)
+    config = make(metric="excess", max_steps=2, validate_every=1, validation_examples=2)
+    manifest = train(config, quiet())
+    assert manifest.bridge.provenance.recipe["metric"] == "excess"
+    first, second = events_of(config.out, "validation")
+    assert first["metric"] == "excess" and second["best"] is (second["value"] < first["value"])
+    report = evaluate(open_context(config.out, "world", limit=2, dtype="float16", receiver=None), conditions=["bridge"])
+    row = report["conditions"]["bridge"]
+    assert row["metric"] == "em" and f"{row['excess']:.3f}" in shown(report)[0]
+    assert "excess" in shown(report)[0] and "characters too many" in shown(report)[1]
+
+
+def test_a_metric_that_nobody_defined_is_refused_with_those_there_are() -> None:
+    keys: dict[str, Any] = {"sender": "a", "receiver": "b", "task": "world", "out": "c", "metric": "bleu"}
+    with pytest.raises(InvalidRequest, match=r"^metric: Input should be 'em', 'accuracy', 'token_f1' or 'loss', got"):
+        read_config(None, keys)
+
+
+def test_a_task_is_a_file(make: MakeConfig, tmp_path: Path) -> None:
+    task = task_of(tmp_path, ("Mara sings.", "\nWho?", " Mara"), ("Ben cooks.", "\nWho?", " Ben"))
+    manifest = train(make(task=task, max_steps=1), quiet())
+    assert manifest.bridge.provenance.task == "few"
+    context = open_context(tmp_path / "run", task, limit=None, dtype="float16", receiver=None)
+    assert evaluate(context, conditions=["none"])["n"] == 2
+
+
+class OwnConfig(TrainConfig):
+    """What an objective of one's own is weighted with."""
+
+    unsure_weight: float = 0.25
+
+
+def test_an_objective_is_a_record_and_a_weight_that_are_trained_and_logged(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def entropy(forward: Forward) -> Tensor:
+        first = first_logits(*forward.answers)[0].float()
+        return torch.special.entr(first.softmax(dim=-1)).sum(dim=-1)
+
+    monkeypatch.setitem(OBJECTIVES, "unsure", Objective("unsure", "answers", entropy))
+    plain = make(max_steps=2, alignment_steps=0)
+    config = OwnConfig.model_validate(plain.model_dump() | {"out": plain.out.with_name("own"), "answer_weight": 0.5})
+    manifest, without = train(config, quiet()), OwnConfig.model_validate(plain.model_dump() | {"unsure_weight": 0.0})
+    for record in log_of(config.out):
+        assert list(record["losses"]) == ["answer", "unsure"] and record["losses"]["unsure"] > 0
+        assert record["loss"] == pytest.approx(0.5 * record["losses"]["answer"] + 0.25 * record["losses"]["unsure"])
+    assert manifest.bridge.provenance.recipe["unsure_weight"] == 0.25
+    train(without, quiet())
+    assert [list(record["losses"]) for record in log_of(without.out)] == [["answer"]] * 2

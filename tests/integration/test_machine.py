@@ -33,8 +33,8 @@ from latentwire.training.machine import (
     memory_of,
     stop_requests,
 )
+from latentwire.training.run import BUCKET, Run
 from latentwire.training.state import Trained, load_state, save_state
-from latentwire.training.step import BUCKET, Run
 from tests.conftest import FAMILIES
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import prepared, same, states_of, step_of, weights_of_run

@@ -16,7 +16,8 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.training import loop
 from latentwire.training.config import TrainConfig
 from latentwire.training.machine import Ranks, join_ranks
-from latentwire.training.step import Run, take_step
+from latentwire.training.run import Run
+from latentwire.training.step import take_step
 from tests.conftest import write_model
 from tests.integration.runs import ROOT, log_of, quiet, states_of, task_of
 

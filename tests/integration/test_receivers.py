@@ -16,7 +16,7 @@ from latentwire.bridge.models import predicted_bytes
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.loop import train
 from latentwire.training.prepare import completed
-from latentwire.training.step import Run
+from latentwire.training.run import Run
 from tests.conftest import write_model
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import interrupted, log_of, parts, prepared, quiet, same, step_of, weights_of_run

@@ -16,10 +16,11 @@ from latentwire.bridge.errors import TrainingFailed
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Batch
 from latentwire.training import loop
-from latentwire.training import step as stepping
+from latentwire.training import run as running
 from latentwire.training.loop import train
 from latentwire.training.monitor import StepRecord
-from latentwire.training.step import REFUSED_IN_A_ROW, Run, take_step
+from latentwire.training.run import Run
+from latentwire.training.step import REFUSED_IN_A_ROW, take_step
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
     events_of,
@@ -45,7 +46,7 @@ def passes(patch: pytest.MonkeyPatch, change: Callable[[int, Logits], Logits]) -
         rows.append(len(batch.ids))
         return change(len(rows), answer_logits(lm, batch, soft, **rest))
 
-    patch.setattr(stepping, "answer_logits", changing)
+    patch.setattr(running, "answer_logits", changing)
     return rows
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from latentwire.bridge.models import FrozenLM, hidden_states
 from latentwire.training import features
 from latentwire.training.monitor import StepRecord
-from latentwire.training.step import Run, schedule
+from latentwire.training.run import Run
+from latentwire.training.step import schedule
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import WEIGHTS, examples_of, measured, prepared, same, step_of, tokens_of, weights_of_run
 

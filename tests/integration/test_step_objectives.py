@@ -13,6 +13,7 @@ from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE, TEXT, Batch, Row, collate, compose
 from latentwire.bridge.reader import text_ids
+from latentwire.training import run as running
 from latentwire.training import step as stepping
 from latentwire.training import tokens
 from latentwire.training.objectives import (
@@ -22,9 +23,10 @@ from latentwire.training.objectives import (
     first_k_loss,
     first_logits,
     margin_loss,
+    weights_of,
     word_targets,
 )
-from latentwire.training.step import Run, teacher_logits, weights_of, with_mode
+from latentwire.training.run import Run, teacher_logits, with_mode
 from latentwire.training.tokens import Tokens
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import WEIGHTS, examples_of, measured, prepared, receiver_of, step_of, tokens_of
@@ -56,7 +58,7 @@ def read_by_receiver(patch: pytest.MonkeyPatch) -> list[tuple[Batch, Tensor | No
         seen.append((batch, None if soft is None else soft.detach()))
         return answer_logits(lm, batch, soft, **rest)
 
-    patch.setattr(stepping, "answer_logits", spying)
+    patch.setattr(running, "answer_logits", spying)
     return seen
 
 

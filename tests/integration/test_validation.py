@@ -16,12 +16,13 @@ from latentwire.bridge.checkpoint import save_bridge
 from latentwire.bridge.evaluation import report
 from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, open_context, predict
 from latentwire.bridge.evaluation.debug import shown
+from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import collate
 from latentwire.training.loop import BEST, train
 from latentwire.training.objectives import answer_loss
-from latentwire.training.step import Run
-from latentwire.training.validation import is_better, metric_of, validate
+from latentwire.training.run import Run
+from latentwire.training.validation import metric_of, validate
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, prepared, quiet, said, step_of, task_of
 
@@ -87,9 +88,10 @@ def test_the_measure_is_the_tasks_own_unless_another_is_asked_for(make: MakeConf
 
 
 def test_a_loss_is_better_when_it_is_smaller_and_a_score_when_it_is_larger() -> None:
-    assert is_better("loss", 0.5, 0.6) and not is_better("loss", 0.6, 0.5) and not is_better("loss", 0.5, 0.5)
-    for metric in ("em", "accuracy", "token_f1"):
-        assert is_better(metric, 0.6, 0.5) and not is_better(metric, 0.5, 0.6) and not is_better(metric, 0.5, 0.5)
+    loss = METRICS["loss"]
+    assert loss.is_better(0.5, 0.6) and not loss.is_better(0.6, 0.5) and not loss.is_better(0.5, 0.5)
+    for metric in (METRICS["em"], METRICS["accuracy"], METRICS["token_f1"]):
+        assert metric.is_better(0.6, 0.5) and not metric.is_better(0.5, 0.6) and not metric.is_better(0.5, 0.5)
 
 
 def test_exact_match_is_that_of_the_evaluation(make: MakeConfig, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ async def call(
     raw = [(b"authorization", header.encode("latin-1")) for header in headers]
     scope = {"type": kind, "path": path, "headers": raw, "query_string": b"", "method": method}
     pages = Pages(Settings(), has_keys=bool(keys))
-    guard = Guard(app, pages=pages, keys=keys, limiter=Limiter(keys), check_room=check_room, answer=_answer)
+    guard = Guard(app, pages=pages, keys=keys, limiter=Limiter(keys), check_room=check_room, error_response=_answer)
     await guard(scope, receive, send)
     return (reached[0] if reached else None), sent
 

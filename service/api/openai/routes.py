@@ -47,7 +47,7 @@ async def completions(body: CompletionRequest, request: Request) -> Any:
     for that is not done here (penalties, echo, …) is refused unless its value asks for nothing; what no answer could
     show (`metadata`, `session_id`, …) is left out, and so is any null.
     """
-    return await _answer(request, body, CompletionReply)
+    return await _respond(request, body, CompletionReply)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMED)
@@ -66,7 +66,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Any:
     the prompt, and asks best in the form that the bridge was trained with, such as
     `Question: What does Mara want?\\nAnswer:`.
     """
-    return await _answer(request, body, ChatReply)
+    return await _respond(request, body, ChatReply)
 
 
 @router.get("/models")
@@ -88,7 +88,7 @@ async def model(name: str, request: Request) -> Model:
     return _model(name)
 
 
-async def _answer(request: Request, body: OpenAIRequest, shape: type[Reply[Any, Any]]) -> Any:
+async def _respond(request: Request, body: OpenAIRequest, shape: type[Reply[Any, Any]]) -> Any:
     runtime: Runtime = request.app.state.runtime
     for name in body.ignored_fields:
         runtime.metrics.ignored.labels(name).inc()
