@@ -2,14 +2,14 @@
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 from statistics import median
 from textwrap import fill
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -42,6 +42,7 @@ from latentwire.training.journal import EVENTS, LOG, read_jsonl
 
 CONFIG = "config.json"  # not imported: what writes it needs torch
 PICTURE, PAGE = "curves.png", "curves.html"
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 PARTS = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED)
 PAIR, SINGLE = (6.2, 2.6), (4.6, 2.8)  # inches of a panel: two in a row of the picture; alone, as wide as a phone
 METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # the same log gives the same page
@@ -207,30 +208,23 @@ def _validation(event: Record) -> str:
 
 
 def page(log: RunLog) -> str:
-    """The panels as one HTML page that fetches nothing."""
-    figures = []
+    """The panels as one HTML page (``curves.html``) that fetches nothing."""
+    panels = []
     for panel in panels_of(log):
         figure = Figure(figsize=SINGLE, layout="constrained")
         ax = figure.subplots()
         draw_panel(ax, panel, log, SINGLE[0])
         ax.set_xlabel("optimiser step")
-        figures.append(f'<figure role="img" aria-label="{escape(panel.title)}">{_svg(figure)}</figure>')
-    rows = [(f"{a['step']:,}", a["name"], a.get("message", "")) for a in log.of("alarm")]
-    alarms = "".join(f"<tr><td>{step}<td>{escape(name)}<td>{escape(message)}" for step, name, message in rows)
+        panels.append((panel.title, _svg(figure)))
     provenance = log.manifest.bridge.provenance if log.manifest else None
     recipe = {} if provenance is None else {**provenance.recipe, "code_version": provenance.code_version}
-    settings = {name: value for name, value in recipe.items() if value is not None}
-    return TEMPLATE.format(
-        name=escape(log.name),
-        facts=_terms(facts(log)),
-        alarms=f"<h2>Alarms</h2><div class=wide><table>{alarms}</table></div>" if rows else "",
-        panels="\n".join(figures),
-        recipe=f"<details><summary>Configuration</summary><dl>{_terms(settings)}</dl></details>" if settings else "",
+    return TEMPLATES.get_template(PAGE).render(
+        name=log.name,
+        facts=facts(log),
+        alarms=log.of("alarm"),
+        panels=panels,
+        settings={name: value for name, value in recipe.items() if value is not None},
     )
-
-
-def _terms(values: Mapping[str, object]) -> str:
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values.items())
 
 
 def _svg(figure: Figure) -> str:
@@ -238,33 +232,3 @@ def _svg(figure: Figure) -> str:
     figure.savefig(file, format="svg", metadata=METADATA)
     svg = file.getvalue()
     return svg[svg.index("<svg") :]
-
-
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}: curves</title>
-<style>
-body {{ max-width: 84rem; margin: 0 auto; padding: 1rem; background: #fff }}
-body {{ color: #222; font: 15px/1.45 system-ui, sans-serif }}
-h1 {{ margin: 0 0 .6rem; font-size: 1.4rem; overflow-wrap: anywhere }} h2 {{ font-size: 1rem }}
-dl {{ display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; margin: 0 0 1rem }}
-dt {{ color: #666; font-size: .8rem }} dd {{ margin: 0; overflow-wrap: anywhere }}
-table {{ border-collapse: collapse }}
-td {{ padding: .25rem .8rem .25rem 0; vertical-align: top; border-top: 1px solid #e5e5e5 }}
-td:first-child {{ text-align: right }} td:nth-child(2) {{ color: #b34e00; white-space: nowrap }}
-.wide {{ max-height: 22rem; font-size: .9em; overflow: auto; margin-bottom: 1rem }}
-summary {{ margin: .5rem 0; cursor: pointer }}
-.panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .6rem }}
-figure {{ margin: 0 }} svg {{ width: 100%; height: auto }}
-</style>
-<h1>{name}</h1>
-<dl>{facts}</dl>
-{alarms}
-<div class="panels">
-{panels}
-</div>
-{recipe}
-</html>
-"""

@@ -25,7 +25,7 @@ def test_every_condition_has_a_row_with_its_numbers_and_a_bar_over_its_interval(
     bridge, none = re.findall(r'<tr class="(\w+)">(.*?)</tr>', html)
     assert bridge[0] == "own" and none[0] == "other"
     for text in (
-        CONDITIONS["bridge"].meaning.replace("'", "&#x27;"), "left:12.50%;width:37.50%", '<b style="left:25.00%">',
+        CONDITIONS["bridge"].meaning.replace("'", "&#39;"), "left:12.50%;width:37.50%", '<b style="left:25.00%">',
         "0.250", "0.125 – 0.500", "0.432", "12.3 ms", "exact match",
     ):  # fmt: skip
         assert text in bridge[1], text
