@@ -111,6 +111,13 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             assert link.fragment in map(slug, headings), target
 
 
+def test_every_file_that_a_page_names_is_there() -> None:
+    path = re.compile(r"`((?:bridge|training|service|latentwire|deploy|benchmarks|examples|docs|tests)/[\w./-]+)`")
+    named = {found for page in PAGES for found in path.findall(page.read_text()) if "NAME" not in found}
+    assert len(named) > 30
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
 def test_the_tree_names_every_module_and_nothing_else() -> None:
     text = (ROOT / "docs" / "design.md").read_text()
     tree = text[text.index("## The tree") : text.index("## What must always hold")]

@@ -45,7 +45,11 @@ HERE = {
 }
 MARK = "— end of block —"
 # What takes minutes in Python.
-SHORT = {"max_steps=1000": "max_steps=2, batch_size=2, validation_examples=2", "limit=100": "limit=4"}
+SHORT = {
+    "max_steps=1000": "max_steps=2, batch_size=2, validation_examples=2",
+    '"max_steps": 1000': '"max_steps": 2, "batch_size": 2, "validation_examples": 2',
+    "limit=100": "limit=4",
+}
 
 
 def latentwire(*arguments: str, cwd: Path) -> str:
