@@ -14,7 +14,7 @@ LatentWireError
 ├── ModelInUse          the model is lent and cannot be dropped now             409
 ├── Overloaded          the queue is full; try again later                      429
 ├── RateLimited         the key has used what it may use in a minute            429
-├── NotReady            the models are still loading                             503
+├── NotReady            the models are still loading                            503
 ├── StoreUnavailable    the store of latents does not answer                    503
 ├── InsufficientMemory  the models do not fit the memory budget                 503
 ├── DeadlineExceeded    the answer would come too late                          504
@@ -22,7 +22,7 @@ LatentWireError
 ├── InferenceFailed     the model raised; the whole batch is lost               500
 └── TrainingFailed      a run cannot go on; its last saved state is kept        500
 
-The HTTP status lives in ``service.app``; nothing here knows about HTTP. Every message names the value
+The HTTP status lives in ``service.api.errors``; nothing here knows about HTTP. Every message names the value
 that was met and the value that was expected.
 """
 
