@@ -5,7 +5,6 @@ Importing this module needs no torch: the command line makes its flags from it.
 
 import tomllib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,12 @@ CACHE = Path("~/.cache/latentwire")
 
 
 def _panel(title: str) -> Callable[..., Any]:
-    """pydantic's ``Field`` for what stands in one panel of ``--help``. A field of no panel is refused as a flag."""
-    return partial(Field, json_schema_extra={"panel": title})
+    """Makes the fields of one panel of ``--help``: a help text, the default, and pydantic's limits."""
+
+    def field(text: str, default: Any = ..., **limits: Any) -> Any:
+        return Field(default, description=text, json_schema_extra={"panel": title}, **limits)
+
+    return field
 
 
 MODELS = _panel("Models and task")
@@ -41,109 +44,93 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sender: str = MODELS("", description="Model that reads the source: builtin:…, a folder, or a Hub name.")
-    receiver: list[str] = MODELS([], description="Model that answers, named the same way; repeat for several.")
-    task: str = MODELS(description="'world' or the path of a task file (.toml).")
-    out: Path = MODELS(description="Folder of the checkpoint, the resumable state and the logs.")
+    sender: str = MODELS("Model that reads the source: builtin:…, a folder, or a Hub name.", "")
+    receiver: list[str] = MODELS("Model that answers, named the same way; repeat for several.", [])
+    task: str = MODELS("'world' or the path of a task file (.toml).")
+    out: Path = MODELS("Folder of the checkpoint, the resumable state and the logs.")
     add_receiver: str | None = MODELS(
-        None,
-        description="Model that gets a head on the frozen encoder of --bridge; nothing else is trained.",
+        "Model that gets a head on the frozen encoder of --bridge; nothing else is trained.", None
     )
-    bridge: str | None = MODELS(None, description="Checkpoint that --add-receiver extends.")
+    bridge: str | None = MODELS("Checkpoint that --add-receiver extends.", None)
     template: Literal["plain", "chat"] = MODELS(
-        "plain", description="chat: ask in the receiver's own chat template, the latent inside the user's turn."
+        "chat: ask in the receiver's own chat template, the latent inside the user's turn.", "plain"
     )
-    system: str | None = MODELS(None, description="System message of the chat template. [what the template has]")
+    system: str | None = MODELS("System message of the chat template. [what the template has]", None)
 
     encoder: str = BRIDGE(
-        "pooling", description="Encoder kind; mean and linear are baselines, prompt is a control without a sender."
+        "Encoder kind; mean and linear are baselines, prompt is a control without a sender.", "pooling"
     )
-    ratio: int = BRIDGE(4, ge=1, description="Sender tokens per slot (pooling, linear).")
-    num_latents: int = BRIDGE(16, ge=1, le=MAX_SLOTS, description="Slots (perceiver, mean, prompt).")
+    ratio: int = BRIDGE("Sender tokens per slot (pooling, linear).", 4, ge=1)
+    num_latents: int = BRIDGE("Slots (perceiver, mean, prompt).", 16, ge=1, le=MAX_SLOTS)
     latent_dim: int | None = BRIDGE(
-        None,
-        ge=1,
-        le=MAX_WIDTH,
-        description="Width C of the latent that crosses the wire. [the receiver's, at most 512]",
+        "Width C of the latent that crosses the wire. [the receiver's, at most 512]", None, ge=1, le=MAX_WIDTH
     )
     hidden_dim: int | None = BRIDGE(
-        None, ge=32, multiple_of=32, description="Width inside the encoder. [near the sender's, 64 to 1024]"
+        "Width inside the encoder. [near the sender's, 64 to 1024]", None, ge=32, multiple_of=32
     )
-    depth: int = BRIDGE(2, ge=0, description="Transformer blocks over the slots.")
-    layer: list[int] | None = BRIDGE(
-        None, description="Sender layer to read, from 1; repeat to read several. [two thirds up]"
-    )
+    depth: int = BRIDGE("Transformer blocks over the slots.", 2, ge=0)
+    layer: list[int] | None = BRIDGE("Sender layer to read, from 1; repeat to read several. [two thirds up]", None)
 
-    max_steps: int = STEPS(1000, ge=1, description="Optimiser steps.")
-    batch_size: int = STEPS(32, ge=1, description="Examples per forward pass, in each process.")
-    accumulate: int = STEPS(1, ge=1, description="Forward passes per optimiser step.")
-    learning_rate: float = STEPS(3e-3, gt=0, description="Peak learning rate of vectors (AdamW).")
-    matrix_learning_rate: float = STEPS(0.02, gt=0, description="Peak learning rate of matrices (Muon).")
-    warmup_steps: int = STEPS(20, ge=0, description="Optimiser steps of linear warm-up, before the cosine.")
-    weight_decay: float = STEPS(0.01, ge=0, description="Weight decay.")
-    clip_norm: float = STEPS(1.0, gt=0, description="Largest gradient norm over all trained weights.")
-    seed: int = STEPS(0, ge=0, lt=1 << 63, description="Seed of the initial weights and of the data order.")
+    max_steps: int = STEPS("Optimiser steps.", 1000, ge=1)
+    batch_size: int = STEPS("Examples per forward pass, in each process.", 32, ge=1)
+    accumulate: int = STEPS("Forward passes per optimiser step.", 1, ge=1)
+    learning_rate: float = STEPS("Peak learning rate of vectors (AdamW).", 3e-3, gt=0)
+    matrix_learning_rate: float = STEPS("Peak learning rate of matrices (Muon).", 0.02, gt=0)
+    warmup_steps: int = STEPS("Optimiser steps of linear warm-up, before the cosine.", 20, ge=0)
+    weight_decay: float = STEPS("Weight decay.", 0.01, ge=0)
+    clip_norm: float = STEPS("Largest gradient norm over all trained weights.", 1.0, gt=0)
+    seed: int = STEPS("Seed of the initial weights and of the data order.", 0, ge=0, lt=1 << 63)
 
-    answer_weight: float = OBJECTIVES(1.0, ge=0, description="Weight of the cross-entropy of the whole answer.")
-    first_token_weight: float = OBJECTIVES(
-        1.0, gt=0, description="Weight of an answer's first token; the others have 1."
-    )
-    first_k: int = OBJECTIVES(4, ge=1, description="Answer tokens that the first-k objective looks at.")
-    first_k_weight: float = OBJECTIVES(
-        0.0, ge=0, description="Weight of the cross-entropy of the first k answer tokens."
-    )
+    answer_weight: float = OBJECTIVES("Weight of the cross-entropy of the whole answer.", 1.0, ge=0)
+    first_token_weight: float = OBJECTIVES("Weight of an answer's first token; the others have 1.", 1.0, gt=0)
+    first_k: int = OBJECTIVES("Answer tokens that the first-k objective looks at.", 4, ge=1)
+    first_k_weight: float = OBJECTIVES("Weight of the cross-entropy of the first k answer tokens.", 0.0, ge=0)
     alignment_steps: int | None = OBJECTIVES(
-        None,
-        ge=0,
-        description="First steps, in which soft tokens learn the words they cover. [a third; pooling, linear]",
+        "First steps, in which soft tokens learn the words they cover. [a third; pooling, linear]", None, ge=0
     )
-    alignment_weight: float = OBJECTIVES(0.0, ge=0, description="Weight of that objective after the first steps.")
-    reconstruction_weight: float = OBJECTIVES(1.0, ge=0, description="Weight of repeating the source.")
-    continuation_weight: float = OBJECTIVES(0.0, ge=0, description="Weight of going on where half of the source ends.")
-    mode_tokens: int = OBJECTIVES(0, ge=0, description="Learned tokens that tell each of these two from answering.")
-    kd_weight: float = OBJECTIVES(0.0, ge=0, description="Weight of distillation from the receiver reading the source.")
-    kd_chunk: int | None = OBJECTIVES(None, ge=1, description="Rows the teacher reads at once. [a whole forward pass]")
-    margin_weight: float = OBJECTIVES(0.0, ge=0, description="Weight of the margin to another example's latent.")
-    margin: float = OBJECTIVES(1.0, gt=0, description="Nats by which another example's latent should be worse.")
-    diversity_weight: float = OBJECTIVES(
-        0.0, ge=0, description="Weight of answers that differ from example to example."
-    )
+    alignment_weight: float = OBJECTIVES("Weight of that objective after the first steps.", 0.0, ge=0)
+    reconstruction_weight: float = OBJECTIVES("Weight of repeating the source.", 1.0, ge=0)
+    continuation_weight: float = OBJECTIVES("Weight of going on where half of the source ends.", 0.0, ge=0)
+    mode_tokens: int = OBJECTIVES("Learned tokens that tell each of these two from answering.", 0, ge=0)
+    kd_weight: float = OBJECTIVES("Weight of distillation from the receiver reading the source.", 0.0, ge=0)
+    kd_chunk: int | None = OBJECTIVES("Rows the teacher reads at once. [a whole forward pass]", None, ge=1)
+    margin_weight: float = OBJECTIVES("Weight of the margin to another example's latent.", 0.0, ge=0)
+    margin: float = OBJECTIVES("Nats by which another example's latent should be worse.", 1.0, gt=0)
+    diversity_weight: float = OBJECTIVES("Weight of answers that differ from example to example.", 0.0, ge=0)
 
-    max_source_tokens: int = DATA(512, ge=1, description="Longest source in sender tokens; longer ones are cut.")
-    max_examples: int | None = DATA(None, ge=1, description="Train on a seeded subset, stratified by label. [all]")
-    group_by_length: bool = DATA(True, description="Put sources of like length into one batch.")
-    cache: Path = DATA(CACHE, description="Folder of tokenised data and sender features.")
-    cache_features: bool = DATA(False, description="Run the sender once, keep its states on disk, and free it.")
+    max_source_tokens: int = DATA("Longest source in sender tokens; longer ones are cut.", 512, ge=1)
+    max_examples: int | None = DATA("Train on a seeded subset, stratified by label. [all]", None, ge=1)
+    group_by_length: bool = DATA("Put sources of like length into one batch.", True)
+    cache: Path = DATA("Folder of tokenised data and sender features.", CACHE)
+    cache_features: bool = DATA("Run the sender once, keep its states on disk, and free it.", False)
 
     device: str | None = MACHINE(
-        None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"
+        "Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]", None, pattern=DEVICE
     )
     precision: Precision | None = MACHINE(
-        None, description="What the frozen models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
+        "What the frozen models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]", None
     )
-    gradient_checkpointing: bool = MACHINE(
-        False, description="Recompute the receiver's blocks instead of keeping them."
-    )
-    compile: bool = MACHINE(False, description="Compile the receiver; lengths are padded to a few sizes.")
+    gradient_checkpointing: bool = MACHINE("Recompute the receiver's blocks instead of keeping them.", False)
+    compile: bool = MACHINE("Compile the receiver; lengths are padded to a few sizes.", False)
     memory_budget: ByteSize | None = MACHINE(
-        None, description="Most bytes of model weights in memory, e.g. 24GB; models take turns within it."
+        "Most bytes of model weights in memory, e.g. 24GB; models take turns within it.", None
     )
-    receiver_block: int = MACHINE(1, ge=1, description="Steps until another of several receivers has its turn.")
-    device_map: Literal["auto"] | None = MACHINE(None, description="auto: spread a model over several GPUs.")
-    fsdp: bool = MACHINE(False, description="Shard the blocks of the frozen models over all processes.")
+    receiver_block: int = MACHINE("Steps until another of several receivers has its turn.", 1, ge=1)
+    device_map: Literal["auto"] | None = MACHINE("auto: spread a model over several GPUs.", None)
+    fsdp: bool = MACHINE("Shard the blocks of the frozen models over all processes.", False)
 
-    save_every: int = WATCHING(200, ge=1, description="Optimiser steps between saves.")
-    keep_last: int = WATCHING(2, ge=1, description="Resumable states kept.")
-    validate_every: int = WATCHING(200, ge=0, description="Optimiser steps between validations; 0 turns them off.")
-    validation_examples: int = WATCHING(64, ge=1, description="Training examples held out for validation.")
+    save_every: int = WATCHING("Optimiser steps between saves.", 200, ge=1)
+    keep_last: int = WATCHING("Resumable states kept.", 2, ge=1)
+    validate_every: int = WATCHING("Optimiser steps between validations; 0 turns them off.", 200, ge=0)
+    validation_examples: int = WATCHING("Training examples held out for validation.", 64, ge=1)
     metric: str | None = WATCHING(
-        None, description="What the best checkpoint is best in: em, accuracy, token_f1 or loss. [em, or accuracy]"
+        "What the best checkpoint is best in: em, accuracy, token_f1 or loss. [em, or accuracy]", None
     )
-    probe_every: int = WATCHING(20, ge=0, description="Steps between measurements of loss(mismatched) - loss(matched).")
-    on_collapse: Literal["warn", "stop"] = WATCHING("warn", description="What an alarm does: warn or stop.")
-    log_with: list[Literal["tensorboard", "wandb"]] = WATCHING([], description="Tracker to log to; repeat for several.")
-    debug_print_first: int = WATCHING(0, ge=0, description="Print the first N generations at each validation.")
-    debug_topk: int = WATCHING(0, ge=0, description="Print the N likeliest first answer tokens at each validation.")
+    probe_every: int = WATCHING("Steps between measurements of loss(mismatched) - loss(matched).", 20, ge=0)
+    on_collapse: Literal["warn", "stop"] = WATCHING("What an alarm does: warn or stop.", "warn")
+    log_with: list[Literal["tensorboard", "wandb"]] = WATCHING("Tracker to log to; repeat for several.", [])
+    debug_print_first: int = WATCHING("Print the first N generations at each validation.", 0, ge=0)
+    debug_topk: int = WATCHING("Print the N likeliest first answer tokens at each validation.", 0, ge=0)
 
     @field_validator("layer", "receiver", "log_with", mode="before")
     @classmethod
