@@ -79,9 +79,7 @@ class History:
     steps: int = 0
     answer_steps: int = 0
     last_held: dict[str, int] = field(default_factory=dict)
-    values: dict[str, deque[float]] = field(
-        default_factory=lambda: {name: deque(maxlen=length) for name, length in LENGTHS.items()}
-    )
+    values: dict[str, deque[float]] = field(default_factory=lambda: {k: deque(maxlen=n) for k, n in LENGTHS.items()})
 
     def add(self, record: "StepRecord") -> None:
         """Take a step. Those of the warm start, of the warm-up, and refused ones belong to no mean."""
@@ -96,101 +94,86 @@ class History:
             if value is not None and math.isfinite(value):
                 values.append(value)
 
-    def mean(self, name: str) -> float | None:
-        """Mean over the window, None while it is not full."""
-        values = self.values[name]
-        return fmean(values) if len(values) == LENGTHS[name] else None
+    def means(self, *names: str) -> list[float]:
+        """Means over the window; NaN, which passes no limit, while one of them is not full."""
+        full = all(len(self.values[name]) == LENGTHS[name] for name in names)
+        return [fmean(self.values[name]) if full else math.nan for name in names]
 
 
-def _gradient_norm(history: History) -> str | None:
+Judged = tuple[bool, str]
+"""Whether a condition holds, and what was measured."""
+
+
+def _gradient_norm(history: History) -> Judged:
     norm = history.record.gradient_norm
-    if history.record.refused or norm <= GRADIENT_NORM:
-        return None
-    return f"the gradient norm before clipping is {norm:.2f}, above {GRADIENT_NORM:g}"
+    message = f"the gradient norm before clipping is {norm:.2f}, above {GRADIENT_NORM:g}"
+    return not history.record.refused and norm > GRADIENT_NORM, message
 
 
-def _first_token(history: History) -> str | None:
-    share = history.mean("first_token_top1")
-    if share is None or share >= FIRST_TOKEN_TOP1:
-        return None
-    return (
+def _first_token(history: History) -> Judged:
+    (share,) = history.means("first_token_top1")
+    return share < FIRST_TOKEN_TOP1, (
         f"the first token of only {share:.1%} of the answers is the likeliest (mean of {WINDOW} steps), "
         f"below {FIRST_TOKEN_TOP1:.0%}"
     )
 
 
-def _low_entropy(history: History) -> str | None:
-    entropy, wanted = history.mean("entropy_nats"), history.mean("wanted_entropy_nats")
-    if entropy is None or wanted is None or history.rows < LEAST_ROWS:
-        return None
+def _low_entropy(history: History) -> Judged:
+    entropy, wanted = history.means("entropy_nats", "wanted_entropy_nats")
     limit = min(ENTROPY_NATS, WANTED_ENTROPY_PART * wanted)
-    if entropy >= limit:
-        return None
-    return (
+    return history.rows >= LEAST_ROWS and entropy < limit, (
         f"the entropy of the first answer token is {entropy:.2f} nat (mean of {WINDOW} steps), below {limit:.2f} "
         f"(the wanted answers have {wanted:.2f})"
     )
 
 
-def _one_output(history: History) -> str | None:
-    share, wanted = history.mean("top_share"), history.mean("wanted_top_share")
-    if share is None or wanted is None or history.rows < LEAST_ROWS:
-        return None
+def _one_output(history: History) -> Judged:
+    share, wanted = history.means("top_share", "wanted_top_share")
     # Where nearly every answer is the same, saying it as often as it is wanted is right.
     limit = max(TOP_SHARE, min(MOST_TOP_SHARE, WANTED_SHARE_TIMES * wanted), wanted)
-    if share <= limit:
-        return None
-    return (
+    return history.rows >= LEAST_ROWS and share > limit, (
         f"{share:.1%} of a batch get the same output (mean of {WINDOW} steps), above {limit:.1%} "
         f"(the commonest answer has {wanted:.1%})"
     )
 
 
-def _flat_delta(history: History) -> str | None:
-    delta = history.mean("delta_nats")
-    if delta is None or delta >= DELTA_NATS or history.answer_steps < history.warm_up_steps + WINDOW:
-        return None
-    return (
+def _flat_delta(history: History) -> Judged:
+    (delta,) = history.means("delta_nats")
+    return delta < DELTA_NATS and history.answer_steps >= history.warm_up_steps + WINDOW, (
         f"another text's latent costs the receiver only {delta:.3f} nat (Δ, mean of {PROBES} probes), "
         f"below {DELTA_NATS:g}: nothing crosses"
     )
 
 
-def _loss_plateau(history: History) -> str | None:
+def _loss_plateau(history: History) -> Judged:
     losses = list(history.values["loss"])
     if len(losses) < 2 * PLATEAU:
-        return None
+        return False, ""
     before, after = fmean(losses[:PLATEAU]), fmean(losses[PLATEAU:])
-    if abs(after) < TINY_LOSS or before - after >= LEAST_PROGRESS * abs(before):
-        return None
-    return (
+    return abs(after) >= TINY_LOSS and before - after < LEAST_PROGRESS * abs(before), (
         f"the mean loss of the last {PLATEAU} steps is {after:.4f}, after {before:.4f} in the {PLATEAU} before: "
         f"not {LEAST_PROGRESS:.1%} less"
     )
 
 
-def _memory(history: History) -> str | None:
+def _memory(history: History) -> Judged:
     peak, device = history.record.peak_bytes, history.record.device_bytes
-    if device <= 0 or peak <= MEMORY_SHARE * device:
-        return None
-    return (
-        f"the memory peak is {peak / 1e9:.1f} of {device / 1e9:.1f} GB ({peak / device:.1%}), above {MEMORY_SHARE:.0%}"
-    )
+    share = peak / device if device else 0.0
+    message = f"the memory peak is {peak / 1e9:.1f} of {device / 1e9:.1f} GB ({share:.1%}), above {MEMORY_SHARE:.0%}"
+    return device > 0 and peak > MEMORY_SHARE * device, message
 
 
-def _non_finite(history: History) -> str | None:
-    record = history.record
-    if not record.refused:
-        return None
-    return f"the loss is {record.loss} and its gradient norm {record.gradient_norm}, not finite: the step was refused"
+def _non_finite(history: History) -> Judged:
+    loss, norm = history.record.loss, history.record.gradient_norm
+    return history.record.refused, f"the loss is {loss} and its gradient norm {norm}, not finite: the step was refused"
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What may go wrong: ``holds`` says what was measured while it does, ``advice`` what to try."""
+    """What may go wrong: ``judge`` says whether it does, ``advice`` what to try."""
 
     name: str
-    holds: Callable[[History], str | None]
+    judge: Callable[[History], Judged]
     advice: str
     collapse: bool = False
 
@@ -226,7 +209,8 @@ class Alarms:
         history.add(record)
         alarms = []
         for condition in CONDITIONS:
-            if (measured := condition.holds(history)) is None:
+            holds, measured = condition.judge(history)
+            if not holds:
                 continue
             last = history.last_held.get(condition.name, -math.inf)
             if history.steps - last > WINDOW:
