@@ -25,7 +25,7 @@ from latentwire.bridge.errors import InvalidRequest, first_line
 from latentwire.training.config import in_one_sentence
 
 WORD = r"^[\w.+-]+$"  # what SLURM's own names are made of
-TIME = re.compile(r"(?:(?P<days>\d+)-(?P<of_day>\d+(?::\d\d){0,2})|(?P<clock>\d+(?::\d\d){0,2}))", re.ASCII)
+TIME = re.compile(r"(?:(\d+)-)?(\d+(?::\d\d){0,2})", re.ASCII)
 PATIENCE_SECONDS = 60  # a busy controller answers late
 REFUSED = {"--resume": "the script gives it", "--overwrite": "each restart would begin again"}
 
@@ -91,12 +91,11 @@ def seconds_of(time: str) -> int | None:
     match = TIME.fullmatch(time)
     if match is None:
         return None
-    if match["days"] is None:
-        clock = [int(part) for part in match["clock"].split(":")]
-        hours, minutes, seconds = ([0, *clock, 0] if len(clock) == 1 else [0, 0, *clock])[-3:]
-        return hours * 3600 + minutes * 60 + seconds
-    hours, minutes, seconds = [*(int(part) for part in match["of_day"].split(":")), 0, 0][:3]
-    return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
+    days, clock = match[1], match[2].split(":")
+    if days is None and len(clock) < 3:
+        clock = ["0", *clock]  # without days the first number is minutes
+    hours, minutes, seconds = [int(part) for part in (*clock, 0, 0)][:3]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def read_job(file: Path) -> SlurmJob:
@@ -228,12 +227,11 @@ def check(job: SlurmJob) -> None:
 
 def _check_folder(job: SlurmJob) -> None:
     folder = job.working_directory
-    if not folder.is_dir():
-        raise InvalidRequest(f"working_directory {str(folder)!r} is not a folder", param="working_directory")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
-        raise InvalidRequest(f"working_directory {str(folder)!r} is not writable", param="working_directory") from None
+        wrong = "writable" if folder.is_dir() else "a folder"
+        raise InvalidRequest(f"working_directory {str(folder)!r} is not {wrong}", param="working_directory") from None
     if job.config is not None and not (folder / job.config).is_file():
         raise InvalidRequest(f"config {str(job.config)!r} is not a file, seen from {str(folder)!r}", param="config")
 
@@ -244,12 +242,10 @@ def _check_partition(job: SlurmJob) -> None:
     if job.partition not in limits:
         raise InvalidRequest(f"no partition {job.partition!r}; there are: {_names(limits)}", param="partition")
     limit = limits[job.partition]
-    most, wanted = seconds_of(limit), seconds_of(job.time)
-    assert wanted is not None
-    if most is not None and wanted > most:  # "infinite" is no time
-        raise InvalidRequest(
-            f"time {job.time!r} is over the limit of partition {job.partition!r}, {limit!r}", param="time"
-        )
+    most = seconds_of(limit)
+    if most is not None and (seconds_of(job.time) or 0) > most:  # "infinite" is no time
+        message = f"time {job.time!r} is over the limit of partition {job.partition!r}, {limit!r}"
+        raise InvalidRequest(message, param="time")
 
 
 def _check_account(job: SlurmJob) -> None:
@@ -257,9 +253,8 @@ def _check_account(job: SlurmJob) -> None:
     asked = ("--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account")
     accounts = {line.strip() for line in _ask("sacctmgr", *asked)} - {""}
     if job.account.lower() not in {name.lower() for name in accounts}:  # SLURM keeps them in lower case
-        raise InvalidRequest(
-            f"user {user!r} has no account {job.account!r}; there are: {_names(accounts)}", param="account"
-        )
+        message = f"user {user!r} has no account {job.account!r}; there are: {_names(accounts)}"
+        raise InvalidRequest(message, param="account")
 
 
 def _names(names: Iterable[str]) -> str:
