@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from latentwire.bridge.config import Manifest
@@ -37,7 +37,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run's folder says: a record per step, events, and the checkpoint's manifest once there is one."""
+    """What a run's folder says: records of steps, events, and the checkpoint's manifest once there is one."""
 
     name: str
     records: list[Record]
@@ -106,19 +106,19 @@ def draw_panel(ax: Axes, panel: Panel, log: RunLog, width: float) -> None:
     first, last = log.records[0]["step"], log.records[-1]["step"]
     ax.set_xlim(first - 0.01 * (last - first) - 0.5, last + 0.02 * (last - first) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(_number))
-    ax.yaxis.set_major_formatter(FuncFormatter(_percent if panel.percent else _number))
+    ax.xaxis.set_major_formatter(_number)
+    ax.yaxis.set_major_formatter(_percent if panel.percent else _number)
     if aligned := log.steps(lambda record: record["phase"] == "align"):
         ax.axvspan(aligned[0] - 0.5, aligned[-1] + 0.5, color=SHADE, zorder=0, linewidth=0)
     _draw_alarms(ax, panel, log, width)
     _legend(ax, panel, width)
 
 
-def _number(value: float, _: int) -> str:
+def _number(value: float, _: float) -> str:
     return f"{value:,.10g}"
 
 
-def _percent(value: float, _: int) -> str:
+def _percent(value: float, _: float) -> str:
     return f"{100 * value:.4g} %"
 
 
@@ -131,14 +131,14 @@ def _draw_line(ax: Axes, line: Line, log: RunLog) -> None:
             continue
         x, y = np.array(points, dtype=np.float64).T
         y = np.where(np.isfinite(y), y, np.nan)  # a gap, which mark_refused explains
-        style: dict[str, Any] = {"color": line.colour, "linestyle": "--" if line.dashed else "-"}
         if line.exact:
             x, y = _thin(x, y)
         elif len(x) >= 2 * SMOOTHED:
             ax.plot(*_thin(x, y), color=line.colour, linewidth=0.6, alpha=0.22)
             y, every = _smooth(y, len(y) // SMOOTHED), max(1, len(y) // POINTS)
             x, y = x[::every], y[::every]
-        ax.plot(x, y, **style, linewidth=line.width, label=label, marker="." if len(x) <= DOTTED else "")
+        dash, dot = "--" if line.dashed else "-", "." if len(x) <= DOTTED else ""
+        ax.plot(x, y, dash, color=line.colour, linewidth=line.width, label=label, marker=dot)
         label = None
 
 
@@ -187,18 +187,17 @@ def _logarithmic(ax: Axes) -> None:
 
 
 def mark_refused(ax: Axes, log: RunLog) -> None:
-    if refused := log.refused:
-        _mark(ax, refused, "x", "refused step")
+    _mark(ax, log.refused, "x", "refused step")
 
 
 def mark_memory(ax: Axes, log: RunLog) -> None:
-    if steps := log.out_of_memory:
-        _mark(ax, steps, "v", "out of memory")
+    _mark(ax, log.out_of_memory, "v", "out of memory")
 
 
 def _mark(ax: Axes, steps: list[int], marker: str, label: str) -> None:
-    bottom = [0.05] * len(steps)
-    ax.plot(steps, bottom, marker, color=RED, markersize=5, transform=ax.get_xaxis_transform(), label=label)
+    if steps:
+        low = [0.05] * len(steps)
+        ax.plot(steps, low, marker, color=RED, markersize=5, transform=ax.get_xaxis_transform(), label=label)
 
 
 def mark_loss(ax: Axes, log: RunLog) -> None:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from textwrap import fill
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib import rc_context
@@ -195,12 +194,12 @@ def facts(log: RunLog) -> dict[str, str]:
         "best validation": _validation(best_of(validations)) if validations else "",
         "tokens/s": f"{median(rates):,.0f}" if rates else "",
     }
-    counts: dict[str, list[Any]] = {
-        "alarms": log.of("alarm"),
-        "refused steps": log.refused,
-        "out of memory": log.out_of_memory,
+    counts = {
+        "alarms": len(log.of("alarm")),
+        "refused steps": len(log.refused),
+        "out of memory": len(log.out_of_memory),
     }
-    return {**{k: text for k, text in found.items() if text}, **{k: str(len(of)) for k, of in counts.items() if of}}
+    return {name: str(value) for name, value in {**found, **counts}.items() if value}
 
 
 def _validation(event: Record) -> str:
