@@ -5,8 +5,8 @@ noted at every allocation. At each such moment memory is linear in the rows of a
 receiver, so two batch sizes and two depths give ``fixed + rows × per_row`` exactly; the peak is the highest of these
 lines. Nothing here knows a model family or an objective, so nothing here can drift from the step.
 
-A run on a CPU chooses the attention kernels (flash, without S×S scores), because a machine that plans need not have an
-accelerator; flash and memory-efficient attention on CUDA keep the same tensors for the backward pass.
+It runs with a CPU's attention kernels, since a machine that plans need not have an accelerator: flash, which keeps the
+same tensors for the backward pass as flash and memory-efficient attention on CUDA.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from latentwire.training.config import TrainConfig
-from latentwire.training.simulate import PARTS, Cost, Lengths, moments_of
+from latentwire.training.simulate import PARTS, Cost, Lengths, moments_of, total
 
 USABLE = 0.94  # share of a device that tensors can have; driver, kernels and fragments take the rest
 
@@ -37,21 +37,18 @@ class Plan:
 
     def fullest(self, rows: int) -> Cost:
         """What is alive at the peak with ``rows`` rows."""
-        return max(self.moments, key=lambda moment: _bytes(moment, rows))
+        return max(self.moments, key=lambda moment: total(moment)[0] + rows * total(moment)[1])
 
     def peak_bytes(self, rows: int | None = None) -> int:
         """Peak in bytes, with ``batch_size`` rows unless said otherwise."""
         rows = self.batch_size if rows is None else rows
-        return _bytes(self.fullest(rows), rows)
+        fixed, row = total(self.fullest(rows))
+        return fixed + rows * row
 
 
 def largest_batch(plan: Plan, budget_bytes: int) -> int:
     """Most rows of a forward pass within a budget; 0 when not even one fits."""
-    fits = []
-    for moment in plan.moments:
-        fixed, row = (sum(cost[i] for cost in moment.values()) for i in (0, 1))
-        fits.append((budget_bytes - fixed) // max(row, 1))
-    return max(0, min(fits))
+    return max(0, min((budget_bytes - fixed) // max(row, 1) for fixed, row in map(total, plan.moments)))
 
 
 def plan(
@@ -92,7 +89,7 @@ def plan(
 def _changes(config: TrainConfig) -> dict[str, dict[str, bool | float]]:
     """Each setting that changes memory and no example, the other way round; and the two that save, together."""
     recomputed, cached, taught = config.gradient_checkpointing, config.cache_features, config.kd_weight > 0
-    told = {True: "without", False: "with"}
+    told = ("with", "without")
     changes: dict[str, dict[str, bool | float]] = {
         f"{told[recomputed]} --gradient-checkpointing": {"gradient_checkpointing": not recomputed},
         f"{told[cached]} --cache-features": {"cache_features": not cached},
@@ -114,7 +111,7 @@ def table(made: Plan) -> Table:
         fixed, row = moment.get(part, (0, 0))
         if fixed or row:
             shown.add_row(part, _gb(fixed), _gb(row), _gb(fixed + rows * row))
-    fixed, row = (sum(cost[i] for cost in moment.values()) for i in (0, 1))
+    fixed, row = total(moment)
     shown.add_section()
     shown.add_row("total", _gb(fixed), _gb(row), _gb(fixed + rows * row), style="bold")
     if made.device_bytes:
@@ -128,7 +125,3 @@ def table(made: Plan) -> Table:
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.3f}"
-
-
-def _bytes(moment: Cost, rows: int) -> int:
-    return sum(fixed + rows * row for fixed, row in moment.values())

@@ -3,10 +3,9 @@
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,10 +119,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+def total(cost: Cost) -> tuple[int, int]:
+    """All parts together: bytes whatever the batch, and bytes for each row."""
+    fixed, row = zip(*cost.values(), strict=True)
+    return sum(fixed), sum(row)
+
+
 def moments_of(config: TrainConfig, lengths: Lengths) -> tuple[Cost, ...]:
     config = completed(config)
     found = [cost for name in config.receivers for cost in _simulate(config, name, lengths)]
-    fixed, row = np.array([[sum(part[i] for part in cost.values()) for i in (0, 1)] for cost in found]).T
+    fixed, row = np.array([total(cost) for cost in found]).T
     peaks = {int((fixed + rows * row).argmax()) for rows in range(1, 4097)}
     return tuple(found[i] for i in sorted(peaks))
 
@@ -208,16 +213,9 @@ def _watch(ledger: Ledger, lm: FrozenLM, stack: nn.ModuleList) -> None:
     whole = len(stack)
 
     def role(block: nn.Module) -> str | None:
-        place = next(i for i, each in enumerate(stack) if each is block)
-        return (
-            "first"
-            if place == 0
-            else "last"
-            if place == len(stack) - 1
-            else str(place)
-            if len(stack) == whole
-            else None
-        )
+        place = list(stack).index(block)
+        ends = {len(stack) - 1: "last", 0: "first"}
+        return ends.get(place, str(place) if len(stack) == whole else None)
 
     def back(tensor: Tensor, segment: str | None) -> None:
         if tensor.requires_grad:
@@ -259,12 +257,15 @@ class _Given(Residency):
 class _Kept(CachedStates):
     """States of the right shape, as if read from a cache."""
 
-    like: Callable[[int, int], Tensor]
+    def __init__(self, mode: FakeTensorMode, width: int, dtype: torch.dtype) -> None:
+        super().__init__(Path(), torch.device("cpu"))
+        self._mode, self._width, self._dtype = mode, width, dtype
 
     def read(self, sources: Sequence[SourceTokens], *, multiple: int = 1) -> States:
-        width = -(-max(len(source.ids) for source in sources) // multiple) * multiple
-        mask = torch.arange(width) < torch.tensor([[len(source.ids)] for source in sources])
-        return self.like(len(sources), width), mask
+        S = -(-max(len(source.ids) for source in sources) // multiple) * multiple
+        mask = torch.arange(S) < torch.tensor([[len(source.ids)] for source in sources])
+        with self._mode:
+            return torch.zeros(len(sources), S, self._width, dtype=self._dtype), mask
 
 
 def _prepare(
@@ -273,10 +274,8 @@ def _prepare(
 ) -> Run:  # fmt: skip
     """What ``prepare`` makes, from shapes, after some steps: with optimiser state, and gradients where they add up."""
     task = Task("plan", "generation", [], [], "{latent}\n{question}", "0" * 64)
-    described = describe(config, task, sender)
     heads = {name: Head(lm.ref, layout_for(lm, task.template), 1.0) for name, lm in lms.items()}
-    described = with_heads(described, heads)
-    encoder = described.encoder
+    described = with_heads(describe(config, task, sender), heads)
     with mode:
         bridge = make_bridge(described)
         modes = learned_modes(config, bridge, torch.device("cpu"))
@@ -299,6 +298,7 @@ def _prepare(
     _charge(ledger, bridge, sender)
     # One receiver and one probe in every step, and the teacher's rows in one pass, as they are at the fullest.
     update = {"receiver": [receiver.name], "add_receiver": None, "bridge": None, "kd_chunk": None, "probe_every": 1}
+    kept = _Kept(mode, described.encoder.sender_width, sender.model.dtype)
     residency = _Given(load={**lms, config.sender: sender, receiver.name: receiver}.__getitem__)
     run = Run(
         config=config.model_copy(update=update if config.probe_every else {**update, "probe_every": 0}),
@@ -307,7 +307,7 @@ def _prepare(
         validation=[],
         bridge=bridge,
         modes=modes,
-        states=LiveStates(residency, config.sender, _nearer(described.layers)),
+        states=kept if config.cache_features else LiveStates(residency, config.sender, _nearer(described.layers)),
         residency=residency,
         tokenisers={},
         sample=lambda _name, index: tokens_of(run, lengths, index),
@@ -319,9 +319,6 @@ def _prepare(
         alignment_steps=0,
         micro_batch=config.batch_size,
     )
-    if config.cache_features:
-        run.states = _Kept(Path(), torch.device("cpu"))
-        run.states.like = partial(_blank, mode, encoder.sender_width, sender.model.dtype)
     return run
 
 
@@ -332,11 +329,6 @@ def _nearer(layers: Sequence[int]) -> tuple[int, ...]:
         below = max(made)
         made[layer] = made[below] + min(layer - below, 2)
     return tuple(made[layer] for layer in layers)
-
-
-def _blank(mode: FakeTensorMode, width: int, dtype: torch.dtype, rows: int, tokens: int) -> Tensor:
-    with mode:
-        return torch.zeros(rows, tokens, width, dtype=dtype)
 
 
 def _charge(ledger: Ledger, bridge: BridgeModel, sender: FrozenLM) -> None:
