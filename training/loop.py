@@ -19,12 +19,13 @@ from latentwire.training.machine import graphs, stop_requests
 from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
 from latentwire.training.prepare import completed, prepare, sampler_of
 from latentwire.training.run import Run
-from latentwire.training.state import Trained, load_state, save_state, states_in
+from latentwire.training.state import load_state, save_state, states_in
 from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
 from latentwire.training.validation import validate
 
 BEST = "best"  # folder of the best checkpoint so far, inside the run's
+NUMBERS = ("best", "micro_batch", "out_of_memory_count")  # attributes of a run that its state keeps
 
 
 def train(
@@ -56,7 +57,8 @@ def train(
         if trackers is not None:
             stack.callback(trackers.end_training)
         monitor = stack.enter_context(watch(folder, console, total=config.max_steps, start=start, trackers=trackers))
-        alarms = _alarms(run)
+        alarms = Alarms(rows=run.rows_per_step // run.ranks.count, warm_up_steps=config.warmup_steps)
+        alarms.replay(records_of(config.out))
         for step, rows, waited in _steps(run, start, stack):
             before = run.out_of_memory_count
             record = take_step(run, step, rows, waited=waited)
@@ -85,7 +87,11 @@ def _begin(run: Run, ready: Callable[[], None], *, resume: bool, overwrite: bool
             for path in states_in(run.config.out):
                 path.unlink()
             shutil.rmtree(run.config.out / BEST, ignore_errors=True)
-    start = _resume(run) if resume else 0
+    start = 0
+    if resume:
+        start, numbers = load_state(run.config.out, run.identity, run)
+        for name in NUMBERS:
+            setattr(run, name, numbers.get(name, getattr(run, name)))
     run.ranks.barrier()
     return start
 
@@ -154,23 +160,6 @@ def _check_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
         raise InvalidRequest(f"{config.out} holds a checkpoint but no state to go on from; --overwrite replaces it")
 
 
-def _resume(run: Run) -> int:
-    start, numbers = load_state(run.config.out, run.identity, _trained(run))
-    run.micro_batch = numbers.get("micro_batch", run.micro_batch)
-    run.out_of_memory_count = numbers.get("out_of_memory_count", 0)
-    run.best = numbers.get("best")
-    return start
-
-
-def _alarms(run: Run) -> Alarms:
-    alarms = Alarms(
-        rows=run.rows_per_step // run.ranks.count,
-        warm_up_steps=run.config.warmup_steps,
-    )
-    alarms.replay(records_of(run.config.out))
-    return alarms
-
-
 def headline(run: Run, start: int) -> str:
     """What is trained between which models on what, in one line."""
     trained = sum(p.numel() for p in run.parameters)
@@ -183,24 +172,14 @@ def headline(run: Run, start: int) -> str:
     )
 
 
-def _trained(run: Run) -> Trained:
-    return Trained(run.parameters, run.optimizers, run.scaler)
-
-
 def _save(run: Run, step: int, monitor: Monitor) -> Manifest:
     """State first: killed between the two, the run goes on from the state and writes the checkpoint again."""
     if not all(bool(p.isfinite().all()) for p in run.parameters):
         raise TrainingFailed(f"step {step}: a weight is not finite; what was saved before is kept")
     if run.ranks.first:
         started = time.perf_counter()
-        numbers = {
-            "best": run.best,
-            "micro_batch": run.micro_batch,
-            "out_of_memory_count": run.out_of_memory_count,
-        }
-        state_bytes = save_state(
-            run.config.out, run.identity, step, _trained(run), keep=run.config.keep_last, **numbers
-        )
+        numbers = {name: getattr(run, name) for name in NUMBERS}
+        state_bytes = save_state(run.config.out, run.identity, step, run, keep=run.config.keep_last, **numbers)
         manifest = save_bridge(run.config.out, run.bridge)
         checkpoint_bytes = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
         seconds = time.perf_counter() - started

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
 
 from latentwire.bridge.checkpoint import BridgeModel, head_key
 from latentwire.bridge.encoder import slots_of
@@ -28,6 +26,7 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.data import chunks
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks
+from latentwire.training.state import Trained
 from latentwire.training.tokens import Tokeniser, Tokens
 
 BUCKET = 64  # a compiled receiver meets lengths that are multiples of this
@@ -39,7 +38,7 @@ Read = tuple[Float[Tensor, "B A V"], Int[Tensor, "B A"]]
 
 
 @dataclass
-class Run:
+class Run(Trained):
     """Everything a step needs. ``micro_batch`` shrinks when memory runs out."""
 
     config: TrainConfig
@@ -52,9 +51,6 @@ class Run:
     residency: Residency
     tokenisers: dict[str, Tokeniser]
     sample: Callable[[str, int], Tokens]
-    parameters: list[nn.Parameter]
-    optimizers: list[Optimizer]
-    scaler: GradScaler
     ranks: Ranks
     identity: dict[str, object]
     alignment_steps: int

@@ -31,7 +31,7 @@ FREE = {"out", "save_every", "keep_last", "cache", "memory_budget", "device", "o
 FREE |= {"debug_print_first", "debug_topk"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trained:
     """What a state is taken from and put back into."""
 
