@@ -38,7 +38,6 @@ from latentwire.training.run import Run
 from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
 
 CHECKED = 2000  # examples of a generated task that are looked at before the first step
-Sample = Callable[[str, int], Tokens]
 
 
 def completed(config: TrainConfig) -> TrainConfig:
@@ -53,15 +52,8 @@ def completed(config: TrainConfig) -> TrainConfig:
         raise InvalidRequest(f"{config.bridge} already has a head for {config.add_receiver!r}", param="add_receiver")
     encoder = base.encoder
     decided = {name: getattr(encoder, name) for name in ("ratio", "num_latents", "latent_dim", "hidden_dim", "depth")}
-    return config.model_copy(
-        update={
-            **decided,
-            "encoder": encoder.kind,
-            "sender": base.sender.name,
-            "layer": list(base.layers),
-            "max_source_tokens": base.max_source_tokens,
-        }
-    )
+    decided |= {"encoder": encoder.kind, "sender": base.sender.name, "layer": list(base.layers)}
+    return config.model_copy(update={**decided, "max_source_tokens": base.max_source_tokens})
 
 
 def prepare(config: TrainConfig, console: Console) -> Run:
@@ -84,7 +76,8 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     bridge.heads.to(device)
     modes = learned_modes(config, bridge, device)
     parameters = [p for p in bridge.parameters() if p.requires_grad] + list(modes.parameters())
-    train, validation = split_off(task.train, validation=_held(config), limit=config.max_examples, seed=config.seed)
+    held = config.validation_examples if config.validate_every else 0
+    train, validation = split_off(task.train, validation=held, limit=config.max_examples, seed=config.seed)
     unaligned = not_aligned(config, sides)
     if unaligned and (config.alignment_steps or config.alignment_weight):
         raise InvalidRequest(f"alignment was asked for, but {unaligned}", param="alignment_steps")
@@ -131,10 +124,6 @@ def check_writable(out: Path) -> None:
         raise InvalidRequest(f"--out {out}: {error.strerror}", param="out") from None
 
 
-def _held(config: TrainConfig) -> int:
-    return config.validation_examples if config.validate_every else 0
-
-
 def _load(config: TrainConfig, name: str, **where: Any) -> FrozenLM:
     lm = load_model(name, device_map=config.device_map, **where)
     if config.gradient_checkpointing and name != config.sender:
@@ -155,15 +144,12 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
             check_sender(described, lm)
     for name in config.receivers:
         if _same(config.sender, name):
-            raise InvalidRequest(
-                f"sender and receiver are the same model, {name!r}; a bridge needs two", param="receiver"
-            )
+            message = f"sender and receiver are the same model, {name!r}; a bridge needs two"
+            raise InvalidRequest(message, param="receiver")
         with residency.use(name) as lm:
             if lm.tokenizer.eos_token_id is None:
-                raise InvalidRequest(
-                    f"the tokenizer of receiver {name!r} has no end-of-text token: its answers could not end",
-                    param="receiver",
-                )
+                message = f"the tokenizer of receiver {name!r} has no end-of-text token: its answers could not end"
+                raise InvalidRequest(message, param="receiver")
             sides[name] = lm.reader
             layout = layout_for(lm, task.template, chat=config.template == "chat", system=config.system)
             heads[name] = Head(lm.ref, layout, lm.embedding_rms(), _provenance(config, task) if config.bridge else None)
@@ -227,10 +213,9 @@ def _bridge(config: TrainConfig, described: BridgeConfig) -> BridgeModel:
     if config.bridge is None:
         return fresh
     _, base = load_bridge(config.bridge, device=torch.device("cpu"))
-    fresh.encoder.load_state_dict(base.encoder.state_dict())
-    for name in base.config.heads:
-        fresh.head(name).load_state_dict(base.head(name).state_dict())
-    for module in (fresh.encoder, *(fresh.head(name) for name in base.config.heads)):
+    heads = ((fresh.head(name), base.head(name)) for name in base.config.heads)
+    for module, trained in ((fresh.encoder, base.encoder), *heads):
+        module.load_state_dict(trained.state_dict())
         module.requires_grad_(False)
     return fresh
 
@@ -241,13 +226,13 @@ def learned_modes(config: TrainConfig, bridge: BridgeModel, device: torch.device
     return nn.ParameterDict(
         {
             f"{head_key(receiver)}·{name}": nn.Parameter(
-                torch.randn(config.mode_tokens, bridge.config.heads[receiver].receiver.width)
+                torch.randn(config.mode_tokens, bridge.config.heads[receiver].receiver.width).to(device)
             )
             for receiver in config.receivers
             for name in wanted
             if config.mode_tokens
         }
-    ).to(device)
+    )
 
 
 def not_aligned(config: TrainConfig, sides: dict[str, Reader]) -> str | None:
@@ -287,7 +272,7 @@ def identity_of(config: TrainConfig, described: BridgeConfig, task: Task, ranks:
 def _samples(
     config: TrainConfig, task: Task, tokenisers: dict[str, Tokeniser], train: Sequence[Example], ranks: Ranks,
     console: Console,
-) -> Sample:  # fmt: skip
+) -> Callable[[str, int], Tokens]:  # fmt: skip
     """How to get an example's tokens; what is cut is counted, and what does not fit is refused.
 
     A data set is tokenised whole; of a generated task the first ``CHECKED`` examples stand for all.
@@ -306,9 +291,8 @@ def _samples(
         if ranks.first:
             ranks.barrier()
     table = tables[config.receivers[0]]
-    _say_cut(
-        console, [full - len(ids) for ids, (full, _) in zip(table["source"], table["lengths"], strict=True)], "all "
-    )
+    lengths = zip(table["source"], table["lengths"], strict=True)
+    _say_cut(console, [full - len(ids) for ids, (full, _) in lengths], "all ")
     return lambda name, i: unflatten(tables[name][i])
 
 
@@ -317,10 +301,8 @@ def _check_validation(
 ) -> None:
     """Refuse now what the first validation would trip over."""
     if config.validate_every and not validation:
-        raise InvalidRequest(
-            f"{len(task.train)} training example is too few to hold one out; --validate-every 0 does without",
-            param="validate_every",
-        )
+        message = f"{len(task.train)} training example is too few to hold one out; --validate-every 0 does without"
+        raise InvalidRequest(message, param="validate_every")
     for tokeniser in tokenisers.values():
         room = tokeniser.receiver.max_tokens - task.max_answer_tokens
         for example in validation:
@@ -383,11 +365,7 @@ def code_version() -> str:
     git = shutil.which("git") if (root / ".git").exists() else None
     if git is None:
         return version("latentwire")
-    done = subprocess.run(
-        [git, "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [git, "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     commit = done.stdout.strip() if done.returncode == 0 else ""
     return version("latentwire") + (f"+{commit}" if commit else "")
