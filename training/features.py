@@ -72,12 +72,19 @@ class CachedStates:
             states[i, : len(row)], mask[i, : len(row)] = row, True
         return states.to(self.device), mask.to(self.device)
 
+    def add(self, *shards: dict[str, Any]) -> None:
+        """Know the rows of shards, as the index lists them."""
+        for shard in shards:
+            start = 0
+            for digest, length in shard["rows"]:
+                self.rows[digest] = (shard["file"], start, length)
+                start += length
+
     def _row(self, source: SourceTokens) -> Float[Tensor, "S N"]:
         file, start, length = self.rows[digest_of(source)]
-        shard = self._open.get(file)
-        if shard is None:
-            shard = self._open[file] = safe_open(self.folder / file, framework="pt")
-        row: Tensor = shard.get_slice("states")[start : start + length]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        row: Tensor = self._open[file].get_slice("states")[start : start + length]
         return row
 
 
@@ -106,8 +113,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     shards = _whole_shards(folder)
     held = CachedStates(folder, lm.device)
-    for shard in shards:
-        _add(held, shard)
+    held.add(*shards)
     wanted = {digest_of(source): source for source in sources}
     missing = sorted((s for d, s in wanted.items() if d not in held.rows), key=lambda s: len(s.ids))
     done = len(wanted) - len(missing)
@@ -116,7 +122,7 @@ def build(
         part = write_part(folder, "states", {"states": states})
         shards.append({**asdict(part), "rows": [[digest_of(s), len(s.ids)] for s in chunk]})
         replace_file(folder / INDEX, json.dumps({"shards": shards}).encode())
-        _add(held, shards[-1])
+        held.add(shards[-1])
         done += len(chunk)
         progress(done, len(wanted))
     return held
@@ -125,16 +131,8 @@ def build(
 def open_cache(folder: Path, device: torch.device) -> CachedStates:
     """A cache that another process has built."""
     held = CachedStates(folder, device)
-    for shard in json.loads((folder / INDEX).read_bytes())["shards"]:
-        _add(held, shard)
+    held.add(*json.loads((folder / INDEX).read_bytes())["shards"])
     return held
-
-
-def _add(held: CachedStates, shard: dict[str, Any]) -> None:
-    start = 0
-    for digest, length in shard["rows"]:
-        held.rows[digest] = (shard["file"], start, length)
-        start += length
 
 
 def _whole_shards(folder: Path) -> list[dict[str, Any]]:
