@@ -47,11 +47,8 @@ class Sampler:
         return [steps[i] for i in np.random.default_rng((self.seed, group, 1)).permutation(GROUPED)]
 
     def _positions(self, start: int, count: int) -> list[int]:
-        return [self._at(position) for position in range(start, start + count)]
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
-        return int(_permutation(self.count, self.seed, epoch)[place])
+        places = (divmod(position, self.count) for position in range(start, start + count))
+        return [int(_permutation(self.count, self.seed, epoch)[place]) for epoch, place in places]
 
 
 @lru_cache(maxsize=2)

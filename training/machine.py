@@ -9,7 +9,7 @@ import resource
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 import psutil
@@ -81,9 +81,8 @@ def join_ranks(device: torch.device) -> Ranks:
         raise InvalidRequest(f"--device {device}: each process takes a GPU of its own; expected cuda", param="device")
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
-        raise InvalidRequest(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} met; start them with torchrun"
-        )
+        met = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} met"
+        raise InvalidRequest(f"{met}; start them with torchrun")
     return Ranks(state.process_index, state.num_processes)
 
 
@@ -166,7 +165,6 @@ class StopRequest:
     """The signal that asked the run to end, if one has."""
 
     name: str | None = None
-    _before: list[object] = field(default_factory=list)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """Remember it: the step in hand is finished first."""
@@ -176,8 +174,7 @@ class StopRequest:
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """While open, SIGTERM and SIGUSR1 do not end the process but are noted: schedulers send them before the end."""
-    request = StopRequest()
-    before = {}
+    request, before = StopRequest(), {}
     try:
         for number in STOPPING:
             before[number] = signal.signal(number, request.note)

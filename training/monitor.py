@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -186,9 +186,8 @@ class View:
             TimeRemainingColumn(),
             console=console,
         )
-        self._bar = self._progress.add_task(
-            "training", total=total, completed=start, phase="", loss=float("nan"), accuracy=0.0
-        )
+        shown: dict[str, Any] = {"phase": "", "loss": math.nan, "accuracy": 0.0}
+        self._bar = self._progress.add_task("training", total=total, completed=start, **shown)
         self._delta: float | None = None
         self.live = Live(self._progress, console=console, refresh_per_second=4, transient=False)
 
@@ -201,7 +200,7 @@ class View:
 
     def _numbers(self, record: StepRecord) -> Table:
         table = Table.grid(padding=(0, 3))
-        wait = record.data_wait_seconds / max(record.seconds, 1e-9)
+        seconds = max(record.seconds, 1e-9)
         cells = {
             **{name: f"{value:.3f}" for name, value in record.losses.items()},
             "Δ": _or_dash(self._delta, "{:+.2f}"),
@@ -209,8 +208,8 @@ class View:
             "entropy": _or_dash(record.entropy_nats, "{:.1f}"),
             "distinct": _or_dash(record.distinct_ratio, "{:.2f}"),
             "gradient": f"{record.gradient_norm:.2f}",
-            "tokens/s": f"{record.tokens / max(record.seconds, 1e-9):,.0f}",
-            "waiting": f"{wait:.0%}",
+            "tokens/s": f"{record.tokens / seconds:,.0f}",
+            "waiting": f"{record.data_wait_seconds / seconds:.0%}",
             "memory": f"{record.peak_bytes / 1e9:.1f} GB",
         }
         for name in cells:
@@ -230,12 +229,11 @@ def watch(folder: Path | None, console: Console, *, total: int, start: int, trac
 
     Without a folder nothing is written: of several processes one keeps the logs.
     """
-    for name in (LOG, EVENTS) if folder else ():
-        assert folder is not None
-        kept: Iterable[dict[str, Any]] = (line for line in read_jsonl(folder / name) if line["step"] <= start)
-        replace_file(folder / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    view = View(console, total=total, start=start)
     paths = [folder / name if folder else Path(os.devnull) for name in (LOG, EVENTS)]
+    for path in paths if folder else ():
+        kept = (line for line in read_jsonl(path) if line["step"] <= start)
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    view = View(console, total=total, start=start)
     with ExitStack() as stack:
         log, events = (stack.enter_context(path.open("a", buffering=1)) for path in paths)
         if console.is_terminal:
@@ -263,9 +261,8 @@ def open_trackers(config: TrainConfig) -> Any:
     there = {str(name) for name in get_available_trackers()}
     if missing := [name for name in config.log_with if name not in there]:
         raise InvalidRequest(f"--log-with {missing[0]}: its package is not installed", param="log_with")
-    accelerator = Accelerator(
-        cpu=device_named(config.device).type == "cpu", log_with=config.log_with, project_dir=str(config.out)
-    )
+    on_cpu = device_named(config.device).type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, log_with=config.log_with, project_dir=str(config.out))
     plain = {k: v if type(v) in (int, float, str, bool) else str(v) for k, v in config.model_dump(mode="json").items()}
     accelerator.init_trackers("latentwire", config=plain)
     return accelerator

@@ -55,7 +55,6 @@ def take_step(run: Run, step: int, rows: Sequence[Tokens], *, waited: float = 0.
     rate = run.config.learning_rate * schedule(run.config, step)
     refused = not math.isfinite(norm)
     _update(run, step, refused)
-    device = receiver.device
     return StepRecord(
         step=step + 1,
         phase=run.phase(step),
@@ -65,7 +64,7 @@ def take_step(run: Run, step: int, rows: Sequence[Tokens], *, waited: float = 0.
         learning_rate=rate,
         seconds=waited + time.perf_counter() - started,
         data_wait_seconds=waited,
-        **asdict(memory_of(device)),
+        **asdict(memory_of(receiver.device)),
         micro_batch=run.micro_batch,
         out_of_memory_count=run.out_of_memory_count,
         refused=refused,
@@ -89,9 +88,8 @@ def _retry(run: Run, step: int, receiver: FrozenLM, rows: Sequence[Tokens]) -> "
         if run.micro_batch == 1:
             raise TrainingFailed(f"step {step + 1}: one row does not fit in memory ({reason}); see 'latentwire plan'")
         run.micro_batch = (run.micro_batch + 1) // 2
-        log.warning(
-            "step %d: out of memory (%s); the same rows again in passes of %d", step + 1, reason, run.micro_batch
-        )
+        again = "step %d: out of memory (%s); the same rows again in passes of %d"
+        log.warning(again, step + 1, reason, run.micro_batch)
 
 
 def _pass(run: Run, step: int, receiver: FrozenLM, rows: Sequence[Tokens], sums: "_Sums") -> None:
@@ -130,21 +128,16 @@ def _update(run: Run, step: int, refused: bool) -> None:
     """Move the weights, or refuse to: a weight that met a NaN never comes back."""
     run.refused_in_a_row = run.refused_in_a_row + 1 if refused else 0
     share = schedule(run.config, step)
-    for optimizer, peak in zip(run.optimizers, rates(run.config), strict=True):
+    peaks = (run.config.matrix_learning_rate, run.config.learning_rate)
+    for optimizer, peak in zip(run.optimizers, peaks, strict=True):
         optimizer.param_groups[0]["lr"] = peak * share
         if not refused:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     if run.refused_in_a_row == REFUSED_IN_A_ROW:
-        raise TrainingFailed(
-            f"step {step + 1}: {REFUSED_IN_A_ROW} steps in a row were not finite, none applied; what was saved is kept"
-        )
-
-
-def rates(config: TrainConfig) -> tuple[float, float]:
-    """Peak learning rates of the optimisers, in their order."""
-    return config.matrix_learning_rate, config.learning_rate
+        failed = f"{REFUSED_IN_A_ROW} steps in a row were not finite, none applied; what was saved is kept"
+        raise TrainingFailed(f"step {step + 1}: {failed}")
 
 
 def schedule(config: TrainConfig, step: int) -> float:

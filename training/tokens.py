@@ -73,18 +73,15 @@ class Tokeniser:
         slots = slots_of(self.bridge.encoder, len(source.ids))
         answer = self._compose(example.prompt, slots, example.answer)
         half, rest = self._halves(example.source, source)
-        modes = config.mode_tokens
+        modes, first = config.mode_tokens, slots_of(self.bridge.encoder, half)
+        repeats, goes_on = config.reconstruction_weight > 0, config.continuation_weight > 0
         return Tokens(
             source=source,
             half=half,
             words=self._words(example.source, len(source.ids)) if self.aligned else [],
             answer=answer,
-            reconstruction=self._spoken(self.reconstruction, slots + modes, f" {example.source}")
-            if config.reconstruction_weight
-            else None,
-            continuation=self._spoken(LATENT, slots_of(self.bridge.encoder, half) + modes, rest)
-            if config.continuation_weight
-            else None,
+            reconstruction=self._spoken(self.reconstruction, slots + modes, f" {example.source}") if repeats else None,
+            continuation=self._spoken(LATENT, first + modes, rest) if goes_on else None,
             teacher=self._teacher(example, answer) if config.kd_weight else None,
         )
 
@@ -142,9 +139,8 @@ class Tokeniser:
 
     def key(self, data_sha256: str, template: str, fingerprints: Sequence[str]) -> str:
         """Digest of everything that decides the tokens, this code included: another one is another cache."""
-        code = b"".join(
-            Path(module).read_bytes() for module in (__file__, chat.__file__, prompt.__file__, reader.__file__)
-        )
+        files = (__file__, chat.__file__, prompt.__file__, reader.__file__)
+        code = b"".join(Path(file).read_bytes() for file in files)
         objectives = {name: getattr(self.config, name) > 0 for name in ("reconstruction_weight", "continuation_weight")}
         described = {
             **objectives,

@@ -68,8 +68,7 @@ def train(
         TrainingFailed: The run cannot go on; the last saved checkpoint is kept.
         LatentWireError: A model or a task cannot be read.
     """
-    receivers = [receiver] if isinstance(receiver, str) else receiver
-    given = {"sender": sender, "receiver": receivers, "task": str(task), "out": Path(out), **settings}
+    given = {"sender": sender, "receiver": receiver, "task": str(task), "out": Path(out), **settings}
     config = read_config(None, given)
     manifest = loop.train(config, Console(quiet=quiet), resume=resume, overwrite=overwrite)
     return TrainingRun(config.out, manifest)
