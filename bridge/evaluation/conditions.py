@@ -103,13 +103,12 @@ class EvaluationContext(PredictionContext):
 
     def with_bridge(self, checkpoint: Path, manifest: Manifest) -> "EvaluationContext":
         """The same measurement of another bridge to the same receiver."""
-        sender = load_model(manifest.bridge.sender.name, **self.where)
         return replace(
             self,
             checkpoint=str(checkpoint),
             bridge=load_bridge(checkpoint, device=self.where.get("device"))[1],
             bridge_id=manifest.bridge_id,
-            sender=sender,
+            sender=load_model(manifest.bridge.sender.name, **self.where),
         )
 
     def sources(self, chosen: Sequence[int]) -> list[SourceTokens]:
@@ -219,10 +218,8 @@ def open_context(
 def check_room(task: Task, receiver: Reader) -> None:
     """Refuse a task whose answers alone fill the receiver's context (InvalidRequest)."""
     if task.max_answer_tokens >= receiver.max_tokens:
-        raise InvalidRequest(
-            f"max_answer_tokens is {task.max_answer_tokens}; {receiver.name!r} reads {receiver.max_tokens} in all",
-            param="task",
-        )
+        message = f"max_answer_tokens is {task.max_answer_tokens}; {receiver.name!r} reads {receiver.max_tokens} in all"
+        raise InvalidRequest(message, param="task")
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,8 @@ def _content_share(value: Mapping[str, float]) -> float | None:
 def _read_all(
     context: EvaluationContext, wanted: Collection[str], trained: Mapping[str, EvaluationContext], progress: Progress
 ) -> dict[str, _Read]:
-    one_source = len({example.source for example in context.examples}) < 2
     asked = {name: (context, condition) for name, condition in CONDITIONS.items() if name in wanted}
-    if one_source:  # there is no other example whose latent could stand in
+    if len({example.source for example in context.examples}) < 2:  # no other example's latent could stand in
         asked.pop("mismatched", None)
     asked |= {name: (control, CONDITIONS["bridge"]) for name, control in trained.items()}
     read: dict[str, _Read] = {}
@@ -240,7 +239,6 @@ def table(report: Mapping[str, Any], *, explained: bool = True) -> Table:
         cells = [f"{row['value']:.3f}", f"{row['low']:.3f} – {row['high']:.3f}"]
         cells += [f"{row[other.name]:.3f}" for other in others]
         cells += [f"{row['ttft_ms']:.1f} ms"]
-        out.add_row(
-            name, *([meaning_of(name)] if explained else []), *cells, style="bold" if name == "bridge" else None
-        )
+        shown = [name, meaning_of(name), *cells] if explained else [name, *cells]
+        out.add_row(*shown, style="bold" if name == "bridge" else None)
     return out

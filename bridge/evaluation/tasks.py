@@ -233,10 +233,8 @@ def _hub_rows(folder: Path, where: str, split: str, digest: Any) -> Iterator[dic
     try:
         rows = datasets.load_dataset(name, configuration or None, split=chosen or split)
     except Exception as error:  # the library's own tree is wide: connection, parsing, configuration, not found
-        raise InvalidRequest(
-            f"{split} = {where!r} is neither a .jsonl[.gz] file nor a readable Hub data set ({first_line(error)})",
-            param="task",
-        ) from None
+        reason = f"neither a .jsonl[.gz] file nor a readable Hub data set ({first_line(error)})"
+        raise InvalidRequest(f"{split} = {where!r} is {reason}", param="task") from None
     digest.update(rows._fingerprint.encode())
     yield from (dict(row) for row in rows)
 
@@ -262,9 +260,8 @@ def _label(spec: TaskFile, value: Any, where: str) -> int:
         return spec.labels.index(value)
     if type(value) is int and 0 <= value < len(spec.labels):
         return value
-    raise InvalidRequest(
-        f"{where}: label {value!r} is neither one of {spec.labels} nor an index into them", param="task"
-    )
+    message = f"{where}: label {value!r} is neither one of {spec.labels} nor an index into them"
+    raise InvalidRequest(message, param="task")
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
