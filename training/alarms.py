@@ -4,12 +4,10 @@ Each condition is judged on means, because a single batch lies: a small one has 
 Answers are judged only after the warm-up and once a window of steps has passed: an untrained bridge makes every
 receiver say the same thing.
 
-Two limits follow the task. A receiver that always says the same word has an entropy near 0, but so has a perfect one
-where every answer is "yes". With two labels the entropy of the *wanted* answers is at most ln 2 = 0.69 nat, below any
-limit that would notice a collapse over a whole vocabulary; and where 60 % of the answers are "no", an output with a
-share of 60 % is right. So a batch is compared with its own answers: entropy with half of theirs where that is less
-than 1 nat, the commonest output with one and a half times the share of the commonest answer where that is more than
-50 %, up to 95 %.
+Two limits follow the task, since a perfect receiver looks like a collapsed one where every answer is "yes": with two
+labels the *wanted* answers have at most ln 2 = 0.69 nat. The limit of the entropy is half of theirs where that is less
+than 1 nat; that of the commonest output is one and a half times the share of the commonest answer where that is more
+than 50 %, up to 95 %.
 """
 
 import math
@@ -193,9 +191,8 @@ CONDITIONS = (
 class Alarms:
     """Judges every step of a run; a condition alarms when it begins, not at every step while it lasts.
 
-    It alarms again only after it had cleared for at least ``WINDOW`` steps, so that a value around its limit alarms
-    once. Receivers are judged apart: a dead head must not hide behind the mean of a live one. All state comes from
-    the records, so a resumed run replays its log instead of saving any.
+    It alarms again only after ``WINDOW`` steps without it, so that a value around its limit alarms once. Receivers are
+    judged apart: a dead head must not hide behind a live one. A resumed run replays its log and saves no state.
     """
 
     def __init__(self, *, rows: int, warm_up_steps: int) -> None:
