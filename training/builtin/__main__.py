@@ -30,13 +30,9 @@ Row = tuple[list[int], list[float]]
 
 def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> Row:
     """A document as ids, BOS first, and the loss weight of each id as a target."""
-    ids, weights = [tokenizer.bos_token_id], [0.0]
+    ids, weights, plain = [tokenizer.bos_token_id], [0.0], tokenizer.backend_tokenizer
     for text, weight in pieces:
-        new = (
-            [tokenizer.eos_token_id]
-            if text == END
-            else tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        )
+        new = [tokenizer.eos_token_id] if text == END else plain.encode(text, add_special_tokens=False).ids
         ids += new
         weights += [weight] * len(new)
     return ids, weights
@@ -159,9 +155,8 @@ def main(
     model = recipe.model(tokenizer)
     optimizers = optimisers(model, recipe)
     console, log, started = Console(), "", time.monotonic()
-    stream = track(
-        batches(recipe, tokenizer, seed), which, recipe.steps, console=console, disable=not console.is_terminal
-    )
+    drawn, hidden = batches(recipe, tokenizer, seed), not console.is_terminal
+    stream = track(drawn, which, recipe.steps, console=console, disable=hidden)
     for step, batch in enumerate(stream, 1):
         share = recipe.rate(step - 1)
         loss = train_step(model, optimizers, batch, [recipe.matrix_rate * share, recipe.other_rate * share])

@@ -73,9 +73,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def piece_tokenizer(size: int = 576, scenes: int = 4000) -> PreTrainedTokenizerFast:
     """The sender's: BPE trained on the world's text to ``size`` tokens, so that most words take two or three."""
     tokenizer = _skeleton()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size - 3, initial_alphabet=alphabet, show_progress=False)
     shown = (world.scene("train", 0, index) for index in range(scenes))
     texts = (world.QUESTION.format(latent=scene.source, question=scene.questions[0][0]) for scene in shown)
     tokenizer.train_from_iterator(texts, trainer)
