@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from latentwire.bridge.config import Manifest
@@ -106,19 +106,19 @@ def draw_panel(ax: Axes, panel: Panel, log: RunLog, width: float) -> None:
     first, last = log.records[0]["step"], log.records[-1]["step"]
     ax.set_xlim(first - 0.01 * (last - first) - 0.5, last + 0.02 * (last - first) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.xaxis.set_major_formatter(_number)
-    ax.yaxis.set_major_formatter(_percent if panel.percent else _number)
+    ax.xaxis.set_major_formatter(FuncFormatter(_number))
+    ax.yaxis.set_major_formatter(FuncFormatter(_percent if panel.percent else _number))
     if aligned := log.steps(lambda record: record["phase"] == "align"):
         ax.axvspan(aligned[0] - 0.5, aligned[-1] + 0.5, color=SHADE, zorder=0, linewidth=0)
     _draw_alarms(ax, panel, log, width)
     _legend(ax, panel, width)
 
 
-def _number(value: float, _: float) -> str:
+def _number(value: float, _: int) -> str:
     return f"{value:,.10g}"
 
 
-def _percent(value: float, _: float) -> str:
+def _percent(value: float, _: int) -> str:
     return f"{100 * value:.4g} %"
 
 
