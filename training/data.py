@@ -24,8 +24,8 @@ AHEAD = 2  # steps prepared before they are asked for
 class Sampler:
     """Which examples step ``step`` sees: a fresh permutation each epoch, a pure function of (seed, position).
 
-    With ``lengths`` the examples of ``GROUPED`` steps are sorted by length, cut into steps, and the steps
-    shuffled: rows of a step are then of like length and little is padded. Any cheap measure of length will do.
+    With ``length``, any cheap measure of it, the examples of ``GROUPED`` steps are sorted by it, cut into steps, and
+    the steps shuffled: little is padded then.
     """
 
     def __init__(self, count: int, *, batch_size: int, seed: int, length: Callable[[int], int] | None = None) -> None:

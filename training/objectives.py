@@ -76,12 +76,9 @@ def margin_loss(matched: Losses, mismatched: Losses, *, margin: float) -> Losses
 def diversity_loss(first: Float[Tensor, "B V"]) -> Losses:
     """-KL(row's first-token distribution ‖ the batch's mean): 0 when all rows say the same, at least -log B.
 
-    Its mean is minus the mutual information between example and first token, so it rewards answers that differ
-    from example to example and not answers that are merely unsure.
+    ``first`` holds logits. The loss's mean is minus the mutual information between example and first token, so it
+    rewards answers that differ from example to example and not answers that are merely unsure.
     Source: Krause et al. 2010, "Discriminative clustering by regularized information maximization" §2.
-
-    Args:
-        first: Logits of each row's first answer token.
     """
     log_p = first.float().log_softmax(dim=-1)
     mean = log_p.logsumexp(dim=0, keepdim=True) - torch.log(torch.tensor(float(len(first)), device=first.device))
@@ -106,9 +103,7 @@ def word_targets(
 ) -> tuple[Float[Tensor, "B K D"], Bool[Tensor, "B K"]]:
     """What the windows of each source hold, in the receiver's own embedding: the sum of the tokens that end there.
 
-    A window in which no receiver token ends has no target (False in the mask).
-
-    ``words`` holds, for each row, pairs (window, receiver token).
+    ``words`` holds, for each row, pairs (window, receiver token). A window in which none ends is False in the mask.
     """
     K = 1 + max((slot for row in words for slot, _ in row), default=0)
     total = torch.zeros(len(words), K, receiver.width, device=receiver.device)

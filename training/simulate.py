@@ -61,10 +61,7 @@ class Lengths:
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes alive by part, noted at every allocation.
-
-    A moment is known by its segment (which block of which pass), so that runs of another depth have the same ones.
-    """
+    """Bytes alive by part, noted at every allocation; moments are known by segment (block and pass) at any depth."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

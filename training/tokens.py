@@ -103,8 +103,7 @@ class Tokeniser:
     def _halves(self, text: str, source: SourceTokens) -> tuple[int, str]:
         """Sender tokens of the words up to the middle, and the text after them; no text where there is one word.
 
-        A causal sender's states of a text's start are those of the whole text's start, so the first half needs no
-        pass of its own.
+        A causal sender's states of a text's start are those of the whole text's: the first half needs no pass.
         """
         space = text.find(" ", len(text) // 2)
         if space < 0 or not self.config.continuation_weight:

@@ -36,10 +36,9 @@ RELAY_TOKENS = 64  # most tokens a sender writes in the relay condition
 
 
 class Lender:
-    """Hands out a model for each pass of it: here one that is in memory anyway.
+    """Hands out a model for each pass of it: here one that is in memory anyway; a service lends between requests.
 
-    A service lends its models in turns with requests. No loan is asked for while another is held, and nobody keeps a
-    model when a loan is over, so that models that do not fit side by side can take turns.
+    No loan is asked for while another is held, nor is a model kept after it: models can take turns in memory.
 
     Attributes:
         batch_rows: Most rows of one pass; None where nobody waits for the device meanwhile.

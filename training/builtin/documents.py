@@ -50,13 +50,9 @@ def _finish(tokenizer: Tokenizer, bos: str, eos: str, pad: str) -> PreTrainedTok
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (bos, eos, pad)])
     opening = (bos, tokenizer.token_to_id(bos))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[opening])
+    tokens = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=pad,
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, **tokens, model_max_length=512, clean_up_tokenization_spaces=False
     )
 
 
