@@ -3,7 +3,7 @@
 While one batch runs, the requests that arrive become the next; exact for every decoder family, slower under load.
 
 Dimensions used in this file:
-    B rows of a batch    K soft tokens    D receiver width
+    K soft tokens    D receiver width
 """
 
 import logging
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.bridge import engine
 from latentwire.bridge.devices import is_out_of_memory
@@ -99,7 +98,7 @@ class PaddedEngine(Engine):
             engine.run(
                 self.lm,
                 [running.row for running in batch],
-                _padded(soft),
+                engine.pad_rows(soft),
                 [running.tokens for running in batch],
                 lambda row: self._token(batch[row]),
             )
@@ -121,11 +120,3 @@ class PaddedEngine(Engine):
     def _token(self, running: Running) -> None:
         self.last_step = time.monotonic()
         self._advance(running)
-
-
-def _padded(soft: Sequence[Float[Tensor, "K D"] | None]) -> Float[Tensor, "B K D"] | None:
-    """Soft tokens of rows, right-padded; None stands for a row without."""
-    first = next((tokens for tokens in soft if tokens is not None), None)
-    if first is None:
-        return None
-    return pad_sequence([first[:0] if tokens is None else tokens for tokens in soft], batch_first=True)
