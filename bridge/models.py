@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -34,8 +36,7 @@ from latentwire.bridge.reader import Reader, SourceTokens, end_ids_of
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
-# Never pickles, never code, no weights twice.
-# Of a model, and of a bridge.
+# Of a model, and of a bridge: never pickles, never code, no weights twice.
 WANTED_FILES = [
     "*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "encoder-*.safetensors", "head-*.safetensors",
 ]  # fmt: skip
@@ -158,10 +159,9 @@ def fingerprint_of(name: str) -> Fingerprint:
     config = {k: v for k, v in document.items() if k not in VOLATILE_CONFIG}
     tokenizer_files = sorted(p for p in folder.iterdir() if TOKENIZER_FILES.fullmatch(p.name))
     weights = _weight_files(name)
-    digest = "random".ljust(16, "0") if name.startswith(RANDOM) else _digest(weights)
     return Fingerprint(
         config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
-        weights=digest,
+        weights="random".ljust(16, "0") if name.startswith(RANDOM) else _digest(weights),
         tokenizer=_digest(tokenizer_files),
     )
 
@@ -223,11 +223,7 @@ def predicted_bytes(name: str, dtype: torch.dtype) -> int:
 
 
 def load_model(
-    name: str,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    device_map: str | None = None,
+    name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None, device_map: str | None = None
 ) -> FrozenLM:
     """Load a frozen model: evaluation mode, no gradients, safetensors only, never remote code.
 
@@ -285,13 +281,10 @@ def pad_sources(
     lm: FrozenLM, sources: Sequence[SourceTokens], *, multiple: int = 1
 ) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
     """Ids and mask (True at real tokens) of a batch, right-padded to a multiple, on the sender's device."""
-    width = -(-max(len(source.ids) for source in sources) // multiple) * multiple
-    ids = torch.zeros(len(sources), width, dtype=torch.long)
-    mask = torch.zeros(len(sources), width, dtype=torch.bool)
-    for i, source in enumerate(sources):
-        ids[i, : len(source.ids)] = torch.tensor(source.ids)
-        mask[i, : len(source.ids)] = True
-    return ids.to(lm.device), mask.to(lm.device)
+    ids = pad_sequence([torch.tensor(source.ids, dtype=torch.long) for source in sources], batch_first=True)
+    ids = F.pad(ids, (0, -ids.shape[1] % multiple))
+    lengths = torch.tensor([len(source.ids) for source in sources])
+    return ids.to(lm.device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(lm.device)
 
 
 class _Reached(Exception):

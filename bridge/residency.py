@@ -340,10 +340,8 @@ class Residency:
 
     def _total(self, staying: list[Resident], activation: int = 0) -> int:
         held = sum(resident.all_bytes for resident in staying)
-        return held + max([activation, *(self._activation(resident.names) for resident in staying)])
-
-    def _activation(self, names: set[str]) -> int:
-        return max(self._activations.get(name, 0) for name in names)
+        noted = (self._activations.get(name, 0) for resident in staying for name in resident.names)
+        return held + max(activation, *noted, 0)
 
     def _kept_seconds(self, resident: Resident) -> float:
         return max((self._keep_alive[name] for name in resident.names if name in self._keep_alive), default=math.inf)

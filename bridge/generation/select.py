@@ -1,8 +1,8 @@
 """Which engine a receiver gets: continuous batching where it gives the reference's own answer, tried, not assumed."""
 
 import logging
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
@@ -37,15 +37,13 @@ def open_engine(
 
     A model that the library's continuous batching refuses, or answers otherwise, gets left-padded batches.
     """
+    made = None
     try:
         made = ContinuousEngine(lm, max_rows=max_rows, kv_tokens=kv_tokens, step_tokens=step_tokens)
+        trouble = _trouble(made)
     except Exception as error:  # whatever the library trips over in a model that it was not made for
-        trouble: str | None = first_line(error)
-    else:
-        try:
-            trouble = _trouble(made)
-        except Exception as error:  # the same, met on the library's own thread
-            trouble = first_line(error)
+        trouble = first_line(error)
+    if made is not None:
         if trouble is None:
             made.on_death = on_death
             return made
@@ -83,16 +81,12 @@ def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation 
     row = Row([0] * count + words, [*range(count), TEXT, TEXT], [IGNORE] * (count + 2))
     params = SamplingParams(max_tokens=ANSWER_TOKENS, logprobs=0)
     wanted = engine.generate(lm, [row], soft[None], [params])[0][0]
-    ended, results = threading.Event(), list[Generation | LatentWireError]()
-
-    def end(result: Generation | LatentWireError) -> None:
-        results.append(result)
-        ended.set()
-
-    made.submit(row, params, Soft(("probe", number), lambda: soft), end)
-    if not ended.wait(PROBE_SECONDS):
+    ended: Future[Generation | LatentWireError] = Future()
+    made.submit(row, params, Soft(("probe", number), lambda: soft), ended.set_result)
+    try:
+        result = ended.result(PROBE_SECONDS)
+    except TimeoutError:
         return wanted, f"continuous batching gave no answer within {PROBE_SECONDS:g} s"
-    result = results[0]
     if isinstance(result, LatentWireError):
         return wanted, f"continuous batching fails with {first_line(result)}"
     return wanted, result
