@@ -199,11 +199,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read ``config.json``.
-
-    Raises:
-        CorruptCheckpoint: Not JSON, a field missing, unknown or of the wrong type; the field is named.
-    """
+    """Read ``config.json`` (CorruptCheckpoint, naming the field that is missing, unknown or of the wrong type)."""
     try:
         return _MANIFEST.validate_json(data)
     except ValidationError as error:

@@ -201,11 +201,7 @@ def _windows(states: States, mask: Mask, ratio: int) -> tuple[Float[Tensor, "B K
 
 
 def encoder_class(kind: str) -> type[Encoder]:
-    """The encoder of that kind.
-
-    Raises:
-        ValueError: There is none; those there are are named.
-    """
+    """The encoder of that kind (ValueError where there is none, with the names of those there are)."""
     if kind not in KINDS:
         raise ValueError(f"Input should be {one_of(KINDS)}")
     return KINDS[kind]

@@ -146,11 +146,7 @@ def hub_folder(name: str) -> Path:
 
 
 def fingerprint_of(name: str) -> Fingerprint:
-    """Identity of a model from its files alone; nothing is loaded.
-
-    Raises:
-        ModelUnavailable: As ``folder_of``, or ``config.json`` is damaged, or there are no safetensors weights.
-    """
+    """Identity of a model from its files alone (ModelUnavailable as ``folder_of``, or where they are damaged)."""
     folder = folder_of(name.removeprefix(RANDOM))
     try:
         document = dict(json.loads((folder / "config.json").read_bytes()))
@@ -210,13 +206,7 @@ def check_role(name: str, role: Role) -> None:
 
 
 def predicted_bytes(name: str, dtype: torch.dtype) -> int:
-    """Bytes the weights of ``name`` will take in ``dtype``; none of them is read.
-
-    From the safetensors headers, or where weights are packed, from the shapes they are unpacked into.
-
-    Raises:
-        ModelUnavailable: As ``folder_of`` and ``check_usable``, or a header is damaged.
-    """
+    """``bytes_of`` a model's weights, which are not read (ModelUnavailable also as ``folder_of``, ``check_usable``)."""
     config = config_of(name)
     check_usable(name, config)
     return bytes_of(name, config, _weight_files(name), dtype)

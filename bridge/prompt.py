@@ -1,8 +1,7 @@
 """THE composer: the one place where receiver inputs are put together.
 
-Training, evaluation and serving all call ``compose`` and ``collate``, so BOS policy, template, token
-boundaries, positions and labels cannot drift apart. Labels leave here unshifted; ``engine.token_losses``
-shifts them, once.
+Training, evaluation and serving all call ``compose`` and ``collate``, so BOS policy, template, token boundaries,
+positions and labels cannot drift apart. Labels leave here unshifted; ``engine.token_losses`` shifts them, once.
 
 Dimensions used in this file:
     B batch    T tokens of a padded row    K slots    D receiver width
@@ -115,11 +114,7 @@ def _layout(lm: Reader, template: str, chat: Chat | None) -> Layout:
 
 
 def check_layout(layout: Layout, lm: Reader) -> None:
-    """Refuse a receiver whose special tokens are not those of the layout.
-
-    Raises:
-        IncompatibleBridge: Naming the token and both ids.
-    """
+    """Refuse a receiver with other special tokens than the layout's (IncompatibleBridge, with token and both ids)."""
     bos = lm.tokenizer.bos_token_id if layout.end_ids is None else lm.source_layout.bos_id
     expected = replace(
         layout,
@@ -152,11 +147,7 @@ def place(layout: Layout, prompt: Prompt) -> Prompt:
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """Text before and after the latent; without ``{latent}`` the latent comes first.
-
-    Raises:
-        InvalidRequest: ``{latent}`` stands more than once.
-    """
+    """Text before and after ``{latent}`` (InvalidRequest where it stands twice); without it the latent comes first."""
     before, found, after = template.partition(LATENT)
     if LATENT in after:
         raise InvalidRequest(
@@ -187,10 +178,9 @@ def compose(
 ) -> Row:
     """One receiver input: BOS, the template with the latent in its place, and the answer when training.
 
-    A run of text is always tokenised whole, so a source read as text is read the way the model learned to
-    read. What follows soft tokens, and the answer, are tokenised as continuations: a tokenizer that marks the
-    start of a text must not mark one there. A space directly before soft tokens is left out, since it belongs
-    to the first word of a text.
+    A run of text is always tokenised whole, so a source read as text is read the way the model learned to read. What
+    follows soft tokens, and the answer, are tokenised as continuations: a tokenizer that marks the start of a text must
+    not mark one there. A space directly before soft tokens is left out, since it belongs to the first word of a text.
 
     Args:
         lm: The model that will read the row.
@@ -273,11 +263,7 @@ def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
 
 
 def fit(lm: Reader, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
-    """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens.
-
-    Raises:
-        InvalidRequest: The template alone is longer.
-    """
+    """``compose`` with a text, cut to a row of ``room`` tokens (InvalidRequest where the template alone is longer)."""
     row, kept = compose(lm, layout, template, latent=text, answer=answer), len(text_ids(lm, text))
     while len(row) > room and kept > 0:  # again where a cut word joins its neighbours otherwise than the whole did
         kept = max(0, kept - (len(row) - room))
@@ -305,11 +291,7 @@ def collate(rows: Sequence[Row], *, side: Literal["left", "right"], multiple: in
 
 
 def embed(lm: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None) -> Float[Tensor, "B T D"]:
-    """Receiver input embeddings with the soft tokens in their places; differentiable in ``soft_tokens``.
-
-    Raises:
-        IncompatibleBridge: The soft tokens are not as wide as the receiver.
-    """
+    """Input embeddings with the soft tokens in place; differentiable in these (IncompatibleBridge at another width)."""
     embeds = lm.embed(batch.ids)
     if soft_tokens is None:
         return embeds

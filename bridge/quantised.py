@@ -30,11 +30,7 @@ def method_of(config: PreTrainedConfig) -> str | None:
 
 
 def check_quantisation(name: str, config: PreTrainedConfig) -> None:
-    """Refuse weights that would be read wrongly, or not at all.
-
-    Raises:
-        ModelUnavailable: Naming the method, and what can be done.
-    """
+    """Refuse weights that would be read wrongly or not at all (ModelUnavailable: the method, and what can be done)."""
     method = method_of(config)
     if method is None:
         return
@@ -68,11 +64,7 @@ def dequantised(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def refuse_unnamed(name: str, dtypes: Mapping[str, str]) -> None:
-    """Weights of 8 bits and fewer mean nothing without their scales, which only a named method applies.
-
-    Raises:
-        ModelUnavailable: Naming such a weight, of those by name in the safetensors headers.
-    """
+    """Refuse weights of 8 bits and fewer without a named method, which would apply their scales (ModelUnavailable)."""
     if packed := [key for key, dtype in dtypes.items() if dtype.startswith(PACKED)]:
         raise ModelUnavailable(
             f"model {name!r} holds {packed[0]} in {dtypes[packed[0]]}, and its config.json names no quantisation: "

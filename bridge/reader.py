@@ -110,8 +110,7 @@ def ids_of_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
     """``text_ids`` of several, at little more than the cost of one; any thread may call it.
 
     Raises:
-        InvalidRequest: Half a surrogate pair; or a token without a row in the embedding, whose id could be taken for
-            something else.
+        InvalidRequest: Half a surrogate pair, or a token without a row in the embedding.
     """
     for text in texts:
         check_unicode(text)

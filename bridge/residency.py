@@ -142,11 +142,7 @@ class Residency:
             self._note_change()
 
     def unload(self, name: str) -> int:
-        """Drop a model now, pinned or not, under all its names; bytes that came back, measured. 0: it was not there.
-
-        Raises:
-            ModelInUse: It is lent.
-        """
+        """Drop a model, pinned or not (ModelInUse while it is lent); bytes that came back, 0 where it was not there."""
         with self._work:
             with self._changed:
                 resident = self._find(name)
