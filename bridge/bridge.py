@@ -47,8 +47,7 @@ class Bridge:
     >>> bridge.generate(latents, "Question: What does Mara want?\\nAnswer:").texts
     [' Mara wants a cup of tea.']
 
-    Models are loaded when they are needed first, one at a time, and stay until ``unload``, or until another one needs
-    their room in the memory budget.
+    Models are loaded when first needed, one at a time, and stay until ``unload``, or until another needs their room.
 
     Attributes:
         name: The checkpoint it was loaded from, or the name it is served under.

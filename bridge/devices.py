@@ -1,7 +1,6 @@
 """Where models compute, and in what: as an operator says it, or as the machine allows.
 
-The words are the same everywhere: ``LW_DEVICE`` and ``LW_DTYPE`` of the service, ``--device`` and ``--precision`` of
-the commands.
+``LW_DEVICE`` and ``LW_DTYPE`` of the service take the same words as ``--device`` and ``--precision`` of the commands.
 """
 
 import logging

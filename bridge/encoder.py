@@ -27,9 +27,8 @@ KINDS: dict[str, type["Encoder"]] = {}
 class Encoder(nn.Module):
     """What every kind shares: normalise the states, make slots, mix them, narrow them to the wire.
 
-    Sender states differ by orders of magnitude between layers and hold a few huge channels, so they are
-    normalised before anything learns from them. Each latent slot leaves with RMS 1: a fixed scale makes int8
-    safe and tells a real message from noise.
+    Sender states differ by orders of magnitude between layers and hold a few huge channels, so they are normalised
+    first. Each latent slot leaves with RMS 1: a fixed scale makes int8 safe and tells a real message from noise.
 
     Attributes:
         kind: What ``--encoder`` and a checkpoint call it. A subclass with one is known once it is defined.

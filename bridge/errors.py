@@ -22,8 +22,7 @@ LatentWireError
 ├── InferenceFailed     the model raised; the whole batch is lost               500
 └── TrainingFailed      a run cannot go on; its last saved state is kept        500
 
-The HTTP status lives in ``service.app``; nothing here knows about HTTP. Every message names the value
-that was met and the value that was expected.
+Nothing here knows about HTTP. Every message names the value that was met and the value that was expected.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,8 +34,7 @@ MAX_SAID = 500
 class LatentWireError(Exception):
     """Base class: ``except LatentWireError`` catches everything above.
 
-    ``param`` names the field or flag at fault where there is one; ``retry_after_seconds`` says when trying again makes
-    sense where that is known.
+    ``param`` names the field or flag at fault, ``retry_after_seconds`` when to try again, where there is one.
 
     >>> try:
     ...     latentwire.Bridge.load("nowhere")

@@ -14,8 +14,7 @@ from latentwire.bridge.quantised import dequantised, dequantising, method_of, re
 
 
 def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
-    """Bytes that weights take in ``dtype``: from the headers of their files, or where they are packed, from the shapes
-    they are unpacked into.
+    """Bytes that weights take in ``dtype``, by the headers of their files, or if packed, by the shapes of the model.
 
     Raises:
         ModelUnavailable: A header is damaged, or weights are packed and the configuration does not say how.

@@ -77,8 +77,7 @@ def weights_bytes(model: nn.Module) -> int:
 def free_caches() -> None:
     """Give back what is held unused: by cycles of objects, by the accelerator's allocator, by the C library.
 
-    glibc keeps the blocks of freed activations, 50 to 90 MB after one batch of a model of 58 M weights (measured),
-    until it is told to let go.
+    Untold, glibc keeps blocks of freed activations: 50 to 90 MB after a batch of a model of 58 M weights (measured).
     """
     gc.collect()
     if torch.cuda.is_available():

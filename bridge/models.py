@@ -88,8 +88,7 @@ class FrozenLM(Reader):
     def embedding_rms(self) -> float:
         """Root mean square of the input embeddings, averaged over the vocabulary (unitless).
 
-        Measured because families differ by two orders of magnitude; soft tokens must arrive at this scale. Read
-        through ``embed``, since some families scale what the weights say.
+        Measured through ``embed``, which some families scale: they differ 100×, and soft tokens must arrive like them.
         """
         every = torch.arange(len(self._embedding.weight), device=self.device)
         chunks = (self.embed(ids).detach().float().pow(2).mean(dim=1).sqrt() for ids in torch.split(every, CHUNK_ROWS))
@@ -219,8 +218,7 @@ def load_model(
 
     Args:
         name: ``builtin:llama``, a local folder, a Hub name (``org/model@revision`` for one revision of it), or one of
-            these behind ``random:`` for a model of the same shape with untrained weights (seeded, so that it has one
-            identity).
+            these behind ``random:`` for a model of the same shape with untrained weights (seeded: it has one identity).
         device: Default: the accelerator where there is one.
         dtype: Default: ``default_dtype(device)``.
         device_map: ``auto`` spreads a model that one accelerator cannot hold over all of them.

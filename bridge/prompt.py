@@ -9,7 +9,7 @@ Dimensions used in this file:
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -86,9 +86,8 @@ class Batch:
 def layout_for(lm: Reader, template: str, *, chat: bool = False, system: str | None = None) -> Layout:
     """The layout a checkpoint keeps for this receiver and a task's prompt template.
 
-    ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``: a later prompt that does not
-    place the latent itself gets the surroundings the bridge was trained in. Text before the latent that holds an
-    unfilled field is left out: a request could not fill it.
+    ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``, for prompts that do not place the
+    latent. Text before it that holds an unfilled field is left out: a request could not fill it.
 
     With ``chat``, prompts go into the receiver's own chat template, behind the ``system`` message where one is given.
 
@@ -116,16 +115,13 @@ def _layout(lm: Reader, template: str, chat: Chat | None) -> Layout:
 def check_layout(layout: Layout, lm: Reader) -> None:
     """Refuse a receiver with other special tokens than the layout's (IncompatibleBridge, with token and both ids)."""
     bos = lm.tokenizer.bos_token_id if layout.end_ids is None else lm.source_layout.bos_id
-    expected = replace(
-        layout,
-        bos_id=None if layout.chat else bos,
-        eos_id=layout.eos_id if layout.chat and layout.eos_id in lm.end_ids else lm.tokenizer.eos_token_id,
-        end_ids=None if layout.end_ids is None else lm.end_ids,
-    )
-    for name in ("bos_id", "eos_id", "end_ids"):
-        want, have = getattr(layout, name), getattr(expected, name)
+    eos = layout.eos_id if layout.chat and layout.eos_id in lm.end_ids else lm.tokenizer.eos_token_id
+    for token, want, have in (
+        ("bos id", layout.bos_id, None if layout.chat else bos),
+        ("eos id", layout.eos_id, eos),
+        ("end ids", layout.end_ids, None if layout.end_ids is None else lm.end_ids),
+    ):
         if have != want:
-            token = name.replace("_", " ")
             raise IncompatibleBridge(f"the layout was made with {token} {want}; {lm.name!r} has {have}")
 
 
@@ -187,8 +183,7 @@ def compose(
         layout: Its BOS and EOS policy, and its chat template.
         template: Holds ``{latent}`` at most once; see ``place``.
         latent: K for K soft tokens; a text for that text in their place; None for nothing.
-        answer: Supervised together with EOS; BOS, template and soft tokens never are. In a chat it opens a turn, and
-            has no space before it.
+        answer: Supervised together with EOS, and nothing else is. In a chat it opens a turn, with no space before it.
         max_tokens: The most the receiver takes, tokens to be generated included.
 
     Raises:
@@ -250,8 +245,7 @@ def _run(lm: Reader, text: str, follows: bool) -> list[int]:
 def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
     """Tokens of ``text`` where something already stands before it.
 
-    Tried with the real text before it, then with neutral anchors; a tokenizer that merges across every one
-    of them gets the text's own tokens.
+    Tried after the real text, then after neutral anchors; where a tokenizer merges across all, the text's own tokens.
     """
     for anchor in (before, ".", "a", "0"):
         if not anchor:

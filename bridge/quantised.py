@@ -16,8 +16,6 @@ from latentwire.bridge.errors import ModelUnavailable
 
 PACKED = ("F8", "F6", "F4")  # dtypes of safetensors
 UNPACKED = "save it unquantised (where its library runs: model.dequantize(), then save_pretrained)"
-
-
 READ = {"fp8": None, "mxfp4": None, "compressed-tensors": "compressed_tensors"}
 """Each ``quant_method`` that transformers unpacks while it reads, with the package it needs; others are refused."""
 

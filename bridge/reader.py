@@ -153,8 +153,7 @@ def check_ids(lm: Reader, ids: Sequence[int]) -> None:
 def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The tokenizer as texts meet it: without ``_marks``; None for one written in Python.
 
-    Nothing changes it any more: the library's own call sets padding and truncation each time, which two threads cannot
-    do at once.
+    Nothing changes it any more: the library's own call sets padding and truncation, which two threads must not at once.
     """
     if not tokenizer.is_fast:
         return None
@@ -218,8 +217,7 @@ def _pair(merge: Any) -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class SourceTokens:
-    """A source as the sender reads it: ids, those around the text included, cut to the bridge's limit; and its full
-    length."""
+    """A source as the sender reads it: ids, with those around the text, cut to the bridge's limit; its full length."""
 
     ids: list[int]
     full_length: int

@@ -59,8 +59,7 @@ class Message:
 def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16", *, key: bytes | None = None) -> bytes:
     """Pack a latent (K, C), and sign it when there is a key.
 
-    float16 halves float32 at a relative error of 2⁻¹¹. int8 keeps one scale per slot, so that a slot's error
-    is at most 1/254 of its own largest number.
+    float16 has a relative error of 2⁻¹¹; int8, with a scale per slot, errs by at most 1/254 of a slot's largest number.
 
     Args:
         latent: Slots of RMS 1.

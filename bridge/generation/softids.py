@@ -3,9 +3,8 @@
 They are rows of a table of their own, and the sign says which table an id is of: the vocabulary's begin at 0 and go up
 (a tokenizer has no other), the soft tokens' begin at -1 and go down. So no text can name one, whatever its tokenizer.
 
-An engine that shares cached blocks between requests finds them by their ids. So an id must never come to mean another
-soft token while a block made with it could be found: ids are handed out in order and not again. A latent that
-is asked again keeps its ids, on purpose, and then shares its blocks.
+An engine that shares cached blocks between requests finds them by their ids. So ids are handed out in order and not
+again, lest a block be found for another soft token. A latent asked again keeps its ids, and so shares its blocks.
 
 Dimensions used in this file:
     K soft tokens    D model width    T tokens
