@@ -69,11 +69,7 @@ REFUSALS = (
 
 
 def check_usable(name: str, config: PreTrainedConfig, role: Role | None = None) -> None:
-    """Refuse a model that would not be read rightly here, or could not play its part, before any weight is read.
-
-    Raises:
-        ModelUnavailable: Naming what is in the way: the quantisation and what can be done, or the role and why.
-    """
+    """Refuse a model that cannot be read rightly or play its part (ModelUnavailable, naming what is in the way)."""
     check_quantisation(name, config)
     for refusal in REFUSALS:
         if role in refusal.roles and refusal.applies(config):

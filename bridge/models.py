@@ -105,11 +105,7 @@ class FrozenLM(Reader):
 
 
 def folder_of(name: str) -> Path:
-    """Where the files of ``builtin:…``, a local folder or a Hub name are (fetched when missing).
-
-    Raises:
-        ModelUnavailable: No such built-in model, folder or reachable Hub repository, or it holds GGUF files alone.
-    """
+    """Where the files of ``builtin:…``, a folder or a Hub name are, once fetched (ModelUnavailable: none, or GGUF)."""
     if name.startswith("builtin:"):
         folder = BUILTIN / name.removeprefix("builtin:")
         if not (folder / "config.json").is_file():

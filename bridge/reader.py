@@ -256,11 +256,7 @@ def source_tokens(config: BridgeConfig, lm: Reader, text: str, *, truncate: bool
 def tokenize_source(
     lm: Reader, text: str, kept: SourceLayout | None, *, max_tokens: int, truncate: bool = False
 ) -> SourceTokens:
-    """Sender tokens of one text, with what a bridge has around its sources (see ``kept_layout``).
-
-    Raises:
-        InvalidRequest: The text holds no token, or more than ``max_tokens`` when ``truncate`` is off.
-    """
+    """Sender tokens of a text in its ``kept_layout`` (InvalidRequest: empty, or too long where ``truncate`` is off)."""
     layout, ids, max_tokens = kept_layout(kept, lm), text_ids(lm, text), min(max_tokens, lm.max_tokens)
     if not ids or not text.strip():
         raise InvalidRequest(f"the text {text!r} is empty; expected at least one word", param="inputs")

@@ -260,13 +260,12 @@ class Residency:
     def _wait(self, seen: int, deadline: float | None, wait_seconds: float, name: str, need: int) -> float | None:
         """Until something changes; the deadline, which runs from when models in use are in the way."""
         with self._changed:
-            if self._short is None:
-                self._changed.wait_for(lambda: self._changes != seen)
-                return deadline
-            deadline = time.monotonic() + wait_seconds if deadline is None else deadline
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise InsufficientMemory(self._does_not_fit(repr(name), need))
+            left = None
+            if self._short is not None:
+                deadline = time.monotonic() + wait_seconds if deadline is None else deadline
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise InsufficientMemory(self._does_not_fit(repr(name), need))
             self._changed.wait_for(lambda: self._changes != seen, left)
             return deadline
 

@@ -10,7 +10,7 @@ Dimensions used in this file:
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch

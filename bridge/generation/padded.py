@@ -89,7 +89,11 @@ class PaddedEngine(Engine):
                 part = list(filter(self._is_live, parts.pop()))
                 soft = [self._soft.get(running.name) for running in part]
             if part and (shortage := self._attempt(part, soft)):
-                parts += self._halve(part, shortage)
+                self.out_of_memory += 1
+                free_caches()
+                if len(part) == 1:
+                    self._end(part[0], InsufficientMemory(f"the request does not fit in memory ({shortage})"))
+                parts += halves(part)
         self.on_step(len(batch), time.monotonic() - started)
 
     def _attempt(self, batch: Sequence[Running], soft: Sequence[Float[Tensor, "K D"] | None]) -> str:
@@ -109,13 +113,6 @@ class PaddedEngine(Engine):
             for running in filter(self._is_live, batch):
                 self._end(running, InferenceFailed.of(error))
         return ""
-
-    def _halve(self, batch: list[Running], reason: str) -> list[list[Running]]:
-        self.out_of_memory += 1
-        free_caches()
-        if len(batch) == 1:
-            self._end(batch[0], InsufficientMemory(f"the request does not fit in memory ({reason})"))
-        return halves(batch)
 
     def _token(self, running: Running) -> None:
         self.last_step = time.monotonic()

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import torch
 
 from latentwire.bridge import engine
-from latentwire.bridge.errors import LatentWireError, first_line
+from latentwire.bridge.errors import InferenceFailed, LatentWireError, first_line
 from latentwire.bridge.families import window_tokens
 from latentwire.bridge.generation.base import Engine, Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
@@ -59,16 +59,14 @@ def _trouble(made: ContinuousEngine) -> str | None:
     """
     for number in range(TRIES):
         wanted, result = _tried(made, number)
-        if isinstance(result, str):
-            return result
         trouble = _difference(wanted, result, exact=made.lm.model.dtype == torch.float32)
         if trouble is not None or len(wanted.logprobs or ()) > 1:
             return trouble
     return "the answers that continuous batching was tried on end at once"
 
 
-def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation | str]:
-    """What the reference answers to a request, and what the engine does, or why it does not.
+def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation]:
+    """What the reference answers to a request, and what the engine does (InferenceFailed where it does not).
 
     A request is twice as long as any window of the model's attention, where the cache can hold it: a mask that lets too
     much through shows no sooner. The reference runs while the engine is open, as evaluations do.
@@ -86,9 +84,9 @@ def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation 
     try:
         result = ended.result(PROBE_SECONDS)
     except TimeoutError:
-        return wanted, f"continuous batching gave no answer within {PROBE_SECONDS:g} s"
+        raise InferenceFailed(f"continuous batching gave no answer within {PROBE_SECONDS:g} s") from None
     if isinstance(result, LatentWireError):
-        return wanted, f"continuous batching fails with {first_line(result)}"
+        raise InferenceFailed(f"continuous batching fails with {first_line(result)}")
     return wanted, result
 
 
