@@ -100,12 +100,7 @@ def _bridge_id(config: BridgeConfig, encoder: Part) -> str:
 
 
 def read_manifest(name: str | Path) -> Manifest:
-    """What a checkpoint is, without its weights.
-
-    Raises:
-        UnknownBridge: No checkpoint there.
-        CorruptCheckpoint: ``config.json`` cannot be read.
-    """
+    """What a checkpoint is, without its weights (UnknownBridge: there is none; CorruptCheckpoint: it is damaged)."""
     path = folder_of_checkpoint(name) / CONFIG
     manifest = parse_manifest(_read(path), str(path))
     try:

@@ -95,13 +95,10 @@ def generate(
     soft_tokens: Float[Tensor, "B K D"] | None,
     params: Sequence[SamplingParams],
 ) -> tuple[list[Generation], float]:
-    """Generate for every row; each by its own parameters, none influenced by its neighbours.
+    """Generations of rows, none influenced by its neighbours, and the seconds until the first token was chosen.
 
-    Rows are left-padded and run through the library's own ``generate``, with explicit positions: exact for
-    every decoder family, and the reference for faster engines.
-
-    Returns:
-        Generations in order, and the seconds until the first token of the first batch was chosen.
+    Rows are left-padded and run through the library's own ``generate``, with explicit positions: exact for every
+    decoder family, and the reference for faster engines.
     """
     outputs = [OutputText(OutputTokens(receiver, p)) for p in params]
 
@@ -121,12 +118,10 @@ def run(
     outputs: Sequence[OutputTokens],
     on_token: Callable[[int], None] = lambda row: None,
 ) -> float:
-    """Generate outputs to their ends; one that has begun is continued, one that is ended meanwhile is left alone.
+    """Generate outputs to their ends, and return the seconds until the first token of the first batch was chosen.
 
-    ``on_token`` is called with a row's number after each of its tokens.
-
-    Returns:
-        Seconds until the first token of the first batch was chosen.
+    One that has begun is continued, one that is ended meanwhile is left alone. ``on_token`` is called with a row's
+    number after each of its tokens.
     """
     seconds: list[float] = []
     rows = [row.after(output.ids) for row, output in zip(rows, outputs, strict=True)]

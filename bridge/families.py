@@ -84,9 +84,8 @@ def context_tokens(config: PreTrainedConfig) -> int:
     """
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in LENGTHS]
-    for rope in _ropes(text):
-        if rope.get("rope_type") in BY_LONGEST:
-            limits.append(rope.get("original_max_position_embeddings"))
+    by_longest = [rope for rope in _ropes(text) if rope.get("rope_type") in BY_LONGEST]
+    limits += [rope.get("original_max_position_embeddings") for rope in by_longest]
     return min((int(limit) for limit in limits if limit), default=1 << 20)
 
 

@@ -57,14 +57,11 @@ class Row:
     def with_slots(self, count: int) -> "Row":
         """The same row around ``count`` soft tokens: what it would be with another example's latent."""
         first, had = self.slots.index(0), sum(slot != TEXT for slot in self.slots)
-
-        def around(values: list[int], middle: list[int]) -> list[int]:
-            return values[:first] + middle + values[first + had :]
-
+        before, after = slice(first), slice(first + had, None)
         return Row(
-            around(self.ids, [0] * count),
-            around(self.slots, list(range(count))),
-            around(self.labels, [IGNORE] * count),
+            self.ids[before] + [0] * count + self.ids[after],
+            self.slots[before] + list(range(count)) + self.slots[after],
+            self.labels[before] + [IGNORE] * count + self.labels[after],
         )
 
 

@@ -1,9 +1,8 @@
 """Checkpoints whose weights are packed into fewer bits: which are read, and how.
 
-What is read is dequantised while it is read, into the dtype the model computes in: then every layer is an ordinary one,
-with gradients for training and the same answer in every batch. Packed layers have neither without fail: a 4-bit layer
-of bitsandbytes gives wrong gradients once it has run without them on a CPU, an 8-bit one decides by the whole batch
-which columns stay in half precision.
+What is read is dequantised into the dtype the model computes in: every layer is then an ordinary one, with gradients
+for training and the same answer in every batch. Packed ones may lack both: a 4-bit layer of bitsandbytes gives wrong
+gradients once it has run without them on a CPU, an 8-bit one decides by the whole batch which columns stay in half.
 """
 
 from collections.abc import Mapping

@@ -233,12 +233,7 @@ class Residency:
             return max(self.budget_bytes - self._total(staying), 0)
 
     def predict(self, name: str) -> int:
-        """Bytes a model's weights will take here; nothing is loaded.
-
-        Raises:
-            InsufficientMemory: More than the whole budget.
-            ModelUnavailable: As ``predicted_bytes``.
-        """
+        """``predicted_bytes`` of a model here, with its errors (InsufficientMemory beyond the whole budget)."""
         need = predicted_bytes(name, self.dtype or default_dtype(self.device))
         if self.budget_bytes is not None and need > self.budget_bytes:
             raise InsufficientMemory(f"{name!r} needs {need} bytes; the memory budget is {self.budget_bytes}")
