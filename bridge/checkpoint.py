@@ -156,12 +156,7 @@ def check_receiver(config: BridgeConfig, name: str, receiver: FrozenLM) -> None:
 
 
 def check_models(config: BridgeConfig) -> None:
-    """Compare every model a checkpoint names with the files found under that name now; loads nothing.
-
-    Raises:
-        IncompatibleBridge: A model has changed; both digests are named.
-        ModelUnavailable: A model is not there, or cannot play its part here.
-    """
+    """Compare every model a checkpoint names with its files, unloaded (errors as ``check_role``, ``check_identity``)."""
     refs: list[tuple[Role, ModelRef]] = [("sender", config.sender)]
     refs += [("receiver", head.receiver) for head in config.heads.values()]
     for role, ref in refs:

@@ -14,7 +14,7 @@ LatentWireError
 ├── ModelInUse          the model is lent and cannot be dropped now             409
 ├── Overloaded          the queue is full; try again later                      429
 ├── RateLimited         the key has used what it may use in a minute            429
-├── NotReady            the models are still loading                             503
+├── NotReady            the models are still loading                            503
 ├── StoreUnavailable    the store of latents does not answer                    503
 ├── InsufficientMemory  the models do not fit the memory budget                 503
 ├── DeadlineExceeded    the answer would come too late                          504
@@ -22,7 +22,8 @@ LatentWireError
 ├── InferenceFailed     the model raised; the whole batch is lost               500
 └── TrainingFailed      a run cannot go on; its last saved state is kept        500
 
-Nothing here knows about HTTP. Every message names the value that was met and the value that was expected.
+The HTTP status lives in ``service.api.errors``; nothing here knows about HTTP. Every message names the value
+that was met and the value that was expected.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,7 @@ MAX_SAID = 500
 class LatentWireError(Exception):
     """Base class: ``except LatentWireError`` catches everything above.
 
-    ``param`` names the field or flag at fault, ``retry_after_seconds`` when to try again, where there is one.
+    ``param`` names the field or flag at fault, ``retry_after_seconds`` when to try again, where either is known.
 
     >>> try:
     ...     latentwire.Bridge.load("nowhere")

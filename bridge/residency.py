@@ -200,12 +200,8 @@ class Residency:
             self._activations[name] = max(self._activations.get(name, 0), size_bytes)
 
     def attach(self, name: str, closer: Callable[[], object], size_bytes: int) -> None:
-        """Let something live with a lent model, as a generation engine with its cache: its bytes count in the budget,
-        and ``closer`` is called before the model is dropped, which never happens while it is lent.
-
-        Raises:
-            InsufficientMemory: It does not fit beside the models in use; nothing is attached.
-        """
+        """Let something live with a lent model, as a generation engine with its cache: its bytes count in the budget
+        (InsufficientMemory where they do not fit), and ``closer`` is called before the model is dropped."""
         with self._work:
             with self._changed:
                 resident = self._find(name)

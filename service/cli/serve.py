@@ -33,7 +33,7 @@ def serve(
         str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
     ] = None,
 ) -> None:
-    """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the README)."""
+    """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the guide: Serving)."""
     from pydantic import ValidationError
 
     from latentwire.service.app import create_app

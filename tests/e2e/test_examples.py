@@ -22,7 +22,7 @@ def run(name: str, *arguments: object, **variables: str) -> list[str]:
 
 
 def test_every_example_is_run_here() -> None:
-    tested = {"ask_many", "two_models", "own_task", "openai_client"}
+    tested = {"ask_many", "two_models", "own_task", "own_encoder", "openai_client"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -43,6 +43,12 @@ def test_a_bridge_is_trained_and_measured_on_ones_own_data(tmp_path: Path) -> No
     lines = run("own_task", "--folder", tmp_path, "--steps", 2, "--limit", 2)
     assert any("bridge" in line and "soft tokens from the sender" in line for line in lines)
     assert "orders" in (tmp_path / "report.html").read_text()
+
+
+def test_a_bridge_is_trained_with_an_encoder_of_ones_own(tmp_path: Path) -> None:
+    lines = run("own_encoder", "--out", tmp_path / "run", "--steps", 2, "--limit", 2)
+    assert any("→ maximum (" in line for line in lines)
+    assert any("bridge" in line and "soft tokens from the sender" in line for line in lines)
 
 
 @pytest.fixture
