@@ -229,11 +229,7 @@ class Bridge:
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.name,
             outputs=outputs,
-            usage=Usage(
-                source_tokens=source_tokens,
-                soft_tokens=sum(map(len, latents)),
-                generated_tokens=sum(output.token_count for output in outputs),
-            ),
+            usage=Usage(source_tokens, sum(map(len, latents)), sum(output.token_count for output in outputs)),
             timing=Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms),
             diversity=diversity([output.text for output in outputs]),
         )

@@ -156,7 +156,7 @@ def check_receiver(config: BridgeConfig, name: str, receiver: FrozenLM) -> None:
 
 
 def check_models(config: BridgeConfig) -> None:
-    """Compare every model a checkpoint names with its files, unloaded (errors as ``check_role``, ``check_identity``)."""
+    """Compare every model a checkpoint names with its files, unloaded (errors: ``check_role``, ``check_identity``)."""
     refs: list[tuple[Role, ModelRef]] = [("sender", config.sender)]
     refs += [("receiver", head.receiver) for head in config.heads.values()]
     for role, ref in refs:

@@ -90,7 +90,7 @@ class FrozenLM(Reader):
 
         Measured through ``embed``, which some families scale: they differ 100×, and soft tokens must arrive like them.
         """
-        every = torch.arange(len(self._embedding.weight), device=self.device)
+        every = torch.arange(self.rows, device=self.device)
         chunks = (self.embed(ids).detach().float().pow(2).mean(dim=1).sqrt() for ids in torch.split(every, CHUNK_ROWS))
         return sum(float(rms.sum()) for rms in chunks) / len(every)
 
