@@ -8,7 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -333,11 +333,9 @@ def _prompts(prompt: str | Sequence[str] | Sequence[Mapping[str, Any]], count: i
 
 
 def _turn(message: object) -> Turn:
-    try:
+    with suppress(ValidationError):
         if isinstance(message, Mapping) and message.keys() == {"role", "content"}:
             return Turn(message["role"], message["content"])
-    except ValidationError:
-        pass
     roles = ", ".join(get_args(ChatRole))
     raise InvalidRequest(
         f"a message is {shorten(repr(message), 80)}; expected its role ({roles}) and its content", param="prompt"

@@ -64,7 +64,7 @@ def soften(
     return None if padded is None else cast(Tensor, bridge.head(receiver_name)(padded.to(receiver.device)))
 
 
-def pad_rows(rows: Sequence[Float[Tensor, "K W"] | None]) -> Float[Tensor, "B K W"] | None:
+def pad_rows(rows: Sequence[Float[Tensor, "_ W"] | None]) -> Float[Tensor, "B K W"] | None:
     """Latents or soft tokens of any length, right-padded with zeros; None stands for a row without."""
     first = next((row for row in rows if row is not None), None)
     if first is None:

@@ -59,10 +59,9 @@ class Resident:
 class Residency:
     """Holds frozen models within ``budget_bytes`` (None: no limit), each once whatever the names it goes by.
 
-    Into the budget count the weights, what is attached to them, and the largest activation noted for a model that
-    stays; the last gives way where a model could otherwise not even run alone. ``history`` keeps the last events as
-    (event, model, resident bytes after it), so that an operator, or a test, can see in which order models came and
-    went. ``loading`` names the model being read right now.
+    Into the budget count weights, what is attached to them, and the largest activation noted for a model that stays;
+    the last gives way where a model could otherwise not even run alone. ``history`` keeps the last events, as (event,
+    model, resident bytes after it); ``loading`` names the model being read right now.
     """
 
     budget_bytes: int | None = None
