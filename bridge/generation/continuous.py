@@ -309,15 +309,15 @@ class _Choose(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Float[Tensor, "B V"], tensor_arg: Tensor) -> Float[Tensor, "B V"]:
         rows = [self._engine._running.get(name) for name in self._names]
-        live = [i for i, running in enumerate(rows) if self._engine._is_live(running)]
-        outputs = [running.tokens for running in rows if self._engine._is_live(running)]
+        live = {i: running.tokens for i, running in enumerate(rows) if self._engine._is_live(running)}
+        outputs = list(live.values())
         if all(output.params.temperature == 0 and output.params.logprobs is None for output in outputs):
             return scores
-        logits = scores[: len(rows)][live]
+        logits = scores[: len(rows)][list(live)]
         chosen = choose(logits, [output.params for output in outputs], [len(output.ids) for output in outputs])
         for i, logprob in zip(live, logprobs_of(outputs, logits, chosen), strict=True):
             self._engine._logprobs[self._names[i]] = logprob
-        return scores.index_copy(0, torch.tensor(live, device=scores.device), chosen)
+        return scores.index_copy(0, torch.tensor(list(live), device=scores.device), chosen)
 
 
 class _Router(OutputRouter):

@@ -147,7 +147,7 @@ class OutputText:
         return generation
 
     def read(self) -> str:
-        """The next piece of text that no later token can change: no half of a character, no start of a stop string."""
+        """The next piece of the text that no later token changes: no half of a character, no start of a stop string."""
         if self._ended_by is None:
             ended_by = self.tokens.ended_by  # read before the tokens: it then holds for all of them
             self._decode(self.tokens.ids[self._read :])
