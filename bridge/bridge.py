@@ -266,11 +266,7 @@ class Bridge:
     def compose(
         self, receiver: str, given: NDArray[np.float32] | str | None, prompt: Prompt, params: SamplingParams
     ) -> Row:
-        """The receiver's input: a prompt with a latent, a text or nothing in the latent's place.
-
-        Raises:
-            InvalidRequest: It leaves no room for the answer, or a stop id is no token of the receiver.
-        """
+        """A prompt as receiver input, with a latent, a text or nothing (InvalidRequest: no room, or odd stop ids)."""
         reader, layout = self.reader(receiver), self.manifest.bridge.heads[receiver].layout
         with at_fault("stop_ids"):
             check_ids(reader, params.stop_ids)

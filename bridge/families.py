@@ -20,10 +20,8 @@ Role = Literal["sender", "receiver"]
 LENGTHS = ("max_position_embeddings", "max_seq_len")
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 BY_LONGEST = ("longrope",)
-"""Rotary embeddings whose frequencies change for a whole batch once its longest row passes the original length.
-
-``dynamic`` ones do so too, but beyond ``max_position_embeddings``, where nothing is read.
-"""
+"""Rotary embeddings whose frequencies change for a whole batch once its longest row passes the original length;
+``dynamic`` ones do so too, but beyond ``max_position_embeddings``, where nothing is read."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,7 @@ from latentwire.bridge.quantised import dequantised, dequantising, method_of, re
 
 
 def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
-    """Bytes that weights take in ``dtype``, by the headers of their files, or if packed, by the shapes of the model.
-
-    Raises:
-        ModelUnavailable: A header is damaged, or weights are packed and the configuration does not say how.
-    """
+    """Bytes of weights in ``dtype``, by file headers, or the model if packed (ModelUnavailable: damaged, or unnamed)."""
     if method_of(config) is not None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(dequantised(config))  # type: ignore[no-untyped-call]

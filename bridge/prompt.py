@@ -86,8 +86,7 @@ def layout_for(lm: Reader, template: str, *, chat: bool = False, system: str | N
     ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``, for prompts that do not place the
     latent. Text before it that holds an unfilled field is left out: a request could not fill it.
 
-    With ``chat``, prompts go into the receiver's own chat template (ModelUnavailable where it has none), behind the
-    ``system`` message where one is given.
+    With ``chat``, prompts go into the receiver's own template, behind any ``system`` message (ModelUnavailable: none).
     """
     before, after = split_template(template)
     before = "" if re.search(r"\{\w+\}", before) else before

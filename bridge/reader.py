@@ -107,11 +107,7 @@ def text_ids(lm: Reader, text: str) -> list[int]:
 
 
 def ids_of_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
-    """``text_ids`` of several, at little more than the cost of one; any thread may call it.
-
-    Raises:
-        InvalidRequest: Half a surrogate pair, or a token without a row in the embedding.
-    """
+    """``text_ids`` of several, at the cost of one, from any thread (InvalidRequest: no Unicode, or no row for a token)."""
     for text in texts:
         check_unicode(text)
     if (plain := _plain(lm.tokenizer)) is not None:
