@@ -14,7 +14,7 @@ from latentwire.bridge.quantised import dequantised, dequantising, method_of, re
 
 
 def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
-    """Bytes of weights in ``dtype``, by file headers, or the model if packed (ModelUnavailable: damaged, or unnamed)."""
+    """Bytes of weights in ``dtype``: by their headers, or if packed, the model's shapes (ModelUnavailable: damaged)."""
     if method_of(config) is not None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(dequantised(config))  # type: ignore[no-untyped-call]
