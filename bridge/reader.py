@@ -107,7 +107,7 @@ def text_ids(lm: Reader, text: str) -> list[int]:
 
 
 def ids_of_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
-    """``text_ids`` of several at the cost of one, by any thread (InvalidRequest: no Unicode, or a token without a row)."""
+    """``text_ids`` of several at the cost of one, by any thread (InvalidRequest: no Unicode, or a token has no row)."""
     for text in texts:
         check_unicode(text)
     if (plain := _plain(lm.tokenizer)) is not None:
