@@ -8,7 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -47,8 +47,7 @@ class Bridge:
     >>> bridge.generate(latents, "Question: What does Mara want?\\nAnswer:").texts
     [' Mara wants a cup of tea.']
 
-    Models are loaded when they are needed first, one at a time, and stay until ``unload``, or until another one needs
-    their room in the memory budget.
+    Models are loaded when first needed, one at a time, and stay until ``unload``, or until another needs their room.
 
     Attributes:
         name: The checkpoint it was loaded from, or the name it is served under.
@@ -230,11 +229,7 @@ class Bridge:
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.name,
             outputs=outputs,
-            usage=Usage(
-                source_tokens=source_tokens,
-                soft_tokens=sum(map(len, latents)),
-                generated_tokens=sum(output.token_count for output in outputs),
-            ),
+            usage=Usage(source_tokens, sum(map(len, latents)), sum(output.token_count for output in outputs)),
             timing=Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms),
             diversity=diversity([output.text for output in outputs]),
         )
@@ -271,11 +266,7 @@ class Bridge:
     def compose(
         self, receiver: str, given: NDArray[np.float32] | str | None, prompt: Prompt, params: SamplingParams
     ) -> Row:
-        """The receiver's input: a prompt with a latent, a text or nothing in the latent's place.
-
-        Raises:
-            InvalidRequest: It leaves no room for the answer, or a stop id is no token of the receiver.
-        """
+        """A prompt as receiver input, with a latent, a text or nothing (InvalidRequest: no room, or odd stop ids)."""
         reader, layout = self.reader(receiver), self.manifest.bridge.heads[receiver].layout
         with at_fault("stop_ids"):
             check_ids(reader, params.stop_ids)
@@ -338,11 +329,9 @@ def _prompts(prompt: str | Sequence[str] | Sequence[Mapping[str, Any]], count: i
 
 
 def _turn(message: object) -> Turn:
-    try:
+    with suppress(ValidationError):
         if isinstance(message, Mapping) and message.keys() == {"role", "content"}:
             return Turn(message["role"], message["content"])
-    except ValidationError:
-        pass
     roles = ", ".join(get_args(ChatRole))
     raise InvalidRequest(
         f"a message is {shorten(repr(message), 80)}; expected its role ({roles}) and its content", param="prompt"

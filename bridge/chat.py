@@ -33,11 +33,7 @@ def chat_of(lm: Reader, system: str | None) -> Chat:
 
 
 def segments(lm: Reader, chat: Chat, turns: Sequence[Turn]) -> list[Segment]:
-    """A conversation up to where the assistant speaks next: the template's tokens, and runs of text between them.
-
-    Raises:
-        InvalidRequest: The template refuses the conversation, or leaves a turn out.
-    """
+    """A conversation up to the assistant's next turn, as tokens and text (InvalidRequest: the template refuses it)."""
     parts = _rendered(lm, chat, [turn.role for turn in turns], prompting=True)
     made: list[Segment] = _split(lm, parts[0])
     for turn, markup in zip(turns, parts[1:], strict=True):

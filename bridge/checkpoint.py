@@ -44,11 +44,7 @@ class BridgeModel:
         return next(iter(self.config.heads))
 
     def head(self, receiver: str) -> SoftTokenHead:
-        """The head of one receiver.
-
-        Raises:
-            UnknownBridge: The bridge has no head for it; those it has are named.
-        """
+        """The head of one receiver (UnknownBridge where there is none, with the names of those there are)."""
         if receiver not in self.config.heads:
             known = ", ".join(self.config.heads)
             raise UnknownBridge(f"the bridge has no head for receiver {receiver!r}; it has {known}", param="receiver")
@@ -74,11 +70,7 @@ def make_bridge(config: BridgeConfig) -> BridgeModel:
 
 
 def folder_of_checkpoint(name: str | Path) -> Path:
-    """``builtin`` is the bridge that ships with the product; anything else is a folder, or a Hub name.
-
-    Raises:
-        UnknownBridge: No such folder or reachable Hub repository, or no checkpoint in it.
-    """
+    """The folder of ``builtin``, a folder or a reachable Hub name (UnknownBridge where no checkpoint is in it)."""
     folder = BUILTIN_BRIDGE if str(name) == "builtin" else Path(name)
     if not folder.exists() and HUB_NAME.fullmatch(str(name)):
         with suppress(ModelUnavailable):
@@ -108,12 +100,7 @@ def _bridge_id(config: BridgeConfig, encoder: Part) -> str:
 
 
 def read_manifest(name: str | Path) -> Manifest:
-    """What a checkpoint is, without its weights.
-
-    Raises:
-        UnknownBridge: No checkpoint there.
-        CorruptCheckpoint: ``config.json`` cannot be read.
-    """
+    """What a checkpoint is, without its weights (UnknownBridge: there is none; CorruptCheckpoint: it is damaged)."""
     path = folder_of_checkpoint(name) / CONFIG
     manifest = parse_manifest(_read(path), str(path))
     try:
@@ -148,11 +135,7 @@ def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tupl
 
 
 def check_identity(expected: ModelRef, actual: Fingerprint, role: str) -> None:
-    """Refuse a model that is not the one a bridge was trained with.
-
-    Raises:
-        IncompatibleBridge: Naming the part that differs and both digests.
-    """
+    """Refuse a model other than the one trained with (IncompatibleBridge, with the part that differs, both digests)."""
     for part in ("config", "weights", "tokenizer"):
         want, have = getattr(expected.fingerprint, part), getattr(actual, part)
         if want != have:
@@ -173,12 +156,7 @@ def check_receiver(config: BridgeConfig, name: str, receiver: FrozenLM) -> None:
 
 
 def check_models(config: BridgeConfig) -> None:
-    """Compare every model a checkpoint names with the files found under that name now; loads nothing.
-
-    Raises:
-        IncompatibleBridge: A model has changed; both digests are named.
-        ModelUnavailable: A model is not there, or cannot play its part here.
-    """
+    """Compare every model a checkpoint names with its files, unloaded (errors: ``check_role``, ``check_identity``)."""
     refs: list[tuple[Role, ModelRef]] = [("sender", config.sender)]
     refs += [("receiver", head.receiver) for head in config.heads.values()]
     for role, ref in refs:
@@ -196,11 +174,7 @@ def write_part(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> Part:
 
 
 def read_part(folder: Path, part: Part) -> dict[str, Tensor]:
-    """Read a weight file back.
-
-    Raises:
-        CorruptCheckpoint: Missing, of another size, or with another digest; both values are named.
-    """
+    """Read a weight file back (CorruptCheckpoint where it is missing, or of another digest; both digests are named)."""
     path = folder / part.file
     if not path.is_file():
         raise CorruptCheckpoint(f"{path} is missing; the checkpoint needs its {part.bytes} bytes")

@@ -78,13 +78,10 @@ class Layout:
     """How a receiver input is put together; read by ``bridge.prompt`` alone.
 
     Attributes:
-        template: Where latent and prompt stand when a request's prompt does not say, e.g.
-            ``"Review: {latent}\\n{prompt}"``.
-        bos_id: Receiver token that opens every input, once, or None where the tokenizer adds none, or the chat
-            template says what opens it.
+        template: Where latent and prompt stand unless a prompt says: ``"Review: {latent}\\n{prompt}"``.
+        bos_id: Receiver token that opens every input, once; None where the tokenizer, or a chat template, adds none.
         eos_id: Receiver token that a bridge is taught to end its answers with, or None.
-        end_ids: Every receiver token that ends an answer; None in a bridge made before they were kept, and before BOS
-            followed what the tokenizer adds rather than what it has.
+        end_ids: Every receiver token that ends an answer; None in an old bridge, whose BOS is what the tokenizer has.
         chat: The chat template around prompts; None for plain text.
     """
 
@@ -179,8 +176,7 @@ class Part:
 class Manifest:
     """``config.json``: the one file whose replacement commits a checkpoint.
 
-    ``bridge_id`` (32 hex digits) names the latent space: it is made from the encoder alone, so that a head
-    added later still reads latents sent earlier.
+    ``bridge_id`` (32 hex digits) names the latent space: made from the encoder alone, so that later heads read it too.
     """
 
     format: Literal[1]
@@ -199,11 +195,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read ``config.json``.
-
-    Raises:
-        CorruptCheckpoint: Not JSON, a field missing, unknown or of the wrong type; the field is named.
-    """
+    """Read ``config.json`` (CorruptCheckpoint, naming the field that is missing, unknown or of the wrong type)."""
     try:
         return _MANIFEST.validate_json(data)
     except ValidationError as error:

@@ -29,13 +29,10 @@ class Text:
     several, and shows a whole run of byte tokens as ``UNFINISHED`` when that is no UTF-8. So new tokens are decoded
     behind a few that came before, and what they add is settled where nothing later can reach it. Tokens that stand for
     no text are left out first, as the decoder does: bytes on either side of one are one run.
-
-    Attributes:
-        settled: Text that no later token changes.
     """
 
     def __init__(self, lm: Reader) -> None:
-        self.settled = ""
+        self.settled = ""  # text that no later token changes
         self._lm, self._hidden = lm, frozenset(lm.special.values())
         self._context: list[int] = []
         self._before = 0  # characters of the context

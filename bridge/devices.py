@@ -1,7 +1,6 @@
 """Where models compute, and in what: as an operator says it, or as the machine allows.
 
-The words are the same everywhere: ``LW_DEVICE`` and ``LW_DTYPE`` of the service, ``--device`` and ``--precision`` of
-the commands.
+``LW_DEVICE`` and ``LW_DTYPE`` of the service take the same words as ``--device`` and ``--precision`` of the commands.
 """
 
 import logging
@@ -25,11 +24,7 @@ NO_HALF = (7, 0)  # compute capability below which half precision is no faster t
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device that was asked for, or the best there is.
-
-    Raises:
-        InvalidRequest: It is not there, and why; nothing else is taken in its place. Or it is no device's name.
-    """
+    """The device that was asked for and no other (InvalidRequest, with the reason), or by default the best there is."""
     if name is None:
         return default_device()
     if not re.fullmatch(DEVICE, name):
@@ -89,11 +84,7 @@ def _missing(device: torch.device) -> str | None:
 
 
 def dtype_named(precision: str | None, device: torch.device) -> torch.dtype:
-    """What was asked for, or what suits the device; a warning names what is slow there.
-
-    Raises:
-        InvalidRequest: Not one of bf16, fp16 and fp32.
-    """
+    """What was asked for (InvalidRequest unless it is known; a warning where it is slow), or what suits the device."""
     if precision is None:
         return default_dtype(device)
     if precision not in DTYPES:

@@ -27,9 +27,8 @@ KINDS: dict[str, type["Encoder"]] = {}
 class Encoder(nn.Module):
     """What every kind shares: normalise the states, make slots, mix them, narrow them to the wire.
 
-    Sender states differ by orders of magnitude between layers and hold a few huge channels, so they are
-    normalised before anything learns from them. Each latent slot leaves with RMS 1: a fixed scale makes int8
-    safe and tells a real message from noise.
+    Sender states differ by orders of magnitude between layers and hold a few huge channels, so they are normalised
+    first. Each latent slot leaves with RMS 1: a fixed scale makes int8 safe and tells a real message from noise.
 
     Attributes:
         kind: What ``--encoder`` and a checkpoint call it. A subclass with one is known once it is defined.
@@ -85,11 +84,7 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = max(1, width // HEAD_WIDTH)
-        self.norm_query, self.norm_context, self.norm_mlp = (
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-        )
+        self.norm_query, self.norm_context, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.attended = nn.Linear(width, width), nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -205,11 +200,7 @@ def _windows(states: States, mask: Mask, ratio: int) -> tuple[Float[Tensor, "B K
 
 
 def encoder_class(kind: str) -> type[Encoder]:
-    """The encoder of that kind.
-
-    Raises:
-        ValueError: There is none; those there are are named.
-    """
+    """The encoder of that kind (ValueError where there is none, with the names of those there are)."""
     if kind not in KINDS:
         raise ValueError(f"Input should be {one_of(KINDS)}")
     return KINDS[kind]

@@ -3,7 +3,7 @@
 Both take rows in any number and lengths and give each row what it would get alone.
 
 Dimensions used in this file:
-    B batch    K slots    C latent width    D receiver width    V vocabulary    A answer columns
+    B batch    K slots    C latent width    D receiver width    W one of these    V vocabulary    A answer columns
 """
 
 import time
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentwire.bridge.checkpoint import BridgeModel
 from latentwire.bridge.generation.output import Generation, IdLogprob, OutputText, OutputTokens, logprobs_of
@@ -59,15 +60,16 @@ def soften(
     bridge: BridgeModel, receiver_name: str, receiver: FrozenLM, latents: Sequence[NDArray[np.float32] | None]
 ) -> Float[Tensor, "B K D"] | None:
     """Soft tokens of latents of any length, right-padded; None stands for a row without a latent."""
-    longest = max((len(latent) for latent in latents if latent is not None), default=0)
-    if longest == 0:
+    padded = pad_rows([None if latent is None else torch.tensor(latent) for latent in latents])
+    return None if padded is None else cast(Tensor, bridge.head(receiver_name)(padded.to(receiver.device)))
+
+
+def pad_rows(rows: Sequence[Float[Tensor, "_ W"] | None]) -> Float[Tensor, "B K W"] | None:
+    """Latents or soft tokens of any length, right-padded with zeros; None stands for a row without."""
+    first = next((row for row in rows if row is not None), None)
+    if first is None:
         return None
-    padded = np.zeros((len(latents), longest, bridge.config.encoder.latent_dim), dtype=np.float32)
-    for row, latent in zip(padded, latents, strict=True):
-        if latent is not None:
-            row[: len(latent)] = latent
-    soft: Tensor = bridge.head(receiver_name)(torch.from_numpy(padded).to(receiver.device))
-    return soft
+    return pad_sequence([first[:0] if row is None else row for row in rows], batch_first=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +95,10 @@ def generate(
     soft_tokens: Float[Tensor, "B K D"] | None,
     params: Sequence[SamplingParams],
 ) -> tuple[list[Generation], float]:
-    """Generate for every row; each by its own parameters, none influenced by its neighbours.
+    """Generations of rows, none influenced by its neighbours, and the seconds until the first token was chosen.
 
-    Rows are left-padded and run through the library's own ``generate``, with explicit positions: exact for
-    every decoder family, and the reference for faster engines.
-
-    Returns:
-        Generations in order, and the seconds until the first token of the first batch was chosen.
+    Rows are left-padded and run through the library's own ``generate``, with explicit positions: exact for every
+    decoder family, and the reference for faster engines.
     """
     outputs = [OutputText(OutputTokens(receiver, p)) for p in params]
 
@@ -119,12 +118,10 @@ def run(
     outputs: Sequence[OutputTokens],
     on_token: Callable[[int], None] = lambda row: None,
 ) -> float:
-    """Generate outputs to their ends; one that has begun is continued, one that is ended meanwhile is left alone.
+    """Generate outputs to their ends, and return the seconds until the first token of the first batch was chosen.
 
-    ``on_token`` is called with a row's number after each of its tokens.
-
-    Returns:
-        Seconds until the first token of the first batch was chosen.
+    One that has begun is continued, one that is ended meanwhile is left alone. ``on_token`` is called with a row's
+    number after each of its tokens.
     """
     seconds: list[float] = []
     rows = [row.after(output.ids) for row, output in zip(rows, outputs, strict=True)]
@@ -164,8 +161,8 @@ def _generate(
         num_beams=1,
         eos_token_id=list(receiver.end_ids) or None,
         pad_token_id=eos if pad is None else pad,
-        logits_processor=LogitsProcessorList([watch]),
-        stopping_criteria=StoppingCriteriaList([_Stop(watch)]),
+        logits_processor=LogitsProcessorList([watch.choose]),
+        stopping_criteria=StoppingCriteriaList([watch.hand_over]),
     )
 
 
@@ -207,8 +204,8 @@ def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> 
     return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
-class _Watch(LogitsProcessor):
-    """Chooses each row's next token, and times the first."""
+class _Watch:
+    """Goes along with a batch of ``generate``: chooses each row's next token, times the first, and ends the batch."""
 
     def __init__(self, outputs: Sequence[OutputTokens], on_token: Sequence[Callable[[], None]]) -> None:
         self.outputs, self.on_token = outputs, on_token
@@ -217,7 +214,8 @@ class _Watch(LogitsProcessor):
         self.started = time.perf_counter()
         self.first_token_seconds = 0.0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits processor: scores whose argmax is the choice."""
         chosen = choose(scores, self.params, [len(output.ids) for output in self.outputs])
         self.logprobs = logprobs_of(self.outputs, scores, chosen)
         if not self.first_token_seconds:
@@ -225,17 +223,10 @@ class _Watch(LogitsProcessor):
             self.first_token_seconds = time.perf_counter() - self.started
         return chosen
 
-
-class _Stop(StoppingCriteria):
-    """Hands each row its token, and ends the batch when its last row has ended."""
-
-    def __init__(self, watch: _Watch) -> None:
-        self.watch = watch
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
-        tokens = input_ids[:, -1].tolist()
-        for row, (output, token) in enumerate(zip(self.watch.outputs, tokens, strict=True)):
+    def hand_over(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
+        """The stopping criterion: each row gets its token; the batch ends when its last row has ended."""
+        for row, (output, token) in enumerate(zip(self.outputs, input_ids[:, -1].tolist(), strict=True)):
             if not output.over:
-                output.add(token, self.watch.logprobs[row])
-                self.watch.on_token[row]()
-        return torch.tensor([output.over for output in self.watch.outputs], device=input_ids.device)
+                output.add(token, self.logprobs[row])
+                self.on_token[row]()
+        return torch.tensor([output.over for output in self.outputs], device=input_ids.device)

@@ -35,8 +35,7 @@ MAX_SAID = 500
 class LatentWireError(Exception):
     """Base class: ``except LatentWireError`` catches everything above.
 
-    ``param`` names the field or flag at fault where there is one; ``retry_after_seconds`` says when trying again makes
-    sense where that is known.
+    ``param`` names the field or flag at fault, ``retry_after_seconds`` when to try again, where either is known.
 
     >>> try:
     ...     latentwire.Bridge.load("nowhere")

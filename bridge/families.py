@@ -20,10 +20,8 @@ Role = Literal["sender", "receiver"]
 LENGTHS = ("max_position_embeddings", "max_seq_len")
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 BY_LONGEST = ("longrope",)
-"""Rotary embeddings whose frequencies change for a whole batch once its longest row passes the original length.
-
-``dynamic`` ones do so too, but beyond ``max_position_embeddings``, where nothing is read.
-"""
+"""Rotary embeddings whose frequencies change for a whole batch once its longest row passes the original length;
+``dynamic`` ones do so too, but beyond ``max_position_embeddings``, where nothing is read."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,7 @@ REFUSALS = (
 
 
 def check_usable(name: str, config: PreTrainedConfig, role: Role | None = None) -> None:
-    """Refuse a model that would not be read rightly here, or could not play its part, before any weight is read.
-
-    Raises:
-        ModelUnavailable: Naming what is in the way: the quantisation and what can be done, or the role and why.
-    """
+    """Refuse a model that cannot be read rightly or play its part (ModelUnavailable, naming what is in the way)."""
     check_quantisation(name, config)
     for refusal in REFUSALS:
         if role in refusal.roles and refusal.applies(config):
@@ -88,9 +82,8 @@ def context_tokens(config: PreTrainedConfig) -> int:
     """
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in LENGTHS]
-    for rope in _ropes(text):
-        if rope.get("rope_type") in BY_LONGEST:
-            limits.append(rope.get("original_max_position_embeddings"))
+    by_longest = [rope for rope in _ropes(text) if rope.get("rope_type") in BY_LONGEST]
+    limits += [rope.get("original_max_position_embeddings") for rope in by_longest]
     return min((int(limit) for limit in limits if limit), default=1 << 20)
 
 

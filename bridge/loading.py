@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from latentwire.bridge.errors import ModelUnavailable
@@ -15,14 +14,11 @@ from latentwire.bridge.quantised import dequantised, dequantising, method_of, re
 
 
 def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
-    """Bytes that weights take in ``dtype``: from the headers of their files, or where they are packed, from the shapes
-    they are unpacked into.
-
-    Raises:
-        ModelUnavailable: A header is damaged, or weights are packed and the configuration does not say how.
-    """
+    """Bytes of weights in ``dtype``: by their headers, or if packed, the model's shapes (ModelUnavailable: damaged)."""
     if method_of(config) is not None:
-        return _shaped_bytes(config, dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(dequantised(config))  # type: ignore[no-untyped-call]
+        return sum(int(weights.numel()) for weights in model.parameters()) * dtype.itemsize
     total = 0
     for path in files:
         try:
@@ -33,14 +29,6 @@ def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: 
         refuse_unnamed(name, {key: piece.get_dtype() for key, piece in pieces.items()})
         total += sum(math.prod(piece.get_shape()) for piece in pieces.values())
     return total * dtype.itemsize
-
-
-def _shaped_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of a model's unpacked weights in ``dtype``, from its shapes alone."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dequantised(config))  # type: ignore[no-untyped-call]
-    weights: list[nn.Parameter] = list(model.parameters())
-    return sum(p.numel() for p in weights) * dtype.itemsize
 
 
 def pretrained(

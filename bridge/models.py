@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -34,8 +36,7 @@ from latentwire.bridge.reader import Reader, SourceTokens, end_ids_of
 
 BUILTIN = Path(__file__).parent / "builtin"
 LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
-# Never pickles, never code, no weights twice.
-# Of a model, and of a bridge.
+# Of a model, and of a bridge: never pickles, never code, no weights twice.
 WANTED_FILES = [
     "*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "encoder-*.safetensors", "head-*.safetensors",
 ]  # fmt: skip
@@ -87,10 +88,9 @@ class FrozenLM(Reader):
     def embedding_rms(self) -> float:
         """Root mean square of the input embeddings, averaged over the vocabulary (unitless).
 
-        Measured because families differ by two orders of magnitude; soft tokens must arrive at this scale. Read
-        through ``embed``, since some families scale what the weights say.
+        Measured through ``embed``, which some families scale: they differ 100×, and soft tokens must arrive like them.
         """
-        every = torch.arange(len(self._embedding.weight), device=self.device)
+        every = torch.arange(self.rows, device=self.device)
         chunks = (self.embed(ids).detach().float().pow(2).mean(dim=1).sqrt() for ids in torch.split(every, CHUNK_ROWS))
         return sum(float(rms.sum()) for rms in chunks) / len(every)
 
@@ -105,11 +105,7 @@ class FrozenLM(Reader):
 
 
 def folder_of(name: str) -> Path:
-    """Where the files of ``builtin:…``, a local folder or a Hub name are (fetched when missing).
-
-    Raises:
-        ModelUnavailable: No such built-in model, folder or reachable Hub repository, or it holds GGUF files alone.
-    """
+    """Where the files of ``builtin:…``, a folder or a Hub name are, once fetched (ModelUnavailable: none, or GGUF)."""
     if name.startswith("builtin:"):
         folder = BUILTIN / name.removeprefix("builtin:")
         if not (folder / "config.json").is_file():
@@ -145,11 +141,7 @@ def hub_folder(name: str) -> Path:
 
 
 def fingerprint_of(name: str) -> Fingerprint:
-    """Identity of a model from its files alone; nothing is loaded.
-
-    Raises:
-        ModelUnavailable: As ``folder_of``, or ``config.json`` is damaged, or there are no safetensors weights.
-    """
+    """Identity of a model from its files alone (ModelUnavailable as ``folder_of``, or where they are damaged)."""
     folder = folder_of(name.removeprefix(RANDOM))
     try:
         document = dict(json.loads((folder / "config.json").read_bytes()))
@@ -158,10 +150,9 @@ def fingerprint_of(name: str) -> Fingerprint:
     config = {k: v for k, v in document.items() if k not in VOLATILE_CONFIG}
     tokenizer_files = sorted(p for p in folder.iterdir() if TOKENIZER_FILES.fullmatch(p.name))
     weights = _weight_files(name)
-    digest = "random".ljust(16, "0") if name.startswith(RANDOM) else _digest(weights)
     return Fingerprint(
         config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
-        weights=digest,
+        weights="random".ljust(16, "0") if name.startswith(RANDOM) else _digest(weights),
         tokenizer=_digest(tokenizer_files),
     )
 
@@ -210,31 +201,20 @@ def check_role(name: str, role: Role) -> None:
 
 
 def predicted_bytes(name: str, dtype: torch.dtype) -> int:
-    """Bytes the weights of ``name`` will take in ``dtype``; none of them is read.
-
-    From the safetensors headers, or where weights are packed, from the shapes they are unpacked into.
-
-    Raises:
-        ModelUnavailable: As ``folder_of`` and ``check_usable``, or a header is damaged.
-    """
+    """``bytes_of`` a model's weights, which are not read (ModelUnavailable also as ``folder_of``, ``check_usable``)."""
     config = config_of(name)
     check_usable(name, config)
     return bytes_of(name, config, _weight_files(name), dtype)
 
 
 def load_model(
-    name: str,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    device_map: str | None = None,
+    name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None, device_map: str | None = None
 ) -> FrozenLM:
     """Load a frozen model: evaluation mode, no gradients, safetensors only, never remote code.
 
     Args:
         name: ``builtin:llama``, a local folder, a Hub name (``org/model@revision`` for one revision of it), or one of
-            these behind ``random:`` for a model of the same shape with untrained weights (seeded, so that it has one
-            identity).
+            these behind ``random:`` for a model of the same shape with untrained weights (seeded: it has one identity).
         device: Default: the accelerator where there is one.
         dtype: Default: ``default_dtype(device)``.
         device_map: ``auto`` spreads a model that one accelerator cannot hold over all of them.
@@ -285,13 +265,10 @@ def pad_sources(
     lm: FrozenLM, sources: Sequence[SourceTokens], *, multiple: int = 1
 ) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
     """Ids and mask (True at real tokens) of a batch, right-padded to a multiple, on the sender's device."""
-    width = -(-max(len(source.ids) for source in sources) // multiple) * multiple
-    ids = torch.zeros(len(sources), width, dtype=torch.long)
-    mask = torch.zeros(len(sources), width, dtype=torch.bool)
-    for i, source in enumerate(sources):
-        ids[i, : len(source.ids)] = torch.tensor(source.ids)
-        mask[i, : len(source.ids)] = True
-    return ids.to(lm.device), mask.to(lm.device)
+    ids = pad_sequence([torch.tensor(source.ids, dtype=torch.long) for source in sources], batch_first=True)
+    ids = F.pad(ids, (0, -ids.shape[1] % multiple))
+    lengths = torch.tensor([len(source.ids) for source in sources])
+    return ids.to(lm.device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(lm.device)
 
 
 class _Reached(Exception):

@@ -1,8 +1,7 @@
 """THE composer: the one place where receiver inputs are put together.
 
-Training, evaluation and serving all call ``compose`` and ``collate``, so BOS policy, template, token
-boundaries, positions and labels cannot drift apart. Labels leave here unshifted; ``engine.token_losses``
-shifts them, once.
+Training, evaluation and serving all call ``compose`` and ``collate``, so BOS policy, template, token boundaries,
+positions and labels cannot drift apart. Labels leave here unshifted; ``engine.token_losses`` shifts them, once.
 
 Dimensions used in this file:
     B batch    T tokens of a padded row    K slots    D receiver width
@@ -10,7 +9,7 @@ Dimensions used in this file:
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -58,14 +57,11 @@ class Row:
     def with_slots(self, count: int) -> "Row":
         """The same row around ``count`` soft tokens: what it would be with another example's latent."""
         first, had = self.slots.index(0), sum(slot != TEXT for slot in self.slots)
-
-        def around(values: list[int], middle: list[int]) -> list[int]:
-            return values[:first] + middle + values[first + had :]
-
+        before, after = slice(first), slice(first + had, None)
         return Row(
-            around(self.ids, [0] * count),
-            around(self.slots, list(range(count))),
-            around(self.labels, [IGNORE] * count),
+            self.ids[before] + [0] * count + self.ids[after],
+            self.slots[before] + list(range(count)) + self.slots[after],
+            self.labels[before] + [IGNORE] * count + self.labels[after],
         )
 
 
@@ -87,14 +83,10 @@ class Batch:
 def layout_for(lm: Reader, template: str, *, chat: bool = False, system: str | None = None) -> Layout:
     """The layout a checkpoint keeps for this receiver and a task's prompt template.
 
-    ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``: a later prompt that does not
-    place the latent itself gets the surroundings the bridge was trained in. Text before the latent that holds an
-    unfilled field is left out: a request could not fill it.
+    ``"Review: {latent}\\nSentiment:"`` becomes ``"Review: {latent}\\n{prompt}"``, for prompts that do not place the
+    latent. Text before it that holds an unfilled field is left out: a request could not fill it.
 
-    With ``chat``, prompts go into the receiver's own chat template, behind the ``system`` message where one is given.
-
-    Raises:
-        ModelUnavailable: ``chat`` is asked for and the model has no chat template.
+    With ``chat``, prompts go into the receiver's own template, behind any ``system`` message (ModelUnavailable: none).
     """
     before, after = split_template(template)
     before = "" if re.search(r"\{\w+\}", before) else before
@@ -115,22 +107,15 @@ def _layout(lm: Reader, template: str, chat: Chat | None) -> Layout:
 
 
 def check_layout(layout: Layout, lm: Reader) -> None:
-    """Refuse a receiver whose special tokens are not those of the layout.
-
-    Raises:
-        IncompatibleBridge: Naming the token and both ids.
-    """
+    """Refuse a receiver with other special tokens than the layout's (IncompatibleBridge, with token and both ids)."""
     bos = lm.tokenizer.bos_token_id if layout.end_ids is None else lm.source_layout.bos_id
-    expected = replace(
-        layout,
-        bos_id=None if layout.chat else bos,
-        eos_id=layout.eos_id if layout.chat and layout.eos_id in lm.end_ids else lm.tokenizer.eos_token_id,
-        end_ids=None if layout.end_ids is None else lm.end_ids,
-    )
-    for name in ("bos_id", "eos_id", "end_ids"):
-        want, have = getattr(layout, name), getattr(expected, name)
+    eos = layout.eos_id if layout.chat and layout.eos_id in lm.end_ids else lm.tokenizer.eos_token_id
+    for token, want, have in (
+        ("bos id", layout.bos_id, None if layout.chat else bos),
+        ("eos id", layout.eos_id, eos),
+        ("end ids", layout.end_ids, None if layout.end_ids is None else lm.end_ids),
+    ):
         if have != want:
-            token = name.replace("_", " ")
             raise IncompatibleBridge(f"the layout was made with {token} {want}; {lm.name!r} has {have}")
 
 
@@ -152,11 +137,7 @@ def place(layout: Layout, prompt: Prompt) -> Prompt:
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """Text before and after the latent; without ``{latent}`` the latent comes first.
-
-    Raises:
-        InvalidRequest: ``{latent}`` stands more than once.
-    """
+    """Text before and after ``{latent}`` (InvalidRequest where it stands twice); without it the latent comes first."""
     before, found, after = template.partition(LATENT)
     if LATENT in after:
         raise InvalidRequest(
@@ -187,18 +168,16 @@ def compose(
 ) -> Row:
     """One receiver input: BOS, the template with the latent in its place, and the answer when training.
 
-    A run of text is always tokenised whole, so a source read as text is read the way the model learned to
-    read. What follows soft tokens, and the answer, are tokenised as continuations: a tokenizer that marks the
-    start of a text must not mark one there. A space directly before soft tokens is left out, since it belongs
-    to the first word of a text.
+    A run of text is always tokenised whole, so a source read as text is read the way the model learned to read. What
+    follows soft tokens, and the answer, are tokenised as continuations: a tokenizer that marks the start of a text must
+    not mark one there. A space directly before soft tokens is left out, since it belongs to the first word of a text.
 
     Args:
         lm: The model that will read the row.
         layout: Its BOS and EOS policy, and its chat template.
         template: Holds ``{latent}`` at most once; see ``place``.
         latent: K for K soft tokens; a text for that text in their place; None for nothing.
-        answer: Supervised together with EOS; BOS, template and soft tokens never are. In a chat it opens a turn, and
-            has no space before it.
+        answer: Supervised together with EOS, and nothing else is. In a chat it opens a turn, with no space before it.
         max_tokens: The most the receiver takes, tokens to be generated included.
 
     Raises:
@@ -260,8 +239,7 @@ def _run(lm: Reader, text: str, follows: bool) -> list[int]:
 def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
     """Tokens of ``text`` where something already stands before it.
 
-    Tried with the real text before it, then with neutral anchors; a tokenizer that merges across every one
-    of them gets the text's own tokens.
+    Tried after the real text, then after neutral anchors; where a tokenizer merges across all, the text's own tokens.
     """
     for anchor in (before, ".", "a", "0"):
         if not anchor:
@@ -273,11 +251,7 @@ def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
 
 
 def fit(lm: Reader, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
-    """``compose`` with a text, cut at its end where the row would be longer than ``room`` tokens.
-
-    Raises:
-        InvalidRequest: The template alone is longer.
-    """
+    """``compose`` with a text, cut to a row of ``room`` tokens (InvalidRequest where the template alone is longer)."""
     row, kept = compose(lm, layout, template, latent=text, answer=answer), len(text_ids(lm, text))
     while len(row) > room and kept > 0:  # again where a cut word joins its neighbours otherwise than the whole did
         kept = max(0, kept - (len(row) - room))
@@ -305,11 +279,7 @@ def collate(rows: Sequence[Row], *, side: Literal["left", "right"], multiple: in
 
 
 def embed(lm: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None) -> Float[Tensor, "B T D"]:
-    """Receiver input embeddings with the soft tokens in their places; differentiable in ``soft_tokens``.
-
-    Raises:
-        IncompatibleBridge: The soft tokens are not as wide as the receiver.
-    """
+    """Input embeddings with the soft tokens in place; differentiable in these (IncompatibleBridge at another width)."""
     embeds = lm.embed(batch.ids)
     if soft_tokens is None:
         return embeds

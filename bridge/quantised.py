@@ -1,9 +1,8 @@
 """Checkpoints whose weights are packed into fewer bits: which are read, and how.
 
-What is read is dequantised while it is read, into the dtype the model computes in: then every layer is an ordinary one,
-with gradients for training and the same answer in every batch. Packed layers have neither without fail: a 4-bit layer
-of bitsandbytes gives wrong gradients once it has run without them on a CPU, an 8-bit one decides by the whole batch
-which columns stay in half precision.
+What is read is dequantised into the dtype the model computes in: every layer is then an ordinary one, with gradients
+for training and the same answer in every batch. Packed ones may lack both: a 4-bit layer of bitsandbytes gives wrong
+gradients once it has run without them on a CPU, an 8-bit one decides by the whole batch which columns stay in half.
 """
 
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from latentwire.bridge.errors import ModelUnavailable
 
 PACKED = ("F8", "F6", "F4")  # dtypes of safetensors
 UNPACKED = "save it unquantised (where its library runs: model.dequantize(), then save_pretrained)"
-
-
 READ = {"fp8": None, "mxfp4": None, "compressed-tensors": "compressed_tensors"}
 """Each ``quant_method`` that transformers unpacks while it reads, with the package it needs; others are refused."""
 
@@ -30,11 +27,7 @@ def method_of(config: PreTrainedConfig) -> str | None:
 
 
 def check_quantisation(name: str, config: PreTrainedConfig) -> None:
-    """Refuse weights that would be read wrongly, or not at all.
-
-    Raises:
-        ModelUnavailable: Naming the method, and what can be done.
-    """
+    """Refuse weights that would be read wrongly or not at all (ModelUnavailable: the method, and what can be done)."""
     method = method_of(config)
     if method is None:
         return
@@ -68,11 +61,7 @@ def dequantised(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def refuse_unnamed(name: str, dtypes: Mapping[str, str]) -> None:
-    """Weights of 8 bits and fewer mean nothing without their scales, which only a named method applies.
-
-    Raises:
-        ModelUnavailable: Naming such a weight, of those by name in the safetensors headers.
-    """
+    """Refuse weights of 8 bits and fewer without a named method, which would apply their scales (ModelUnavailable)."""
     if packed := [key for key, dtype in dtypes.items() if dtype.startswith(PACKED)]:
         raise ModelUnavailable(
             f"model {name!r} holds {packed[0]} in {dtypes[packed[0]]}, and its config.json names no quantisation: "

@@ -107,12 +107,7 @@ def text_ids(lm: Reader, text: str) -> list[int]:
 
 
 def ids_of_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
-    """``text_ids`` of several, at little more than the cost of one; any thread may call it.
-
-    Raises:
-        InvalidRequest: Half a surrogate pair; or a token without a row in the embedding, whose id could be taken for
-            something else.
-    """
+    """``text_ids`` of several at the cost of one, by any thread (InvalidRequest: no Unicode, or a token has no row)."""
     for text in texts:
         check_unicode(text)
     if (plain := _plain(lm.tokenizer)) is not None:
@@ -154,8 +149,7 @@ def check_ids(lm: Reader, ids: Sequence[int]) -> None:
 def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The tokenizer as texts meet it: without ``_marks``; None for one written in Python.
 
-    Nothing changes it any more: the library's own call sets padding and truncation each time, which two threads cannot
-    do at once.
+    Nothing changes it any more: the library's own call sets padding and truncation, which two threads must not at once.
     """
     if not tokenizer.is_fast:
         return None
@@ -219,8 +213,7 @@ def _pair(merge: Any) -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class SourceTokens:
-    """A source as the sender reads it: ids, those around the text included, cut to the bridge's limit; and its full
-    length."""
+    """A source as the sender reads it: ids, with those around the text, cut to the bridge's limit; its full length."""
 
     ids: list[int]
     full_length: int
@@ -259,11 +252,7 @@ def source_tokens(config: BridgeConfig, lm: Reader, text: str, *, truncate: bool
 def tokenize_source(
     lm: Reader, text: str, kept: SourceLayout | None, *, max_tokens: int, truncate: bool = False
 ) -> SourceTokens:
-    """Sender tokens of one text, with what a bridge has around its sources (see ``kept_layout``).
-
-    Raises:
-        InvalidRequest: The text holds no token, or more than ``max_tokens`` when ``truncate`` is off.
-    """
+    """Sender tokens of a text in its ``kept_layout`` (InvalidRequest: empty, or too long where ``truncate`` is off)."""
     layout, ids, max_tokens = kept_layout(kept, lm), text_ids(lm, text), min(max_tokens, lm.max_tokens)
     if not ids or not text.strip():
         raise InvalidRequest(f"the text {text!r} is empty; expected at least one word", param="inputs")

@@ -59,10 +59,9 @@ class Resident:
 class Residency:
     """Holds frozen models within ``budget_bytes`` (None: no limit), each once whatever the names it goes by.
 
-    Into the budget count the weights, what is attached to them, and the largest activation noted for a model that
-    stays; the last gives way where a model could otherwise not even run alone. ``history`` keeps the last events as
-    (event, model, resident bytes after it), so that an operator, or a test, can see in which order models came and
-    went. ``loading`` names the model being read right now.
+    Into the budget count weights, what is attached to them, and the largest activation noted for a model that stays;
+    the last gives way where a model could otherwise not even run alone. ``history`` keeps the last events, as (event,
+    model, resident bytes after it); ``loading`` names the model being read right now.
     """
 
     budget_bytes: int | None = None
@@ -142,11 +141,7 @@ class Residency:
             self._note_change()
 
     def unload(self, name: str) -> int:
-        """Drop a model now, pinned or not, under all its names; bytes that came back, measured. 0: it was not there.
-
-        Raises:
-            ModelInUse: It is lent.
-        """
+        """Drop a model, pinned or not (ModelInUse while it is lent); bytes that came back, 0 where it was not there."""
         with self._work:
             with self._changed:
                 resident = self._find(name)
@@ -204,12 +199,8 @@ class Residency:
             self._activations[name] = max(self._activations.get(name, 0), size_bytes)
 
     def attach(self, name: str, closer: Callable[[], object], size_bytes: int) -> None:
-        """Let something live with a lent model, as a generation engine with its cache: its bytes count in the budget,
-        and ``closer`` is called before the model is dropped, which never happens while it is lent.
-
-        Raises:
-            InsufficientMemory: It does not fit beside the models in use; nothing is attached.
-        """
+        """Let something live with a lent model, as a generation engine with its cache: its bytes count in the budget
+        (InsufficientMemory where they do not fit), and ``closer`` is called before the model is dropped."""
         with self._work:
             with self._changed:
                 resident = self._find(name)
@@ -237,12 +228,7 @@ class Residency:
             return max(self.budget_bytes - self._total(staying), 0)
 
     def predict(self, name: str) -> int:
-        """Bytes a model's weights will take here; nothing is loaded.
-
-        Raises:
-            InsufficientMemory: More than the whole budget.
-            ModelUnavailable: As ``predicted_bytes``.
-        """
+        """``predicted_bytes`` of a model here, with its errors (InsufficientMemory beyond the whole budget)."""
         need = predicted_bytes(name, self.dtype or default_dtype(self.device))
         if self.budget_bytes is not None and need > self.budget_bytes:
             raise InsufficientMemory(f"{name!r} needs {need} bytes; the memory budget is {self.budget_bytes}")
@@ -264,13 +250,12 @@ class Residency:
     def _wait(self, seen: int, deadline: float | None, wait_seconds: float, name: str, need: int) -> float | None:
         """Until something changes; the deadline, which runs from when models in use are in the way."""
         with self._changed:
-            if self._short is None:
-                self._changed.wait_for(lambda: self._changes != seen)
-                return deadline
-            deadline = time.monotonic() + wait_seconds if deadline is None else deadline
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise InsufficientMemory(self._does_not_fit(repr(name), need))
+            left = None
+            if self._short is not None:
+                deadline = time.monotonic() + wait_seconds if deadline is None else deadline
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise InsufficientMemory(self._does_not_fit(repr(name), need))
             self._changed.wait_for(lambda: self._changes != seen, left)
             return deadline
 
@@ -340,10 +325,8 @@ class Residency:
 
     def _total(self, staying: list[Resident], activation: int = 0) -> int:
         held = sum(resident.all_bytes for resident in staying)
-        return held + max([activation, *(self._activation(resident.names) for resident in staying)])
-
-    def _activation(self, names: set[str]) -> int:
-        return max(self._activations.get(name, 0) for name in names)
+        noted = (self._activations.get(name, 0) for resident in staying for name in resident.names)
+        return held + max(activation, *noted, 0)
 
     def _kept_seconds(self, resident: Resident) -> float:
         return max((self._keep_alive[name] for name in resident.names if name in self._keep_alive), default=math.inf)

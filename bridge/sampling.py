@@ -72,9 +72,8 @@ def choose(
 ) -> Float[Tensor, "B V"]:
     """Scores whose argmax is each row's choice at its position (tokens it has generated so far).
 
-    Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise comes from a generator
-    seeded by (seed, position), so batch-mates and order of arrival cannot change it. Top-k applies before
-    top-p, both after temperature.
+    Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise is seeded by (seed, position), so
+    batch-mates and order of arrival cannot change it. Top-k applies before top-p, both after temperature.
 
     Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; counter-based noise: ours.
     """

@@ -43,8 +43,7 @@ class Running:
 
     Attributes:
         on_end: Called once, on the engine's ``CallbackThread``, with the output or the error.
-        on_text: Called there with each new piece of text, and the log-probabilities of its tokens where those were
-            requested; when given.
+        on_text: When given, called there with each new piece of text, and the log-probabilities that were requested.
         first_token_at: ``time.monotonic()`` of the first token.
     """
 
@@ -155,15 +154,11 @@ class Engine(ABC):
             running = Running(f"r{self._count}", row, soft, OutputTokens(self.lm, params), on_end, on_text)
         self._prepare(running)
         with self._lock:
-            try:
-                self._check_alive()
-            except LatentWireError:
-                self._discard(running)
-                raise
             if not self._running:
                 self.last_step = time.monotonic()
             self._running[running.name] = running
             try:
+                self._check_alive()
                 self._begin(running)
             except BaseException:
                 self.cancel(running)

@@ -1,8 +1,7 @@
 """Continuous batching: requests join and leave the running batch at every step.
 
-The steps, the paged key/value cache and its blocks are transformers' ``ContinuousBatchingManager``. Ours is what lets
-soft tokens through it (``softids``), what makes a draw depend on nothing but its request, and what happens to
-requests that end early or meet an error.
+The steps, the paged key/value cache and its blocks are transformers' ``ContinuousBatchingManager``. Ours are the soft
+tokens (``softids``), draws that depend on their request alone, and what becomes of requests that end early or fail.
 
 Dimensions used in this file:
     B rows of a step    V vocabulary
@@ -11,7 +10,7 @@ Dimensions used in this file:
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -47,8 +46,7 @@ POLL_SECONDS = 0.25  # how often a thread that died without a word is looked for
 class ContinuousEngine(Engine):
     """See the module. Greedy output is that of ``generate(inputs_embeds=…)``, token for token.
 
-    An error inside a step ends the library's thread. Out of memory, the engine goes on with half as large steps: every
-    request continues where it was. Any other error leaves it dead.
+    Out of memory, it goes on with half as large steps, each request where it was. Other errors in a step leave it dead.
     """
 
     kind = "continuous"
@@ -181,10 +179,6 @@ class ContinuousEngine(Engine):
         """Whether the library's thread is well."""
         return self._manager.background_thread_status.can_accept_new_requests() is None
 
-    def _rows(self, names: Sequence[str]) -> list[Running | None]:
-        found = [self._running.get(name) for name in names]
-        return [running if self._is_live(running) else None for running in found]
-
     def _take(self, output: GenerationOutput) -> None:
         """A token, or the failure of one request, from the library's thread."""
         logprob = self._logprobs.pop(output.request_id, None)
@@ -251,8 +245,7 @@ class ContinuousEngine(Engine):
 def _exclusive(lm: FrozenLM) -> Callable[[], None]:
     """Passes of the model, whoever makes them, one after the other until the function given back is called.
 
-    The library writes ``is_causal = False`` into the configuration for as long as a step with a paged cache lasts; a
-    pass of another thread would read it, and could leave it there for good.
+    During a step the library writes ``is_causal = False`` into the configuration; another pass would read or keep it.
     """
     turn, mine, over = threading.RLock(), threading.local(), threading.Event()
 
@@ -283,8 +276,7 @@ def _exclusive(lm: FrozenLM) -> Callable[[], None]:
 class _Scheduler(FIFOScheduler):
     """The library's; but a request that is cancelled makes room for others, as one that finishes does.
 
-    After it has taken requests out of a full cache, the library lets none in until one finishes. Where all that are
-    left end early, none does, and it would wait for ever.
+    After it has taken requests out of a full cache, the library lets none in until one finishes; all may be cancelled.
     """
 
     NAME = "latentwire"
@@ -316,16 +308,16 @@ class _Choose(ContinuousBatchingLogitsProcessor):
         return torch.zeros(len(self._names), dtype=torch.int32)
 
     def __call__(self, scores: Float[Tensor, "B V"], tensor_arg: Tensor) -> Float[Tensor, "B V"]:
-        rows = self._engine._rows(self._names)
-        live = [i for i, running in enumerate(rows) if running is not None]
-        outputs = [running.tokens for running in rows if running is not None]
+        rows = [self._engine._running.get(name) for name in self._names]
+        live = {i: running.tokens for i, running in enumerate(rows) if self._engine._is_live(running)}
+        outputs = list(live.values())
         if all(output.params.temperature == 0 and output.params.logprobs is None for output in outputs):
             return scores
-        logits = scores[: len(rows)][live]
+        logits = scores[: len(rows)][list(live)]
         chosen = choose(logits, [output.params for output in outputs], [len(output.ids) for output in outputs])
         for i, logprob in zip(live, logprobs_of(outputs, logits, chosen), strict=True):
             self._engine._logprobs[self._names[i]] = logprob
-        return scores.index_copy(0, torch.tensor(live, device=scores.device), chosen)
+        return scores.index_copy(0, torch.tensor(list(live), device=scores.device), chosen)
 
 
 class _Router(OutputRouter):

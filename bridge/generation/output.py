@@ -39,8 +39,7 @@ class IdLogprob:
 class Generation:
     """A finished output. ``finish_reason`` is ``stop`` at EOS, a stop id or a stop string, ``length`` at the limit.
 
-    ``token_count`` includes EOS or the stop id, where one was generated; ``logprobs`` has an entry for each token of
-    the text where they were requested.
+    ``token_count`` includes EOS or the stop id; ``logprobs``, where requested, has an entry for each token of the text.
     """
 
     text: str
@@ -148,11 +147,7 @@ class OutputText:
         return generation
 
     def read(self) -> str:
-        """The new text since the last call that no later token can change: no half of a character, no start of a stop
-        string.
-
-        All pieces together are the text of the output.
-        """
+        """The next piece of the text that no later token changes: no half of a character, no start of a stop string."""
         if self._ended_by is None:
             ended_by = self.tokens.ended_by  # read before the tokens: it then holds for all of them
             self._decode(self.tokens.ids[self._read :])

@@ -3,7 +3,7 @@
 While one batch runs, the requests that arrive become the next; exact for every decoder family, slower under load.
 
 Dimensions used in this file:
-    B rows of a batch    K soft tokens    D receiver width
+    K soft tokens    D receiver width
 """
 
 import logging
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.bridge import engine
 from latentwire.bridge.devices import is_out_of_memory
@@ -90,7 +89,11 @@ class PaddedEngine(Engine):
                 part = list(filter(self._is_live, parts.pop()))
                 soft = [self._soft.get(running.name) for running in part]
             if part and (shortage := self._attempt(part, soft)):
-                parts += self._halve(part, shortage)
+                self.out_of_memory += 1
+                free_caches()
+                if len(part) == 1:
+                    self._end(part[0], InsufficientMemory(f"the request does not fit in memory ({shortage})"))
+                parts += halves(part)
         self.on_step(len(batch), time.monotonic() - started)
 
     def _attempt(self, batch: Sequence[Running], soft: Sequence[Float[Tensor, "K D"] | None]) -> str:
@@ -99,7 +102,7 @@ class PaddedEngine(Engine):
             engine.run(
                 self.lm,
                 [running.row for running in batch],
-                _padded(soft),
+                engine.pad_rows(soft),
                 [running.tokens for running in batch],
                 lambda row: self._token(batch[row]),
             )
@@ -111,21 +114,6 @@ class PaddedEngine(Engine):
                 self._end(running, InferenceFailed.of(error))
         return ""
 
-    def _halve(self, batch: list[Running], reason: str) -> list[list[Running]]:
-        self.out_of_memory += 1
-        free_caches()
-        if len(batch) == 1:
-            self._end(batch[0], InsufficientMemory(f"the request does not fit in memory ({reason})"))
-        return halves(batch)
-
     def _token(self, running: Running) -> None:
         self.last_step = time.monotonic()
         self._advance(running)
-
-
-def _padded(soft: Sequence[Float[Tensor, "K D"] | None]) -> Float[Tensor, "B K D"] | None:
-    """Soft tokens of rows, right-padded; None stands for a row without."""
-    first = next((tokens for tokens in soft if tokens is not None), None)
-    if first is None:
-        return None
-    return pad_sequence([first[:0] if tokens is None else tokens for tokens in soft], batch_first=True)

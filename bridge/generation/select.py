@@ -1,13 +1,13 @@
 """Which engine a receiver gets: continuous batching where it gives the reference's own answer, tried, not assumed."""
 
 import logging
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
 from latentwire.bridge import engine
-from latentwire.bridge.errors import LatentWireError, first_line
+from latentwire.bridge.errors import InferenceFailed, LatentWireError, first_line
 from latentwire.bridge.families import window_tokens
 from latentwire.bridge.generation.base import Engine, Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
@@ -37,15 +37,13 @@ def open_engine(
 
     A model that the library's continuous batching refuses, or answers otherwise, gets left-padded batches.
     """
+    made = None
     try:
         made = ContinuousEngine(lm, max_rows=max_rows, kv_tokens=kv_tokens, step_tokens=step_tokens)
+        trouble = _trouble(made)
     except Exception as error:  # whatever the library trips over in a model that it was not made for
-        trouble: str | None = first_line(error)
-    else:
-        try:
-            trouble = _trouble(made)
-        except Exception as error:  # the same, met on the library's own thread
-            trouble = first_line(error)
+        trouble = first_line(error)
+    if made is not None:
         if trouble is None:
             made.on_death = on_death
             return made
@@ -61,16 +59,14 @@ def _trouble(made: ContinuousEngine) -> str | None:
     """
     for number in range(TRIES):
         wanted, result = _tried(made, number)
-        if isinstance(result, str):
-            return result
         trouble = _difference(wanted, result, exact=made.lm.model.dtype == torch.float32)
         if trouble is not None or len(wanted.logprobs or ()) > 1:
             return trouble
     return "the answers that continuous batching was tried on end at once"
 
 
-def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation | str]:
-    """What the reference answers to a request, and what the engine does, or why it does not.
+def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation]:
+    """What the reference answers to a request, and what the engine does (InferenceFailed where it does not).
 
     A request is twice as long as any window of the model's attention, where the cache can hold it: a mask that lets too
     much through shows no sooner. The reference runs while the engine is open, as evaluations do.
@@ -83,18 +79,14 @@ def _tried(made: ContinuousEngine, number: int) -> tuple[Generation, Generation 
     row = Row([0] * count + words, [*range(count), TEXT, TEXT], [IGNORE] * (count + 2))
     params = SamplingParams(max_tokens=ANSWER_TOKENS, logprobs=0)
     wanted = engine.generate(lm, [row], soft[None], [params])[0][0]
-    ended, results = threading.Event(), list[Generation | LatentWireError]()
-
-    def end(result: Generation | LatentWireError) -> None:
-        results.append(result)
-        ended.set()
-
-    made.submit(row, params, Soft(("probe", number), lambda: soft), end)
-    if not ended.wait(PROBE_SECONDS):
-        return wanted, f"continuous batching gave no answer within {PROBE_SECONDS:g} s"
-    result = results[0]
+    ended: Future[Generation | LatentWireError] = Future()
+    made.submit(row, params, Soft(("probe", number), lambda: soft), ended.set_result)
+    try:
+        result = ended.result(PROBE_SECONDS)
+    except TimeoutError:
+        raise InferenceFailed(f"continuous batching gave no answer within {PROBE_SECONDS:g} s") from None
     if isinstance(result, LatentWireError):
-        return wanted, f"continuous batching fails with {first_line(result)}"
+        raise InferenceFailed(f"continuous batching fails with {first_line(result)}")
     return wanted, result
 
 

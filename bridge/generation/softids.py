@@ -3,16 +3,15 @@
 They are rows of a table of their own, and the sign says which table an id is of: the vocabulary's begin at 0 and go up
 (a tokenizer has no other), the soft tokens' begin at -1 and go down. So no text can name one, whatever its tokenizer.
 
-An engine that shares cached blocks between requests finds them by their ids. So an id must never come to mean another
-soft token while a block made with it could be found: ids are handed out in order and not again. A latent that
-is asked again keeps its ids, on purpose, and then shares its blocks.
+An engine that shares cached blocks between requests finds them by their ids. So ids are handed out in order and not
+again, lest a block be found for another soft token. A latent asked again keeps its ids, and so shares its blocks.
 
 Dimensions used in this file:
     K soft tokens    D model width    T tokens
 """
 
 import threading
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 ROWS = 1 << 31  # engines keep ids in 32 bits
 
 
-@dataclass
+@dataclass(eq=False)
 class _Held:
     first: int  # row in the table
     soft: Float[Tensor, "K D"]
-    users: int = 0
+    users: int
 
 
 class SoftIds:
@@ -43,8 +42,7 @@ class SoftIds:
         self.tokens = 0  # soft tokens held
         self._next = 0
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
-        self._by_first: dict[int, _Held] = {}
-        self._firsts: list[int] = []
+        self._table: list[_Held] = []  # in ascending order
         self._lock = threading.Lock()
         embedding.forward = self._forward
 
@@ -89,25 +87,21 @@ class SoftIds:
         with self._lock:
             for key in [key for key, held in self._held.items() if held.users == 0]:
                 self._drop(key)
-            self._by_first, self._firsts, self._next, self.tokens = {}, [], 0, 0
+            self._table, self._next, self.tokens = [], 0, 0
             for key, held in self._held.items():
-                users = held.users
-                self._held[key] = self._number(held.soft)
-                self._held[key].users = users
+                self._held[key] = self._number(held.soft, held.users)
 
-    def _number(self, soft: Float[Tensor, "K D"]) -> _Held:
-        held = _Held(self._next, soft)
+    def _number(self, soft: Float[Tensor, "K D"], users: int = 0) -> _Held:
+        held = _Held(self._next, soft, users)
         self._next += len(soft)
         self.tokens += len(soft)
-        self._by_first[held.first] = held
-        insort(self._firsts, held.first)
+        self._table.append(held)
         return held
 
     def _drop(self, key: Hashable) -> None:
         held = self._held.pop(key)
         self.tokens -= len(held.soft)
-        del self._by_first[held.first]
-        self._firsts.remove(held.first)
+        self._table.remove(held)
 
     def _forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
         soft = ids < 0
@@ -124,8 +118,8 @@ class SoftIds:
         at = 0
         with self._lock:
             while at < len(rows):
-                place = bisect_right(self._firsts, rows[at]) - 1
-                held = self._by_first[self._firsts[place]] if place >= 0 else None
+                place = bisect_right(self._table, rows[at], key=lambda held: held.first) - 1
+                held = self._table[place] if place >= 0 else None
                 start = rows[at] - held.first if held else 0
                 if held is None or start >= len(held.soft):
                     # Dropped between a request's end and the step that was already under way: nobody reads the result.
