@@ -7,7 +7,7 @@ Dimensions used in this file:
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -35,8 +35,11 @@ from latentwire.bridge.results import Generated, Latent, Output, Timing, Usage
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
 
 BATCH_ROWS = 32
-Input = str | bytes | Latent
+Input = str | bytes | bytearray | memoryview | Latent
 """A text, which the sender reads; or a latent: a message of this bridge, alone or as ``encode`` returned it."""
+
+
+INPUTS = (str, bytes, bytearray, memoryview, Latent)
 
 
 class Bridge:
@@ -140,7 +143,7 @@ class Bridge:
             InvalidRequest: A text is empty or too long.
             LatentWireError: The sender cannot be loaded, or is not the one the bridge was trained with.
         """
-        kind, each = wire.as_dtype(dtype), [texts] if isinstance(texts, str) else list(texts)
+        kind, each = wire.as_dtype(dtype), _each(texts, (str,), "text", "a text, or several")
         sources = [self.tokenize(text, truncate=truncate) for text in each]
         encoded: list[engine.Encoded] = []
         with self.lend(self.sender) as sender:
@@ -203,12 +206,14 @@ class Bridge:
             LatentWireError: A model cannot be loaded, or is not the one the bridge was trained with.
         """
         started, name = time.perf_counter(), self.receiver(receiver)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         params = SamplingParams(
             max_tokens, temperature, top_p, top_k, secrets.randbits(63) if seed is None else seed, stops,
-            tuple(stop_ids), logprobs,
+            tuple(stop_ids or ()), logprobs,
         )  # fmt: skip
         check_params(params, n)
+        if max_tokens >= (most := self.reader(name).max_tokens):
+            raise InvalidRequest(f"max_tokens is {max_tokens}; {name!r} reads {most} in all", param="max_tokens")
         latents, source_tokens = self._latents(inputs, truncate)
         encode_ms = _ms_since(started)
         rows = [
@@ -291,12 +296,12 @@ class Bridge:
 
     def _latents(self, inputs: Input | Sequence[Input], truncate: bool) -> tuple[list[NDArray[np.float32]], int]:
         """Latents (K, C) of inputs, and the tokens that the sender read for them."""
-        each: Sequence[Input] = [inputs] if isinstance(inputs, str | bytes | Latent) else list(inputs)
+        each = _each(inputs, INPUTS, "input", "a text, a message in bytes or a Latent")
         texts = [item for item in each if isinstance(item, str)]
         encoded = self.encode(texts, truncate=truncate) if texts else []
         rest = iter(encoded)
         messages = [next(rest) if isinstance(item, str) else item for item in each]
-        latents = [self.decode(item.data if isinstance(item, Latent) else item) for item in messages]
+        latents = [self.decode(item.data if isinstance(item, Latent) else bytes(item)) for item in messages]
         return latents, sum(latent.source_tokens for latent in encoded)
 
     @contextmanager
@@ -320,12 +325,23 @@ class Bridge:
 def _prompts(prompt: str | Sequence[str] | Sequence[Mapping[str, Any]], count: int) -> list[Prompt]:
     if isinstance(prompt, str):
         return [prompt] * count
-    texts = [item for item in prompt if isinstance(item, str)]
-    if not texts:
-        return [tuple(_turn(item) for item in prompt)] * count
-    if not len(texts) == len(prompt) == count:
-        raise InvalidRequest(f"{len(prompt)} prompts for {count} inputs; give one, or one for each", param="prompt")
-    return list(texts)
+    each = _each(prompt, (str, Mapping), "prompt", "a text, one for each input, or messages")
+    if any(isinstance(item, Mapping) for item in each):
+        return [tuple(_turn(item) for item in each)] * count
+    if len(each) != count:
+        raise InvalidRequest(f"{len(each)} prompts for {count} inputs; give one, or one for each", param="prompt")
+    return each
+
+
+def _each(given: Any, kinds: tuple[type, ...], what: str, expected: str) -> list[Any]:
+    """One thing or several, as a list (InvalidRequest where one is of another type)."""
+    several = isinstance(given, Iterable) and not isinstance(given, (Mapping, *kinds))
+    items = list(given) if several else [given]
+    for item in items:
+        if not isinstance(item, kinds):
+            name, param = type(item).__name__, "prompt" if what == "prompt" else "inputs"
+            raise InvalidRequest(f"one {what} is of type {name}; expected {expected}", param=param)
+    return items
 
 
 def _turn(message: object) -> Turn:

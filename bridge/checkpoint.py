@@ -106,7 +106,10 @@ def read_manifest(name: str | Path) -> Manifest:
     try:
         encoder_class(manifest.bridge.encoder.kind)
     except ValueError as error:
-        raise CorruptCheckpoint(f"{path}: bridge.encoder.kind: {error}") from None
+        raise CorruptCheckpoint(
+            f"{path}: bridge.encoder.kind: {error}, got {manifest.bridge.encoder.kind!r}; "
+            "an encoder of your own is known once the module that defines it was imported"
+        ) from None
     return manifest
 
 

@@ -41,6 +41,9 @@ class Encoder(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "kind" in vars(cls):
+            other = KINDS.get(cls.kind, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"the encoder kind {cls.kind!r} is taken by {other.__module__}.{other.__qualname__}")
             KINDS[cls.kind] = cls
 
     def __init__(self, config: EncoderConfig) -> None:

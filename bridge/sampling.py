@@ -8,14 +8,17 @@ Dimensions used in this file:
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.errors import InvalidRequest, shorten
 
+MAX_LOGPROBS, MAX_SAMPLES = 20, 1024
 COLDEST = 1e-6
 """Lowest temperature divided by: beyond it float32 overflows, and the likeliest token was certain long before."""
 
@@ -45,18 +48,30 @@ class SamplingParams:
     logprobs: int | None = None
 
 
+class _Ranges(BaseModel):
+    """What ``SamplingParams`` may hold where nobody has looked before, and how many samples there may be."""
+
+    model_config = ConfigDict(strict=True)
+
+    max_tokens: int = Field(ge=1)
+    temperature: float = Field(ge=0, le=100)
+    top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=1 << 63)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...]
+    stop_ids: tuple[Annotated[int, Field(ge=0)], ...]
+    logprobs: int | None = Field(ge=0, le=MAX_LOGPROBS)
+    n: int = Field(ge=1, le=MAX_SAMPLES)
+
+
 def check_params(params: SamplingParams, samples: int = 1) -> None:
-    """Refuse numbers out of their range (InvalidRequest, with the value and the range)."""
-    for name, value, fits, expected in (
-        ("max_tokens", params.max_tokens, params.max_tokens >= 1, "1 or more"),
-        ("temperature", params.temperature, 0 <= params.temperature <= 100, "0 to 100"),
-        ("top_p", params.top_p, 0 < params.top_p <= 1, "more than 0 and at most 1"),
-        ("top_k", params.top_k, params.top_k >= 0, "0 or more"),
-        ("seed", params.seed, 0 <= params.seed < 1 << 63, "0 or more, below 2**63"),
-        ("n", samples, samples >= 1, "1 or more"),
-    ):
-        if not fits:
-            raise InvalidRequest(f"{name} is {value}; expected {expected}", param=name)
+    """Refuse what is of another type or out of its range (InvalidRequest, with the value and what was expected)."""
+    try:
+        _Ranges(**asdict(params), n=samples)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, expected = ".".join(map(str, first["loc"])), first["msg"].replace("Input should be", "expected")
+        raise InvalidRequest(f"{name} is {shorten(repr(first['input']), 80)}; {expected}", param=name) from None
 
 
 def sample_params(base: SamplingParams, sample: int) -> SamplingParams:

@@ -74,16 +74,19 @@ class Report:
         return share
 
     def save(self, path: str | Path) -> None:
-        """Write the report, whole or not at all: as a page where the name ends in .html, else as JSON.
+        """Write the report, whole or not at all: as a page where the name ends in .html or .htm, else as JSON.
 
         Raises:
             InvalidRequest: The file cannot be written.
         """
-        if Path(path).suffix != ".html":
+        if Path(path).suffix.lower() not in (".html", ".htm"):
             write_report(Path(path), self.document)
             return
         title = f"{self.document['checkpoint']} on {self.document['task']}"
         write_text(Path(path), page(self.document, title=title, facts={"examples": str(self.document["n"])}))
+
+    def __repr__(self) -> str:
+        return f"Report({self.document['checkpoint']} on {self.document['task']}: {', '.join(self.conditions)})"
 
     def __rich__(self) -> Any:
         return table(self.document)
@@ -111,7 +114,7 @@ class BridgeLender(Lender):
 
 
 def evaluate(
-    bridge: Bridge,
+    bridge: Bridge | str | Path,
     task: str | Path = "world",
     *,
     limit: int | None = None,
@@ -128,7 +131,7 @@ def evaluate(
     At a terminal a progress bar shows how far it is, unless ``on_progress`` is told.
 
     Args:
-        bridge: The bridge.
+        bridge: The bridge, or the name of its checkpoint.
         task: ``world``, or a task file (.toml).
         limit: Use the first so many test examples; all of them, unless given.
         conditions: What the receiver gets to see; every condition, unless given.
@@ -140,16 +143,23 @@ def evaluate(
         InvalidRequest: No such task or condition, or the task does not suit the receiver.
         LatentWireError: A model cannot be loaded, or is not the one the bridge was trained with.
     """
-    if limit is not None and limit < 1:
-        raise InvalidRequest(f"limit is {limit}; expected 1 or more", param="limit")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InvalidRequest(f"limit is {limit!r}; expected 1 or more", param="limit")
+    known = ", ".join(CONDITIONS)
+    if isinstance(conditions, str) or (conditions is not None and not conditions):
+        raise InvalidRequest(f"conditions is {conditions!r}; expected a list out of {known}", param="conditions")
     if unknown := [name for name in conditions or () if name not in CONDITIONS]:
-        known = ", ".join(CONDITIONS)
         raise InvalidRequest(f"no condition is called {unknown[0]!r}; there are {known}", param="conditions")
+    bridge = bridge if isinstance(bridge, Bridge) else Bridge.load(bridge)
     context = context_of(bridge, load_task(str(task)), BridgeLender(bridge), receiver, limit, wire.as_dtype(dtype))
     if on_progress is not None:
-        return Report(measure(context, conditions=conditions, progress=on_progress))
-    with progress_bar(Console(stderr=True)) as progress:
-        return Report(measure(context, conditions=conditions, progress=progress))
+        document = measure(context, conditions=conditions, progress=on_progress)
+    else:
+        with progress_bar(Console(stderr=True)) as progress:
+            document = measure(context, conditions=conditions, progress=progress)
+    if not document["conditions"]:
+        raise InvalidRequest("'mismatched' needs another source, and the examples have one alone", param="conditions")
+    return Report(document)
 
 
 def context_of(

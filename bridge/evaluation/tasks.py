@@ -92,7 +92,8 @@ def load_task(name: str) -> Task:
         return world_task()
     path = Path(name)
     if path.suffix != ".toml" or not path.is_file():
-        raise InvalidRequest(f"task {name!r} is neither 'world' nor the path of a .toml file", param="task")
+        why = "; there is no such file" if path.suffix == ".toml" else ""
+        raise InvalidRequest(f"task {name!r} is neither 'world' nor the path of a .toml file{why}", param="task")
     return _file_task(path)
 
 

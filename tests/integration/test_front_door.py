@@ -79,12 +79,18 @@ def test_models_come_when_they_are_needed_and_leave_when_told() -> None:
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        ({"max_tokens": 0}, "max_tokens is 0; expected 1 or more"),
-        ({"temperature": -1.0}, "temperature is -1.0; expected 0 to 100"),
-        ({"top_p": 0.0}, "top_p is 0.0; expected more than 0 and at most 1"),
-        ({"top_k": -1}, "top_k is -1; expected 0 or more"),
-        ({"seed": -1}, "seed is -1; expected 0 or more, below"),
-        ({"n": 0}, "n is 0; expected 1 or more"),
+        ({"max_tokens": 0}, "max_tokens is 0; expected greater than or equal to 1"),
+        ({"max_tokens": 600}, "max_tokens is 600; 'builtin:llama' reads 512 in all"),
+        ({"temperature": -1.0}, "temperature is -1.0; expected greater than or equal to 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected greater than 0"),
+        ({"top_k": -1}, "top_k is -1; expected greater than or equal to 0"),
+        ({"seed": -1}, "seed is -1; expected greater than or equal to 0"),
+        ({"n": 0}, "n is 0; expected greater than or equal to 1"),
+        ({"n": 10**6}, "n is 1000000; expected less than or equal to 1024"),
+        ({"logprobs": -1}, "logprobs is -1; expected greater than or equal to 0"),
+        ({"stop": ""}, "stop.0 is ''; String should have at least 1 character"),
+        ({"prompt": []}, "0 prompts for 1 inputs"),
+        ({"prompt": ["a", {"role": "user", "content": "b"}]}, "a message is 'a'; expected its role"),
         ({"prompt": ["a", "b"]}, "2 prompts for 1 inputs; give one, or one for each"),
         (
             {"prompt": [{"role": "nobody", "content": "a"}]},
@@ -99,7 +105,65 @@ def test_a_wrong_argument_is_named_with_what_was_expected(
     given = {"inputs": "Mara sings.", "prompt": "Who?", **arguments}
     with pytest.raises(InvalidRequest, match=named) as caught:
         bridge.generate(**given)
-    assert caught.value.param in arguments and "\n" not in str(caught.value)
+    assert str(caught.value.param).split(".")[0] in arguments and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"limit": 0}, "limit is 0; expected 1 or more"),
+        ({"conditions": []}, "conditions is .*; expected a list out of bridge, direct"),
+        ({"conditions": "bridge"}, "conditions is 'bridge'; expected a list out of bridge, direct"),
+        ({"conditions": ["mismatched"], "limit": 1}, "'mismatched' needs another source"),
+        ({"task": "nope.toml"}, "there is no such file"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_says_why(
+    bridge: latentwire.Bridge, arguments: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=named):
+        latentwire.evaluate(bridge, **arguments)
+
+
+AN_INPUT = "expected a text, a message in bytes or a Latent"
+WRONG_TYPES = {
+    "bridge.generate('a', 'Who?', max_tokens='5')": "max_tokens is '5'; expected a valid integer",
+    "bridge.generate('a', 'Who?', stop=[5])": "stop.0 is 5; expected a valid string",
+    "bridge.generate({'text': 'a'}, 'Who?')": f"one input is of type dict; {AN_INPUT}",
+    "bridge.generate([5], 'Who?')": f"one input is of type int; {AN_INPUT}",
+    "bridge.generate('a', None)": "one prompt is of type NoneType; expected a text, one for each input, or messages",
+    "bridge.encode([b'a'])": "one text is of type bytes; expected a text, or several",
+    "latentwire.evaluate(bridge, limit='a')": "limit is 'a'; expected 1 or more",
+}
+
+
+def test_a_value_of_another_type_is_named_in_one_sentence() -> None:
+    """In a process without the types' own checks, which this suite runs under."""
+    code = (
+        "import latentwire\nbridge = latentwire.Bridge.load()\n"
+        f"for call in {list(WRONG_TYPES)}:\n"
+        "    try: eval(call)\n"
+        "    except latentwire.LatentWireError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == list(WRONG_TYPES.values()), done.stderr
+
+
+def test_a_message_may_come_as_any_bytes_and_a_checkpoint_by_its_name(bridge: latentwire.Bridge) -> None:
+    (latent,) = bridge.encode("Ben lives in Rome.")
+    prompt = "Question: Where does Ben live?\nAnswer:"
+    for message in (latent.data, bytearray(latent.data), memoryview(latent.data)):
+        assert bridge.generate(message, prompt).texts == [" Ben lives in Rome."]
+    report = latentwire.evaluate("builtin", limit=1, conditions=["bridge"])
+    assert repr(report) == "Report(builtin on world: bridge)"
+
+
+def test_an_encoder_kind_has_one_class() -> None:
+    from latentwire.bridge.encoder import KINDS, Encoder
+
+    with pytest.raises(ValueError, match=r"kind 'pooling' is taken by latentwire\.bridge\.encoder\.Pooling"):
+        type("Mine", (Encoder,), {"kind": "pooling"})
+    assert KINDS["pooling"].__name__ == "Pooling"
 
 
 def test_what_is_not_there_is_named(bridge: latentwire.Bridge, tmp_path: Path) -> None:
