@@ -132,6 +132,17 @@ def test_the_table_shows_each_part_and_what_would_fit(made: Plan) -> None:
         assert re.search(rf"{re.escape(name)} .* {largest_batch(other, int(USABLE * DEVICE))} ", shown), name
 
 
+def test_a_run_with_mode_tokens_and_a_second_objective_is_planned(tmp_path: Path) -> None:
+    plain, more = (
+        plan(
+            config_of("builtin:neox", "builtin:llama", tmp_path, mode_tokens=count, reconstruction_weight=0.5),
+            **LENGTHS,
+        ).peak_bytes()
+        for count in (0, 4)
+    )
+    assert more > plain
+
+
 def test_a_folder_that_holds_no_causal_model_is_named(tmp_path: Path) -> None:
     receiver = write_llama(tmp_path / "b")
     (tmp_path / "a").mkdir()
