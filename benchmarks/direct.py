@@ -29,7 +29,7 @@ from latentwire.bridge.evaluation.conditions import RELAY_TOKENS
 from latentwire.bridge.evaluation.tasks import world_task
 from latentwire.bridge.generation.continuous import ContinuousEngine
 from latentwire.bridge.models import load_model
-from latentwire.bridge.prompt import compose
+from latentwire.bridge.prompt import compose, text_layout
 from latentwire.bridge.reader import tokenize_source
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.service.inference.request import GenerationRequest, soft_tokens_of
@@ -63,7 +63,7 @@ def bodies(count: int, seed: int = 0) -> list[dict[str, Any]]:
     bridge = Bridge.load()
     return [
         {
-            "inputs": [{"latent": base64.b64encode(bridge.message(np.asarray(question.given), "float32")).decode()}],
+            "inputs": [{"latent": base64.b64encode(bridge.message(np.asarray(question.source), "float32")).decode()}],
             "prompt": question.prompt,
             "max_tokens": question.params.max_tokens,
         }
@@ -87,7 +87,7 @@ class Asking:
         self.engine = ContinuousEngine(self.lm, max_rows=ROWS)
 
     def ask(
-        self, question: GenerationRequest, done: Callable[[int], None], first: Callable[[str], None] | None = None
+        self, question: GenerationRequest, done: Callable[[int], None], first: Callable[..., None] | None = None
     ) -> None:
         """Submit a question; ``done`` gets its token count."""
 
@@ -96,14 +96,14 @@ class Asking:
                 raise result
             done(result.token_count)
 
-        row = self.bridge.compose(self.name, question.given, question.prompt, question.params)
+        row = self.bridge.compose(self.name, question.source, question.prompt, question.params)
         self.engine.submit(row, question.params, soft_tokens_of(self.bridge, self.name, self.lm, question), end, first)
 
     def wait(self, question: GenerationRequest) -> tuple[float, float]:
         """Seconds to the first token and to the last."""
         ended, times = threading.Event(), list[float]()
         started = time.perf_counter()
-        self.ask(question, lambda _: ended.set(), lambda _: times.append(time.perf_counter() - started))
+        self.ask(question, lambda _: ended.set(), lambda *_: times.append(time.perf_counter() - started))
         ended.wait()
         return (times or [time.perf_counter() - started])[0], time.perf_counter() - started
 
@@ -149,8 +149,8 @@ def static() -> Work:
         tokens, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             batch = [next(asked) for _ in range(ROWS)]
-            rows = [bridge.compose(name, question.given, question.prompt, question.params) for question in batch]
-            soft = engine.soften(bridge.model, name, lm, [question.given for question in batch])  # type: ignore[misc]
+            rows = [bridge.compose(name, question.source, question.prompt, question.params) for question in batch]
+            soft = engine.soften(bridge.model, name, lm, [question.source for question in batch])  # type: ignore[misc]
             said = generate(lm, rows, soft, [question.params for question in batch])[0]
             tokens += sum(answer.token_count for answer in said)
         seconds = yield {"tokens_per_second": tokens / (time.perf_counter() - started)}
@@ -199,8 +199,7 @@ def first_tokens() -> Work:
     cut = tokenize_source(sender, source, kept, max_tokens=limit, truncate=True)
     read = encode(asking.bridge.model, sender, [cut])[0]
     params, prompt = SamplingParams(max_tokens=1), "\nQuestion: Where does Mara live?\nAnswer:"
-    layout = asking.bridge.manifest.bridge.heads[asking.name].layout
-    row = compose(sender, layout, "{latent}\nSummary:", latent=source)
+    row = compose(sender, text_layout(sender), "{latent}\nSummary:", latent=source)
 
     def relay() -> tuple[float, int]:
         started, ended, said = time.perf_counter(), threading.Event(), list[Any]()
