@@ -80,7 +80,7 @@ def test_models_come_when_they_are_needed_and_leave_when_told() -> None:
     "arguments, named",
     [
         ({"max_tokens": 0}, "max_tokens is 0; expected greater than or equal to 1"),
-        ({"max_tokens": 600}, "max_tokens is 600; 'builtin:llama' reads 512 in all"),
+        ({"max_tokens": 600}, "max_tokens is 600; 'builtin:llama' reads 512 receiver tokens in all"),
         ({"temperature": -1.0}, "temperature is -1.0; expected greater than or equal to 0"),
         ({"top_p": 0.0}, "top_p is 0.0; expected greater than 0"),
         ({"top_k": -1}, "top_k is -1; expected greater than or equal to 0"),

@@ -152,7 +152,7 @@ def test_a_task_that_cannot_be_read_fails_without_telling_where_it_is(start: Sta
     failed = ended(client, post(client, task="broken"))
     assert (failed["state"], failed["report"]) == ("failed", None)
     assert failed["error"] == "task 'broken' cannot be read; the service's log says why"
-    assert failed["error"].replace("'", "&#x27;") in client.get(f"/evaluations/{failed['id']}/report").text
+    assert failed["error"].replace("'", "&#39;") in client.get(f"/evaluations/{failed['id']}/report").text
     assert ended(client, post(client))["state"] == "done"  # and the next one runs
 
 
