@@ -213,7 +213,9 @@ class Bridge:
         )  # fmt: skip
         check_params(params, n)
         if max_tokens >= (most := self.reader(name).max_tokens):
-            raise InvalidRequest(f"max_tokens is {max_tokens}; {name!r} reads {most} receiver tokens in all", param="max_tokens")
+            raise InvalidRequest(
+                f"max_tokens is {max_tokens}; {name!r} reads {most} receiver tokens in all", param="max_tokens"
+            )
         latents, source_tokens = self._latents(inputs, truncate)
         encode_ms = _ms_since(started)
         rows = [
