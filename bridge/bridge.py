@@ -39,9 +39,6 @@ Input = str | bytes | bytearray | memoryview | Latent
 """A text, which the sender reads; or a latent: a message of this bridge, alone or as ``encode`` returned it."""
 
 
-INPUTS = (str, bytes, bytearray, memoryview, Latent)
-
-
 class Bridge:
     """A trained bridge: the sender reads texts, a receiver answers from their latents alone.
 
@@ -216,11 +213,13 @@ class Bridge:
             raise InvalidRequest(
                 f"max_tokens is {max_tokens}; {name!r} reads {most} receiver tokens in all", param="max_tokens"
             )
-        latents, source_tokens = self._latents(inputs, truncate)
+        each = _each(inputs, get_args(Input), "input", "a text, a message in bytes or a Latent")
+        prompts = _prompts(prompt, len(each))
+        latents, source_tokens = self._latents(each, truncate)
         encode_ms = _ms_since(started)
         rows = [
             engine.LatentPrompt(self.compose(name, latent, asked, params), latent, sample_params(params, sample))
-            for latent, asked in zip(latents, _prompts(prompt, len(latents)), strict=True)
+            for latent, asked in zip(latents, prompts, strict=True)
             for sample in range(n)
         ]
         answers: list[Generation] = []
@@ -296,13 +295,12 @@ class Bridge:
         if lm.name in self.manifest.bridge.heads:
             check_receiver(self.manifest.bridge, lm.name, lm)
 
-    def _latents(self, inputs: Input | Sequence[Input], truncate: bool) -> tuple[list[NDArray[np.float32]], int]:
+    def _latents(self, inputs: Sequence[Input], truncate: bool) -> tuple[list[NDArray[np.float32]], int]:
         """Latents (K, C) of inputs, and the tokens that the sender read for them."""
-        each = _each(inputs, INPUTS, "input", "a text, a message in bytes or a Latent")
-        texts = [item for item in each if isinstance(item, str)]
+        texts = [item for item in inputs if isinstance(item, str)]
         encoded = self.encode(texts, truncate=truncate) if texts else []
         rest = iter(encoded)
-        messages = [next(rest) if isinstance(item, str) else item for item in each]
+        messages = [next(rest) if isinstance(item, str) else item for item in inputs]
         latents = [self.decode(item.data if isinstance(item, Latent) else bytes(item)) for item in messages]
         return latents, sum(latent.source_tokens for latent in encoded)
 

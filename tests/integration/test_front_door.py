@@ -166,6 +166,13 @@ def test_an_encoder_kind_has_one_class() -> None:
     assert KINDS["pooling"].__name__ == "Pooling"
 
 
+def test_what_cannot_be_asked_is_refused_before_the_sender_reads() -> None:
+    bridge = latentwire.Bridge.load("builtin")
+    with pytest.raises(InvalidRequest, match="2 prompts for 1 inputs"):
+        bridge.generate("Mara sings.", ["a", "b"])
+    assert bridge.residency.resident() == {}
+
+
 def test_what_is_not_there_is_named(bridge: latentwire.Bridge, tmp_path: Path) -> None:
     with pytest.raises(UnknownBridge, match="no head for receiver 'nobody'; it has builtin:llama"):
         bridge.generate("Mara sings.", "Who?", receiver="nobody")
