@@ -1,12 +1,15 @@
-"""What a caller may rely on from the store in the process, and from what is kept in any store."""
+"""What a caller may rely on from the stores of one service, and from what is kept in any store."""
 
 import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
-from latentwire.service.store.base import Store
+from latentwire.service.store.base import Kind, Store
+from latentwire.service.store.disk import DiskStore
 from latentwire.service.store.latents import (
     CachedEncoding,
     encode_key,
@@ -34,8 +37,25 @@ class Clock:
         return self.now
 
 
-def memory(clock: Clock | None = None) -> MemoryStore:
-    return MemoryStore({"latent": ROOM, "encode": ROOM, "job": ROOM}, clock=clock or Clock())
+BUDGETS: dict[Kind, int] = {"latent": ROOM, "encode": ROOM, "job": ROOM}
+
+
+def memory() -> MemoryStore:
+    return MemoryStore(BUDGETS, clock=Clock())
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=["memory", "disk"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Store]:
+    """Either store of one service, empty."""
+    kinds: dict[str, Callable[..., Store]] = {"memory": MemoryStore, "disk": partial(DiskStore, tmp_path)}
+    store = kinds[request.param](BUDGETS, clock=clock)
+    yield store
+    await store.close()
 
 
 async def held(store: Store, keys: str) -> str:
@@ -44,18 +64,15 @@ async def held(store: Store, keys: str) -> str:
     return "".join(key for key, value in zip(keys, found, strict=True) if value is not None)
 
 
-async def test_memory_gives_back_what_was_put_under_its_kind_and_key() -> None:
-    store = memory()
+async def test_a_store_gives_back_what_was_put_under_its_kind_and_key(store: Store) -> None:
     await store.put("latent", "a", b"\x00latent\xff")
     await store.put("job", "a", b"")
     assert await store.get_many("latent", ["b", "a", "\ud800"]) == [None, b"\x00latent\xff", None]
     assert await store.get("job", "a") == b""
     assert await store.get("encode", "a") is None
-    await store.close()
 
 
-async def test_the_least_recently_used_goes_first() -> None:
-    store = memory()
+async def test_the_least_recently_used_goes_first(store: Store) -> None:
     for key in "abc":
         await store.put("latent", key, LARGE)
     await store.get("latent", "a")
@@ -63,15 +80,13 @@ async def test_the_least_recently_used_goes_first() -> None:
     assert await held(store, "abcd") == "acd"
 
 
-async def test_rows_of_one_request_push_out_older_ones_and_never_each_other() -> None:
-    store = memory()
+async def test_rows_of_one_request_push_out_older_ones_and_never_each_other(store: Store) -> None:
     await store.put("latent", "a", LARGE)
     await store.put_many("latent", dict.fromkeys("bcd", LARGE))
     assert await held(store, "abcd") == "bcd"
 
 
-async def test_a_request_that_cannot_fit_as_a_whole_is_refused_before_anything_is_pushed_out() -> None:
-    store = memory()
+async def test_a_request_that_cannot_fit_as_a_whole_is_refused_before_anything_is_pushed_out(store: Store) -> None:
     await store.put("latent", "a", SMALL)
     with pytest.raises(StoreUnavailable, match=rf"4 values of kind 'latent' take \d+ bytes; the store holds {ROOM}"):
         await store.put_many("latent", dict.fromkeys("bcde", LARGE))
@@ -79,8 +94,7 @@ async def test_a_request_that_cannot_fit_as_a_whole_is_refused_before_anything_i
     assert (store.failures, store.available) == (1, True)
 
 
-async def test_no_flood_of_one_kind_costs_anybody_a_value_of_another() -> None:
-    store = memory()
+async def test_no_flood_of_one_kind_costs_anybody_a_value_of_another(store: Store) -> None:
     await store.put("job", "a", SMALL)
     for key in "abcdefgh":
         await store.put("latent", key, LARGE)
@@ -88,9 +102,7 @@ async def test_no_flood_of_one_kind_costs_anybody_a_value_of_another() -> None:
     assert await store.get("job", "a") == SMALL
 
 
-async def test_what_has_expired_makes_room_before_what_was_not_used_for_longer() -> None:
-    clock = Clock()
-    store = memory(clock)
+async def test_what_has_expired_makes_room_before_what_was_not_used_for_longer(store: Store, clock: Clock) -> None:
     await store.put("latent", "a", LARGE, ttl_seconds=3600)
     await store.put_many("latent", dict.fromkeys("bc", LARGE), ttl_seconds=60)
     clock.now += 61
@@ -98,9 +110,7 @@ async def test_what_has_expired_makes_room_before_what_was_not_used_for_longer()
     assert await held(store, "abcd") == "ad"
 
 
-async def test_reading_does_not_prolong_and_putting_again_does() -> None:
-    clock = Clock()
-    store = memory(clock)
+async def test_reading_does_not_prolong_and_putting_again_does(store: Store, clock: Clock) -> None:
     await store.put_many("latent", dict.fromkeys("ab", SMALL), ttl_seconds=60)
     await store.put("latent", "c", SMALL)
     clock.now += 59
