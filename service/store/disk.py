@@ -115,6 +115,23 @@ class DiskStore(Store):
                 self._used[kind, _raw(key)] = None
         return found
 
+    async def delete(self, kind: Kind, key: str) -> None:
+        """Keep a value no longer (StoreUnavailable)."""
+
+        def delete() -> None:
+            with _transaction(self._writer) as db:
+                db.execute("DELETE FROM entries WHERE kind = ? AND key = ?", (kind, _raw(key)))
+
+        await self._run(1, delete)
+
+    async def page(self, kind: Kind, prefix: str, after: str, limit: int, head_bytes: int) -> list[tuple[str, bytes]]:
+        """The next keys that have a prefix, with the start of each value (StoreUnavailable); that is no use of them."""
+        query = f"SELECT key, substr(value, 1, ?) {FOUND} AND key > ? AND key >= ? AND key < ? ORDER BY key LIMIT ?"
+        first = _raw(prefix)
+        bounds = (head_bytes, kind, self._clock(), _raw(after), first, first + b"\xff", limit)  # never in UTF-8
+        rows = await self._run(0, lambda: self._reader.execute(query, bounds).fetchall())
+        return [(key.decode("utf-8", "surrogatepass"), head) for key, head in rows]
+
     async def close(self) -> None:
         """Wait for what is being done, and close the file."""
         for thread in self._threads:
@@ -132,9 +149,9 @@ class DiskStore(Store):
     ) -> None:
         now = self._clock()
         with _transaction(self._writer) as db:
-            for its_kind, key in used:
+            for its_kind, its_key in used:
                 turn = _next_turn(db, its_kind)
-                db.execute("UPDATE entries SET used = ? WHERE kind = ? AND key = ?", (turn, its_kind, key))
+                db.execute("UPDATE entries SET used = ? WHERE kind = ? AND key = ?", (turn, its_kind, its_key))
             db.execute("DELETE FROM entries WHERE expires <= ?", (now,))
             db.executemany("DELETE FROM entries WHERE kind = ? AND key = ?", [(kind, _raw(key)) for key in values])
             self._make_room(db, kind, sum(costs.values()))  # before anything is added, so that its pages are used again
