@@ -196,6 +196,14 @@ def answer_scores(receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "
     return -token_losses(logits, labels).sum(dim=1)
 
 
+@torch.inference_mode()
+def answer_losses(receiver: FrozenLM, batch: Batch) -> list[float]:
+    """Nats of each labelled token of a batch of text, row after row."""
+    logits, labels = answer_logits(receiver, batch, None)
+    nats: list[float] = token_losses(logits, labels)[labels[:, 1:] != IGNORE].tolist()
+    return nats
+
+
 def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, "B A-1"]:
     """Cross-entropy in nats of each labelled token given what stands before it; 0 where nothing is labelled.
 
