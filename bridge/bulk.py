@@ -64,7 +64,7 @@ def encode_corpus(
         bridge: Whose sender reads.
         documents: Texts by id, or ``Source``s with metadata; they are gone through twice.
         out: The file.
-        dtype: What the numbers are kept in: float16, int8 or float32.
+        dtype: What the numbers are kept in: float16, int8, int4 or float32.
         truncate: Cut texts that are longer than the bridge reads, instead of refusing them.
         keep_text: Keep the texts beside their latents.
         overwrite: Begin anew where there is such a file, or the beginning of one.

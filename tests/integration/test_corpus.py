@@ -75,7 +75,7 @@ def test_a_latent_is_found_by_its_id_with_what_is_known_of_it(bridge: Bridge, wh
     ).texts  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4", "float32"])
 def test_the_file_is_one_that_any_reader_of_safetensors_opens(bridge: Bridge, tmp_path: Path, dtype: DType) -> None:
     corpus = encode_corpus(bridge, {"a": "Mara sings.", "b": "Ben lives in Rome."}, tmp_path / "c.lw", dtype=dtype)
     assert corpus["b"].dtype == corpus.dtype == dtype
