@@ -17,6 +17,7 @@ from rich.console import Console
 
 from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
+from latentwire.service.cli.corpus import app as corpus
 from latentwire.service.cli.infer import encode, generate
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
@@ -41,6 +42,7 @@ app = typer.Typer(
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
+app.add_typer(corpus, name="corpus")
 out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
