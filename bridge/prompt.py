@@ -25,6 +25,8 @@ from latentwire.bridge.reader import Reader, ids_of_texts, text_ids
 
 LATENT, PROMPT = "{latent}", "{prompt}"
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
+Content = int | str
+"""So many soft tokens, or a text."""
 TEXT = -1  # slot number of a position that holds an ordinary token
 
 
@@ -166,7 +168,7 @@ def compose(
     layout: Layout,
     template: Prompt,
     *,
-    latent: int | str | None,
+    latent: Content | Sequence[Content] | None,
     answer: str | None = None,
     max_tokens: int | None = None,
 ) -> Row:
@@ -180,7 +182,8 @@ def compose(
         lm: The model that will read the row.
         layout: Its BOS and EOS policy, and its chat template.
         template: Holds ``{latent}`` at most once; see ``place``.
-        latent: K for K soft tokens; a text for that text in their place; None for nothing.
+        latent: What stands at ``{latent}``: K for K soft tokens, a text, several of these one after the other, or None.
+            Soft tokens are numbered on through all of them.
         answer: Supervised together with EOS, and nothing else is. In a chat it opens a turn, with no space before it.
         max_tokens: The most the receiver takes, tokens to be generated included.
 
@@ -190,24 +193,27 @@ def compose(
     parts = _segments(lm, layout, template)
     home = _home(parts) if layout.chat else 0
     ids = [] if layout.bos_id is None else [layout.bos_id]
-    first, spoken = 0, ""
+    slots, spoken = [TEXT] * len(ids), ""
     for at, part in enumerate(parts):
-        follows = at > 0 and not lm.begins_again
+        spoken = ""
         if isinstance(part, int):
             ids.append(part)
-            spoken = ""
-        elif at == home and isinstance(latent, int):
-            before, after = split_template(part)
-            ids += _run(lm, before.rstrip(" "), follows)
-            first, spoken = len(ids), after or before
-            ids += [0] * latent + continuation(lm, after)
-        else:
-            before, after = split_template(part) if at == home else (part, "")
-            spoken = before + (latent if at == home and isinstance(latent, str) else "") + after
-            ids += _run(lm, spoken, follows)
-    slots = [TEXT] * len(ids)
-    if isinstance(latent, int):
-        slots[first : first + latent] = range(latent)
+            slots.append(TEXT)
+            continue
+        before, after = split_template(part) if at == home else (part, "")
+        runs = _runs([before, *(_contents(latent) if at == home else ()), after])
+        for place, run in enumerate(runs):
+            if isinstance(run, int):
+                start = sum(slot != TEXT for slot in slots)
+                ids += [0] * run
+                slots += range(start, start + run)
+                continue
+            spoken = run
+            text = run.rstrip(" ") if place + 1 < len(runs) else run
+            follows = place > 0 or (at > 0 and not lm.begins_again)
+            made = _run(lm, text, follows)
+            ids += made
+            slots += [TEXT] * len(made)
     answer_ids: list[int] = []
     if answer is not None:
         text = answer.removeprefix(" ") if layout.chat else answer
@@ -223,6 +229,21 @@ def compose(
             param="prompt",
         )
     return Row(ids + answer_ids, slots + [TEXT] * len(answer_ids), [IGNORE] * len(ids) + answer_ids)
+
+
+def _contents(latent: Content | Sequence[Content] | None) -> Sequence[Content]:
+    return () if latent is None else (latent,) if isinstance(latent, int | str) else latent
+
+
+def _runs(contents: Sequence[Content]) -> list[Content]:
+    """The same contents with neighbouring texts joined, since a text is tokenised whole; nothing empty stays."""
+    runs: list[Content] = []
+    for content in contents:
+        if isinstance(content, str) and runs and isinstance(runs[-1], str):
+            runs[-1] += content
+        elif content:
+            runs.append(content)
+    return runs
 
 
 def _home(parts: Sequence[Segment]) -> int:
@@ -254,13 +275,18 @@ def continuation(lm: Reader, text: str, before: str = "") -> list[int]:
     return text_ids(lm, text)
 
 
-def fit(lm: Reader, layout: Layout, template: str, text: str, room: int, answer: str | None = None) -> Row:
-    """``compose`` with a text, cut to a row of ``room`` tokens (InvalidRequest where the template alone is longer)."""
-    row, kept = compose(lm, layout, template, latent=text, answer=answer), len(text_ids(lm, text))
+def fit(
+    lm: Reader, layout: Layout, template: str, text: str, room: int, answer: str | None = None, *, soft: int = 0
+) -> Row:
+    """``compose`` with a text, cut to a row of ``room`` tokens (InvalidRequest where the template alone is longer).
+
+    ``soft`` tokens stand directly before the text.
+    """
+    row, kept = compose(lm, layout, template, latent=(soft, text), answer=answer), len(text_ids(lm, text))
     while len(row) > room and kept > 0:  # again where a cut word joins its neighbours otherwise than the whole did
         kept = max(0, kept - (len(row) - room))
-        row = compose(lm, layout, template, latent=cut_text(lm, text, kept), answer=answer)
-    return row if len(row) <= room else compose(lm, layout, template, latent="", answer=answer, max_tokens=room)
+        row = compose(lm, layout, template, latent=(soft, cut_text(lm, text, kept)), answer=answer)
+    return row if len(row) <= room else compose(lm, layout, template, latent=soft, answer=answer, max_tokens=room)
 
 
 def cut_text(lm: Reader, text: str, tokens: int) -> str:

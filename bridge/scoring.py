@@ -33,7 +33,7 @@ models that keep one score whole rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class Continuation:
     """A continuation's tokens and what the receiver gives each, in nats; ``greedy``: each was the likeliest."""
 
     ids: tuple[int, ...]
@@ -41,7 +41,7 @@ class Scored:
     greedy: bool
 
     @classmethod
-    def of(cls, told: Sequence[Judged]) -> "Scored":
+    def of(cls, told: Sequence[Judged]) -> "Continuation":
         """From its tokens one by one."""
         return cls(*(tuple(one[field] for one in told) for field in (0, 1)), greedy=all(one[2] for one in told))
 
@@ -102,7 +102,7 @@ def is_copied(receiver: FrozenLM) -> bool:
 @torch.inference_mode()
 def score(
     receiver: FrozenLM, questions: Sequence[Sequence[Row]], soft_tokens: Float[Tensor, "B K D"] | None
-) -> list[list[Scored]]:
+) -> list[list[Continuation]]:
     """Scores of the labelled tokens of rows; a question has a row for each of its continuations, and one latent.
 
     Equal to those of whole rows within 1e-4 nats. All is one pass: ``passes`` cuts what does not fit.
@@ -130,7 +130,7 @@ def score(
                 fed = collate([rests[i][:-1] for i in part], side="right").to(receiver.device)
                 soft, rows_ = None if each is None else each[part], begun.copied([owners[i] for i in part])
                 _judge(rows_.read(fed, soft, keep=scored), labels[:, -scored:], mine)
-    found = map(Scored.of, told)
+    found = map(Continuation.of, told)
     return [[next(found) for _ in rows] for rows in questions]
 
 

@@ -39,6 +39,7 @@ STATUS: dict[type[errors.LatentWireError], int] = {
     errors.CallerLeft: 499,
     errors.InferenceFailed: 500,
     errors.TrainingFailed: 500,
+    errors.LeakFound: 422,
 }
 RETRY_LATER = {429, 503}
 

@@ -187,11 +187,12 @@ def test_what_is_not_there_is_named(bridge: latentwire.Bridge, tmp_path: Path) -
 def test_a_report_has_its_numbers_and_is_saved_as_a_page_or_as_json(bridge: latentwire.Bridge, tmp_path: Path) -> None:
     told: list[int] = []
     report = latentwire.evaluate(
-        bridge, task="world", limit=4, conditions=["bridge", "none"], on_progress=lambda _, done, __: told.append(done)
+        bridge, task="world", limit=6, conditions=["bridge", "none"], on_progress=lambda _, done, __: told.append(done)
     )
     assert list(report.conditions) == ["bridge", "none"] and told
     result = report.conditions["bridge"]
-    assert result.metric == "em" and 0 <= result.low <= result.value <= result.high <= 1
+    assert result.metric == "em" and result.low is not None and result.high is not None
+    assert 0 <= result.low <= result.value <= result.high <= 1
     report.save(tmp_path / "r.html")
     report.save(tmp_path / "deeper" / "r.json")
     assert f"{result.value:.3f}" in (tmp_path / "r.html").read_text()
@@ -202,17 +203,17 @@ def test_a_report_has_its_numbers_and_is_saved_as_a_page_or_as_json(bridge: late
 
 
 def test_an_evaluation_measures_what_the_command_measures(bridge: latentwire.Bridge) -> None:
-    from latentwire.bridge.evaluation.conditions import open_context
-    from latentwire.bridge.evaluation.report import evaluate
+    from latentwire.bridge.evaluation.context import open_context
 
     ask: dict[str, Any] = {"limit": 8, "receiver": None, "dtype": "float16"}
-    there = evaluate(open_context("builtin", "world", **ask))
+    there = measure(open_context("builtin", "world", **ask), keep_examples=True)
     here = latentwire.evaluate(bridge, "world", limit=8).document
 
     def untimed(report: Any) -> Any:
         rows = {name: {**row, "ttft_ms": 0} for name, row in report["conditions"].items()}
-        return {**report, "conditions": rows}
+        return {**report, "conditions": rows, "about": {**report["about"], "command": None}}
 
+    assert here["about"]["command"] == "latentwire evaluate builtin --task world --limit 8 --dtype float16"
     assert untimed(here) == untimed(there)
 
 

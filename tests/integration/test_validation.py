@@ -14,7 +14,8 @@ import torch
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import save_bridge
 from latentwire.bridge.evaluation import report
-from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, open_context, predict
+from latentwire.bridge.evaluation.conditions import CONDITIONS, predict
+from latentwire.bridge.evaluation.context import EvaluationContext, open_context
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.bridge.evaluation.tasks import Example

@@ -23,6 +23,7 @@ from latentwire.bridge.prompt import (
     compose,
     continuation,
     embed,
+    fit,
     layout_for,
     place,
     split_template,
@@ -136,6 +137,27 @@ def test_a_text_in_place_of_the_latent_is_tokenised_with_its_surroundings(metasp
     layout = layout_for(metaspace, "Rome {latent}.")
     row = compose(metaspace, layout, "Rome {latent}.", latent="is big")
     assert tokens(metaspace, row.ids) == ["<s>", "▁Rome", "▁is", "▁big", "."] and set(row.slots) == {TEXT}
+
+
+def test_soft_tokens_and_texts_stand_one_after_the_other_and_are_numbered_on(llama: FrozenLM) -> None:
+    layout = layout_for(llama, TEMPLATE)
+    row = compose(llama, layout, TEMPLATE, latent=(2, " and ", 3, " so"), answer=" good")
+    slots = [slot for slot in row.slots if slot != TEXT]
+    assert slots == [0, 1, 2, 3, 4]
+    assert heard(llama, row) == "<s>Review:[0][1] and[2][3][4] so\nSentiment: good</s>"
+
+
+def test_neighbouring_texts_are_tokenised_as_one(metaspace: FrozenLM) -> None:
+    layout = layout_for(metaspace, "{latent}\n")
+    one = compose(metaspace, layout, "Rome {latent}.", latent="is big")
+    assert compose(metaspace, layout, "Rome {latent}.", latent=("is", " big")) == one
+
+
+def test_a_text_behind_soft_tokens_is_cut_to_its_room_and_they_are_kept(llama: FrozenLM) -> None:
+    layout = layout_for(llama, TEMPLATE)
+    row = fit(llama, layout, TEMPLATE, "a long text " * 20, 40, soft=4)
+    assert len(row) <= 40 and [slot for slot in row.slots if slot != TEXT] == [0, 1, 2, 3]
+    assert "[3]a long" in heard(llama, row)
 
 
 def test_nothing_in_place_of_the_latent_leaves_the_prompt_alone(llama: FrozenLM) -> None:

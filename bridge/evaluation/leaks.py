@@ -1,0 +1,60 @@
+"""How an answer can reach a receiver around the bridge: an evaluation in which one does is stopped.
+
+Each of these has made published gains that were none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from latentwire.bridge.detokenise import decode
+from latentwire.bridge.errors import LeakFound, shorten
+from latentwire.bridge.evaluation.conditions import Condition
+from latentwire.bridge.evaluation.context import EvaluationContext, Reading
+from latentwire.bridge.prompt import TEXT, Row
+
+CHECKED = 8  # examples answered again with other gold answers
+
+
+def check_inputs(context: EvaluationContext, latents: Sequence[Reading]) -> int:
+    """Check that the first receiver inputs are those of ``none`` but for the soft tokens; how many were.
+
+    Raises:
+        LeakFound: Something of the source, or of anything else, came with the latent.
+    """
+    chosen = range(len(latents))
+    empty: list[str | None] = [None] * len(latents)
+    rows = zip(context.rows(chosen, latents, empty), context.rows(chosen, empty, empty), strict=True)
+    for i, (with_latent, without) in enumerate(rows):
+        told, alone = (_without_blanks(context, row) for row in (with_latent, without))
+        if told != alone or all(slot == TEXT for slot in with_latent.slots):
+            raise LeakFound(
+                f"example {i + 1}: beside its soft tokens the receiver reads {shorten(told, 100)!r} where the prompt "
+                f"alone is {shorten(alone, 100)!r}; they must be equal"
+            )
+    return len(latents)
+
+
+def _without_blanks(context: EvaluationContext, row: Row) -> str:
+    """The text of a row; a space before soft tokens is left out, so blanks are no difference."""
+    return "".join(decode(context.receiver, row.text_ids, special=True).split())
+
+
+def check_answers(
+    context: EvaluationContext, condition: Condition, readings: Sequence[Reading], said: Sequence[str]
+) -> int:
+    """Check that the first answers are the same with other gold answers and labels in another order; how many were.
+
+    Raises:
+        LeakFound: An answer depends on the one that is wanted, its length, or on where its label stands.
+    """
+    chosen = range(min(CHECKED, len(said)))
+    examples = [replace(example, answer=" ?", label=None) for example in context.examples[: len(chosen)]]
+    task = replace(context.task, labels=context.task.labels[::-1])
+    again = condition.answer(replace(context, task=task, examples=examples), chosen, readings[: len(chosen)])
+    for i, (first, second) in enumerate(zip(said, again, strict=False)):
+        if first != second:
+            raise LeakFound(
+                f"example {i + 1}: the answer is {shorten(first, 80)!r}, and {shorten(second, 80)!r} where another one "
+                "is wanted and the labels are in another order; it must not depend on either"
+            )
+    return len(chosen)
