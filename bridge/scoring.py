@@ -13,19 +13,26 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from latentwire.bridge.engine import answer_logits
+from latentwire.bridge.checkpoint import BridgeModel
+from latentwire.bridge.detokenise import decode
+from latentwire.bridge.engine import answer_logits, soften
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
+from latentwire.bridge.reader import Reader
+from latentwire.bridge.results import Score, ScoredChoice, TokenLogprob
 
 Judged = tuple[int, float, bool]
 """A token, its log-probability in nats, and whether it was the likeliest."""
 
 PADDED = 4 / 3  # tokens fed for each that is needed, at most, where continuations are grouped by length
+IMPOSSIBLE = -9999.0  # nats of what cannot be said: an infinite number is none in JSON
 SCORED_ROWS = 64  # continuations in one pass: memory grows with these × vocabulary
 COPIED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Layers of a cache that rows can be copied out of. A recurrent state is written in place and holds no rows to copy:
@@ -43,7 +50,7 @@ class Continuation:
     @classmethod
     def of(cls, told: Sequence[Judged]) -> "Continuation":
         """From its tokens one by one."""
-        return cls(*(tuple(one[field] for one in told) for field in (0, 1)), greedy=all(one[2] for one in told))
+        return cls(tuple(one[0] for one in told), tuple(one[1] for one in told), all(one[2] for one in told))
 
     @property
     def logprob(self) -> float:
@@ -99,6 +106,38 @@ def is_copied(receiver: FrozenLM) -> bool:
     return all(type(layer) in COPIED for layer in DynamicCache(config=receiver.model.config).layers)
 
 
+def score_from_latents(
+    bridge: BridgeModel,
+    receiver_name: str,
+    receiver: FrozenLM,
+    latents: Sequence[NDArray[np.float32] | None],
+    questions: Sequence[Sequence[Row]],
+) -> list[list[Continuation]]:
+    """``score`` in as many passes as it takes, each with the soft tokens of its latents; None: without."""
+    found: list[list[Continuation]] = [[] for _ in questions]
+    for numbers, rows in passes(questions):
+        soft = soften(bridge, receiver_name, receiver, latents[numbers.start : numbers.stop])
+        for number, scored in zip(numbers, score(receiver, rows, soft), strict=True):
+            found[number] += scored
+    return found
+
+
+def score_of(lm: Reader, choices: Sequence[str], found: Sequence[Continuation], *, logprobs: bool) -> Score:
+    """Continuations as a caller sees them: beside each other, with the texts of their tokens."""
+    nats = np.maximum([one.logprob for one in found], IMPOSSIBLE)
+    shares = np.exp(nats - nats.max())
+    shares /= shares.sum()
+    told = [
+        tuple(TokenLogprob(decode(lm, [i], special=True), nat) for i, nat in zip(one.ids, one.logprobs, strict=True))
+        for one in found
+    ]
+    made = tuple(
+        ScoredChoice(text, float(nat), len(one.ids), float(share), tokens if logprobs else None)
+        for text, one, nat, share, tokens in zip(choices, found, nats, shares, told, strict=True)
+    )
+    return Score(made, int(nats.argmax()))
+
+
 @torch.inference_mode()
 def score(
     receiver: FrozenLM, questions: Sequence[Sequence[Row]], soft_tokens: Float[Tensor, "B K D"] | None
@@ -128,8 +167,9 @@ def score(
             _judge(first[part], labels[:, :1], mine)
             if scored := labels.shape[1] - max(min(_labelled(rests[i]) for i in part), 1):
                 fed = collate([rests[i][:-1] for i in part], side="right").to(receiver.device)
-                soft, rows_ = None if each is None else each[part], begun.copied([owners[i] for i in part])
-                _judge(rows_.read(fed, soft, keep=scored), labels[:, -scored:], mine)
+                on = begun.copied([owners[i] for i in part])
+                soft = None if each is None else each[part]
+                _judge(on.read(fed, soft, keep=scored), labels[:, -scored:], mine)
     found = map(Continuation.of, told)
     return [[next(found) for _ in rows] for rows in questions]
 
