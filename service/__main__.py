@@ -154,7 +154,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="'world' or a task file (.toml).")],
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N test examples.")] = None,
     out_: Annotated[Path | None, typer.Option("--out", help="Write the report here as JSON.")] = None,
-    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8, int4 or float32.")] = "float16",
     receiver: Receiver = None,
     device: Annotated[
         str | None, typer.Option(help=r"Where models compute; as in 'train'. \[default: the best there is]")
