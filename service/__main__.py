@@ -17,7 +17,7 @@ from rich.console import Console
 
 from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
-from latentwire.service.cli.infer import encode, generate
+from latentwire.service.cli.infer import encode, generate, score
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
 from latentwire.service.cli.serve import serve
@@ -194,6 +194,7 @@ def evaluate(
 
 app.command()(encode)
 app.command()(generate)
+app.command()(score)
 
 
 @app.command()

@@ -36,6 +36,7 @@ from latentwire.service.client.types import (
     GenerateOptions,
     Input,
     Prompt,
+    ScoreOptions,
     ServiceError,
     Token,
 )
@@ -119,7 +120,7 @@ def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def inference(path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions) -> Call:
+def inference(path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | ScoreOptions) -> Call:
     """A request for work; its deadline goes along, and leaves the service's own refusal time to arrive."""
     given = without_none(options)
     request_id, seconds = given.pop("request_id", None), given.get("timeout_seconds")

@@ -30,6 +30,7 @@ from latentwire.service.inference.batching import Batcher
 from latentwire.service.inference.engines import Engines
 from latentwire.service.inference.lanes import Lanes
 from latentwire.service.inference.request import GenerationRequest, GenerationResult, InFlightRequest, Piece, Text
+from latentwire.service.inference.scoring import Scorers
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.base import Kind, Store
@@ -84,6 +85,7 @@ class Runtime:
         self.store: Store = redis or MemoryStore(_budgets(settings))
         self.metrics = Metrics()
         self._lanes = Lanes()
+        self.scorers = Scorers(self.residency, self._lanes, self.admission, self.metrics, settings)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -130,6 +132,7 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.scorers.close()
         await self.engines.close()
         await asyncio.to_thread(self._device.shutdown)
         await asyncio.to_thread(self._lanes.close)
