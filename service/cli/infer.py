@@ -17,7 +17,7 @@ from latentwire.bridge.errors import InferenceFailed, InvalidMessage, InvalidReq
 if TYPE_CHECKING:
     from latentwire.bridge.results import Latent
     from latentwire.service.client.client import Client
-    from latentwire.service.client.types import GenerateOptions, Input
+    from latentwire.service.client.types import GenerateOptions, Input, ScoreOptions
 
 Bridge = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'; with --url, a bridge's name.")
@@ -100,19 +100,19 @@ def score(
     """Show how likely the receiver finds each choice, the likeliest first. Runs here, unless --url names a service."""
     if (text is None) == (latent is None):
         raise InvalidRequest("give exactly one of --text and --latent")
-    source: Input = text or b"" if latent is None else _message(latent)
+    message = b"" if latent is None else _message(latent)
     given = prompt.replace("\\n", "\n"), [one.replace("\\n", "\n") for one in choice]
     if url is not None:
         with _service(url) as client:
-            scored = client.score(source, *given, bridge=checkpoint, receiver=receiver, end=end, truncate=truncate)
+            options: ScoreOptions = {"bridge": checkpoint, "receiver": receiver, "end": end, "truncate": truncate}
+            scored = client.score(message if text is None else text, *given, **options)
     else:
         from latentwire.bridge.bridge import Bridge
 
         here = Bridge.load(checkpoint)
         here.receiver(receiver)
-        if text is not None:
-            source = here.encode(text, truncate=truncate)[0]
-            here.unload()  # one model in memory at a time
+        source = message if text is None else here.encode(text, dtype="float32", truncate=truncate)[0]
+        here.unload()  # one model in memory at a time
         scored = here.score(source, *given, receiver=receiver, end=end)
     for one in sorted(scored[0].choices, key=lambda one: -one.logprob):
         typer.echo(f"{one.probability:.4f}  {one.logprob:9.3f} nats  {one.token_count:3} tokens  {one.text!r}")

@@ -125,10 +125,10 @@ def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[o
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], *([c] for c in ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "score", "inspect"))],
-)
+HERE = ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "score", "inspect")
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in HERE)])
 def test_every_command_explains_itself(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
