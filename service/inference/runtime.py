@@ -31,6 +31,7 @@ from latentwire.service.inference.batching import Batcher
 from latentwire.service.inference.engines import Engines
 from latentwire.service.inference.lanes import Lanes
 from latentwire.service.inference.request import GenerationRequest, GenerationResult, InFlightRequest, Piece, Text
+from latentwire.service.inference.scoring import Scorers
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.base import Kind, Store
@@ -89,6 +90,7 @@ class Runtime:
         self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
         self.metrics = Metrics()
         self._lanes = Lanes()
+        self.scorers = Scorers(self.residency, self._lanes, self.admission, self.metrics, settings)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -135,6 +137,7 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.scorers.close()
         await self.engines.close()
         await asyncio.to_thread(self._device.shutdown)
         await asyncio.to_thread(self._lanes.close)
