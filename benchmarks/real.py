@@ -77,8 +77,8 @@ def _halves(row: Row) -> Row:
     }
 
 
-SHORT = "--max-steps 300 --batch-size 8 --alignment-steps 0 --reconstruction-weight 0 --hidden-dim 320"
-LONG = "--max-steps 300 --batch-size 8 --alignment-steps 60 --reconstruction-weight 0 --hidden-dim 320"
+SHORT = "--max-steps 160 --batch-size 8 --alignment-steps 0 --reconstruction-weight 0 --hidden-dim 320"
+LONG = "--max-steps 160 --batch-size 8 --alignment-steps 60 --reconstruction-weight 0 --hidden-dim 320"
 TASKS = {
     "sst2": RealTask("sst2", _labelled("Review", "Sentiment", ["negative", "positive"]), SHORT),
     "agnews": RealTask(
