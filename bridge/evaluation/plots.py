@@ -92,16 +92,17 @@ def scattered(title: str, titles: tuple[str, str], points: Sequence[Sequence[flo
     if len(names) > GROUPS:
         names = [*names[: GROUPS - 1], "others"]
     kinds = {name: kind for kind, name in enumerate(names)}
-    most = max(abs(value) for point in points for value in point) * 1.06
-    middle, half = (LEFT + WIDTH - RIGHT) / 2, (HEIGHT - TOP - BOTTOM) / 2
+    half = (WIDTH - LEFT - RIGHT) / 2, (HEIGHT - TOP - BOTTOM) / 2
+    unit = min(size / (1.06 * max(1e-9, *(abs(p[axis]) for p in points))) for axis, size in enumerate(half))
     marks = [
         Mark(
             Point(name, kinds.get(name, GROUPS - 1), x, y),
-            round(middle + (WIDTH - LEFT - RIGHT) / 2 * x / most, 1),
-            round(TOP + half - half * y / most, 1),
+            round(LEFT + half[0] + unit * x, 1),
+            round(TOP + half[1] - unit * y, 1),
         )
         for (x, y), name in zip(points, groups, strict=True)
     ]
+    marks.sort(key=lambda mark: mark.point.kind)  # the smaller groups are not hidden
     return Plot(title, *titles, marks, key=[(kind, name) for name, kind in kinds.items()])
 
 
