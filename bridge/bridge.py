@@ -133,7 +133,7 @@ class Bridge:
 
         Args:
             texts: One text or several.
-            dtype: What the numbers travel in: float16, int8 or float32.
+            dtype: What the numbers travel in: float16, int8, int4 or float32.
             truncate: Cut a text that is longer than the bridge reads, instead of refusing it.
 
         Raises:

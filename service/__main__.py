@@ -159,7 +159,7 @@ def evaluate(
         Path | None,
         typer.Option("--out", help="The report: JSON, or a page (.html). Of several checkpoints, a folder for them."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8, int4 or float32.")] = "float16",
     receiver: Receiver = None,
     device: Annotated[
         str | None, typer.Option(help=r"Where models compute; as in 'train'. \[default: the best there is]")

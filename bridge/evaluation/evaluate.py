@@ -135,7 +135,7 @@ def evaluate(
         limit: Use the first so many test examples; all of them, unless given.
         conditions: What the receiver gets to see; every condition, unless given.
         receiver: Which receiver answers; the first one, unless given.
-        dtype: What latents travel in: float16, int8 or float32.
+        dtype: What latents travel in: float16, int8, int4 or float32.
         on_progress: Called with the condition, the examples done and those in all.
 
     Raises:

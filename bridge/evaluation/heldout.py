@@ -15,7 +15,8 @@ from latentwire.bridge.evaluation.metrics import normalise
 from latentwire.bridge.evaluation.tasks import Example, Task
 from latentwire.bridge.prompt import LATENT
 
-NEAR = 0.8  # Jaccard similarity of two sources' word triples from which they count as one text
+NEAR = 0.7  # Jaccard similarity of two sources' word triples from which they count as one text: a word or two differ
+LIKE = 0.5  # estimated similarity from which it is counted out
 PERMUTATIONS = 64
 MOST_VISIBLE = 0.1  # share of examples whose prompt may hold the answer by chance
 
@@ -74,7 +75,7 @@ def _trained_on(task: Task) -> list[str]:
     The same prompt about another source is another example, and so is another prompt about the same source.
     """
     exact = {_digest(example) for example in task.train}
-    near = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
+    near = MinHashLSH(threshold=LIKE, num_perm=PERMUTATIONS)
     whys = ["duplicate" if _digest(example) in exact else "" for example in task.test]
     with near.insertion_session() as session:
         for i, sketch in enumerate(_sketches(task.test)):

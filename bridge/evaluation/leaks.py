@@ -47,14 +47,16 @@ def check_answers(
     Raises:
         LeakFound: An answer depends on the one that is wanted, its length, or on where its label stands.
     """
-    chosen = range(min(CHECKED, len(said)))
-    examples = [replace(example, answer=" ?", label=None) for example in context.examples[: len(chosen)]]
+    count, rows = min(CHECKED, len(said)), context.lender.batch_rows or CHECKED
     task = replace(context.task, labels=context.task.labels[::-1])
-    again = condition.answer(replace(context, task=task, examples=examples), chosen, readings[: len(chosen)])
-    for i, (first, second) in enumerate(zip(said, again, strict=False)):
-        if first != second:
-            raise LeakFound(
-                f"example {i + 1}: the answer is {shorten(first, 80)!r}, and {shorten(second, 80)!r} where another one "
-                "is wanted and the labels are in another order; it must not depend on either"
-            )
-    return len(chosen)
+    other = replace(context, task=task, examples=[replace(e, answer=" ?", label=None) for e in context.examples])
+    for start in range(0, count, rows):
+        chosen = range(start, min(start + rows, count))
+        for i, again in zip(chosen, condition.answer(other, chosen, readings[start : chosen.stop]), strict=True):
+            if said[i] != again:
+                first, second = shorten(said[i], 80), shorten(again, 80)
+                raise LeakFound(
+                    f"example {i + 1}: the answer is {first!r}, and {second!r} where another "
+                    "one is wanted and the labels are in another order; it must not depend on either"
+                )
+    return count

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -22,7 +23,7 @@ from latentwire.bridge.reader import source_tokens
 
 BATCH_ROWS = 32
 FOLDS = 3
-STRENGTHS = 5  # of regularisation, from which the folds choose
+STRENGTHS = [0.001, 0.01, 0.1, 1.0]  # inverse ones of regularisation, from which the folds choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,9 @@ def fit_probe(
     states = pooled_states(context, [example.source for example in examples], progress)
     labels = np.array([example.label for example in examples])
     rarest = int(np.unique(labels, return_counts=True)[1].min())
-    folds = {"cv": FOLDS, "Cs": STRENGTHS} if rarest >= FOLDS else {"cv": [(range(len(labels)),) * 2], "Cs": [1.0]}
-    regression: Any = LogisticRegressionCV(**folds, max_iter=500, l1_ratios=(0.0,), use_legacy_attributes=False)
+    regression: Any = LogisticRegression(max_iter=1000)
+    if rarest >= FOLDS:
+        regression = GridSearchCV(regression, {"C": STRENGTHS}, cv=FOLDS)
     classifier = make_pipeline(StandardScaler(), regression).fit(states, labels)
     known = {field.name: getattr(context, field.name) for field in fields(context)}
     return ProbeContext(**known, classifier=classifier)

@@ -29,7 +29,7 @@ def encode(
     checkpoint: Bridge,
     text: Annotated[str, typer.Option(help="The text the sender reads.")],
     out_: Annotated[Path, typer.Option("--out", help="File for the message.")],
-    dtype: Annotated[str, typer.Option(help="float16, int8 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="float16, int8, int4 or float32.")] = "float16",
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
     url: Url = None,
 ) -> None:

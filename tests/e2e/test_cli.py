@@ -218,9 +218,10 @@ def test_without_controls_only_the_bridge_asked_about_is_measured(run: Run, chec
 
 
 def test_a_task_may_be_called_anything(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"said": "Mara lives in Rome.", "where": "Rome"}\n' * 2)
+    (tmp_path / "rows.jsonl").write_text('{"said": "Ben lives in Oslo.", "where": "Oslo"}\n')
+    (tmp_path / "test.jsonl").write_text('{"said": "Mara lives in Rome.", "where": "Rome"}\n' * 2)
     (tmp_path / "task.toml").write_text(
-        'name = "x[/b]"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\nsource = "{said}"\n'
+        'name = "x[/b]"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "test.jsonl"\nsource = "{said}"\n'
         'prompt = "{latent}\\nWhere?"\nanswer = "{where}"\nmax_answer_tokens = 4\n'
     )
     assert "x[/b], 2 held-out examples" in run("evaluate", checkpoint, "--task", tmp_path / "task.toml")

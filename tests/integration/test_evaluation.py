@@ -20,8 +20,9 @@ from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, Inva
 from latentwire.bridge.evaluation import conditions
 from latentwire.bridge.evaluation import measure as measuring
 from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, meaning_of, predict
-from latentwire.bridge.evaluation.context import RELAY_TOKENS, EvaluationContext, Lender, Reading, open_context
+from latentwire.bridge.evaluation.context import RELAY_TOKENS, EvaluationContext, Lender, Reading, Tuned, open_context
 from latentwire.bridge.evaluation.measure import measure
+from latentwire.bridge.evaluation.probe import fit_probe
 from latentwire.bridge.evaluation.report import table, write_report
 from latentwire.bridge.evaluation.statistics import interval
 from latentwire.bridge.evaluation.tasks import Example
@@ -30,8 +31,8 @@ from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, fit
 from latentwire.bridge.reader import Reader, text_ids
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.training.config import TrainConfig
-from latentwire.training.controls import control_config
-from latentwire.training.loop import train
+from latentwire.training.controls import control_config, train_controls
+from latentwire.training.lora import rank_for
 from latentwire.training.prepare import prepare
 from tests.conftest import bridge_config, write_model
 
@@ -181,7 +182,7 @@ def test_time_to_the_first_token_is_that_of_one_token_of_one_request(
 
 def right_in(names: Sequence[str], **right: int) -> Callable[..., list[str]]:
     """Answers of a receiver, asked in one condition after the other, of which so many are right."""
-    left = iter(names)
+    left = iter(sorted(names, key=lambda name: name != "sender"))  # who is asked while it is there
 
     def answering(made: EvaluationContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
         name = next(left)
@@ -484,6 +485,7 @@ def test_labels_are_scored_as_they_follow_each_prompt_wherever_it_ends(
     ends = ["Verdict: ", "Verdict:", "So\n", "So"]
     rows = [{"text": f"text {i}", "q": end, "label": i % 2} for i, end in enumerate(ends)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text('{"text": "else", "q": "", "label": 1}\n')
     (tmp_path / "task.toml").write_text(SENTIMENT.replace("Review: {latent}\\nSentiment:", "{latent}\\n{q}"))
     made = open_context(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
     assert [example.answer for example in made.examples] == ["bad", " very good", "bad", " very good"]
@@ -607,6 +609,7 @@ def test_an_answer_that_no_receiver_has_room_for_is_refused_with_both_numbers(
     checkpoint: Path, lms: dict[str, FrozenLM], tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "Good!", "label": 0}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "else", "label": 1}\n')
     (tmp_path / "task.toml").write_text(SENTIMENT + "max_answer_tokens = 256\n")
     with pytest.raises(InvalidRequest, match=f"max_answer_tokens is 256; '{lms['llama'].name}' reads 256 in all"):
         open_context(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
@@ -644,19 +647,102 @@ def test_a_control_differs_from_the_recipe_in_what_it_controls_and_nothing_else(
     assert prompt == config.model_copy(update=expected) and count == 6
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "probe"])
 def test_a_control_is_trained_and_measured_beside_the_bridge(
-    trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path, name: str
+    trained: tuple[TrainConfig, EvaluationContext], name: str
 ) -> None:
     _, made = trained
-    manifest = train(control_config(name, made, tmp_path / name), Console(quiet=True))
-    control = made.with_bridge(tmp_path / name, manifest)
-    assert control.bridge_id == manifest.bridge_id and control.examples is made.examples
-    few: Sequence[Example] = made.examples[:2]
-    report = measure(replace(made, examples=few), trained={name: replace(control, examples=few)})
+    few = replace(made, examples=made.examples[:2])
+    controls = train_controls(few, Console(quiet=True), [name])
+    control = controls[name]
+    assert list(controls) == [name] and control.examples is few.examples
+    report = measure(few, trained=controls)
     assert list(report["conditions"]) == [*EVERY, name]
-    if name == "prompt":
+    if name in ("prompt", "direct_tuned"):
         first, second = control.latents([0, 1])
         assert np.array_equal(first, second)
-    else:
-        assert control.sender.fingerprint.weights != made.sender.fingerprint.weights
+    assert (control.bridge_id == made.bridge_id) == (name == "receiver_lora")
+    assert (control.sender.fingerprint.weights != made.sender.fingerprint.weights) == (name == "random_sender")
+
+
+def test_a_tuned_text_stands_behind_its_soft_tokens_in_training_and_in_evaluation(
+    trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path
+) -> None:
+    _, made = trained
+    config = control_config("direct_tuned", made, tmp_path / "run")
+    run = prepare(config, Console(quiet=True))
+    learnt = run.sample(config.receiver[0], 0).answer
+    example = run.train[0]
+    control = replace(made, examples=[example])
+    reading = Tuned(np.zeros((config.num_latents, 16), np.float32), example.source)
+    (asked,) = control.rows([0], [reading], [example.answer])
+    assert asked == learnt and sum(slot != TEXT for slot in learnt.slots) == config.num_latents
+    after = learnt.ids[learnt.slots.index(config.num_latents - 1) + 1 :]
+    assert made.receiver.tokenizer.decode(after).startswith(example.source)
+
+
+def test_a_fine_tuned_receiver_is_a_copy_with_as_many_trained_weights_as_the_bridge(
+    trained: tuple[TrainConfig, EvaluationContext],
+) -> None:
+    made = trained[1]
+    before = {name: weight.clone() for name, weight in made.receiver.model.state_dict().items()}
+    tuned = train_controls(made, Console(quiet=True), ["receiver_lora"])["receiver_lora"].receiver
+    assert isinstance(tuned, FrozenLM) and isinstance(made.receiver, FrozenLM)
+    after = made.receiver.model.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[name], weight) for name, weight in before.items())
+    own = {name: weight for name, weight in tuned.model.named_parameters() if "lora_" in name}
+    assert any(weight.any() for name, weight in own.items() if "lora_B" in name), "one step moves what begins at 0"
+    count = sum(weight.numel() for weight in own.values())
+    wanted = sum(weight.numel() for weight in made.bridge.parameters())
+    assert abs(count - wanted) < sum(weight.numel() for weight in own.values()) / rank_for(made.receiver.model, wanted)
+    for name, weight in tuned.model.named_parameters():
+        assert "lora_" in name or torch.equal(weight, before[name.replace(".base_layer", "")])
+
+
+def test_a_probe_answers_from_the_senders_states_alone(sentiment: EvaluationContext) -> None:
+    texts = {"good": 1, "nice": 1, "fine": 1, "sad": 0, "evil": 0, "grim": 0}
+    examples = [Example(f"It is {word}.", "", f" {label}", label) for word, label in texts.items()]
+    probe = fit_probe(sentiment, examples)
+    known = replace(probe, examples=examples)
+    said = TRAINED["probe"].answer(known, range(6), TRAINED["probe"].read(known, range(6)))
+    assert said == [f" {sentiment.task.labels[example.label or 0]}" for example in examples]
+    row = measure(sentiment, conditions=["none"], trained={"probe": probe})["conditions"]["probe"]
+    assert row["metric"] == "accuracy" and row["ttft_ms"] is None
+    assert not TRAINED["probe"].applies(sentiment)
+
+
+def test_a_control_that_nobody_knows_or_that_cannot_be_is_said(
+    trained: tuple[TrainConfig, EvaluationContext],
+) -> None:
+    with pytest.raises(InvalidRequest, match="no control is called 'lora'; there are direct_tuned, receiver_lora"):
+        train_controls(trained[1], Console(quiet=True), ["lora"])
+    console = Console(file=io.StringIO(), width=100)
+    assert train_controls(trained[1], console, ["probe"]) == {}
+    assert "left out: a probe needs labels, and 'world' has none" in console.file.getvalue()
+
+
+def test_the_sender_is_asked_in_its_own_plain_text(context: EvaluationContext) -> None:
+    asked = CONDITIONS["sender"].asked(context)
+    assert asked.receiver is context.sender and asked.layout.chat is None
+    (row,) = asked.rows([0], CONDITIONS["sender"].read(asked, [0]), [None])
+    text = context.sender.tokenizer.decode(row.ids)
+    assert text.startswith(f"<s>{context.examples[0].source[:80]}") and text.endswith("Answer:")
+
+
+def test_a_pruned_source_keeps_its_most_surprising_words_in_order_within_the_budget(context: EvaluationContext) -> None:
+    example = replace(context.examples[0], source="Mara Mara Mara Mara Mara Mara Mara zzqx Mara Mara Mara Mara Mara")
+    made = replace(context, examples=[example])
+    (kept,) = made.pruned([0])
+    assert "zzqx" in kept and 0 < len(text_ids(context.receiver, kept)) <= len(made.recall([0])[0])
+    for i in range(6):
+        (some,) = context.pruned([i])
+        words = iter(context.examples[i].source.split())
+        assert all(word in words for word in some.split())
+        assert len(text_ids(context.receiver, some)) <= len(context.recall([i])[0])
+
+
+def test_a_relay_of_equal_bytes_is_no_longer_than_the_message(context: EvaluationContext) -> None:
+    sizes = [context.message_bytes(len(latent)) for latent in context.recall(range(6))]
+    texts = context.relay_bytes(range(6))
+    assert all(0 < len(text.encode()) <= size for text, size in zip(texts, sizes, strict=True))
+    assert any(len(long) > len(short) for long, short in zip(texts, context.relay(range(6)), strict=True))

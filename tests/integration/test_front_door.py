@@ -204,6 +204,7 @@ def test_a_report_has_its_numbers_and_is_saved_as_a_page_or_as_json(bridge: late
 
 def test_an_evaluation_measures_what_the_command_measures(bridge: latentwire.Bridge) -> None:
     from latentwire.bridge.evaluation.context import open_context
+    from latentwire.bridge.evaluation.measure import measure
 
     ask: dict[str, Any] = {"limit": 8, "receiver": None, "dtype": "float16"}
     there = measure(open_context("builtin", "world", **ask), keep_examples=True)

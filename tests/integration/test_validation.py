@@ -34,8 +34,9 @@ def labelled(folder: Path) -> str:
     """A task of two labels, one of them rarer."""
     rows = [{"t": f"Review {n}: {'good' if n % 3 else 'bad'} film.", "y": int(n % 3 > 0)} for n in range(24)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text('{"t": "Not seen.", "y": 0}\n')
     (folder / "task.toml").write_text(
-        'name = "reviews"\nkind = "classification"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\n'
+        'name = "reviews"\nkind = "classification"\ntrain = "rows.jsonl"\ntest = "test.jsonl"\n'
         'source = "{t}"\nprompt = "{latent}\\nSentiment:"\nlabel = "y"\nlabels = ["negative", "positive"]\n'
     )
     return str(folder / "task.toml")

@@ -32,8 +32,8 @@ EVALUATION_SECONDS = 120.0
 SENTIMENT = """
 name = "tiny"
 kind = "classification"
-train = "rows.jsonl"
-test = "rows.jsonl"
+train = "train.jsonl"
+test = "test.jsonl"
 source = "{text}"
 prompt = "Review: {latent}\\nSentiment:"
 label = "label"
@@ -48,7 +48,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("tasks")
     texts = ["Good!", "Oh no.", "It was fine, I think.", "Meh", "What a day"]
     rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train.jsonl").write_text('{"text": "Not seen.", "label": 0}\n')
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny.toml").write_text(SENTIMENT)
     (folder / "broken.toml").write_text("name = ")
     return {"sentiment": str(folder / "tiny.toml"), "broken": str(folder / "broken.toml")}
