@@ -25,6 +25,7 @@ from latentwire.service.cli.report import COMPARISON, WIDE, compared, report, re
 from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY
+from latentwire.training.calibrate import calibrate
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.flags import flags_of
 from latentwire.training.slurm import app as slurm
@@ -237,6 +238,7 @@ def evaluate(
         compared(documents, None if out_ is None else out_ / COMPARISON, out)
 
 
+app.command()(calibrate)
 app.command()(report)
 app.command()(encode)
 app.command()(generate)
@@ -246,14 +248,18 @@ app.command()(score)
 @app.command()
 def inspect(checkpoint: Checkpoint) -> None:
     """Show what a checkpoint is: its models, fingerprints and sizes; and whether the models are still those."""
-    from latentwire.bridge.checkpoint import check_models, load_bridge
+    from latentwire.bridge.checkpoint import check_models, folder_of_checkpoint, load_bridge
     from latentwire.bridge.config import dump_manifest
+    from latentwire.bridge.gate import load_gates
 
     manifest, bridge = load_bridge(checkpoint)
+    gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
     weights = sum(p.numel() for p in bridge.parameters())
     size = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
     out.print_json(dump_manifest(manifest).decode())
     _say(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
+    for receiver, gate in gates.items():
+        _say(f"gate of {receiver!r}: {gate}")
     check_models(manifest.bridge)
     _say("sender and receivers are the models it was trained with")
 
@@ -302,7 +308,7 @@ app.command("key")(key_command)
 
 def _say(line: str) -> None:
     """Print a line as it is: others read it, and a name in it is no markup."""
-    out.print(line, markup=False, highlight=False, soft_wrap=True)
+    out.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
