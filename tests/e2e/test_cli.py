@@ -126,7 +126,8 @@ def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[o
 
 
 @pytest.mark.parametrize(
-    "command", [[], *([c] for c in ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "inspect"))]
+    "command",
+    [[], *([c] for c in ("train", "plan", "plot", "export", "evaluate", "report", "encode", "generate", "inspect"))],
 )
 def test_every_command_explains_itself(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
@@ -144,7 +145,19 @@ def test_help_lists_every_command_and_needs_no_torch() -> None:
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "inspect", "serve", "demo"):
+    for command in (
+        "train",
+        "plan",
+        "plot",
+        "export",
+        "evaluate",
+        "report",
+        "encode",
+        "generate",
+        "inspect",
+        "serve",
+        "demo",
+    ):
         assert command in done.stdout
 
 
