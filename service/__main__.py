@@ -17,7 +17,8 @@ from rich.console import Console
 
 from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
-from latentwire.service.cli.infer import encode, generate
+from latentwire.service.cli.corpus import app as corpus
+from latentwire.service.cli.infer import encode, generate, score
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
 from latentwire.service.cli.report import COMPARISON, WIDE, compared, report, report_files, say_written
@@ -42,6 +43,7 @@ app = typer.Typer(
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
+app.add_typer(corpus, name="corpus")
 out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
@@ -73,6 +75,9 @@ def _start(
 def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out, if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Train nothing: try growing learning rates, and suggest some.")
+    ] = False,
     debug: Debug = False,
     log_level: LogLevel = "warning",
     **flags: Any,
@@ -84,9 +89,29 @@ def train(
     settings = read_config(file, ({"debug_print_first": 3, "debug_topk": 5} if debug else {}) | _given(flags))
     started, level = time.monotonic(), "debug" if debug else log_level
     configure(level, console=errors)
+    if find_lr:
+        _find_lr(settings, resume=resume, overwrite=overwrite)
+        return
     keep_log = partial(configure, level, file=settings.out / "run.log", console=errors)
     manifest = run(settings, out, resume=resume, overwrite=overwrite, ready=keep_log)
     _say(f"{settings.out} holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
+
+
+def _find_lr(settings: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Suggest learning rates for a run, of which nothing is kept but the curve."""
+    from latentwire.training.find_lr import beside
+    from latentwire.training.find_lr import find_lr as test
+
+    if resume or overwrite:
+        given = "--resume" if resume else "--overwrite"
+        raise InvalidRequest(f"--find-lr begins nothing and continues nothing; give it without {given}")
+    _check_writable(beside(settings.out, ".json"))
+    found = test(settings, out)
+    ends = f"{found.matrix_learning_rates[0]:.1g} to {found.matrix_learning_rates[-1]:.2g}"
+    how = "where the loss blew up" if found.blown_up else "the highest tried"
+    _say(f"loss {found.curve} {found.smoothed[-1]:.3f}, matrix learning rates {ends}, {how}")
+    _say(f"suggested: {found.flags}")
+    _say(f"{beside(settings.out, '.json')} and .png hold the curve")
 
 
 @app.command()
@@ -100,9 +125,12 @@ def plan(
     device_memory: Annotated[
         str | None, typer.Option(help=r"Memory of the device, e.g. 80GB. \[default: this one's]")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also take a few real steps and say how long the run takes.")
+    ] = False,
     **flags: Any,
 ) -> None:
-    """Predict the peak memory of a training run, and what would fit; reads configurations only."""
+    """Predict the peak memory of a training run, and what would fit; reads configurations only, but for --measure."""
     from latentwire.bridge.devices import device_named
     from latentwire.training.machine import memory_of
     from latentwire.training.plan import plan as predict
@@ -118,6 +146,10 @@ def plan(
             device_bytes=device, compare=True,
         )  # fmt: skip
     out.print(table(made))
+    if measure:
+        from latentwire.training.duration import measure as take_steps
+
+        _say(str(take_steps(settings, out)))
 
 
 @app.command()
@@ -208,6 +240,7 @@ def evaluate(
 app.command()(report)
 app.command()(encode)
 app.command()(generate)
+app.command()(score)
 
 
 @app.command()
