@@ -190,13 +190,6 @@ def answer_logits(
 
 
 @torch.inference_mode()
-def answer_scores(receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None) -> Float[Tensor, " B"]:
-    """Log-probability of each row's labelled tokens, summed."""
-    logits, labels = answer_logits(receiver, batch, soft_tokens)
-    return -token_losses(logits, labels).sum(dim=1)
-
-
-@torch.inference_mode()
 def answer_losses(receiver: FrozenLM, batch: Batch) -> list[float]:
     """Nats of each labelled token of a batch of text, row after row."""
     logits, labels = answer_logits(receiver, batch, None)

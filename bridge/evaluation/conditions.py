@@ -5,19 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentwire.bridge import engine
+from latentwire.bridge import engine, scoring
 from latentwire.bridge.evaluation.context import EvaluationContext, PredictionContext, Reading, Tuned
 from latentwire.bridge.evaluation.probe import ProbeContext
 from latentwire.bridge.evaluation.tasks import answer_text
 from latentwire.bridge.models import FrozenLM
-from latentwire.bridge.prompt import Row, collate
 from latentwire.bridge.sampling import SamplingParams
-
-SCORED_ROWS = 64  # rows of a classification scored in one pass
 
 
 def predict(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
@@ -37,22 +33,13 @@ def _choose(context: PredictionContext, chosen: Sequence[int], readings: Sequenc
     labels, count = context.task.labels, len(context.task.labels)
     texts = [answer_text(context.examples[i].prompt, label) for i in chosen for label in labels]
     rows = context.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], texts)
-    most = context.lender.batch_rows or SCORED_ROWS
-    parts = [range(start, min(start + most, len(rows))) for start in range(0, len(rows), most)]
-    scores = torch.cat([_scores(context, rows, readings, part) for part in parts])
-    best = scores.reshape(len(chosen), count).argmax(dim=1).tolist()
+    questions, scores = [rows[at : at + count] for at in range(0, len(rows), count)], list[float]()
+    for numbers, part in scoring.passes(questions, context.lender.batch_rows):
+        with context.lender.lend(context.receiver) as receiver:
+            soft = soft_tokens(context, receiver, readings[numbers.start : numbers.stop])
+            scores += [scored.logprob for question in scoring.score(receiver, part, soft) for scored in question]
+    best = np.reshape(scores, (len(chosen), count)).argmax(axis=1).tolist()
     return [texts[at * count + label] for at, label in enumerate(best)]
-
-
-def _scores(context: PredictionContext, rows: Sequence[Row], readings: Sequence[Reading], part: range) -> Tensor:
-    """Scores of some rows, as memory grows with rows × vocabulary; a reading serves a row for each label."""
-    count = len(rows) // len(readings)
-    first, last = part[0] // count, part[-1] // count
-    with context.lender.lend(context.receiver) as receiver:
-        soft = soft_tokens(context, receiver, readings[first : last + 1])
-        batch = collate([rows[i] for i in part], side="left").to(receiver.device)
-        each = None if soft is None else soft[[i // count - first for i in part]]
-        return engine.answer_scores(receiver, batch, each)
 
 
 def soft_tokens(context: PredictionContext, receiver: FrozenLM, readings: Sequence[Reading]) -> Tensor | None:

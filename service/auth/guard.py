@@ -31,6 +31,7 @@ ACCESS: dict[str, Access] = {  # a path, or with /* all paths below it; a path t
     "/generate": "infer",
     "/latents": "infer",
     "/latents/*": "infer",
+    "/score": "infer",
     "/bridges": "infer",
     "/bridges/*": "infer",
     "/v1/*": "infer",

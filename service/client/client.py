@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import httpx
 
-from latentwire.bridge.results import Encoded, Generated
+from latentwire.bridge.results import Encoded, Generated, Scored
 from latentwire.service.client import protocol
 from latentwire.service.client.transport import Blocking, Suspending, finish
 from latentwire.service.client.types import (
@@ -36,6 +36,7 @@ from latentwire.service.client.types import (
     KeptLatents,
     LatentPage,
     Prompt,
+    ScoreOptions,
     ServiceError,
 )
 
@@ -88,6 +89,17 @@ class _Service:
     async def delete_latent(self, id: str, **options: Unpack[CallOptions]) -> KeptLatent:
         """``DELETE /latents/{id}``."""
         return await self._ask(KeptLatent, protocol.latent_of("DELETE", id, options))
+
+    async def score(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt: Prompt,
+        choices: str | Sequence[str],
+        **options: Unpack[ScoreOptions],
+    ) -> Scored:
+        """``POST /score``: how likely a receiver finds each of some continuations, about one input or several."""
+        given = {"choices": [choices] if isinstance(choices, str) else list(choices)}
+        return await self._ask(Scored, protocol.inference("/score", protocol.question(inputs, prompt) | given, options))
 
     async def stream(
         self, inputs: Input | Sequence[Input], prompt: Prompt, **options: Unpack[GenerateOptions]
@@ -369,6 +381,7 @@ class Client:
     latents = _iterated(_Service.latents)
     latent = _blocking(_Service.latent)
     delete_latent = _blocking(_Service.delete_latent)
+    score = _blocking(_Service.score)
     stream = _iterated(_Service.stream)
     evaluate = _blocking(_Service.evaluate)
     evaluation = _blocking(_Service.evaluation)

@@ -196,7 +196,7 @@ class CallOptions(TypedDict, total=False):
     """What every call takes.
 
     ``request_id`` is what the service logs the call under. ``timeout_seconds`` bounds this call, retries included, in
-    place of the client's; ``encode``, ``generate`` and ``stream`` send it along as the service's deadline.
+    place of the client's; ``encode``, ``generate``, ``score`` and ``stream`` send it along as the service's deadline.
     """
 
     request_id: str | None
@@ -236,4 +236,15 @@ class GenerateOptions(CallOptions, total=False):
     stop: str | Sequence[str] | None
     stop_ids: Sequence[int] | None
     logprobs: int | None
+    truncate: bool | None
+
+
+class ScoreOptions(CallOptions, total=False):
+    """What ``score`` takes; None and absent leave the choice to the service."""
+
+    bridge: str | None
+    receiver: str | None
+    condition: str | None
+    end: bool | None
+    logprobs: bool | None
     truncate: bool | None

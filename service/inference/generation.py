@@ -14,9 +14,12 @@ from latentwire.bridge.diversity import diversity
 from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.sampling import SamplingParams, sample_params
+from latentwire.bridge.scoring import score_of
 from latentwire.service.inference.request import GenerationRequest, Piece, Text
 from latentwire.service.inference.runtime import Runtime
+from latentwire.service.inference.scoring import ScoreQuestion
 from latentwire.service.schemas.inference import (
+    Asking,
     DiversityOut,
     GenerateRequest,
     GenerateResponse,
@@ -26,6 +29,7 @@ from latentwire.service.schemas.inference import (
     Usage,
     message_of,
 )
+from latentwire.service.schemas.scoring import ScoreOut, ScoreRequest, ScoreResponse
 from latentwire.service.store.latents import (
     CachedEncoding,
     KeptLatent,
@@ -36,6 +40,8 @@ from latentwire.service.store.latents import (
     put_encodings,
     put_latents,
 )
+
+MAX_SCORED = 4096  # continuations of one request, over all inputs
 
 
 class RequestHandler:
@@ -124,7 +130,34 @@ class RequestHandler:
             timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
         )
 
-    async def _sources(self, body: GenerateRequest) -> list[wire.Latent | str | None]:
+    async def score(self, receiver: str, body: ScoreRequest) -> ScoreResponse:
+        """Score the choices that ``POST /score`` gives."""
+        started = time.perf_counter()
+        sources = await self._sources(body)
+        encode_ms = ms_since(started)
+        questions = [
+            ScoreQuestion(source, prompt, body.choices, body.end)
+            for source, prompt in zip(sources, body.prompts, strict=True)
+        ]
+
+        def count_usage(tokens: int) -> None:
+            """Also of a request that was cancelled."""
+            self.usage.soft_tokens = sum(len(source) for source in sources if isinstance(source, np.ndarray))
+            self.usage.prompt_tokens = max(tokens - self.usage.soft_tokens, 0)
+
+        found = await self.runtime.scorers.score(self.bridge, receiver, questions, count_usage)
+        self.runtime.metrics.observe(self.bridge.name, [], [], self.usage)
+        reader, total_ms = self.bridge.reader(receiver), ms_since(started)
+        scores = [score_of(reader, body.choices, one, logprobs=body.logprobs) for one in found]
+        return ScoreResponse(
+            id=f"score_{uuid.uuid4().hex}",
+            bridge=self.bridge.name,
+            scores=[ScoreOut.of(index, score) for index, score in enumerate(scores)],
+            usage=self.usage,
+            timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
+        )
+
+    async def _sources(self, body: Asking) -> list[wire.Latent | str | None]:
         """For every input, what stands in the latent's place: a latent, a text, or nothing."""
         if body.condition == "none":
             return [None] * len(body.inputs)
@@ -171,14 +204,16 @@ class RequestHandler:
             return None
 
 
-def check_limits(runtime: Runtime, body: GenerateRequest) -> None:
+def check_limits(runtime: Runtime, body: Asking) -> None:
     """Refuse before any work what is over the operator's limits (TooLarge)."""
     settings = runtime.settings
-    within(
-        ("inputs", len(body.inputs), settings.max_inputs),
-        ("n", body.n, settings.max_samples),
-        ("max_tokens", body.max_tokens, settings.max_tokens),
-    )
+    within(("inputs", len(body.inputs), settings.max_inputs))
+    if isinstance(body, GenerateRequest):
+        within(("n", body.n, settings.max_samples), ("max_tokens", body.max_tokens, settings.max_tokens))
+    if isinstance(body, ScoreRequest):
+        if (count := len(body.inputs) * len(body.choices)) > MAX_SCORED:
+            raise TooLarge(f"the request scores {count} continuations; at most {MAX_SCORED} are taken", param="choices")
+        runtime.check_text("".join(body.choices), "choices")
     for at, item in enumerate(body.inputs):
         runtime.check_text(item.text or "", f"inputs.{at}.text")
     for prompt in set(body.prompts):

@@ -31,6 +31,7 @@ from latentwire.service.inference.batching import Batcher
 from latentwire.service.inference.engines import Engines
 from latentwire.service.inference.lanes import Lanes
 from latentwire.service.inference.request import GenerationRequest, GenerationResult, InFlightRequest, Piece, Text
+from latentwire.service.inference.scoring import Scorers
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.base import Kind, Store
@@ -94,6 +95,7 @@ class Runtime:
         self.corpora = Corpora(settings.corpus_dir, served, settings.message_key)
         self.metrics = Metrics()
         self._lanes = Lanes()
+        self.scorers = Scorers(self.residency, self._lanes, self.admission, self.metrics, settings)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -140,6 +142,7 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.scorers.close()
         await self.engines.close()
         await asyncio.to_thread(self._device.shutdown)
         await asyncio.to_thread(self._lanes.close)

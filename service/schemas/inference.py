@@ -98,8 +98,8 @@ def _asked_one_way(schema: dict[str, Any]) -> None:
     ]
 
 
-class GenerateRequest(Strict):
-    """Questions to a receiver about texts it will not see."""
+class Asking(Strict):
+    """Base of what is asked about inputs: of whom, about what, and how."""
 
     model_config = ConfigDict(json_schema_extra=_asked_one_way)
 
@@ -122,20 +122,6 @@ class GenerateRequest(Strict):
         "bridge",
         description="What stands in the latent's place, for comparison: the latent, the source text itself (direct), "
         "or nothing (none).",
-    )
-    stream: bool = Field(False, description="Send tokens as they come, as server-sent events.")
-    max_tokens: int = Field(32, ge=1, description="Most tokens to generate for each output.")
-    temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens of this probability.")
-    top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")
-    seed: int | None = Field(None, ge=0, lt=1 << 63, description="Same seed, same request, same text.")
-    n: int = Field(1, ge=1, description="Outputs for each input.")
-    stop: Stops = Field([], description="An output ends before the first of these; a string is taken as a list of it.")
-    stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
-        default=[], max_length=16, description="An output ends at any of these receiver tokens."
-    )
-    logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Report each token's log-probability and those of so many likeliest."
     )
     timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
@@ -167,6 +153,25 @@ class GenerateRequest(Strict):
             return list(self.prompt)
         turns = tuple(Turn(turn.role, turn.content) for turn in self.messages or ())
         return [turns if self.prompt is None else self.prompt] * len(self.inputs)
+
+
+class GenerateRequest(Asking):
+    """Questions to a receiver about texts it will not see."""
+
+    stream: bool = Field(False, description="Send tokens as they come, as server-sent events.")
+    max_tokens: int = Field(32, ge=1, description="Most tokens to generate for each output.")
+    temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens of this probability.")
+    top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")
+    seed: int | None = Field(None, ge=0, lt=1 << 63, description="Same seed, same request, same text.")
+    n: int = Field(1, ge=1, description="Outputs for each input.")
+    stop: Stops = Field([], description="An output ends before the first of these; a string is taken as a list of it.")
+    stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], max_length=16, description="An output ends at any of these receiver tokens."
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Report each token's log-probability and those of so many likeliest."
+    )
 
 
 class LatentOut(BaseModel):

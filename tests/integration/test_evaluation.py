@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from latentwire.bridge import engine
+from latentwire.bridge import engine, scoring
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest, UnknownBridge
@@ -30,6 +30,7 @@ from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, fit
 from latentwire.bridge.reader import Reader, text_ids
 from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.scoring import Continuation
 from latentwire.training.config import TrainConfig
 from latentwire.training.controls import control_config, train_controls
 from latentwire.training.lora import rank_for
@@ -248,14 +249,14 @@ def test_a_lender_may_cut_the_passes_small_and_let_the_models_take_turns(
 ) -> None:
     made: EvaluationContext = request.getfixturevalue(kind)
     rows: list[int] = []
-    for name, given in (("encode", 2), ("generate", 1), ("answer_scores", 1)):
-        real = getattr(engine, name)
+    for module, name, given in ((engine, "encode", 2), (engine, "generate", 1), (scoring, "score", 1)):
+        real = getattr(module, name)
 
         def spying(*args: Any, real: Any = real, given: int = given) -> Any:
-            rows.append(len(args[1].ids if real.__name__ == "answer_scores" else args[given]))
+            rows.append(sum(map(len, args[1])) if real.__name__ == "score" else len(args[given]))
             return real(*args)
 
-        monkeypatch.setattr(engine, name, spying)
+        monkeypatch.setattr(module, name, spying)
     lender = Counting()
     small = measure(replace(made, lender=lender))
     assert max(rows) == 2
@@ -460,15 +461,15 @@ def test_a_classification_scored_in_parts_has_the_scores_of_the_whole(
     def scores(rows: int) -> list[list[float]]:
         made: list[list[float]] = []
         with monkeypatch.context() as patch:
-            score = engine.answer_scores
+            score = scoring.score
 
-            def spying(*args: Any) -> torch.Tensor:
+            def spying(*args: Any) -> list[list[Continuation]]:
                 found = score(*args)
-                made.append(found.tolist())
+                made.append([scored.logprob for question in found for scored in question])
                 return found
 
-            patch.setattr(engine, "answer_scores", spying)
-            patch.setattr(conditions, "SCORED_ROWS", rows)
+            patch.setattr(scoring, "score", spying)
+            patch.setattr(scoring, "SCORED_ROWS", rows)
             predict(sentiment, range(4), CONDITIONS["bridge"].read(sentiment, range(4)))
         return made
 
@@ -491,13 +492,17 @@ def test_labels_are_scored_as_they_follow_each_prompt_wherever_it_ends(
     assert [example.answer for example in made.examples] == ["bad", " very good", "bad", " very good"]
     scored: list[str] = []
 
-    def knowing(lm: FrozenLM, batch: Any, soft: Any) -> torch.Tensor:  # gives every example its own label
-        said = [str(lm.tokenizer.decode([t for t in row if t != IGNORE])) for row in batch.labels.tolist()]
-        scored.extend(said)
-        wanted = [f"{example.answer}</s>" for example in made.examples for _ in range(2)]
-        return torch.tensor([float(have == want) for have, want in zip(said, wanted, strict=True)])
+    def knowing(lm: FrozenLM, questions: list[list[Row]], soft: Any) -> list[list[Continuation]]:
+        """Gives every example its own label."""
+        said = [[str(lm.tokenizer.decode([t for t in row.labels if t != IGNORE])) for row in q] for q in questions]
+        scored.extend(text for texts in said for text in texts)
+        wanted = [f"{example.answer}</s>" for example in made.examples]
+        return [
+            [Continuation((), (float(have == want),), False) for have in texts]
+            for texts, want in zip(said, wanted, strict=True)
+        ]
 
-    monkeypatch.setattr(engine, "answer_scores", knowing)
+    monkeypatch.setattr(scoring, "score", knowing)
     assert predict(made, range(4), [None] * 4) == [example.answer for example in made.examples]
     assert scored == ["bad</s>", "very good</s>", " bad</s>", " very good</s>"] * 2
     report = measure(made)

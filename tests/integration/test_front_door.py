@@ -242,3 +242,35 @@ def test_the_examples_of_a_public_name_run(name: str, tmp_path: Path, service: s
     for test in tests:
         runner.run(test, out=said.append)
     assert runner.failures == 0, "".join(said)
+
+
+def test_a_continuation_is_scored_as_it_is_said(bridge: latentwire.Bridge) -> None:
+    latents = bridge.encode(["Mara wants a cup of tea.", "Mara wants a new lamp."])
+    said = bridge.generate(latents, PROMPT, logprobs=0)
+    scored = bridge.score(latents, PROMPT, said.texts, logprobs=True)
+    assert [score.best for score in scored.scores] == [0, 1] and scored.usage.soft_tokens == said.usage.soft_tokens
+    for number, output in enumerate(said.outputs):
+        choice = scored[number][number]
+        assert output.logprobs is not None and choice.logprobs is not None
+        *tokens, ended = choice.logprobs
+        assert [token.token for token in tokens] == [token.token for token in output.logprobs]
+        near = pytest.approx([token.logprob for token in output.logprobs], abs=1e-3)
+        assert [token.logprob for token in tokens] == near
+        assert choice.token_count == output.token_count and ended.token in ("</s>", "<eos>", "<|endoftext|>")
+        assert sum(one.probability for one in scored[number].choices) == pytest.approx(1)
+        begun = bridge.score(latents[number], PROMPT, said.texts[number], end=False)[0][0]
+        assert begun.logprob == pytest.approx(choice.logprob - ended.logprob, abs=1e-3) and begun.logprobs is None
+
+
+@pytest.mark.parametrize(
+    "choices, named",
+    [
+        ([], "a choice is empty; expected one text or several"),
+        (["a", ""], "a choice is empty; expected one text or several"),
+        (" a" * 3000, "takes 3[0-9]* receiver tokens; 512 fit"),
+    ],
+)
+def test_choices_that_cannot_be_scored_are_named(bridge: latentwire.Bridge, choices: Any, named: str) -> None:
+    with pytest.raises(InvalidRequest, match=named) as caught:
+        bridge.score("Mara sings.", "Who?", choices)
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""``POST /encode`` and ``POST /generate``."""
+"""``POST /encode``, ``POST /generate`` and ``POST /score``."""
 
 import base64
 import time
@@ -21,6 +21,7 @@ from latentwire.service.schemas.inference import (
     Timing,
     Usage,
 )
+from latentwire.service.schemas.scoring import ScoreRequest, ScoreResponse
 from latentwire.service.store.latents import CachedEncoding
 
 router = APIRouter(tags=["inference"])
@@ -107,6 +108,29 @@ async def run_generate(
     if events is None:
         return await run_while_connected(request, work(), seconds)
     return await stream_response(request, work, events, seconds)
+
+
+@router.post("/score", response_model=ScoreResponse, response_model_exclude_none=True)
+async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+    """How likely a receiver finds each of some continuations of a prompt about latents, or about texts it will not see.
+
+    What the choices share is read once. Log-probabilities are in nats, natural logarithms.
+    """
+    runtime: Runtime = request.app.state.runtime
+    runtime.check_open()
+    bridge = runtime.find(body.bridge)
+    receiver = bridge.receiver(body.receiver)
+    check_limits(runtime, body)
+    handler = RequestHandler(runtime, request.state.caller.name, bridge)
+
+    async def work() -> ScoreResponse:
+        with runtime.admission.admit(len(body.inputs)):
+            try:
+                return await handler.score(receiver, body)
+            finally:
+                await charge(request, handler.usage)
+
+    return await run_while_connected(request, work(), deadline(request, body.timeout_seconds))
 
 
 async def charge(request: Request, usage: Usage) -> None:
