@@ -1,71 +1,268 @@
-"""Real text between two pretrained models: SST-2 and AG News, trained and measured with every control.
+"""Real text between pretrained models: bridges trained and measured beside what their receiver does without them.
+
+Without ``--models`` two tiny models are the pair, on SST-2 and AG News, with every control: what runs is the command
+line, as a user types it. With ``--models DIR`` every two models of the folder are a pair in both directions, on every
+task of ``TASKS``. A run that is in the results file already is not made again, so that a benchmark of hours can be
+stopped at any moment and goes on where it was.
 
 Models and data are no part of the project: they are looked for in a folder beside the checkout (``--material``).
-What runs is the command line, as a user types it.
 """
 
+import gzip
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
 from pathlib import Path
+from typing import Any
 
+import torch
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from benchmarks.record import record
+from benchmarks.record import RESULTS, record
+from latentwire.bridge import engine
+from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, open_context, soft_tokens
+from latentwire.bridge.evaluation.evaluate import progress_bar
+from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.prompt import collate
+from latentwire.training.journal import LOG, read_jsonl
 
+Row = dict[str, Any]
+console = Console()
+
+
+@dataclass(frozen=True)
+class RealTask:
+    """A task on real text.
+
+    Attributes:
+        data: Stem of its files; None for the built-in world.
+        fields: Of its task file, but name and splits.
+        recipe: Flags of ``latentwire train`` between pretrained models, on a few hundred steps of one core.
+        row: Makes a row of the task from one of the data, or leaves it out; the data's own, unless given.
+        nats: Whether the answer is measured as nats per token, being one of many that would do.
+    """
+
+    data: str | None
+    fields: dict[str, Any]
+    recipe: str
+    row: Callable[[Row], Row | None] | None = None
+    nats: bool = False
+
+
+def _labelled(before: str, after: str, labels: list[str]) -> dict[str, Any]:
+    asked = {"source": "{text}", "prompt": f"{before}: {{latent}}\n{after}:"}
+    return {"kind": "classification", **asked, "label": "label", "labels": labels}
+
+
+def _answered(source: str, prompt: str, answer: str, tokens: int) -> dict[str, Any]:
+    return {"kind": "generation", "source": source, "prompt": prompt, "answer": answer, "max_answer_tokens": tokens}
+
+
+def _halves(row: Row) -> Row:
+    """A story's beginning and the sentence after it."""
+    sentences = row["text"].replace("\n", " ").split(". ")
+    middle = max(1, len(sentences) // 2)
+    return {
+        "begun": ". ".join(sentences[:middle]) + ".",
+        "next": ". ".join(sentences[middle : middle + 2]) or "The end.",
+    }
+
+
+SHORT = "--max-steps 160 --batch-size 8 --alignment-steps 0 --reconstruction-weight 0 --hidden-dim 320"
+LONG = "--max-steps 160 --batch-size 8 --alignment-steps 60 --reconstruction-weight 0 --hidden-dim 320"
 TASKS = {
-    "sst2": ("Review", "Sentiment", ["negative", "positive"]),
-    "agnews_small": ("News", "Topic", ["world", "sports", "business", "technology"]),
+    "sst2": RealTask("sst2", _labelled("Review", "Sentiment", ["negative", "positive"]), SHORT),
+    "agnews": RealTask(
+        "agnews_small", _labelled("News", "Topic", ["world", "sports", "business", "technology"]), SHORT
+    ),
+    "banking77": RealTask("banking77", _answered("{text}", "Query: {latent}\nIntent:", "{label}", 16), SHORT),
+    "squad": RealTask(
+        "squad2_devhalf",
+        _answered("{context}", "Text: {latent}\nQuestion: {question}\nAnswer:", "{answer}", 24),
+        LONG,
+        lambda row: {**row, "answer": row["answers"][0]} if row["answers"] else None,
+    ),
+    "tinystories": RealTask(
+        "tinystories_1k", _answered("{begun}", "{latent}\nGo on:", "{next}", 64), LONG, _halves, nats=True
+    ),
+    "facts": RealTask(None, {}, LONG),
 }
-TASK = """name = "{name}"
-kind = "classification"
-train = "{data}/{name}.train.jsonl.gz"
-test = "{data}/{name}.test.jsonl.gz"
-source = "{{text}}"
-prompt = "{before}: {{latent}}\\n{after}:"
-label = "label"
-labels = {labels}
-"""
 MATERIAL = Path(__file__).resolve().parents[2] / "shared"
 SENDER, RECEIVER = "stories260k-llama", "gpt2-mini-2m"
-RECIPE = (
+TINY = (
     "--encoder perceiver --num-latents 8 --layer 0 --layer 3 --max-steps 600 --batch-size 32 "
     "--matrix-learning-rate 0.005 --first-token-weight 1 --reconstruction-weight 0"
 )
+MEASURED = ("bridge", "direct", "same_budget", "none", "mismatched", "noise")
 
 
-def task_file(name: str, material: Path, folder: Path) -> Path:
-    """Write the task file of one of ``TASKS`` into ``folder``."""
-    before, after, labels = TASKS[name]
-    file, data = folder / f"{name}.toml", material.resolve() / "data"
-    file.write_text(TASK.format(name=name, data=data, before=before, after=after, labels=json.dumps(labels)))
-    return file
+def task_file(name: str, material: Path, folder: Path) -> str:
+    """Write the task file of one of ``TASKS``, with the rows it makes, into ``folder``; its path, or ``world``."""
+    task = TASKS[name]
+    if task.data is None:
+        return "world"
+    files = {split: material.resolve() / "data" / f"{task.data}.{split}.jsonl.gz" for split in ("train", "test")}
+    if task.row is not None:
+        for split, file in files.items():
+            rows = map(task.row, map(json.loads, gzip.open(file, "rt", encoding="utf-8")))
+            files[split] = folder / f"{name}.{split}.jsonl"
+            files[split].write_text("".join(json.dumps(row) + "\n" for row in rows if row), encoding="utf-8")
+    fields = {"name": name, **{split: str(path) for split, path in files.items()}, **task.fields}
+    toml = folder / f"{name}.toml"
+    toml.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items()), encoding="utf-8")
+    return str(toml)
 
 
-def main(material: Path = MATERIAL, limit: int = 1000, task: list[str] | None = None) -> None:
-    """Train a bridge for each TASK and record its report against every condition and control."""
+def typed(command: str) -> None:
+    """Run a command of ``latentwire`` as a user would."""
+    subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
+
+
+def tiny_pair(material: Path, limit: int, name: str) -> None:
+    """Train a bridge between the tiny models and record its report against every condition and control."""
     models = material.resolve() / "models"
-    for name in task or TASKS:
-        with tempfile.TemporaryDirectory() as folder:
-            file = task_file(name, material, Path(folder))
-            commands = [
-                f"latentwire train --sender {models}/{SENDER} --receiver {models}/{RECEIVER} "
-                f"--task {file} --out {folder}/bridge {RECIPE}",
-                f"latentwire evaluate {folder}/bridge --task {file} --limit {limit} --controls "
-                f"--out {folder}/report.json",
-            ]
-            for command in commands:
-                arguments = shlex.split(command)[1:]
-                subprocess.run([sys.executable, "-m", "latentwire", *arguments], check=True)
-            report = json.loads((Path(folder) / "report.json").read_text())
-            typed = [line.replace(folder, "runs").replace(str(models), "models") for line in commands]
-        record(
-            f"real-{name.split('_')[0]}",
-            f"python -m benchmarks.real --task {name} --limit {limit}",
-            {"sender": SENDER, "receiver": RECEIVER, "typed": typed, "report": {**report, "checkpoint": "runs/bridge"}},
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        file = task_file(name, material, Path(folder))
+        commands = [
+            f"latentwire train --sender {models}/{SENDER} --receiver {models}/{RECEIVER} "
+            f"--task {file} --out {folder}/bridge {TINY}",
+            f"latentwire evaluate {folder}/bridge --task {file} --limit {limit} --controls --out {folder}/report.json",
+        ]
+        for command in commands:
+            typed(command)
+        report = json.loads((Path(folder) / "report.json").read_text())
+        shown = [line.replace(folder, "runs").replace(str(models), "models") for line in commands]
+    record(
+        f"real-{name}",
+        f"python -m benchmarks.real --task {name} --limit {limit}",
+        {"sender": SENDER, "receiver": RECEIVER, "typed": shown, "report": {**report, "checkpoint": "runs/bridge"}},
+    )
+
+
+def nats_per_token(context: EvaluationContext) -> dict[str, dict[str, Any]]:
+    """Mean cross-entropy of the wanted answers under each condition, in nats per token; smaller is better."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in MEASURED:
+        nats, tokens = 0.0, 0
+        for start in range(0, len(context.examples), 8):
+            chosen = range(start, min(start + 8, len(context.examples)))
+            readings = CONDITIONS[name].read(context, chosen)
+            rows = context.rows(chosen, readings, [context.examples[i].answer for i in chosen])
+            with context.lender.lend(context.receiver) as receiver, torch.inference_mode():
+                batch, soft = collate(rows, side="left"), soft_tokens(context, receiver, readings)
+                losses = engine.token_losses(*engine.answer_logits(receiver, batch.to(receiver.device), soft))
+            nats, tokens = nats + float(losses.sum()), tokens + int((losses > 0).sum())
+        found[name] = {"metric": "nats_per_token", "value": nats / tokens}
+    return found
+
+
+def run_once(
+    pair: tuple[Path, Path], name: str, ratio: int, seed: int, *, material: Path, limit: int, extra: str
+) -> dict[str, Any]:
+    """Train a bridge on one task, and measure it."""
+    sender, receiver = pair
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        file = task_file(name, material, folder)
+        command = (
+            f"latentwire train --sender {sender} --receiver {receiver} --task {file} --out {folder}/bridge "
+            f"{TASKS[name].recipe} --ratio {ratio} --seed {seed} --precision fp32 --cache-features "
+            f"--max-source-tokens 256 --validate-every 0 {extra}"
+        ).strip()
+        began = time.perf_counter()
+        typed(command)
+        trained = time.perf_counter()
+        steps = [line for line in read_jsonl(folder / "bridge" / LOG)]
+        context = open_context(folder / "bridge", file, limit=limit, dtype="float16", receiver=None, precision="fp32")
+        if TASKS[name].nats:
+            report: dict[str, Any] = {"n": len(context.examples), "conditions": nats_per_token(context)}
+        else:
+            with progress_bar(console) as progress:
+                report = evaluate(context, conditions=MEASURED, progress=progress)
+        events = read_jsonl(folder / "bridge" / "events.jsonl")
+        alarms = [line["message"] for line in events if line["event"] == "alarm"]
+    shown = command.replace(str(folder), "runs").replace(f"{sender.parent}/", "models/")
+    return {
+        "typed": shown,
+        "train_seconds": round(trained - began, 1),
+        "evaluate_seconds": round(time.perf_counter() - trained, 1),
+        "step_seconds": round(statistics.median(line["seconds"] for line in steps), 3),
+        "losses": [round(statistics.fmean(line["loss"] for line in part), 4) for part in _fifths(steps)],
+        "alarms": alarms,
+        "threads": torch.get_num_threads(),
+        "report": {**report, "checkpoint": "runs/bridge"},
+    }
+
+
+def _fifths(steps: list[Row]) -> Iterator[list[Row]]:
+    size = max(1, len(steps) // 5)
+    return (steps[start : start + size] for start in range(0, len(steps), size))
+
+
+def table(runs: list[Row]) -> Table:
+    """What each condition reached, averaged over seeds."""
+    shown = Table(title="between pretrained models: means over seeds")
+    for heading in ("pair", "task", "ratio", "seeds", "metric", *MEASURED):
+        shown.add_column(heading)
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for run in runs:
+        groups.setdefault((f"{run['sender']} → {run['receiver']}", run["task"], run["ratio"]), []).append(run)
+    for (pair, task, ratio), same in groups.items():
+        rows = [run["report"]["conditions"] for run in same]
+        values = [f"{statistics.fmean(row[name]['value'] for row in rows):.3f}" for name in MEASURED]
+        shown.add_row(pair, task, str(ratio), str(len(same)), rows[0]["bridge"]["metric"], *values)
+    return shown
+
+
+def between_models(
+    models: Path, material: Path, limit: int, names: list[str], ratios: list[int], seeds: int, senders: list[str],
+    extra: str,
+) -> None:  # fmt: skip
+    """Every pair, task, ratio and seed that is not in the newest results file; each is recorded once it is done."""
+    folders = sorted(path.parent for path in models.resolve().glob("*/config.json"))
+    pairs = [pair for pair in permutations(folders, 2) if not senders or pair[0].name in senders]
+    written = sorted(RESULTS.glob("real-models-20*.json"))
+    runs: list[Row] = json.loads(written[-1].read_text())["runs"] if written else []
+    wanted = list(product(range(seeds), pairs, names, ratios))
+    for number, (seed, pair, name, ratio) in enumerate(wanted, start=1):
+        key = {"sender": pair[0].name, "receiver": pair[1].name, "task": name, "ratio": ratio, "seed": seed}
+        key |= {"extra": extra} if extra else {}
+        if any({**run, **key} == run and run.get("extra", "") == extra for run in runs):
+            continue
+        console.print(f"run {number} of {len(wanted)}: {key}", markup=False, highlight=False, soft_wrap=True)
+        runs.append({**key, **run_once(pair, name, ratio, seed, material=material, limit=limit, extra=extra)})
+        record("real-models", "python -m benchmarks.real --models models --limit " + str(limit), {"runs": runs})
+    console.print(table(runs))
+
+
+def main(
+    material: Path = MATERIAL,
+    limit: int = 1000,
+    task: list[str] | None = None,
+    models: Path | None = None,
+    ratio: list[int] | None = None,
+    seeds: int = 1,
+    sender: list[str] | None = None,
+    extra: str = "",
+) -> None:
+    """Train and measure bridges on each TASK: between tiny models, or between all those in the folder MODELS.
+
+    With MODELS: at each RATIO (4), for so many SEEDS, from the SENDERs named (all), with EXTRA flags of training.
+    """
+    if models is None:
+        for name in task or ("sst2", "agnews"):
+            tiny_pair(material, limit, name)
+        return
+    between_models(models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], extra)
 
 
 if __name__ == "__main__":

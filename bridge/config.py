@@ -134,13 +134,18 @@ class Provenance:
 class Head:
     """One receiver's head: the receiver, its layout, and the measured RMS of its embedding rows (unitless).
 
-    ``provenance`` is set where the head was added later to an encoder that was frozen by then.
+    Attributes:
+        provenance: Set where the head was added later to an encoder that was frozen by then.
+        hidden_dim: Width inside the head; None, as in every old head, is twice the receiver's.
+        gain: Whether soft tokens have a learned gain over ``embedding_rms``; an old head has none.
     """
 
     receiver: ModelRef
     layout: Layout
     embedding_rms: float
     provenance: Provenance | None = None
+    hidden_dim: int | None = None
+    gain: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

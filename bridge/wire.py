@@ -136,10 +136,24 @@ def decode(
     return Message(latent, sender_id.hex(), dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a message says about itself: the bridge it came from, the dtype it travels in, (K, C)."""
+
+    bridge_id: str
+    dtype: DType
+    shape: tuple[int, int]
+
+
+def header_of(message: bytes) -> Header:
+    """The header of a message that was made or checked here."""
+    _, _, code, _, sender_id, K, C, _ = HEADER.unpack_from(message)
+    return Header(sender_id.hex(), next(name for name in CODES if CODES[name] == code), (int(K), int(C)))
+
+
 def shape_of(message: bytes) -> tuple[int, int]:
     """(K, C) by the header of a message that was made or checked here."""
-    K, C = HEADER.unpack_from(message)[5:7]
-    return int(K), int(C)
+    return header_of(message).shape
 
 
 def as_dtype(name: str) -> DType:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentwire.bridge.bridge import Bridge
+    from latentwire.bridge.bulk import encode_corpus
+    from latentwire.bridge.corpus import Corpus
     from latentwire.bridge.errors import LatentWireError
     from latentwire.bridge.evaluation.evaluate import ConditionResult, Report, evaluate
     from latentwire.bridge.results import (
@@ -31,18 +33,20 @@ if TYPE_CHECKING:
         Usage,
     )
     from latentwire.service.client.client import AsyncClient, Client
-    from latentwire.service.client.types import BridgeInfo, Evaluation, ServiceError, Token
+    from latentwire.service.client.types import BridgeInfo, Evaluation, KeptLatent, ServiceError, Token
     from latentwire.training.train import TrainingRun, train
 
 __version__ = "0.1.0"
 __all__ = [
-    "AsyncClient", "Bridge", "BridgeInfo", "Client", "ConditionResult", "Encoded", "Evaluation", "Generated",
-    "Latent", "LatentWireError", "Output", "Report", "Score", "Scored", "ScoredChoice", "ServiceError", "Timing",
-    "Token", "TokenLogprob", "TrainingRun", "Usage", "__version__", "evaluate", "train",
+    "AsyncClient", "Bridge", "BridgeInfo", "Client", "ConditionResult", "Corpus", "Encoded", "Evaluation", "Generated",
+    "KeptLatent", "Latent", "LatentWireError", "Output", "Report", "Score", "Scored", "ScoredChoice", "ServiceError",
+    "Timing", "Token", "TokenLogprob", "TrainingRun", "Usage", "__version__", "encode_corpus", "evaluate", "train",
 ]  # fmt: skip
 
 _MODULES = {
     "bridge.bridge": ("Bridge",),
+    "bridge.bulk": ("encode_corpus",),
+    "bridge.corpus": ("Corpus",),
     "bridge.errors": ("LatentWireError",),
     "bridge.evaluation.evaluate": ("ConditionResult", "Report", "evaluate"),
     "bridge.results": (
@@ -58,7 +62,7 @@ _MODULES = {
         "Usage",
     ),
     "service.client.client": ("AsyncClient", "Client"),
-    "service.client.types": ("BridgeInfo", "Evaluation", "ServiceError", "Token"),
+    "service.client.types": ("BridgeInfo", "Evaluation", "KeptLatent", "ServiceError", "Token"),
     "training.train": ("TrainingRun", "train"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

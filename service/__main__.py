@@ -17,9 +17,11 @@ from rich.console import Console
 
 from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
+from latentwire.service.cli.corpus import app as corpus
 from latentwire.service.cli.infer import encode, generate, score
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
+from latentwire.service.cli.report import COMPARISON, WIDE, compared, report, report_files, say_written
 from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY
@@ -41,10 +43,10 @@ app = typer.Typer(
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
+app.add_typer(corpus, name="corpus")
 out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
-WIDE = 150  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
@@ -73,6 +75,9 @@ def _start(
 def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out, if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Train nothing: try growing learning rates, and suggest some.")
+    ] = False,
     debug: Debug = False,
     log_level: LogLevel = "warning",
     **flags: Any,
@@ -84,9 +89,29 @@ def train(
     settings = read_config(file, ({"debug_print_first": 3, "debug_topk": 5} if debug else {}) | _given(flags))
     started, level = time.monotonic(), "debug" if debug else log_level
     configure(level, console=errors)
+    if find_lr:
+        _find_lr(settings, resume=resume, overwrite=overwrite)
+        return
     keep_log = partial(configure, level, file=settings.out / "run.log", console=errors)
     manifest = run(settings, out, resume=resume, overwrite=overwrite, ready=keep_log)
     _say(f"{settings.out} holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
+
+
+def _find_lr(settings: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Suggest learning rates for a run, of which nothing is kept but the curve."""
+    from latentwire.training.find_lr import beside
+    from latentwire.training.find_lr import find_lr as test
+
+    if resume or overwrite:
+        given = "--resume" if resume else "--overwrite"
+        raise InvalidRequest(f"--find-lr begins nothing and continues nothing; give it without {given}")
+    _check_writable(beside(settings.out, ".json"))
+    found = test(settings, out)
+    ends = f"{found.matrix_learning_rates[0]:.1g} to {found.matrix_learning_rates[-1]:.2g}"
+    how = "where the loss blew up" if found.blown_up else "the highest tried"
+    _say(f"loss {found.curve} {found.smoothed[-1]:.3f}, matrix learning rates {ends}, {how}")
+    _say(f"suggested: {found.flags}")
+    _say(f"{beside(settings.out, '.json')} and .png hold the curve")
 
 
 @app.command()
@@ -100,9 +125,12 @@ def plan(
     device_memory: Annotated[
         str | None, typer.Option(help=r"Memory of the device, e.g. 80GB. \[default: this one's]")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also take a few real steps and say how long the run takes.")
+    ] = False,
     **flags: Any,
 ) -> None:
-    """Predict the peak memory of a training run, and what would fit; reads configurations only."""
+    """Predict the peak memory of a training run, and what would fit; reads configurations only, but for --measure."""
     from latentwire.bridge.devices import device_named
     from latentwire.training.machine import memory_of
     from latentwire.training.plan import plan as predict
@@ -118,6 +146,10 @@ def plan(
             device_bytes=device, compare=True,
         )  # fmt: skip
     out.print(table(made))
+    if measure:
+        from latentwire.training.duration import measure as take_steps
+
+        _say(str(take_steps(settings, out)))
 
 
 @app.command()
@@ -150,10 +182,15 @@ def export(
 
 @app.command()
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT…", help="Checkpoint folders, or 'builtin'; several are compared.")
+    ],
     task: Annotated[str, typer.Option(help="'world' or a task file (.toml).")],
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N test examples.")] = None,
-    out_: Annotated[Path | None, typer.Option("--out", help="Write the report here as JSON.")] = None,
+    out_: Annotated[
+        Path | None,
+        typer.Option("--out", help="The report: JSON, or a page (.html). Of several checkpoints, a folder for them."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8, int4 or float32.")] = "float16",
     receiver: Receiver = None,
     device: Annotated[
@@ -173,25 +210,34 @@ def evaluate(
     debug_topk: Annotated[int, typer.Option(min=0, help="Print the N likeliest first answer tokens.")] = 0,
 ) -> None:
     """Measure a bridge against every condition, and print one table."""
+    from latentwire.bridge.checkpoint import read_manifest
     from latentwire.bridge.evaluation.conditions import TRAINED
     from latentwire.bridge.evaluation.debug import shown
-    from latentwire.bridge.evaluation.report import write_report
+    from latentwire.bridge.evaluation.html import save
     from latentwire.training.controls import train_controls
 
     configure("debug" if debug else log_level, console=errors)
-    if out_ is not None:
-        _check_writable(out_)
-    context = _open(checkpoint, task, limit, dtype, receiver, device, precision)
+    files = report_files(checkpoints, out_)
+    for planned in filter(None, files.values()):
+        _check_writable(planned)
+    for checkpoint in checkpoints:  # one that is not there is named before the first is measured
+        read_manifest(checkpoint)
     first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
-    for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
-        _say(line)
-    trained = train_controls(context, out, TRAINED if controls else control or ())
-    report = _measure(context, trained)
-    if out_ is not None:
-        write_report(out_, report)
-        _say(f"wrote {out_}")
+    documents = {}
+    for checkpoint, file in files.items():
+        context = _open(checkpoint, task, limit, dtype, receiver, device, precision)
+        for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
+            _say(line)
+        trained = train_controls(context, out, TRAINED if controls else control or ())
+        document = documents[str(file or checkpoint)] = _measure(context, trained)
+        if file is not None:
+            save(file, document)
+            say_written(file, out)
+    if len(documents) > 1:
+        compared(documents, None if out_ is None else out_ / COMPARISON, out)
 
 
+app.command()(report)
 app.command()(encode)
 app.command()(generate)
 app.command()(score)
@@ -314,9 +360,9 @@ def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext
 
     with progress_bar(out) as progress:
         command = shlex.join(["latentwire", *sys.argv[1:]])
-        report = measure(context, trained=trained, progress=progress, keep_examples=True, command=command)
-    out.print(table(report, explained=out.width >= WIDE))
-    return report
+        document = measure(context, trained=trained, progress=progress, keep_examples=True, command=command)
+    out.print(table(document, explained=out.width >= WIDE))
+    return document
 
 
 def main() -> None:

@@ -68,6 +68,8 @@ class TrainConfig(BaseModel):
     hidden_dim: int | None = BRIDGE(
         "Width inside the encoder. [near the sender's, 64 to 1024]", None, ge=32, multiple_of=32
     )
+    head_dim: int | None = BRIDGE("Width inside a head. [twice the receiver's, at most 1024]", None, ge=1)
+    gain: bool = BRIDGE("Learn a gain of the soft tokens, 1 to 256 times the embeddings' RMS.", False)
     depth: int = BRIDGE("Transformer blocks over the slots.", 2, ge=0)
     layer: list[int] | None = BRIDGE("Sender layer to read, from 1; repeat to read several. [two thirds up]", None)
 

@@ -15,6 +15,7 @@ from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.training.alarms import Alarm, Alarms
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Prefetch
+from latentwire.training.duration import Pace
 from latentwire.training.machine import graphs, stop_requests
 from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
 from latentwire.training.prepare import completed, prepare, sampler_of
@@ -59,6 +60,7 @@ def train(
         monitor = stack.enter_context(watch(folder, console, total=config.max_steps, start=start, trackers=trackers))
         alarms = Alarms(rows=run.rows_per_step // run.ranks.count, warm_up_steps=config.warmup_steps)
         alarms.replay(records_of(config.out))
+        pace = Pace(run)
         for step, rows, waited in _steps(run, start, stack):
             before = run.out_of_memory_count
             record = take_step(run, step, rows, waited=waited)
@@ -66,6 +68,8 @@ def train(
                 message = f"out of memory: the same rows again in passes of {record.micro_batch}"
                 monitor.event(step + 1, "out_of_memory", message=message, micro_batch=record.micro_batch)
             monitor.log(record)
+            if (to_go := pace.after(record)) is not None:
+                monitor.say(to_go)
             collapsed = [alarm for alarm in _observe(alarms, record, monitor) if alarm.collapse]
             _after(run, step + 1, monitor)
             stopped = bool(collapsed) and config.on_collapse == "stop"

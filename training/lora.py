@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.optim import AdamW
+from transformers.pytorch_utils import Conv1D
 
 from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.models import FrozenLM
@@ -36,7 +37,10 @@ def tuned_receiver(run: Run, receiver: FrozenLM, weights: int, progress: Callabl
     """
     lm = replace(receiver, model=copy.deepcopy(receiver.model))
     torch.manual_seed(run.config.seed)
-    config = LoraConfig(r=rank_for(lm.model, weights), lora_alpha=ALPHA, target_modules="all-linear")
+    config = LoraConfig(
+        r=rank_for(lm.model, weights), lora_alpha=ALPHA, target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in lm.model.modules()),
+    )  # fmt: skip
     inject_adapter_in_model(config, lm.model)
     trained = [weight for name, weight in lm.model.named_parameters() if "lora_" in name]
     for weight in lm.model.parameters():
@@ -64,5 +68,5 @@ def tuned_receiver(run: Run, receiver: FrozenLM, weights: int, progress: Callabl
 def rank_for(model: nn.Module, weights: int) -> int:
     """The rank at which LoRA on every linear layer but the output has about so many weights; at least 1."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    return max(1, round(weights / sum(layer.in_features + layer.out_features for layer in layers)))
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head]
+    return max(1, round(weights / sum(sum(layer.weight.shape) for layer in layers)))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from latentwire.bridge.config import parse_manifest
 from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
-from latentwire.training.alarms import DELTA_NATS, FIRST_TOKEN_TOP1, GRADIENT_NORM, MEMORY_SHARE
+from latentwire.training.alarms import DELTA_NATS, FIRST_TOKEN_TOP1, MEMORY_SHARE
 from latentwire.training.curves import (
     BLUE,
     GREEN,
@@ -132,7 +132,7 @@ PANELS = (
     ),
     Panel(
         "Gradient norm before clipping", (Line("norm", BLUE, _key("gradient_norm")),),
-        ("gradient_norm",), limit=GRADIENT_NORM, marks=mark_refused,
+        ("gradient_norm",), marks=mark_refused,
     ),
     Panel("Learning rate", (Line("rate", BLUE, _key("learning_rate"), exact=True),), bottom=0.0),
     Panel("Throughput, tokens/s", (Line("tokens/s", BLUE, _of_seconds("tokens")),), bottom=0.0),

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from latentwire.bridge.checkpoint import BridgeModel, make_bridge
-from latentwire.bridge.config import RANDOM, Fingerprint, Head
+from latentwire.bridge.config import RANDOM, Fingerprint
 from latentwire.bridge.devices import DTYPES, default_device, default_dtype
 from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.errors import ModelUnavailable, first_line
@@ -34,7 +34,7 @@ from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks, gradient_checkpointing
-from latentwire.training.prepare import completed, describe, learned_modes, optimisers, with_heads
+from latentwire.training.prepare import completed, describe, head_of, learned_modes, optimisers, with_heads
 from latentwire.training.run import Run
 from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
@@ -271,7 +271,7 @@ def _prepare(
 ) -> Run:  # fmt: skip
     """What ``prepare`` makes, from shapes, after some steps: with optimiser state, and gradients where they add up."""
     task = Task("plan", "generation", [], [], "{latent}\n{question}", "0" * 64)
-    heads = {name: Head(lm.ref, layout_for(lm, task.template), 1.0) for name, lm in lms.items()}
+    heads = {name: head_of(config, lm, layout_for(lm, task.template), 1.0) for name, lm in lms.items()}
     described = with_heads(describe(config, task, sender), heads)
     with mode:
         bridge = make_bridge(described)

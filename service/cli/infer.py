@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentwire.bridge.errors import InferenceFailed, InvalidMessage, InvalidRequest
+from latentwire.service.cli.corpus import encode_here
 
 if TYPE_CHECKING:
     from latentwire.bridge.results import Latent
@@ -27,13 +28,41 @@ Url = Annotated[str | None, typer.Option(help="Ask this service, with the key in
 
 def encode(
     checkpoint: Bridge,
-    text: Annotated[str, typer.Option(help="The text the sender reads.")],
-    out_: Annotated[Path, typer.Option("--out", help="File for the message.")],
+    out_: Annotated[Path, typer.Option("--out", help="File for the message, or for the corpus.")],
+    text: Annotated[str | None, typer.Option(help="The text the sender reads.")] = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="A .jsonl[.gz] file of documents, for a corpus: an object each line.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16, int8, int4 or float32.")] = "float16",
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
+    text_field: Annotated[str, typer.Option(help="With --input: the field that holds a text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option(help=r"With --input: the field that holds an id. \[default: the number of the line]")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="With --input: a field to keep beside each latent; repeat for several.")
+    ] = None,
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="With --input: keep the texts too.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --input: begin anew, not where an earlier run stopped.")
+    ] = False,
     url: Url = None,
 ) -> None:
-    """Turn a text into a latent, as one message in a file. Runs here, without a server, unless --url names one."""
+    """Turn a text into a latent, as one message in a file, or many documents into a corpus: killed, it goes on.
+
+    Runs here, without a server, unless --url names one, which takes a text.
+    """
+    if (text is None) == (input_ is None):
+        raise InvalidRequest("give exactly one of --text and --input")
+    if input_ is not None:
+        if url is not None:
+            raise InvalidRequest("--input runs here; --url takes --text", param="input")
+        encode_here(
+            checkpoint, input_, out_, dtype=dtype, truncate=truncate, keep_text=keep_text, overwrite=overwrite,
+            text_field=text_field, id_field=id_field, keep=tuple(keep or ()),
+        )  # fmt: skip
+        return
+    assert text is not None
     made = _encoded_here if url is None else partial(_encoded_there, url)
     latent = made(checkpoint, text, dtype, truncate)
     try:

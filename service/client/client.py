@@ -31,6 +31,10 @@ from latentwire.service.client.types import (
     Event,
     GenerateOptions,
     Input,
+    KeepOptions,
+    KeptLatent,
+    KeptLatents,
+    LatentPage,
     Prompt,
     ScoreOptions,
     ServiceError,
@@ -60,6 +64,31 @@ class _Service:
         text, one for each input, or the messages of a conversation.
         """
         return await self._ask(Generated, protocol.inference("/generate", protocol.question(inputs, prompt), options))
+
+    async def keep(self, inputs: Input | Sequence[Input], **options: Unpack[KeepOptions]) -> list[KeptLatent]:
+        """``POST /latents``: keep the latents of texts, or latents made before, to ask them by their ids.
+
+        What is kept is an input of ``generate`` itself.
+        """
+        call = protocol.inference("/latents", protocol.inputs_of(inputs), options)
+        return list((await self._ask(KeptLatents, call)).latents)
+
+    async def latents(self, **options: Unpack[CallOptions]) -> AsyncGenerator[KeptLatent, None]:
+        """``GET /latents``: all that is kept, without the numbers; each page is one call."""
+        after: str | None = ""
+        while after is not None:
+            page = await self._ask(LatentPage, protocol.page_of_latents(after, options))
+            for latent in page.latents:
+                yield latent
+            after = page.next
+
+    async def latent(self, id: str, **options: Unpack[CallOptions]) -> KeptLatent:
+        """``GET /latents/{id}``: a kept latent, with its message in ``data``."""
+        return await self._ask(KeptLatent, protocol.latent_of("GET", id, options))
+
+    async def delete_latent(self, id: str, **options: Unpack[CallOptions]) -> KeptLatent:
+        """``DELETE /latents/{id}``."""
+        return await self._ask(KeptLatent, protocol.latent_of("DELETE", id, options))
 
     async def score(
         self,
@@ -348,6 +377,10 @@ class Client:
 
     encode = _blocking(_Service.encode)
     generate = _blocking(_Service.generate)
+    keep = _blocking(_Service.keep)
+    latents = _iterated(_Service.latents)
+    latent = _blocking(_Service.latent)
+    delete_latent = _blocking(_Service.delete_latent)
     score = _blocking(_Service.score)
     stream = _iterated(_Service.stream)
     evaluate = _blocking(_Service.evaluate)

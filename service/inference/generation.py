@@ -32,9 +32,12 @@ from latentwire.service.schemas.inference import (
 from latentwire.service.schemas.scoring import ScoreOut, ScoreRequest, ScoreResponse
 from latentwire.service.store.latents import (
     CachedEncoding,
+    KeptLatent,
     encode_key,
     get_encodings,
     get_latents,
+    id_of_message,
+    id_of_text,
     put_encodings,
     put_latents,
 )
@@ -47,7 +50,7 @@ class RequestHandler:
 
     def __init__(self, runtime: Runtime, tenant: str, bridge: Bridge) -> None:
         self.runtime, self.tenant, self.bridge = runtime, tenant, bridge
-        self.store, self.ttl_seconds = runtime.store, runtime.settings.store_ttl
+        self.store, self.cache, self.ttl_seconds = runtime.store, runtime.cache, runtime.settings.store_ttl
         self.usage = Usage()
 
     async def encode(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[CachedEncoding]:
@@ -68,7 +71,7 @@ class RequestHandler:
             for key, row in zip(missing, encoded, strict=True)
         }
         if made and self.runtime.settings.encode_cache:
-            await put_encodings(self.store, made, ttl_seconds=self.ttl_seconds)
+            await put_encodings(self.cache, made, ttl_seconds=self.ttl_seconds)
         encodings = [hit or made[key] for key, hit in zip(keys, cached, strict=True)]
         self._count_source(sum(encoding.source_tokens for encoding in encodings))
         return encodings
@@ -76,9 +79,20 @@ class RequestHandler:
     def _count_source(self, tokens: int) -> None:
         self.usage.source_tokens = tokens
 
-    async def store_messages(self, messages: Sequence[bytes]) -> list[str]:
-        """Store messages, and return their ids (StoreUnavailable)."""
-        return await put_latents(self.store, messages, tenant=self.tenant, ttl_seconds=self.ttl_seconds)
+    async def keep(
+        self, encodings: Sequence[tuple[str | None, CachedEncoding]], ttl_seconds: float | None
+    ) -> list[KeptLatent]:
+        """Keep latents, each with its text where there is one, for later requests (StoreUnavailable)."""
+        latents = [self._to_keep(text, encoding) for text, encoding in encodings]
+        return await put_latents(self.store, latents, tenant=self.tenant, ttl_seconds=ttl_seconds)
+
+    def _to_keep(self, text: str | None, encoding: CachedEncoding) -> KeptLatent:
+        message, length = encoding.message, len(encoding.message)
+        if text is None:
+            return KeptLatent(id_of_message(message, self.tenant), message, length)
+        header = wire.header_of(message)
+        name = id_of_text(header.bridge_id, header.dtype, text, self.tenant)
+        return KeptLatent(name, message, length, encoding.source_tokens, len(text.encode()), encoding.truncated)
 
     async def generate(
         self, receiver: str, body: GenerateRequest, on_piece: Callable[[Piece], None] | None = None
@@ -170,14 +184,14 @@ class RequestHandler:
                     encoding = next(encodings)
                     latents.append(self.bridge.decode(encoding.message) if encoding.latent is None else encoding.latent)
                 else:
-                    message = stored[param] if item.latent is None else message_of(item.latent)
+                    message = stored[param].message if item.latent is None else message_of(item.latent)
                     latents.append(self.bridge.decode(message))
         return latents
 
     async def _cached(self, keys: Sequence[str]) -> list[CachedEncoding | None]:
         if not self.runtime.settings.encode_cache:
             return [None] * len(keys)
-        found = [hit and self._decoded(hit) for hit in await get_encodings(self.store, keys)]
+        found = [hit and self._decoded(hit) for hit in await get_encodings(self.cache, keys)]
         hits = sum(hit is not None for hit in found)
         self.runtime.metrics.cached.labels("hit").inc(hits)
         self.runtime.metrics.cached.labels("miss").inc(len(found) - hits)

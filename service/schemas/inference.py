@@ -60,7 +60,7 @@ class EncodeRequest(Strict):
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
 
-def _one_of(schema: dict[str, Any]) -> None:
+def one_of(schema: dict[str, Any]) -> None:
     """Say in the document what the validator checks: one of the properties holds a text."""
     texts = [{"required": [name], "properties": {name: {"type": "string"}}} for name in schema["properties"]]
     schema["oneOf"] = texts
@@ -69,7 +69,7 @@ def _one_of(schema: dict[str, Any]) -> None:
 class Input(Strict):
     """One thing to ask about: exactly one of the three."""
 
-    model_config = ConfigDict(json_schema_extra=_one_of)
+    model_config = ConfigDict(json_schema_extra=one_of)
 
     text: str | None = Field(None, description="A text; the sender reads it, the receiver does not.")
     latent: str | None = Field(None, description="A message from /encode, base64.")

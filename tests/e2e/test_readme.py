@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from click import Command, Group
+from lm_eval._cli import HarnessCLI
 from rich.console import Console
 from typer.main import get_command
 
@@ -32,7 +33,7 @@ from tests.ports import free_port
 QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--limit", "4"]}
 SMALL = {**QUICK, "train": [*QUICK["train"], "--validation-examples", "2", "--max-source-tokens", "64", "--cache", "c"]}
 TRAINING = ROOT / "docs" / "training.md"
-PROGRAMS = {"curl", "docker", "latentwire", "make", "sbatch", "torchrun"} | {
+PROGRAMS = {"curl", "docker", "latentwire", "latentwire-lm-eval", "make", "sbatch", "torchrun"} | {
     f".venv/bin/{name}" for name in ("pytest", "python", "ruff")
 }
 # What the guide names and a test cannot have: models and layers of the Hub.
@@ -140,6 +141,12 @@ def test_every_flag_in_the_documents_exists() -> None:
         parsed(get_command(app), command[1:])
 
 
+def test_the_harness_is_called_as_the_documents_say() -> None:
+    (command,) = commands("latentwire-lm-eval")
+    asked = HarnessCLI()._parser.parse_args(command[1:])
+    assert asked.model == "latentwire" and asked.model_args == {"checkpoint": "builtin", "condition": "bridge"}
+
+
 def test_every_make_target_in_the_documents_exists() -> None:
     for command in commands("make"):
         subprocess.run([command[0], "-n", *command[1:]], cwd=ROOT, capture_output=True, check=True)
@@ -177,7 +184,8 @@ def test_the_curl_commands_are_answered(service: str) -> None:
     assert '"latents":' in answers[0] and '"id":' in answers[0]
     assert "Ben lives in Rome." in answers[1]
     assert answers[2].startswith("event: token") and "Mara wants a cup of tea." in answers[2].split("event: done")[1]
-    assert len(answers) == 6 and '"freed_bytes":' in answers[4] and '"queued"' in answers[5]
+    assert '"freed_bytes":' in answers[4] and '"queued"' in answers[5]
+    assert len(answers) == 8 and answers[6].count('"expires":null') == 2 and '"next":' in answers[7]
 
 
 SCRIPTS = [page for page in PAGES if any(block.kind == "python" for block in blocks(page))]

@@ -213,7 +213,7 @@ def test_the_phases_are_not_joined_and_named_once(tmp_path: Path) -> None:
 
 def test_limits_of_alarms_are_drawn_where_they_are_near(tmp_path: Path) -> None:
     log = read_run(run_in(tmp_path, [record(step) for step in range(1, 41)]))
-    assert curve(drawn(log, "Gradient"), "alarm limit")[1] == [10, 10]
+    assert curve(drawn(log, "Right"), "alarm limit")[1] == [0.1, 0.1]
     assert curve(drawn(log, "Memory"), "alarm limit")[1] == pytest.approx([75.2, 75.2])
     small = read_run(run_in(tmp_path, [record(s, peak_bytes=1e9, reserved_bytes=1, allocated_bytes=1) for s in (1, 2)]))
     assert "alarm limit" not in {line.get_label() for line in drawn(small, "Memory").get_lines()}

@@ -33,7 +33,7 @@ def test_every_key_is_a_flag_and_every_flag_a_key() -> None:
     from latentwire.service.__main__ import train as command
 
     flags = {name.rstrip("_") for name in inspect.signature(command).parameters}
-    assert flags - {"config", "resume", "overwrite", "debug", "log_level"} == set(TrainConfig.model_fields)
+    assert flags - {"config", "resume", "overwrite", "find_lr", "debug", "log_level"} == set(TrainConfig.model_fields)
 
 
 @pytest.mark.parametrize(

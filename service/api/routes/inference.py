@@ -146,7 +146,10 @@ async def _encode(handler: RequestHandler, body: EncodeRequest, *, raw: bool) ->
     encodings = await handler.encode(rows, body.dtype)
     encode_ms = ms_since(started)
     handler.runtime.metrics.tokens.labels("source").inc(handler.usage.source_tokens)
-    ids = await handler.store_messages([one.message for one in encodings]) if body.store else None
+    kept = (
+        await handler.keep(list(zip(body.inputs, encodings, strict=True)), handler.ttl_seconds) if body.store else None
+    )
+    ids = None if kept is None else [latent.id for latent in kept]
     if raw:
         headers = {"x-message-bytes": ",".join(str(len(one.message)) for one in encodings)}
         if ids is not None:
