@@ -34,6 +34,7 @@ from latentwire.bridge.evaluation.evaluate import progress_bar
 from latentwire.bridge.evaluation.report import evaluate
 from latentwire.bridge.prompt import collate
 from latentwire.training.journal import LOG, read_jsonl
+from latentwire.training.objectives import answer_mask
 
 Row = dict[str, Any]
 console = Console()
@@ -69,7 +70,7 @@ def _answered(source: str, prompt: str, answer: str, tokens: int) -> dict[str, A
 
 def _halves(row: Row) -> Row:
     """A story's beginning and the sentence after it."""
-    sentences = row["text"].replace("\n", " ").split(". ")
+    sentences = " ".join(row["text"].split()).split(". ")
     middle = max(1, len(sentences) // 2)
     return {
         "begun": ". ".join(sentences[:middle]) + ".",
@@ -159,8 +160,9 @@ def nats_per_token(context: EvaluationContext) -> dict[str, dict[str, Any]]:
             rows = context.rows(chosen, readings, [context.examples[i].answer for i in chosen])
             with context.lender.lend(context.receiver) as receiver, torch.inference_mode():
                 batch, soft = collate(rows, side="left"), soft_tokens(context, receiver, readings)
-                losses = engine.token_losses(*engine.answer_logits(receiver, batch.to(receiver.device), soft))
-            nats, tokens = nats + float(losses.sum()), tokens + int((losses > 0).sum())
+                logits, labels = engine.answer_logits(receiver, batch.to(receiver.device), soft)
+            nats = nats + float(engine.token_losses(logits, labels).sum())
+            tokens += int(answer_mask(labels).sum())
         found[name] = {"metric": "nats_per_token", "value": nats / tokens}
     return found
 
@@ -209,17 +211,22 @@ def _fifths(steps: list[Row]) -> Iterator[list[Row]]:
 
 
 def table(runs: list[Row]) -> Table:
-    """What each condition reached, averaged over seeds."""
+    """What each condition reached, averaged over seeds; a dash where one was not measured."""
     shown = Table(title="between pretrained models: means over seeds")
     for heading in ("pair", "task", "ratio", "seeds", "metric", *MEASURED):
         shown.add_column(heading)
-    groups: dict[tuple[str, str, int], list[Row]] = {}
+    groups: dict[tuple[str, str, int, str], list[Row]] = {}
     for run in runs:
-        groups.setdefault((f"{run['sender']} → {run['receiver']}", run["task"], run["ratio"]), []).append(run)
-    for (pair, task, ratio), same in groups.items():
+        pair = f"{run['sender']} → {run['receiver']}"
+        groups.setdefault((pair, run["task"], run["ratio"], run.get("extra", "")), []).append(run)
+    for (pair, task, ratio, extra), same in groups.items():
         rows = [run["report"]["conditions"] for run in same]
-        values = [f"{statistics.fmean(row[name]['value'] for row in rows):.3f}" for name in MEASURED]
-        shown.add_row(pair, task, str(ratio), str(len(same)), rows[0]["bridge"]["metric"], *values)
+        values = [
+            f"{statistics.fmean(row[name]['value'] for row in rows):.3f}" if name in rows[0] else "–"
+            for name in MEASURED
+        ]
+        named = f"{task} {extra}".strip()
+        shown.add_row(pair, named, str(ratio), str(len(same)), rows[0]["bridge"]["metric"], *values)
     return shown
 
 
