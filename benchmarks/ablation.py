@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks.real import MATERIAL, RECEIVER, SENDER, task_file
 from benchmarks.record import RESULTS, record
 from latentwire.bridge.checkpoint import save_bridge
-from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context, predict
+from latentwire.bridge.evaluation.conditions import CONDITIONS, predict
+from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord

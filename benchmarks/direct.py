@@ -25,7 +25,7 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import read_manifest
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.engine import encode, generate
-from latentwire.bridge.evaluation.conditions import RELAY_TOKENS
+from latentwire.bridge.evaluation.context import RELAY_TOKENS
 from latentwire.bridge.evaluation.tasks import world_task
 from latentwire.bridge.generation.continuous import ContinuousEngine
 from latentwire.bridge.models import load_model

@@ -7,36 +7,34 @@ Dimensions used in this file:
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from latentwire.bridge import engine, wire
+from latentwire.bridge.asked import Input, each_of, prompts_of
 from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, load_bridge
-from latentwire.bridge.config import Manifest, Prompt, Turn
-from latentwire.bridge.config import Role as ChatRole
+from latentwire.bridge.config import Manifest, Prompt
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.diversity import diversity
 from latentwire.bridge.encoder import slots_of
-from latentwire.bridge.errors import InvalidRequest, at_fault, shorten
+from latentwire.bridge.errors import InvalidRequest, at_fault
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import Row, compose, place
 from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.results import Generated, Latent, Output, Timing, Usage
+from latentwire.bridge.results import Generated, Latent, Output, Scored, Timing, Usage
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
+from latentwire.bridge.scoring import score_from_latents, score_of
 
 BATCH_ROWS = 32
-Input = str | bytes | bytearray | memoryview | Latent
-"""A text, which the sender reads; or a latent: a message of this bridge, alone or as ``encode`` returned it."""
 
 
 class Bridge:
@@ -133,14 +131,14 @@ class Bridge:
 
         Args:
             texts: One text or several.
-            dtype: What the numbers travel in: float16, int8 or float32.
+            dtype: What the numbers travel in: float16, int8, int4 or float32.
             truncate: Cut a text that is longer than the bridge reads, instead of refusing it.
 
         Raises:
             InvalidRequest: A text is empty or too long.
             LatentWireError: The sender cannot be loaded, or is not the one the bridge was trained with.
         """
-        kind, each = wire.as_dtype(dtype), _each(texts, (str,), "text", "a text, or several")
+        kind, each = wire.as_dtype(dtype), each_of(texts, (str,), "text", "a text, or several")
         sources = [self.tokenize(text, truncate=truncate) for text in each]
         encoded: list[engine.Encoded] = []
         with self.lend(self.sender) as sender:
@@ -213,8 +211,8 @@ class Bridge:
             raise InvalidRequest(
                 f"max_tokens is {max_tokens}; {name!r} reads {most} receiver tokens in all", param="max_tokens"
             )
-        each = _each(inputs, get_args(Input), "input", "a text, a message in bytes or a Latent")
-        prompts = _prompts(prompt, len(each))
+        each = each_of(inputs, get_args(Input), "input", "a text, a message in bytes or a Latent")
+        prompts = prompts_of(prompt, len(each))
         latents, source_tokens = self._latents(each, truncate)
         encode_ms = _ms_since(started)
         rows = [
@@ -230,14 +228,60 @@ class Bridge:
             Output(index, answer.text, answer.finish_reason, answer.token_count, answer.logprobs)
             for index, answer in enumerate(answers)
         )
-        total_ms = _ms_since(started)
         return Generated(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.name,
             outputs=outputs,
             usage=Usage(source_tokens, sum(map(len, latents)), sum(output.token_count for output in outputs)),
-            timing=Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms),
+            timing=_timing(started, encode_ms),
             diversity=diversity([output.text for output in outputs]),
+        )
+
+    def score(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt: str | Sequence[str] | Sequence[Mapping[str, Any]],
+        choices: str | Sequence[str],
+        *,
+        receiver: str | None = None,
+        end: bool = True,
+        logprobs: bool = False,
+        truncate: bool = False,
+    ) -> Scored:
+        """How likely a receiver finds each of some continuations of a prompt about each input.
+
+        >>> bridge, choices = latentwire.Bridge.load(), [" Mara wants tea.", " Mara wants a cup of tea."]
+        >>> scored = bridge.score("Mara wants a cup of tea.", "Question: What does Mara want?\\nAnswer:", choices)
+        >>> scored[0].best, round(scored[0][1].probability)
+        (1, 1)
+
+        Args:
+            inputs: As of ``generate``.
+            prompt: As of ``generate``.
+            choices: One continuation or several, each with the space that leads it.
+            receiver: As of ``generate``.
+            end: The end of the answer counts as a token of each: exactly this is said. Off, this is how it begins.
+            logprobs: Report the log-probability of each token.
+            truncate: As of ``generate``.
+
+        Raises:
+            InvalidRequest: A choice is empty, or as of ``generate`` (and so are the other errors).
+        """
+        started, name = time.perf_counter(), self.receiver(receiver)
+        texts = each_of(choices, (str,), "choice", "a text, or several")
+        each = each_of(inputs, get_args(Input), "input", "a text, a message in bytes or a Latent")
+        prompts = prompts_of(prompt, len(each))
+        latents, source_tokens = self._latents(each, truncate)
+        encode_ms = _ms_since(started)
+        questions = [self.continue_with(name, *both, texts, end=end) for both in zip(latents, prompts, strict=True)]
+        with self.lend(name) as lm:
+            found = score_from_latents(self.model, name, lm, latents, questions)
+        return Scored(
+            id=f"score_{uuid.uuid4().hex}",
+            bridge=self.name,
+            scores=tuple(score_of(self.reader(name), texts, one, logprobs=logprobs) for one in found),
+            usage=Usage(source_tokens, sum(map(len, latents))),
+            timing=_timing(started, encode_ms),
         )
 
     def unload(self) -> int:
@@ -270,9 +314,14 @@ class Bridge:
         return source_tokens(self.manifest.bridge, self.reader(self.sender), text, truncate=truncate)
 
     def compose(
-        self, receiver: str, given: NDArray[np.float32] | str | None, prompt: Prompt, params: SamplingParams
+        self,
+        receiver: str,
+        given: NDArray[np.float32] | str | None,
+        prompt: Prompt,
+        params: SamplingParams,
+        answer: str | None = None,
     ) -> Row:
-        """A prompt as receiver input, with a latent, a text or nothing (InvalidRequest: no room, or odd stop ids)."""
+        """A prompt with a latent, a text or nothing, and any answer to be scored (InvalidRequest: no room, odd ids)."""
         reader, layout = self.reader(receiver), self.manifest.bridge.heads[receiver].layout
         with at_fault("stop_ids"):
             check_ids(reader, params.stop_ids)
@@ -282,11 +331,28 @@ class Bridge:
                 layout,
                 place(layout, prompt),
                 latent=len(given) if isinstance(given, np.ndarray) else given,
+                answer=answer,
                 max_tokens=reader.max_tokens - params.max_tokens,
             )
         except InvalidRequest as error:
             error.param = error.param or "prompt"
             raise
+
+    def continue_with(
+        self,
+        receiver: str,
+        given: NDArray[np.float32] | str | None,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        end: bool,
+    ) -> list[Row]:
+        """``compose`` with each of some continuations, which are to be scored (InvalidRequest where one is empty)."""
+        if not choices or "" in choices:
+            raise InvalidRequest("a choice is empty; expected one text or several", param="choices")
+        last = None if end or self.manifest.bridge.heads[receiver].layout.eos_id is None else -1
+        unsaid = SamplingParams(max_tokens=0)
+        return [self.compose(receiver, given, prompt, unsaid, choice)[:last] for choice in choices]
 
     def check(self, lm: FrozenLM) -> None:
         """Refuse a model that is not the one of its name that the bridge was trained with (IncompatibleBridge)."""
@@ -322,36 +388,9 @@ class Bridge:
             yield lm
 
 
-def _prompts(prompt: str | Sequence[str] | Sequence[Mapping[str, Any]], count: int) -> list[Prompt]:
-    if isinstance(prompt, str):
-        return [prompt] * count
-    each = _each(prompt, (str, Mapping), "prompt", "a text, one for each input, or messages")
-    if any(isinstance(item, Mapping) for item in each):
-        return [tuple(_turn(item) for item in each)] * count
-    if len(each) != count:
-        raise InvalidRequest(f"{len(each)} prompts for {count} inputs; give one, or one for each", param="prompt")
-    return each
-
-
-def _each(given: Any, kinds: tuple[type, ...], what: str, expected: str) -> list[Any]:
-    """One thing or several, as a list (InvalidRequest where one is of another type)."""
-    several = isinstance(given, Iterable) and not isinstance(given, (Mapping, *kinds))
-    items = list(given) if several else [given]
-    for item in items:
-        if not isinstance(item, kinds):
-            name, param = type(item).__name__, "prompt" if what == "prompt" else "inputs"
-            raise InvalidRequest(f"one {what} is of type {name}; expected {expected}", param=param)
-    return items
-
-
-def _turn(message: object) -> Turn:
-    with suppress(ValidationError):
-        if isinstance(message, Mapping) and message.keys() == {"role", "content"}:
-            return Turn(message["role"], message["content"])
-    roles = ", ".join(get_args(ChatRole))
-    raise InvalidRequest(
-        f"a message is {shorten(repr(message), 80)}; expected its role ({roles}) and its content", param="prompt"
-    )
+def _timing(started: float, encode_ms: float) -> Timing:
+    total_ms = _ms_since(started)
+    return Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms)
 
 
 def _ms_since(started: float) -> float:

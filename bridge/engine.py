@@ -190,10 +190,11 @@ def answer_logits(
 
 
 @torch.inference_mode()
-def answer_scores(receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None) -> Float[Tensor, " B"]:
-    """Log-probability of each row's labelled tokens, summed."""
-    logits, labels = answer_logits(receiver, batch, soft_tokens)
-    return -token_losses(logits, labels).sum(dim=1)
+def answer_losses(receiver: FrozenLM, batch: Batch) -> list[float]:
+    """Nats of each labelled token of a batch of text, row after row."""
+    logits, labels = answer_logits(receiver, batch, None)
+    nats: list[float] = token_losses(logits, labels)[labels[:, 1:] != IGNORE].tolist()
+    return nats
 
 
 def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, "B A-1"]:

@@ -20,7 +20,8 @@ LatentWireError
 ├── DeadlineExceeded    the answer would come too late                          504
 ├── CallerLeft          nobody waits for the answer any more                    499
 ├── InferenceFailed     the model raised; the whole batch is lost               500
-└── TrainingFailed      a run cannot go on; its last saved state is kept        500
+├── TrainingFailed      a run cannot go on; its last saved state is kept        500
+└── LeakFound           an answer reached the receiver around the bridge        422
 
 The HTTP status lives in ``service.api.errors``; nothing here knows about HTTP. Every message names the value
 that was met and the value that was expected.
@@ -127,6 +128,10 @@ class InferenceFailed(LatentWireError):
 
 class TrainingFailed(LatentWireError):
     """A training run cannot go on; what it saved last is kept."""
+
+
+class LeakFound(LatentWireError):
+    """An evaluation is worthless: an answer reached the receiver by another way than the bridge."""
 
 
 class NotReady(LatentWireError):

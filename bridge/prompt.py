@@ -47,6 +47,10 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __getitem__(self, part: slice) -> "Row":
+        """A part of the row."""
+        return Row(self.ids[part], self.slots[part], self.labels[part])
+
     @property
     def text_ids(self) -> list[int]:
         """Ids of the ordinary tokens."""

@@ -140,3 +140,66 @@ class Generated:
     def texts(self) -> list[str]:
         """The text of every output."""
         return [output.text for output in self.outputs]
+
+
+@dataclass(frozen=True)
+class ScoredChoice:
+    """How likely the receiver finds one continuation: nats of all its tokens, the end of the answer included if asked.
+
+    ``probability`` is its share among the choices; ``logprobs`` has each token, where that was asked for.
+
+    >>> choice = latentwire.Bridge.load().score("Mara sings.", "Question: Who sings?\\nAnswer:", " Mara sings.")[0][0]
+    >>> choice.probability, choice.mean == choice.logprob / choice.token_count
+    (1.0, True)
+    """
+
+    text: str
+    logprob: float
+    token_count: int
+    probability: float
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    @property
+    def mean(self) -> float:
+        """Nats of a token, for choices of different lengths."""
+        return self.logprob / self.token_count
+
+
+@dataclass(frozen=True)
+class Score:
+    """The choices about one input, in their order, and the number of the likeliest.
+
+    >>> score = latentwire.Bridge.load().score("Ben lives in Rome.", "Question: Where does Ben live?\\nAnswer:",
+    ...     [" Ben lives in Paris.", " Ben lives in Rome."])[0]
+    >>> score.best, score.choices[score.best].text
+    (1, ' Ben lives in Rome.')
+    """
+
+    choices: tuple[ScoredChoice, ...]
+    best: int
+
+    def __getitem__(self, number: int) -> ScoredChoice:
+        return self.choices[number]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answer of ``score``: a ``Score`` for each input, in order.
+
+    >>> scored = latentwire.Bridge.load().score(["Mara sings.", "Ben sings."], "Who?", [" Mara", " Ben"], end=False)
+    >>> len(scored), scored.usage.soft_tokens
+    (2, 4)
+    """
+
+    id: str
+    bridge: str
+    scores: tuple[Score, ...]
+    usage: Usage
+    timing: Timing
+    request_id: str | None = None
+
+    def __getitem__(self, number: int) -> Score:
+        return self.scores[number]
+
+    def __len__(self) -> int:
+        return len(self.scores)

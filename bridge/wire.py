@@ -5,13 +5,14 @@ A message, little-endian:
     offset  size  field
     0       4     magic ``LWIR``
     4       1     version (1)
-    5       1     dtype: 0 float32, 1 float16, 2 int8
+    5       1     dtype: 0 float32, 1 float16, 2 int8, 3 int4
     6       2     flags: 1 signed; no other is known
     8       16    bridge id: which latent space this is
     24      4     K, slots
     28      4     C, width
     32      4     CRC-32 of header and data with this field zero
-    36      …     int8: K float32 scales; then K×C numbers, row by row
+    36      …     int8: K float32 scales; int4: a float16 scale for each 32 numbers of a slot; then K×C numbers, row by
+                  row, of int4 two to a byte, the first in the low half, each row from a byte of its own
     end-32  32    signed: HMAC-SHA256 of everything before it
 
 The checksum finds accidents: anyone can make one. The signature finds forgeries: only who holds the key can.
@@ -33,11 +34,12 @@ from numpy.typing import NDArray
 from latentwire.bridge.errors import Forbidden, IncompatibleBridge, InvalidMessage, InvalidRequest
 
 Latent = NDArray[np.float32]
-DType = Literal["float32", "float16", "int8"]
+DType = Literal["float32", "float16", "int8", "int4"]
 MAGIC, VERSION = b"LWIR", 1
 HEADER = struct.Struct("<4sBBH16sIII")
-CODES: dict[DType, int] = {"float32": 0, "float16": 1, "int8": 2}
-NUMPY: dict[DType, Any] = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
+CODES: dict[DType, int] = {"float32": 0, "float16": 1, "int8": 2, "int4": 3}
+NUMPY: dict[DType, Any] = {"float32": "<f4", "float16": "<f2"}
+GROUP = 32  # numbers that share a scale in int4
 MAX_SLOTS, MAX_WIDTH = 1 << 16, 1 << 14
 MAX_MESSAGE_BYTES = 64 << 20
 SIGNED = 1  # the flag; a message without it is byte for byte what version 1 always was
@@ -59,7 +61,8 @@ class Message:
 def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16", *, key: bytes | None = None) -> bytes:
     """Pack a latent (K, C), and sign it when there is a key.
 
-    float16 has a relative error of 2⁻¹¹; int8, with a scale per slot, errs by at most 1/254 of a slot's largest number.
+    float16 has a relative error of 2⁻¹¹; int8, with a scale per slot, errs by at most 1/254 of a slot's largest number;
+    int4, with a scale for each 32 numbers, by 1/14 of the largest of these, and takes 4.5 bits a number.
 
     Args:
         latent: Slots of RMS 1.
@@ -73,12 +76,7 @@ def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16"
     K, C = latent.shape
     _check_shape(K, C, CODES[dtype], message_bytes(K, C, dtype))
     _check_numbers(latent)
-    if dtype == "int8":
-        scale = (np.abs(latent).max(axis=1, initial=0.0) / 127).astype("<f4")
-        whole = np.rint(latent / np.where(scale > 0, scale, 1)[:, None]).astype("i1")
-        data = scale.tobytes() + whole.tobytes()
-    else:
-        data = np.ascontiguousarray(latent, dtype=NUMPY[dtype]).tobytes()
+    data = _numbers(latent, dtype)
     flags = 0 if key is None else SIGNED
     fields = (MAGIC, VERSION, CODES[dtype], flags, bytes.fromhex(bridge_id), K, C)
     crc = zlib.crc32(data, zlib.crc32(HEADER.pack(*fields, 0)))
@@ -138,10 +136,24 @@ def decode(
     return Message(latent, sender_id.hex(), dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a message says about itself: the bridge it came from, the dtype it travels in, (K, C)."""
+
+    bridge_id: str
+    dtype: DType
+    shape: tuple[int, int]
+
+
+def header_of(message: bytes) -> Header:
+    """The header of a message that was made or checked here."""
+    _, _, code, _, sender_id, K, C, _ = HEADER.unpack_from(message)
+    return Header(sender_id.hex(), next(name for name in CODES if CODES[name] == code), (int(K), int(C)))
+
+
 def shape_of(message: bytes) -> tuple[int, int]:
     """(K, C) by the header of a message that was made or checked here."""
-    K, C = HEADER.unpack_from(message)[5:7]
-    return int(K), int(C)
+    return header_of(message).shape
 
 
 def as_dtype(name: str) -> DType:
@@ -162,8 +174,13 @@ def as_key(text: str) -> bytes:
 
 def message_bytes(slots: int, latent_dim: int, dtype: DType) -> int:
     """Length of a message in bytes, without its signature."""
-    scales = 4 * slots if dtype == "int8" else 0
-    return HEADER.size + scales + slots * latent_dim * int(np.dtype(NUMPY[dtype]).itemsize)
+    if dtype == "int8":
+        row = 4 + latent_dim
+    elif dtype == "int4":
+        row = 2 * -(-latent_dim // GROUP) + -(-latent_dim // 2)
+    else:
+        row = latent_dim * int(np.dtype(NUMPY[dtype]).itemsize)
+    return HEADER.size + slots * row
 
 
 def _signature(signed: bytes | memoryview, key: bytes) -> bytes:
@@ -203,12 +220,38 @@ def _check_numbers(latent: NDArray[np.float32]) -> None:
         raise InvalidMessage(f"a slot of the latent has RMS {rms:.3g}; encoders send 1 and at most {MAX_RMS} is taken")
 
 
-def _read_numbers(dtype: DType, data: memoryview, K: int, C: int) -> NDArray[np.float32]:
-    if dtype != "int8":
+def _numbers(latent: Latent, dtype: DType) -> bytes:
+    """Scales, where there are any, and numbers, as they stand in a message."""
+    if dtype in NUMPY:
+        return bytes(np.ascontiguousarray(latent, dtype=NUMPY[dtype]).tobytes())
+    if dtype == "int8":
+        scale = (np.abs(latent).max(axis=1, initial=0.0) / 127).astype("<f4")
+        whole = np.rint(latent / np.where(scale > 0, scale, 1)[:, None]).astype("i1")
+        return bytes(scale.tobytes() + whole.tobytes())
+    K, C = latent.shape
+    padded = np.pad(latent, ((0, 0), (0, -C % GROUP))).reshape(K, -1, GROUP)
+    scale = (np.abs(padded).max(axis=2) / 7).astype("<f2")
+    step = scale.astype(np.float32)[..., None]
+    whole = np.rint(padded / np.where(step > 0, step, 1)).clip(-7, 7).astype("i1").reshape(K, -1)[:, : C + C % 2]
+    halves = whole.view("u1") & 15
+    return bytes(scale.tobytes() + (halves[:, ::2] | halves[:, 1::2] << 4).tobytes())
+
+
+def _read_numbers(dtype: DType, data: memoryview, K: int, C: int) -> Latent:
+    if dtype in NUMPY:
         return np.frombuffer(data, NUMPY[dtype]).reshape(K, C).astype(np.float32)
-    scale = np.frombuffer(data, "<f4", count=K)
-    whole = np.frombuffer(data, "i1", offset=4 * K).reshape(K, C)
-    latent: NDArray[np.float32] = whole.astype(np.float32)
+    latent: Latent
     with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale is refused with the numbers it makes
-        latent *= scale[:, None]
+        if dtype == "int8":
+            latent = np.frombuffer(data, "i1", offset=4 * K).reshape(K, C).astype(np.float32)
+            latent *= np.frombuffer(data, "<f4", count=K)[:, None]
+            return latent
+        groups = -(-C // GROUP)
+        packed = np.frombuffer(data, "i1", offset=2 * K * groups).reshape(K, -1)
+        latent = np.empty((K, C), np.float32)
+        latent[:, ::2] = packed << 4 >> 4  # shifts of signed bytes keep the sign
+        latent[:, 1::2] = packed[:, : C // 2] >> 4
+        scale = np.frombuffer(data, "<f2", count=K * groups).astype(np.float32).reshape(K, groups)
+        for group in range(groups):
+            latent[:, group * GROUP : (group + 1) * GROUP] *= scale[:, group, None]
     return latent

@@ -16,27 +16,53 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentwire.bridge.bridge import Bridge
+    from latentwire.bridge.bulk import encode_corpus
+    from latentwire.bridge.corpus import Corpus
     from latentwire.bridge.errors import LatentWireError
     from latentwire.bridge.evaluation.evaluate import ConditionResult, Report, evaluate
-    from latentwire.bridge.results import Encoded, Generated, Latent, Output, Timing, TokenLogprob, Usage
+    from latentwire.bridge.results import (
+        Encoded,
+        Generated,
+        Latent,
+        Output,
+        Score,
+        Scored,
+        ScoredChoice,
+        Timing,
+        TokenLogprob,
+        Usage,
+    )
     from latentwire.service.client.client import AsyncClient, Client
-    from latentwire.service.client.types import BridgeInfo, Evaluation, ServiceError, Token
+    from latentwire.service.client.types import BridgeInfo, Evaluation, KeptLatent, ServiceError, Token
     from latentwire.training.train import TrainingRun, train
 
 __version__ = "0.1.0"
 __all__ = [
-    "AsyncClient", "Bridge", "BridgeInfo", "Client", "ConditionResult", "Encoded", "Evaluation", "Generated",
-    "Latent", "LatentWireError", "Output", "Report", "ServiceError", "Timing", "Token", "TokenLogprob",
-    "TrainingRun", "Usage", "__version__", "evaluate", "train",
+    "AsyncClient", "Bridge", "BridgeInfo", "Client", "ConditionResult", "Corpus", "Encoded", "Evaluation", "Generated",
+    "KeptLatent", "Latent", "LatentWireError", "Output", "Report", "Score", "Scored", "ScoredChoice", "ServiceError",
+    "Timing", "Token", "TokenLogprob", "TrainingRun", "Usage", "__version__", "encode_corpus", "evaluate", "train",
 ]  # fmt: skip
 
 _MODULES = {
     "bridge.bridge": ("Bridge",),
+    "bridge.bulk": ("encode_corpus",),
+    "bridge.corpus": ("Corpus",),
     "bridge.errors": ("LatentWireError",),
     "bridge.evaluation.evaluate": ("ConditionResult", "Report", "evaluate"),
-    "bridge.results": ("Encoded", "Generated", "Latent", "Output", "Timing", "TokenLogprob", "Usage"),
+    "bridge.results": (
+        "Encoded",
+        "Generated",
+        "Latent",
+        "Output",
+        "Score",
+        "Scored",
+        "ScoredChoice",
+        "Timing",
+        "TokenLogprob",
+        "Usage",
+    ),
     "service.client.client": ("AsyncClient", "Client"),
-    "service.client.types": ("BridgeInfo", "Evaluation", "ServiceError", "Token"),
+    "service.client.types": ("BridgeInfo", "Evaluation", "KeptLatent", "ServiceError", "Token"),
     "training.train": ("TrainingRun", "train"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

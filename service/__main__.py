@@ -4,6 +4,7 @@ Heavy imports stand inside the commands: ``latentwire --help`` must not wait for
 """
 
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -16,7 +17,8 @@ from rich.console import Console
 
 from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
-from latentwire.service.cli.infer import encode, generate
+from latentwire.service.cli.corpus import app as corpus
+from latentwire.service.cli.infer import encode, generate, score
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
 from latentwire.service.cli.serve import serve
@@ -27,7 +29,7 @@ from latentwire.training.flags import flags_of
 from latentwire.training.slurm import app as slurm
 
 if TYPE_CHECKING:
-    from latentwire.bridge.evaluation.conditions import EvaluationContext
+    from latentwire.bridge.evaluation.context import EvaluationContext
 
 # Read when torch is loaded, which happens inside the commands. Threads that spin while they wait made training on a
 # busy machine three times slower than threads that sleep.
@@ -40,10 +42,11 @@ app = typer.Typer(
     help="Train, measure and serve bridges that carry a text from one frozen language model to another as a latent.",
 )  # fmt: skip
 app.add_typer(slurm, name="slurm")
+app.add_typer(corpus, name="corpus")
 out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
-WIDE = 120  # columns in which a table has room for explanations
+WIDE = 150  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
@@ -183,21 +186,26 @@ def evaluate(
     task: Annotated[str, typer.Option(help="'world' or a task file (.toml).")],
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N test examples.")] = None,
     out_: Annotated[Path | None, typer.Option("--out", help="Write the report here as JSON.")] = None,
-    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8, int4 or float32.")] = "float16",
     receiver: Receiver = None,
     device: Annotated[
         str | None, typer.Option(help=r"Where models compute; as in 'train'. \[default: the best there is]")
     ] = None,
     precision: Annotated[str | None, typer.Option(help=r"bf16, fp16 or fp32. \[default: bf16; fp32 on a CPU]")] = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="Also train and measure the 'prompt' and 'random_sender' controls.")
+        bool, typer.Option("--controls", help="Also train and measure every control, each as long as the bridge.")
     ] = False,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="Train and measure this control: direct_tuned, receiver_lora, probe, prompt, random_sender."),
+    ] = None,
     debug: Debug = False,
     log_level: LogLevel = "warning",
     debug_print_first: Annotated[int, typer.Option(min=0, help="Print the first N answers from latents.")] = 0,
     debug_topk: Annotated[int, typer.Option(min=0, help="Print the N likeliest first answer tokens.")] = 0,
 ) -> None:
     """Measure a bridge against every condition, and print one table."""
+    from latentwire.bridge.evaluation.conditions import TRAINED
     from latentwire.bridge.evaluation.debug import shown
     from latentwire.bridge.evaluation.report import write_report
     from latentwire.training.controls import train_controls
@@ -209,7 +217,7 @@ def evaluate(
     first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
     for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
         _say(line)
-    trained = train_controls(context, out) if controls else {}
+    trained = train_controls(context, out, TRAINED if controls else control or ())
     report = _measure(context, trained)
     if out_ is not None:
         write_report(out_, report)
@@ -218,6 +226,7 @@ def evaluate(
 
 app.command()(encode)
 app.command()(generate)
+app.command()(score)
 
 
 @app.command()
@@ -322,7 +331,7 @@ def _open(
     checkpoint: str, task: str, limit: int | None, dtype: str, receiver: str | None,
     device: str | None = None, precision: str | None = None,
 ) -> "EvaluationContext":  # fmt: skip
-    from latentwire.bridge.evaluation.conditions import open_context
+    from latentwire.bridge.evaluation.context import open_context
     from latentwire.bridge.wire import as_dtype
 
     return open_context(
@@ -332,11 +341,12 @@ def _open(
 
 def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext]") -> dict[str, Any]:
     from latentwire.bridge.evaluation.evaluate import progress_bar
-    from latentwire.bridge.evaluation.report import evaluate as measure
+    from latentwire.bridge.evaluation.measure import measure
     from latentwire.bridge.evaluation.report import table
 
     with progress_bar(out) as progress:
-        report = measure(context, trained=trained, progress=progress)
+        command = shlex.join(["latentwire", *sys.argv[1:]])
+        report = measure(context, trained=trained, progress=progress, keep_examples=True, command=command)
     out.print(table(report, explained=out.width >= WIDE))
     return report
 

@@ -17,7 +17,7 @@ from latentwire.service.api.errors import STATUS, deliberate_error, error_body, 
 from latentwire.service.api.openai import routes as openai
 from latentwire.service.api.openai.responses import OpenAIErrorBody
 from latentwire.service.api.prefix import Prefix
-from latentwire.service.api.routes import admin, evaluations, inference, page, status
+from latentwire.service.api.routes import admin, evaluations, inference, latents, page, status
 from latentwire.service.auth.guard import Guard
 from latentwire.service.auth.pages import Pages
 from latentwire.service.evaluations.jobs import Jobs
@@ -76,6 +76,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str]) -> FastAPI:
     app.state.stop = stop
     app.state.error_body = error_body
     app.include_router(inference.router)
+    app.include_router(latents.router)
     app.include_router(status.router)
     app.include_router(openai.router, responses={code: {"model": OpenAIErrorBody} for code in documented})
     app.include_router(evaluations.router)

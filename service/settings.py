@@ -61,6 +61,10 @@ def _origin(item: str) -> str:
     return item
 
 
+def _none_for_ever(value: object) -> object:
+    return None if value == "forever" else value
+
+
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_listed)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_listed)]
 
@@ -134,7 +138,14 @@ class Settings(BaseSettings):
     store_memory: Bytes = Field(ByteSize(64 << 20), description="Most bytes of latents stored in the process.")
     encode_cache_memory: Bytes = Field(ByteSize(64 << 20), description="Most bytes of cached encodings in the process.")
     encode_cache: bool = Field(True, description="Answer a text that was encoded before without running the sender.")
-    store_ttl: Seconds = Field(3600.0, description="How long a stored latent is kept, seconds.")
+    store_dir: Path | None = Field(
+        None,
+        description="Without Redis: keep latents and evaluations in this folder, so that they outlive the service.",
+    )
+    store_disk: Bytes = Field(ByteSize(10 << 30), description="Most bytes of latents kept in LW_STORE_DIR.")
+    store_ttl: Annotated[Seconds | None, BeforeValidator(_none_for_ever)] = Field(
+        3600.0, description="How long a latent is kept whose caller does not say, seconds; or forever."
+    )
 
     tasks: dict[str, str] = Field({}, description="Tasks that may be evaluated, by name: files, as a JSON object.")
     jobs_dir: Path | None = Field(

@@ -72,6 +72,8 @@ class Tokeniser:
         config, source = self.config, source_tokens(self.bridge, self.sender, example.source, truncate=True)
         slots = slots_of(self.bridge.encoder, len(source.ids))
         answer = self._compose(example.prompt, slots, example.answer)
+        if config.source_text:
+            answer = self._reading(example, answer, soft=slots)
         half, rest = self._halves(example.source, source)
         modes, first = config.mode_tokens, slots_of(self.bridge.encoder, half)
         repeats, goes_on = config.reconstruction_weight > 0, config.continuation_weight > 0
@@ -82,7 +84,7 @@ class Tokeniser:
             answer=answer,
             reconstruction=self._spoken(self.reconstruction, slots + modes, f" {example.source}") if repeats else None,
             continuation=self._spoken(LATENT, first + modes, rest) if goes_on else None,
-            teacher=self._teacher(example, answer) if config.kd_weight else None,
+            teacher=self._reading(example, answer) if config.kd_weight else None,
         )
 
     def _compose(self, template: str, slots: int, answer: str | None) -> Row:
@@ -119,10 +121,11 @@ class Tokeniser:
         """Tokens before a source."""
         return int(kept_layout(self.bridge.source, self.sender).bos_id is not None)
 
-    def _teacher(self, example: Example, answer: Row) -> Row:
-        """The receiver reads the source where the soft tokens stood, and says the student's very tokens."""
+    def _reading(self, example: Example, answer: Row, *, soft: int = 0) -> Row:
+        """The receiver reads the source where the soft tokens stood, or behind them, and says the very same tokens."""
         ids = [label for label in answer.labels if label != IGNORE]
-        read = fit(self.receiver, self.layout, example.prompt, example.source, self.receiver.max_tokens - len(ids))
+        room = self.receiver.max_tokens - len(ids)
+        read = fit(self.receiver, self.layout, example.prompt, example.source, room, soft=soft)
         return Row(read.ids + ids, read.slots + [TEXT] * len(ids), read.labels + ids)
 
     def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
@@ -148,7 +151,7 @@ class Tokeniser:
             "layout": repr((self.bridge.source, self.layout)),
             "slots": repr((self.bridge.encoder.kind, self.bridge.encoder.ratio, self.bridge.encoder.num_latents)),
             "limits": [self.bridge.max_source_tokens, self.receiver.max_tokens, self.config.mode_tokens],
-            "wanted": [self.aligned, self.config.kd_weight > 0],
+            "wanted": [self.aligned, self.config.kd_weight > 0, self.config.source_text],
             "code": hashlib.sha256(code).hexdigest(),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from latentwire.bridge import engine
-from latentwire.bridge.evaluation.conditions import PredictionContext, predict
+from latentwire.bridge.evaluation.conditions import predict, soft_tokens
+from latentwire.bridge.evaluation.context import PredictionContext, Reading, Tuned
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import METRICS, Metric, metrics_of
 from latentwire.bridge.prompt import collate
@@ -27,14 +28,18 @@ def metric_of(run: Run) -> str:
 def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
     """Name and value of the validation metric, averaged over receivers; prints generations when asked to."""
     metric, latents, values = METRICS[metric_of(run)], _latents(run), []
+    readings: list[Reading] = [*latents]
+    if run.config.source_text:
+        sources = [example.source for example in run.validation]
+        readings = [Tuned(*both) for both in zip(latents, sources, strict=True)]
     for name in run.config.receivers:
         with run.residency.use(name) as receiver:
             context = PredictionContext(
                 task=run.task, examples=run.validation, bridge=run.bridge, receiver_name=name, receiver=receiver
             )
-            for line in shown(context, latents, run.config.debug_print_first, run.config.debug_topk):
+            for line in shown(context, readings, run.config.debug_print_first, run.config.debug_topk):
                 say(line)
-            values.append(_score(run, metric, context, latents) if metric.score else _loss(run, context, latents))
+            values.append(_score(run, metric, context, readings) if metric.score else _loss(run, context, readings))
     return metric.name, statistics.fmean(values)
 
 
@@ -48,21 +53,21 @@ def _latents(run: Run) -> list[NDArray[np.float32]]:
     return found
 
 
-def _score(run: Run, metric: Metric, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:
+def _score(run: Run, metric: Metric, context: PredictionContext, readings: Sequence[Reading]) -> float:
     texts: list[str] = []
-    for chosen in chunks(range(len(latents)), run.micro_batch):
-        texts += predict(context, chosen, [latents[i] for i in chosen])
+    for chosen in chunks(range(len(readings)), run.micro_batch):
+        texts += predict(context, chosen, [readings[i] for i in chosen])
     wanted = [example.answer for example in context.examples]
     return statistics.fmean(metric.scores(texts, wanted))
 
 
-def _loss(run: Run, context: PredictionContext, latents: Sequence[NDArray[np.float32]]) -> float:
+def _loss(run: Run, context: PredictionContext, readings: Sequence[Reading]) -> float:
     losses: list[float] = []
-    for chosen in chunks(range(len(latents)), run.micro_batch):
-        read = [latents[i] for i in chosen]
+    for chosen in chunks(range(len(readings)), run.micro_batch):
+        read = [readings[i] for i in chosen]
         rows = context.rows(chosen, read, [context.examples[i].answer for i in chosen])
         with context.lender.lend(context.receiver) as receiver:
-            soft = engine.soften(run.bridge, context.receiver_name, receiver, read)
+            soft = soft_tokens(context, receiver, read)
             batch = collate(rows, side="left").to(receiver.device)
             losses += answer_loss(*engine.answer_logits(receiver, batch, soft)).tolist()
     return statistics.fmean(losses)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from latentwire.bridge.detokenise import decode
-from latentwire.bridge.evaluation.conditions import PredictionContext, Reading, predict, soft_tokens
+from latentwire.bridge.evaluation.conditions import predict, soft_tokens
+from latentwire.bridge.evaluation.context import PredictionContext, Reading
 from latentwire.bridge.prompt import collate, embed
 
 

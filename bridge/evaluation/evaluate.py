@@ -1,5 +1,6 @@
 """Measure a bridge in this process: ``evaluate``, and the report it gives."""
 
+import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from rich.progress import Progress as Bar
 from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, Lender, check_room
+from latentwire.bridge.evaluation.conditions import CONDITIONS
+from latentwire.bridge.evaluation.context import EvaluationContext, Lender, check_room
+from latentwire.bridge.evaluation.heldout import check_labels, held_out
 from latentwire.bridge.evaluation.html import page
-from latentwire.bridge.evaluation.report import Progress, table, write_report, write_text
-from latentwire.bridge.evaluation.report import evaluate as measure
+from latentwire.bridge.evaluation.measure import Progress, measure
+from latentwire.bridge.evaluation.report import table, write_report, write_text
 from latentwire.bridge.evaluation.tasks import Task, load_task
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader
@@ -33,17 +36,17 @@ class ConditionResult:
     Attributes:
         metric: ``em`` (exact match) or ``accuracy``.
         value: Its mean over the examples, 0 to 1.
-        low: Lower end of the 95 % interval.
+        low: Lower end of the 95 % interval; None where there are too few examples for one.
         high: Upper end.
-        ttft_ms: Median milliseconds to the first token, one request at a time.
+        ttft_ms: Median milliseconds to the first token, one request at a time; None where no model speaks.
         token_f1: Mean token F1 of generated answers; None for a classification.
     """
 
     metric: str
     value: float
-    low: float
-    high: float
-    ttft_ms: float
+    low: float | None
+    high: float | None
+    ttft_ms: float | None
     token_f1: float | None = None
 
 
@@ -92,7 +95,7 @@ class Report:
         return table(self.document)
 
     def __str__(self) -> str:
-        console = Console(width=120)
+        console = Console(width=150)
         with console.capture() as shown:
             console.print(table(self.document))
         return shown.get()
@@ -136,7 +139,7 @@ def evaluate(
         limit: Use the first so many test examples; all of them, unless given.
         conditions: What the receiver gets to see; every condition, unless given.
         receiver: Which receiver answers; the first one, unless given.
-        dtype: What latents travel in: float16, int8 or float32.
+        dtype: What latents travel in: float16, int8, int4 or float32.
         on_progress: Called with the condition, the examples done and those in all.
 
     Raises:
@@ -152,11 +155,18 @@ def evaluate(
         raise InvalidRequest(f"no condition is called {unknown[0]!r}; there are {known}", param="conditions")
     bridge = bridge if isinstance(bridge, Bridge) else Bridge.load(bridge)
     context = context_of(bridge, load_task(str(task)), BridgeLender(bridge), receiver, limit, wire.as_dtype(dtype))
+    flags = {"task": task, "limit": limit, "receiver": receiver, "dtype": dtype}
+    given = (f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+    asked: dict[str, Any] = {
+        "conditions": conditions,
+        "keep_examples": True,
+        "command": " ".join(["latentwire evaluate", shlex.quote(bridge.name), *given]),
+    }
     if on_progress is not None:
-        document = measure(context, conditions=conditions, progress=on_progress)
+        document = measure(context, progress=on_progress, **asked)
     else:
         with progress_bar(Console(stderr=True)) as progress:
-            document = measure(context, conditions=conditions, progress=progress)
+            document = measure(context, progress=progress, **asked)
     if not document["conditions"]:
         raise InvalidRequest("'mismatched' needs another source, and the examples have one alone", param="conditions")
     return Report(document)
@@ -173,10 +183,13 @@ def context_of(
     """What an evaluation of a bridge runs on, with models lent for each pass (InvalidRequest, UnknownBridge)."""
     name = bridge.receiver(receiver)
     check_room(task, bridge.reader(name))
+    check_labels(task, bridge.model.config.heads[name].layout)
+    held = held_out(task, limit)
     return EvaluationContext(
         checkpoint=bridge.name,
         task=task,
-        examples=task.test[: limit or len(task.test)],
+        examples=held.examples,
+        dropped=held.dropped,
         bridge=bridge.model,
         bridge_id=bridge.manifest.bridge_id,
         sender=bridge.reader(bridge.sender),

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latentwire.bridge.evaluation.conditions import meaning_of
 from latentwire.bridge.evaluation.metrics import METRICS
-from latentwire.bridge.evaluation.report import others_in
+from latentwire.bridge.evaluation.report import others_in, spread
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
 
@@ -29,4 +29,5 @@ def page(report: Mapping[str, Any] | None, *, title: str, facts: Mapping[str, st
         metric=METRICS[metric].title if metric in METRICS else metric,
         others=others_in(report) if report else [],
         meaning_of=meaning_of,
+        spread=spread,
     )

@@ -1,17 +1,10 @@
-"""Scores of single examples, and how sure a mean of them is.
-
-Dimensions used in this file:
-    N examples
-"""
+"""Scores of single examples."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -79,15 +72,3 @@ METRICS = {
 def metrics_of(task_kind: str) -> list[Metric]:
     """Those that reports of such a task show; the first is what it is measured in."""
     return [metric for metric in METRICS.values() if task_kind in metric.tasks]
-
-
-def bootstrap(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of ``scores`` (N): percentiles over resampled means.
-
-    Source: Efron 1979, percentile method. Few examples give a wide interval, which is the point of showing it.
-    """
-    values: NDArray[np.float64] = np.asarray(scores, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(values, size=len(values)).mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

@@ -39,8 +39,10 @@ STATUS: dict[type[errors.LatentWireError], int] = {
     errors.CallerLeft: 499,
     errors.InferenceFailed: 500,
     errors.TrainingFailed: 500,
+    errors.LeakFound: 422,
 }
 RETRY_LATER = {429, 503}
+NO_PLACES = ("body", "str", "constrained-float")  # but names of types, as "list[…]" is one
 
 
 RETRY_SECONDS = 1.0
@@ -104,8 +106,8 @@ async def invalid_body(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         where = f"the body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}"
         return error_response(request, 422, "InvalidRequest", where, None)
-    path = [str(part) for part in first["loc"] if part not in ("body", "str")]  # "str" and "list[…]" name a
-    param = ".".join(part for part in path if not part.startswith("list[")) or None  # type, not a place
+    path = [str(part) for part in first["loc"] if part not in NO_PLACES]
+    param = ".".join(part for part in path if not part.startswith("list[")) or None
     value = (
         "" if isinstance(first.get("input"), dict | list) else f", got {errors.shorten(repr(first.get('input')), 80)}"
     )

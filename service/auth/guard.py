@@ -29,6 +29,9 @@ ACCESS: dict[str, Access] = {  # a path, or with /* all paths below it; a path t
     "/metrics": "any key",  # also one without scopes: Prometheus should hold a key that can do nothing else
     "/encode": "infer",
     "/generate": "infer",
+    "/latents": "infer",
+    "/latents/*": "infer",
+    "/score": "infer",
     "/bridges": "infer",
     "/bridges/*": "infer",
     "/v1/*": "infer",

@@ -1,4 +1,4 @@
-"""``latentwire encode`` and ``latentwire generate``: with a checkpoint here and now, or with a bridge that is served.
+"""``latentwire encode``, ``generate`` and ``score``: with a checkpoint here and now, or with a bridge that is served.
 
 A key for the service is read from LATENTWIRE_API_KEY alone: on a command line others could read it.
 """
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentwire.bridge.errors import InferenceFailed, InvalidMessage, InvalidRequest
+from latentwire.service.cli.corpus import encode_here
 
 if TYPE_CHECKING:
     from latentwire.bridge.results import Latent
     from latentwire.service.client.client import Client
-    from latentwire.service.client.types import GenerateOptions, Input
+    from latentwire.service.client.types import GenerateOptions, Input, ScoreOptions
 
 Bridge = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'; with --url, a bridge's name.")
@@ -27,13 +28,41 @@ Url = Annotated[str | None, typer.Option(help="Ask this service, with the key in
 
 def encode(
     checkpoint: Bridge,
-    text: Annotated[str, typer.Option(help="The text the sender reads.")],
-    out_: Annotated[Path, typer.Option("--out", help="File for the message.")],
-    dtype: Annotated[str, typer.Option(help="float16, int8 or float32.")] = "float16",
+    out_: Annotated[Path, typer.Option("--out", help="File for the message, or for the corpus.")],
+    text: Annotated[str | None, typer.Option(help="The text the sender reads.")] = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="A .jsonl[.gz] file of documents, for a corpus: an object each line.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16, int8, int4 or float32.")] = "float16",
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
+    text_field: Annotated[str, typer.Option(help="With --input: the field that holds a text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option(help=r"With --input: the field that holds an id. \[default: the number of the line]")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="With --input: a field to keep beside each latent; repeat for several.")
+    ] = None,
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="With --input: keep the texts too.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --input: begin anew, not where an earlier run stopped.")
+    ] = False,
     url: Url = None,
 ) -> None:
-    """Turn a text into a latent, as one message in a file. Runs here, without a server, unless --url names one."""
+    """Turn a text into a latent, as one message in a file, or many documents into a corpus: killed, it goes on.
+
+    Runs here, without a server, unless --url names one, which takes a text.
+    """
+    if (text is None) == (input_ is None):
+        raise InvalidRequest("give exactly one of --text and --input")
+    if input_ is not None:
+        if url is not None:
+            raise InvalidRequest("--input runs here; --url takes --text", param="input")
+        encode_here(
+            checkpoint, input_, out_, dtype=dtype, truncate=truncate, keep_text=keep_text, overwrite=overwrite,
+            text_field=text_field, id_field=id_field, keep=tuple(keep or ()),
+        )  # fmt: skip
+        return
+    assert text is not None
     made = _encoded_here if url is None else partial(_encoded_there, url)
     latent = made(checkpoint, text, dtype, truncate)
     try:
@@ -84,6 +113,38 @@ def generate(
         seed=seed, stop=stops,
     )  # fmt: skip
     typer.echo(answers.texts[0])
+
+
+def score(
+    checkpoint: Bridge,
+    prompt: Annotated[str, typer.Option(help="What the receiver is asked; {latent} places the soft tokens.")],
+    choice: Annotated[list[str], typer.Option(help="What may follow, with the space that leads it; repeat for each.")],
+    text: Annotated[str | None, typer.Option(help="A text for the sender; the receiver does not see it.")] = None,
+    latent: Annotated[Path | None, typer.Option(help="A message written by 'latentwire encode'.")] = None,
+    receiver: Annotated[str | None, typer.Option(help="Which receiver is asked; the first when absent.")] = None,
+    end: Annotated[bool, typer.Option("--end/--no-end", help="Exactly this is said; or it may go on.")] = True,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
+    url: Url = None,
+) -> None:
+    """Show how likely the receiver finds each choice, the likeliest first. Runs here, unless --url names a service."""
+    if (text is None) == (latent is None):
+        raise InvalidRequest("give exactly one of --text and --latent")
+    message = b"" if latent is None else _message(latent)
+    given = prompt.replace("\\n", "\n"), [one.replace("\\n", "\n") for one in choice]
+    if url is not None:
+        with _service(url) as client:
+            options: ScoreOptions = {"bridge": checkpoint, "receiver": receiver, "end": end, "truncate": truncate}
+            scored = client.score(message if text is None else text, *given, **options)
+    else:
+        from latentwire.bridge.bridge import Bridge
+
+        here = Bridge.load(checkpoint)
+        here.receiver(receiver)
+        source = message if text is None else here.encode(text, dtype="float32", truncate=truncate)[0]
+        here.unload()  # one model in memory at a time
+        scored = here.score(source, *given, receiver=receiver, end=end)
+    for one in sorted(scored[0].choices, key=lambda one: -one.logprob):
+        typer.echo(f"{one.probability:.4f}  {one.logprob:9.3f} nats  {one.token_count:3} tokens  {one.text!r}")
 
 
 def _encoded_here(checkpoint: str, text: str, dtype: str, truncate: bool) -> "Latent":

@@ -10,7 +10,6 @@ with Client("http://127.0.0.1:8000") as client:
 ``Client`` blocks where the other suspends, so a coroutine over it has run to its end when it was started.
 """
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import aclosing, suppress
@@ -20,8 +19,9 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import httpx
 
-from latentwire.bridge.results import Encoded, Generated
+from latentwire.bridge.results import Encoded, Generated, Scored
 from latentwire.service.client import protocol
+from latentwire.service.client.transport import Blocking, Suspending, finish
 from latentwire.service.client.types import (
     BridgeInfo,
     Bridges,
@@ -31,7 +31,12 @@ from latentwire.service.client.types import (
     Event,
     GenerateOptions,
     Input,
+    KeepOptions,
+    KeptLatent,
+    KeptLatents,
+    LatentPage,
     Prompt,
+    ScoreOptions,
     ServiceError,
 )
 
@@ -39,48 +44,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Suspending:
-    """What the calls need of a connection; with ``_Blocking``, all in which the two clients differ."""
-
-    def __init__(self, http: httpx.AsyncClient) -> None:
-        self.http = http
-
-    async def open(self, request: httpx.Request) -> httpx.Response:
-        return await self.http.send(request, stream=True)
-
-    async def chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        async for chunk in response.aiter_bytes():
-            yield chunk
-
-    async def shut(self, response: httpx.Response) -> None:
-        await response.aclose()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-
-class _Blocking:
-    def __init__(self, http: httpx.Client) -> None:
-        self.http = http
-
-    async def open(self, request: httpx.Request) -> httpx.Response:
-        return self.http.send(request, stream=True)
-
-    async def chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        for chunk in response.iter_bytes():
-            yield chunk
-
-    async def shut(self, response: httpx.Response) -> None:
-        response.close()
-
-    async def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-
 class _Service:
     """Every call. All raise ``ServiceError``, and nothing else that comes from the other side."""
 
-    def __init__(self, io: _Suspending | _Blocking, timeout_seconds: float, retries: int) -> None:
+    def __init__(self, io: Suspending | Blocking, timeout_seconds: float, retries: int) -> None:
         self._io, self._timeout_seconds, self._retries = io, timeout_seconds, retries
 
     async def encode(self, inputs: str | Sequence[str], **options: Unpack[EncodeOptions]) -> Encoded:
@@ -97,6 +64,42 @@ class _Service:
         text, one for each input, or the messages of a conversation.
         """
         return await self._ask(Generated, protocol.inference("/generate", protocol.question(inputs, prompt), options))
+
+    async def keep(self, inputs: Input | Sequence[Input], **options: Unpack[KeepOptions]) -> list[KeptLatent]:
+        """``POST /latents``: keep the latents of texts, or latents made before, to ask them by their ids.
+
+        What is kept is an input of ``generate`` itself.
+        """
+        call = protocol.inference("/latents", protocol.inputs_of(inputs), options)
+        return list((await self._ask(KeptLatents, call)).latents)
+
+    async def latents(self, **options: Unpack[CallOptions]) -> AsyncGenerator[KeptLatent, None]:
+        """``GET /latents``: all that is kept, without the numbers; each page is one call."""
+        after: str | None = ""
+        while after is not None:
+            page = await self._ask(LatentPage, protocol.page_of_latents(after, options))
+            for latent in page.latents:
+                yield latent
+            after = page.next
+
+    async def latent(self, id: str, **options: Unpack[CallOptions]) -> KeptLatent:
+        """``GET /latents/{id}``: a kept latent, with its message in ``data``."""
+        return await self._ask(KeptLatent, protocol.latent_of("GET", id, options))
+
+    async def delete_latent(self, id: str, **options: Unpack[CallOptions]) -> KeptLatent:
+        """``DELETE /latents/{id}``."""
+        return await self._ask(KeptLatent, protocol.latent_of("DELETE", id, options))
+
+    async def score(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt: Prompt,
+        choices: str | Sequence[str],
+        **options: Unpack[ScoreOptions],
+    ) -> Scored:
+        """``POST /score``: how likely a receiver finds each of some continuations, about one input or several."""
+        given = {"choices": [choices] if isinstance(choices, str) else list(choices)}
+        return await self._ask(Scored, protocol.inference("/score", protocol.question(inputs, prompt) | given, options))
 
     async def stream(
         self, inputs: Input | Sequence[Input], prompt: Prompt, **options: Unpack[GenerateOptions]
@@ -287,7 +290,7 @@ class AsyncClient(_Service):
         trust_env: bool = True,
     ) -> None:
         self._http = httpx.AsyncClient(**protocol.connection(url, api_key, timeout_seconds, trust_env))
-        super().__init__(_Suspending(self._http), timeout_seconds, retries)
+        super().__init__(Suspending(self._http), timeout_seconds, retries)
 
     async def __aenter__(self) -> Self:
         return self
@@ -306,7 +309,7 @@ def _blocking(
     method: Callable[Concatenate[_Service, P], Coroutine[Any, Any, T]],
 ) -> "Callable[Concatenate[Client, P], T]":
     def call(self: "Client", /, *args: P.args, **options: P.kwargs) -> T:
-        return _finish(method(self._service, *args, **options))
+        return finish(method(self._service, *args, **options))
 
     update_wrapper(call, method)
     return call
@@ -320,22 +323,12 @@ def _iterated(
         try:
             with suppress(StopAsyncIteration):
                 while True:
-                    yield _finish(anext(items))
+                    yield finish(anext(items))
         finally:
-            _finish(items.aclose())
+            finish(items.aclose())
 
     update_wrapper(call, method)
     return call
-
-
-def _finish(work: Awaitable[T]) -> T:
-    """The result of what only awaits things that do not suspend."""
-    try:
-        next(iter(work.__await__()))
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    raise AssertionError("a blocking call was suspended")
 
 
 class Client:
@@ -370,7 +363,7 @@ class Client:
             ValueError: The URL, the key or the timeout cannot be one.
         """
         self._http = httpx.Client(**protocol.connection(url, api_key, timeout_seconds, trust_env))
-        self._service = _Service(_Blocking(self._http), timeout_seconds, retries)
+        self._service = _Service(Blocking(self._http), timeout_seconds, retries)
 
     def __enter__(self) -> Self:
         return self
@@ -384,6 +377,11 @@ class Client:
 
     encode = _blocking(_Service.encode)
     generate = _blocking(_Service.generate)
+    keep = _blocking(_Service.keep)
+    latents = _iterated(_Service.latents)
+    latent = _blocking(_Service.latent)
+    delete_latent = _blocking(_Service.delete_latent)
+    score = _blocking(_Service.score)
     stream = _iterated(_Service.stream)
     evaluate = _blocking(_Service.evaluate)
     evaluation = _blocking(_Service.evaluation)

@@ -35,7 +35,10 @@ from latentwire.service.client.types import (
     Event,
     GenerateOptions,
     Input,
+    KeepOptions,
+    KeptLatent,
     Prompt,
+    ScoreOptions,
     ServiceError,
     Token,
 )
@@ -119,7 +122,9 @@ def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def inference(path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions) -> Call:
+def inference(path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | KeepOptions) -> Call:
+
+def inference(path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | ScoreOptions) -> Call:
     """A request for work; its deadline goes along, and leaves the service's own refusal time to arrive."""
     given = without_none(options)
     request_id, seconds = given.pop("request_id", None), given.get("timeout_seconds")
@@ -144,12 +149,27 @@ def admin(bridge: str, action: str, options: CallOptions) -> Call:
     return Call("POST", f"/admin/bridges/{quote(bridge, '')}/{action}", **options)
 
 
+def page_of_latents(after: str, options: CallOptions) -> Call:
+    """A request for the latents whose ids follow one."""
+    return Call("GET", f"/latents?after={quote(after, '')}", **options)
+
+
+def latent_of(method: str, id: str, options: CallOptions) -> Call:
+    """A request about one kept latent."""
+    return Call(method, f"/latents/{quote(id)}", **options)
+
+
 def question(inputs: Input | Sequence[Input], prompt: Prompt) -> dict[str, Any]:
     """Inputs, and prompt or messages, as ``/generate`` takes them."""
-    each = [inputs] if isinstance(inputs, str | bytes | Latent | Mapping) else inputs
     asked = prompt if isinstance(prompt, str) else list(prompt)
     name = "messages" if any(isinstance(one, Mapping) for one in asked) else "prompt"
-    return {"inputs": [_input(item) for item in each], name: asked}
+    return {**inputs_of(inputs), name: asked}
+
+
+def inputs_of(inputs: Input | Sequence[Input]) -> dict[str, Any]:
+    """Inputs as the service takes them."""
+    each = [inputs] if isinstance(inputs, str | bytes | Latent | KeptLatent | Mapping) else inputs
+    return {"inputs": [_input(item) for item in each]}
 
 
 def _input(item: Input) -> dict[str, str]:
@@ -157,6 +177,8 @@ def _input(item: Input) -> dict[str, str]:
         return {"text": item}
     if isinstance(item, Mapping):
         return dict(item)
+    if isinstance(item, KeptLatent):
+        return {"latent_id": item.id}
     message = item.data if isinstance(item, Latent) else item
     if not isinstance(message, bytes):
         raise TypeError(f"an input is a {type(item).__name__}; expected a text, a Latent, a message in bytes or a dict")

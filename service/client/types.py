@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from latentwire.bridge.results import Generated, Latent
 
@@ -63,8 +63,52 @@ class Token:
     text: str
 
 
+@dataclass(frozen=True)
+class KeptLatent:
+    """A latent that a service keeps under ``id``: an input of ``generate``.
+
+    ``bridge`` is None where its bridge is not served now, ``source_tokens`` and ``source_bytes`` of a message made
+    elsewhere, ``expires`` of what is kept for ever; times are in ISO 8601. ``data``, the message, comes with the call
+    ``latent`` alone.
+
+    >>> with latentwire.Client(url) as client:
+    ...     (kept,) = client.keep("Ben lives in Rome.")
+    ...     client.generate(kept, "Question: Where does Ben live?\\nAnswer:").texts
+    [' Ben lives in Rome.']
+    """
+
+    __pydantic_config__: ClassVar = {"val_json_bytes": "base64"}  # what pydantic needs to know to read it from JSON
+
+    id: str
+    bridge_id: str
+    shape: tuple[int, int]
+    dtype: str
+    bridge: str | None = None
+    source_tokens: int | None = None
+    source_bytes: int | None = None
+    truncated: bool = False
+    created: str | None = None
+    expires: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class KeptLatents:
+    """Answer of ``POST /latents``."""
+
+    latents: tuple[KeptLatent, ...]
+
+
+@dataclass(frozen=True)
+class LatentPage:
+    """Answer of ``GET /latents``; ``next`` is None at the end."""
+
+    latents: tuple[KeptLatent, ...]
+    next: str | None = None
+
+
 Event = Token | Generated
-Input = str | bytes | Latent | Mapping[str, str]
+Input = str | bytes | Latent | KeptLatent | Mapping[str, str]
 Prompt = str | Sequence[str] | Sequence[Mapping[str, str]]
 """One prompt for all inputs, one for each, or a conversation: ``{"role": "user", "content": …}`` for each turn."""
 
@@ -150,7 +194,7 @@ class CallOptions(TypedDict, total=False):
     """What every call takes.
 
     ``request_id`` is what the service logs the call under. ``timeout_seconds`` bounds this call, retries included, in
-    place of the client's; ``encode``, ``generate`` and ``stream`` send it along as the service's deadline.
+    place of the client's; ``encode``, ``generate``, ``score`` and ``stream`` send it along as the service's deadline.
     """
 
     request_id: str | None
@@ -163,6 +207,15 @@ class EncodeOptions(CallOptions, total=False):
     bridge: str | None
     dtype: str | None
     store: bool | None
+    truncate: bool | None
+
+
+class KeepOptions(CallOptions, total=False):
+    """What ``keep`` takes; ``ttl_seconds`` may be ``"forever"``. None and absent leave the choice to the service."""
+
+    bridge: str | None
+    dtype: str | None
+    ttl_seconds: float | str | None
     truncate: bool | None
 
 
@@ -181,4 +234,15 @@ class GenerateOptions(CallOptions, total=False):
     stop: str | Sequence[str] | None
     stop_ids: Sequence[int] | None
     logprobs: int | None
+    truncate: bool | None
+
+
+class ScoreOptions(CallOptions, total=False):
+    """What ``score`` takes; None and absent leave the choice to the service."""
+
+    bridge: str | None
+    receiver: str | None
+    condition: str | None
+    end: bool | None
+    logprobs: bool | None
     truncate: bool | None

@@ -33,7 +33,7 @@ from latentwire.bridge.errors import (
 )
 from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED
 from latentwire.bridge.evaluation.tasks import Task, load_task
-from latentwire.service.evaluations.runner import measure
+from latentwire.service.evaluations.runner import run
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.evaluations import UNFINISHED, EvaluationRequest, Progress, Record, State
 from latentwire.service.store.base import Store
@@ -217,7 +217,7 @@ class Jobs:
             record.report = report
 
         check()
-        return measure(
+        return run(
             self._runtime,
             self._runtime.find(record.bridge),
             record.receiver,

@@ -7,9 +7,9 @@ from typing import Any
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import InsufficientMemory
-from latentwire.bridge.evaluation.conditions import Lender
+from latentwire.bridge.evaluation.context import Lender
 from latentwire.bridge.evaluation.evaluate import context_of
-from latentwire.bridge.evaluation.report import Progress, evaluate
+from latentwire.bridge.evaluation.measure import Progress, measure
 from latentwire.bridge.evaluation.tasks import Task
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader
@@ -73,7 +73,7 @@ class PoliteLender(Lender):
                 time.sleep(POLL_SECONDS)
 
 
-def measure(
+def run(
     runtime: Runtime,
     bridge: Bridge,
     receiver: str,
@@ -91,4 +91,4 @@ def measure(
         LatentWireError: The task does not suit the bridge, or a model cannot be lent.
     """
     context = context_of(bridge, task, PoliteLender(runtime, check, bridge.check), receiver, limit)
-    return evaluate(context, conditions=names, progress=progress, partial=partial)
+    return measure(context, conditions=names, progress=progress, partial=partial)

@@ -14,9 +14,12 @@ from latentwire.bridge.diversity import diversity
 from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.sampling import SamplingParams, sample_params
+from latentwire.bridge.scoring import score_of
 from latentwire.service.inference.request import GenerationRequest, Piece, Text
 from latentwire.service.inference.runtime import Runtime
+from latentwire.service.inference.scoring import ScoreQuestion
 from latentwire.service.schemas.inference import (
+    Asking,
     DiversityOut,
     GenerateRequest,
     GenerateResponse,
@@ -26,14 +29,20 @@ from latentwire.service.schemas.inference import (
     Usage,
     message_of,
 )
+from latentwire.service.schemas.scoring import ScoreOut, ScoreRequest, ScoreResponse
 from latentwire.service.store.latents import (
     CachedEncoding,
+    KeptLatent,
     encode_key,
     get_encodings,
     get_latents,
+    id_of_message,
+    id_of_text,
     put_encodings,
     put_latents,
 )
+
+MAX_SCORED = 4096  # continuations of one request, over all inputs
 
 
 class RequestHandler:
@@ -41,7 +50,7 @@ class RequestHandler:
 
     def __init__(self, runtime: Runtime, tenant: str, bridge: Bridge) -> None:
         self.runtime, self.tenant, self.bridge = runtime, tenant, bridge
-        self.store, self.ttl_seconds = runtime.store, runtime.settings.store_ttl
+        self.store, self.cache, self.ttl_seconds = runtime.store, runtime.cache, runtime.settings.store_ttl
         self.usage = Usage()
 
     async def encode(self, texts: Sequence[Text], dtype: wire.DType = "float16") -> list[CachedEncoding]:
@@ -62,7 +71,7 @@ class RequestHandler:
             for key, row in zip(missing, encoded, strict=True)
         }
         if made and self.runtime.settings.encode_cache:
-            await put_encodings(self.store, made, ttl_seconds=self.ttl_seconds)
+            await put_encodings(self.cache, made, ttl_seconds=self.ttl_seconds)
         encodings = [hit or made[key] for key, hit in zip(keys, cached, strict=True)]
         self._count_source(sum(encoding.source_tokens for encoding in encodings))
         return encodings
@@ -70,9 +79,20 @@ class RequestHandler:
     def _count_source(self, tokens: int) -> None:
         self.usage.source_tokens = tokens
 
-    async def store_messages(self, messages: Sequence[bytes]) -> list[str]:
-        """Store messages, and return their ids (StoreUnavailable)."""
-        return await put_latents(self.store, messages, tenant=self.tenant, ttl_seconds=self.ttl_seconds)
+    async def keep(
+        self, encodings: Sequence[tuple[str | None, CachedEncoding]], ttl_seconds: float | None
+    ) -> list[KeptLatent]:
+        """Keep latents, each with its text where there is one, for later requests (StoreUnavailable)."""
+        latents = [self._to_keep(text, encoding) for text, encoding in encodings]
+        return await put_latents(self.store, latents, tenant=self.tenant, ttl_seconds=ttl_seconds)
+
+    def _to_keep(self, text: str | None, encoding: CachedEncoding) -> KeptLatent:
+        message, length = encoding.message, len(encoding.message)
+        if text is None:
+            return KeptLatent(id_of_message(message, self.tenant), message, length)
+        header = wire.header_of(message)
+        name = id_of_text(header.bridge_id, header.dtype, text, self.tenant)
+        return KeptLatent(name, message, length, encoding.source_tokens, len(text.encode()), encoding.truncated)
 
     async def generate(
         self, receiver: str, body: GenerateRequest, on_piece: Callable[[Piece], None] | None = None
@@ -111,7 +131,34 @@ class RequestHandler:
             timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
         )
 
-    async def _sources(self, body: GenerateRequest) -> list[wire.Latent | str | None]:
+    async def score(self, receiver: str, body: ScoreRequest) -> ScoreResponse:
+        """Score the choices that ``POST /score`` gives."""
+        started = time.perf_counter()
+        sources = await self._sources(body)
+        encode_ms = ms_since(started)
+        questions = [
+            ScoreQuestion(source, prompt, body.choices, body.end)
+            for source, prompt in zip(sources, body.prompts, strict=True)
+        ]
+
+        def count_usage(tokens: int) -> None:
+            """Also of a request that was cancelled."""
+            self.usage.soft_tokens = sum(len(source) for source in sources if isinstance(source, np.ndarray))
+            self.usage.prompt_tokens = max(tokens - self.usage.soft_tokens, 0)
+
+        found = await self.runtime.scorers.score(self.bridge, receiver, questions, count_usage)
+        self.runtime.metrics.observe(self.bridge.name, [], [], self.usage)
+        reader, total_ms = self.bridge.reader(receiver), ms_since(started)
+        scores = [score_of(reader, body.choices, one, logprobs=body.logprobs) for one in found]
+        return ScoreResponse(
+            id=f"score_{uuid.uuid4().hex}",
+            bridge=self.bridge.name,
+            scores=[ScoreOut.of(index, score) for index, score in enumerate(scores)],
+            usage=self.usage,
+            timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
+        )
+
+    async def _sources(self, body: Asking) -> list[wire.Latent | str | None]:
         """For every input, what stands in the latent's place: a latent, a text, or nothing."""
         if body.condition == "none":
             return [None] * len(body.inputs)
@@ -137,14 +184,14 @@ class RequestHandler:
                     encoding = next(encodings)
                     latents.append(self.bridge.decode(encoding.message) if encoding.latent is None else encoding.latent)
                 else:
-                    message = stored[param] if item.latent is None else message_of(item.latent)
+                    message = stored[param].message if item.latent is None else message_of(item.latent)
                     latents.append(self.bridge.decode(message))
         return latents
 
     async def _cached(self, keys: Sequence[str]) -> list[CachedEncoding | None]:
         if not self.runtime.settings.encode_cache:
             return [None] * len(keys)
-        found = [hit and self._decoded(hit) for hit in await get_encodings(self.store, keys)]
+        found = [hit and self._decoded(hit) for hit in await get_encodings(self.cache, keys)]
         hits = sum(hit is not None for hit in found)
         self.runtime.metrics.cached.labels("hit").inc(hits)
         self.runtime.metrics.cached.labels("miss").inc(len(found) - hits)
@@ -158,14 +205,16 @@ class RequestHandler:
             return None
 
 
-def check_limits(runtime: Runtime, body: GenerateRequest) -> None:
+def check_limits(runtime: Runtime, body: Asking) -> None:
     """Refuse before any work what is over the operator's limits (TooLarge)."""
     settings = runtime.settings
-    within(
-        ("inputs", len(body.inputs), settings.max_inputs),
-        ("n", body.n, settings.max_samples),
-        ("max_tokens", body.max_tokens, settings.max_tokens),
-    )
+    within(("inputs", len(body.inputs), settings.max_inputs))
+    if isinstance(body, GenerateRequest):
+        within(("n", body.n, settings.max_samples), ("max_tokens", body.max_tokens, settings.max_tokens))
+    if isinstance(body, ScoreRequest):
+        if (count := len(body.inputs) * len(body.choices)) > MAX_SCORED:
+            raise TooLarge(f"the request scores {count} continuations; at most {MAX_SCORED} are taken", param="choices")
+        runtime.check_text("".join(body.choices), "choices")
     for at, item in enumerate(body.inputs):
         runtime.check_text(item.text or "", f"inputs.{at}.text")
     for prompt in set(body.prompts):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from latentwire.bridge import engine
 from latentwire.bridge.bridge import Bridge
@@ -30,9 +31,11 @@ from latentwire.service.inference.batching import Batcher
 from latentwire.service.inference.engines import Engines
 from latentwire.service.inference.lanes import Lanes
 from latentwire.service.inference.request import GenerationRequest, GenerationResult, InFlightRequest, Piece, Text
+from latentwire.service.inference.scoring import Scorers
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.base import Kind, Store
+from latentwire.service.store.disk import DiskStore
 from latentwire.service.store.memory import MemoryStore
 from latentwire.service.store.redis import RedisStore
 
@@ -48,6 +51,8 @@ class Runtime:
     """Bridges, models, batches, engines and store of one service.
 
     Attributes:
+        store: What is kept: latents, evaluations.
+        cache: Encodings, which could be made again; the same store, except where the other one is on disk.
         ready: Whether every bridge has been loaded and has answered once.
         failure: Why it will never be ready.
         dead: Why it will never answer again: an engine has died.
@@ -81,9 +86,11 @@ class Runtime:
             on_death=self._died,
             on_step=self._note_step,
         )
-        self.store: Store = redis or MemoryStore(_budgets(settings))
+        self.cache: Store = redis or MemoryStore(_budgets(settings))
+        self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
         self.metrics = Metrics()
         self._lanes = Lanes()
+        self.scorers = Scorers(self.residency, self._lanes, self.admission, self.metrics, settings)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -130,10 +137,12 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.scorers.close()
         await self.engines.close()
         await asyncio.to_thread(self._device.shutdown)
         await asyncio.to_thread(self._lanes.close)
-        await self.store.close()
+        for store in {self.cache, self.store}:
+            await store.close()
 
     def find(self, name: str | None) -> Bridge:
         """The bridge of a name, or the first one.
@@ -259,3 +268,7 @@ class Runtime:
 def _budgets(settings: Settings) -> dict[Kind, int]:
     """Bytes of each kind kept in the process."""
     return {"latent": settings.store_memory, "encode": settings.encode_cache_memory, "job": JOB_BYTES}
+
+
+def _on_disk(folder: Path, settings: Settings) -> Store:
+    return DiskStore(folder, {"latent": settings.store_disk, "job": JOB_BYTES})

@@ -32,8 +32,17 @@ export function decode(message) {
     (i) => view.getFloat32(start + 4 * i, true),
     (i) => half(view.getUint16(start + 2 * i, true)),
     (i) => view.getFloat32(start + 4 * Math.floor(i / C), true) * view.getInt8(start + 4 * K + i),
+    (i) => quarter(view, start, K, C, Math.floor(i / C), i % C),
   ][dtype];
   return { K, C, numbers: Float32Array.from({ length: K * C }, (_, i) => read(i)), at: null };
+}
+
+function quarter(view, start, K, C, slot, channel) {
+  const groups = Math.ceil(C / 32);
+  const scale = half(view.getUint16(start + 2 * (slot * groups + Math.floor(channel / 32)), true));
+  const byte = view.getUint8(start + 2 * K * groups + slot * Math.ceil(C / 2) + Math.floor(channel / 2));
+  const whole = (byte >> (4 * (channel % 2))) & 15;
+  return scale * (whole > 7 ? whole - 16 : whole);
 }
 
 function half(bits) {

@@ -54,13 +54,13 @@ class EncodeRequest(Strict):
 
     bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
     inputs: Annotated[list[str], FAIL_FAST] = Field(min_length=1, description="Texts, each read by the sender alone.")
-    dtype: Literal["float16", "int8", "float32"] = Field("float16", description="What the numbers travel in.")
+    dtype: Literal["float16", "int8", "int4", "float32"] = Field("float16", description="What the numbers travel in.")
     store: bool = Field(False, description="Keep the latents and return their ids.")
     timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
 
-def _one_of(schema: dict[str, Any]) -> None:
+def one_of(schema: dict[str, Any]) -> None:
     """Say in the document what the validator checks: one of the properties holds a text."""
     texts = [{"required": [name], "properties": {name: {"type": "string"}}} for name in schema["properties"]]
     schema["oneOf"] = texts
@@ -69,7 +69,7 @@ def _one_of(schema: dict[str, Any]) -> None:
 class Input(Strict):
     """One thing to ask about: exactly one of the three."""
 
-    model_config = ConfigDict(json_schema_extra=_one_of)
+    model_config = ConfigDict(json_schema_extra=one_of)
 
     text: str | None = Field(None, description="A text; the sender reads it, the receiver does not.")
     latent: str | None = Field(None, description="A message from /encode, base64.")
@@ -98,8 +98,8 @@ def _asked_one_way(schema: dict[str, Any]) -> None:
     ]
 
 
-class GenerateRequest(Strict):
-    """Questions to a receiver about texts it will not see."""
+class Asking(Strict):
+    """Base of what is asked about inputs: of whom, about what, and how."""
 
     model_config = ConfigDict(json_schema_extra=_asked_one_way)
 
@@ -122,20 +122,6 @@ class GenerateRequest(Strict):
         "bridge",
         description="What stands in the latent's place, for comparison: the latent, the source text itself (direct), "
         "or nothing (none).",
-    )
-    stream: bool = Field(False, description="Send tokens as they come, as server-sent events.")
-    max_tokens: int = Field(32, ge=1, description="Most tokens to generate for each output.")
-    temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens of this probability.")
-    top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")
-    seed: int | None = Field(None, ge=0, lt=1 << 63, description="Same seed, same request, same text.")
-    n: int = Field(1, ge=1, description="Outputs for each input.")
-    stop: Stops = Field([], description="An output ends before the first of these; a string is taken as a list of it.")
-    stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
-        default=[], max_length=16, description="An output ends at any of these receiver tokens."
-    )
-    logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Report each token's log-probability and those of so many likeliest."
     )
     timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
@@ -167,6 +153,25 @@ class GenerateRequest(Strict):
             return list(self.prompt)
         turns = tuple(Turn(turn.role, turn.content) for turn in self.messages or ())
         return [turns if self.prompt is None else self.prompt] * len(self.inputs)
+
+
+class GenerateRequest(Asking):
+    """Questions to a receiver about texts it will not see."""
+
+    stream: bool = Field(False, description="Send tokens as they come, as server-sent events.")
+    max_tokens: int = Field(32, ge=1, description="Most tokens to generate for each output.")
+    temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens of this probability.")
+    top_k: int = Field(0, ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")
+    seed: int | None = Field(None, ge=0, lt=1 << 63, description="Same seed, same request, same text.")
+    n: int = Field(1, ge=1, description="Outputs for each input.")
+    stop: Stops = Field([], description="An output ends before the first of these; a string is taken as a list of it.")
+    stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], max_length=16, description="An output ends at any of these receiver tokens."
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Report each token's log-probability and those of so many likeliest."
+    )
 
 
 class LatentOut(BaseModel):

@@ -45,6 +45,13 @@ class FolderStore(Store):
         """The values of keys in order, None where there is none (StoreUnavailable)."""
         return await asyncio.to_thread(lambda: [self._get(key) for key in keys])
 
+    async def delete(self, kind: Kind, key: str) -> None:
+        """Keep a value no longer (StoreUnavailable)."""
+        try:
+            await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
+        except OSError as error:
+            raise self._failed(error) from None
+
     async def close(self) -> None:
         """Nothing to let go of."""
 

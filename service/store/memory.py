@@ -1,12 +1,13 @@
 """The store in the process. Nothing is pushed out by values of another kind, or by another row of the same request."""
 
+import heapq
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cachetools import TLRUCache
+from cachetools import Cache, TLRUCache
 
 from latentwire.bridge.errors import StoreUnavailable
 from latentwire.service.store.base import Kind, Store
@@ -52,6 +53,16 @@ class MemoryStore(Store):
         """The values of keys in order, None where there is none."""
         found = map(self._shelves[kind].get, keys)
         return [None if entry is None else entry.value for entry in found]
+
+    async def delete(self, kind: Kind, key: str) -> None:
+        """Keep a value no longer."""
+        self._shelves[kind].pop(key, None)
+
+    async def page(self, kind: Kind, prefix: str, after: str, limit: int, head_bytes: int) -> list[tuple[str, bytes]]:
+        """The next keys that have a prefix, with the start of each value; that is no use of them."""
+        shelf = self._shelves[kind]
+        keys = heapq.nsmallest(limit, (key for key in shelf if key.startswith(prefix) and key > after))
+        return [(key, Cache.__getitem__(shelf, key).value[:head_bytes]) for key in keys]
 
     async def close(self) -> None:
         """Nothing to let go of."""

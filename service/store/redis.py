@@ -170,6 +170,10 @@ class RedisStore(Store):
 
         return await self.run(get) if keys else []
 
+    async def delete(self, kind: Kind, key: str) -> None:
+        """Keep a value no longer (StoreUnavailable)."""
+        await self.write(lambda redis: redis.delete(_redis_key(kind, key)))
+
     async def close(self) -> None:
         """Close the connections."""
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -125,9 +125,10 @@ def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[o
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "command", [[], *([c] for c in ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "inspect"))]
-)
+HERE = ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "score", "inspect")
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in HERE)])
 def test_every_command_explains_itself(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -144,7 +145,19 @@ def test_help_lists_every_command_and_needs_no_torch() -> None:
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "inspect", "serve", "demo"):
+    for command in (
+        "train",
+        "plan",
+        "plot",
+        "export",
+        "evaluate",
+        "encode",
+        "generate",
+        "score",
+        "inspect",
+        "serve",
+        "demo",
+    ):
         assert command in done.stdout
 
 
@@ -164,6 +177,11 @@ def test_a_bridge_is_trained_inspected_measured_and_asked(
     assert f"{len(file_bytes(run, out, file))} bytes" in run("encode", out, "--text", TEXT, "--out", file)
     ask = ["--prompt", "Where?", "--max-tokens", 8]
     assert run("generate", out, "--latent", file, *ask) == run("generate", out, "--text", TEXT, *ask)
+    choices = ["--prompt", "Where?", "--choice", " Rome", "--choice", " Paris\\n"]
+    scored = run("score", out, "--latent", file, *choices)
+    assert scored == run("score", out, "--text", TEXT, *choices)
+    assert sorted(line.split("tokens  ")[1] for line in scored.splitlines()) == ["' Paris\\n'", "' Rome'"]
+    assert "give exactly one of --text and --latent" in refuse("score", out, *choices)
     sampled = ["--temperature", 1, "--seed", 3]
     assert run("generate", out, "--text", TEXT, *ask, *sampled) == run("generate", out, "--text", TEXT, *ask, *sampled)
     assert "already holds a checkpoint" in refuse(*training(model_folders, out))
@@ -218,9 +236,10 @@ def test_without_controls_only_the_bridge_asked_about_is_measured(run: Run, chec
 
 
 def test_a_task_may_be_called_anything(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"said": "Mara lives in Rome.", "where": "Rome"}\n' * 2)
+    (tmp_path / "rows.jsonl").write_text('{"said": "Ben lives in Oslo.", "where": "Oslo"}\n')
+    (tmp_path / "test.jsonl").write_text('{"said": "Mara lives in Rome.", "where": "Rome"}\n' * 2)
     (tmp_path / "task.toml").write_text(
-        'name = "x[/b]"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\nsource = "{said}"\n'
+        'name = "x[/b]"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "test.jsonl"\nsource = "{said}"\n'
         'prompt = "{latent}\\nWhere?"\nanswer = "{where}"\nmax_answer_tokens = 4\n'
     )
     assert "x[/b], 2 held-out examples" in run("evaluate", checkpoint, "--task", tmp_path / "task.toml")
@@ -614,6 +633,9 @@ def test_a_served_bridge_answers_as_the_command_line_does_and_stops_when_told(
     assert run("generate", checkpoint, "--latent", message, *free) == sampled + "\n"
     assert run("generate", "tiny", "--latent", message, *free, "--url", url) == sampled + "\n"
     assert run("generate", "tiny", "--text", TEXT, *free, "--url", url) == sampled + "\n"
+    choices = ["--prompt", "Where?", "--choice", " Rome", "--choice", " Paris"]
+    there = run("score", "tiny", "--text", TEXT, *choices, "--url", url)
+    assert there == run("score", checkpoint, "--latent", message, *choices)
     run("encode", "tiny", "--text", TEXT, "--out", tmp_path / "there", "--url", url)
     assert (tmp_path / "there").read_bytes() == message.read_bytes() == latent.data
     with pytest.raises(ServiceError) as caught:

@@ -177,7 +177,8 @@ def test_the_curl_commands_are_answered(service: str) -> None:
     assert '"latents":' in answers[0] and '"id":' in answers[0]
     assert "Ben lives in Rome." in answers[1]
     assert answers[2].startswith("event: token") and "Mara wants a cup of tea." in answers[2].split("event: done")[1]
-    assert len(answers) == 6 and '"freed_bytes":' in answers[4] and '"queued"' in answers[5]
+    assert '"freed_bytes":' in answers[4] and '"queued"' in answers[5]
+    assert len(answers) == 8 and answers[6].count('"expires":null') == 2 and '"next":' in answers[7]
 
 
 SCRIPTS = [page for page in PAGES if any(block.kind == "python" for block in blocks(page))]

@@ -173,11 +173,15 @@ def write_toml(path: Path, config: TrainConfig) -> Path:
 
 
 def task_of(folder: Path, *rows: tuple[str, str, str]) -> str:
-    """A task whose rows are (source, what follows the latent, answer)."""
-    lines = [json.dumps({"t": source, "q": asked, "a": answer}) for source, asked, answer in rows]
-    (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
+    """A task whose rows are (source, what follows the latent, answer); the test sources are in other words."""
+    for name in ("rows", "test"):
+        told = [source if name == "rows" else f"So {' '.join(reversed(source.split()))}" for source, _, _ in rows]
+        lines = [
+            json.dumps({"t": t, "q": asked, "a": answer}) for t, (_, asked, answer) in zip(told, rows, strict=True)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
     (folder / "task.toml").write_text(
-        'name = "few"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\n'
+        'name = "few"\nkind = "generation"\ntrain = "rows.jsonl"\ntest = "test.jsonl"\n'
         'source = "{t}"\nprompt = "{latent}{q}"\nanswer = "{a}"\n'
     )
     return str(folder / "task.toml")

@@ -13,41 +13,38 @@ import pytest
 import torch
 from rich.console import Console
 
-from latentwire.bridge import engine
+from latentwire.bridge import engine, scoring
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest, UnknownBridge
 from latentwire.bridge.evaluation import conditions
-from latentwire.bridge.evaluation import report as reporting
-from latentwire.bridge.evaluation.conditions import (
-    CONDITIONS,
-    RELAY_TOKENS,
-    TRAINED,
-    EvaluationContext,
-    Lender,
-    Reading,
-    meaning_of,
-    open_context,
-    predict,
-)
-from latentwire.bridge.evaluation.metrics import bootstrap
-from latentwire.bridge.evaluation.report import evaluate, table, write_report
+from latentwire.bridge.evaluation import measure as measuring
+from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, meaning_of, predict
+from latentwire.bridge.evaluation.context import RELAY_TOKENS, EvaluationContext, Lender, Reading, Tuned, open_context
+from latentwire.bridge.evaluation.measure import measure
+from latentwire.bridge.evaluation.probe import fit_probe
+from latentwire.bridge.evaluation.report import table, write_report
+from latentwire.bridge.evaluation.statistics import interval
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, fit
 from latentwire.bridge.reader import Reader, text_ids
 from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.scoring import Continuation
 from latentwire.training.config import TrainConfig
-from latentwire.training.controls import control_config
-from latentwire.training.loop import train
+from latentwire.training.controls import control_config, train_controls
+from latentwire.training.lora import rank_for
 from latentwire.training.prepare import prepare
 from tests.conftest import bridge_config, write_model
 
-EVERY = ["bridge", "direct", "relay", "same_budget", "none", "mismatched", "noise"]
+EVERY = [
+    "bridge", "direct", "sender", "relay", "relay_bytes", "same_budget", "token_pruned", "none", "mismatched", "noise",
+]  # fmt: skip
+READING_SENDER = ("bridge", "relay", "relay_bytes", "token_pruned")
 SENTIMENT = """
 name = "tiny"
 kind = "classification"
-train = "rows.jsonl"
+train = "train.jsonl"
 test = "rows.jsonl"
 source = "{text}"
 prompt = "Review: {latent}\\nSentiment:"
@@ -63,7 +60,7 @@ def context(checkpoint: Path) -> EvaluationContext:
 
 @pytest.fixture(scope="module")
 def report(context: EvaluationContext) -> dict[str, Any]:
-    return evaluate(context)
+    return measure(context)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +68,22 @@ def sentiment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Eva
     folder = tmp_path_factory.mktemp("task")
     rows = [{"text": t, "label": i % 2} for i, t in enumerate(["Good!", "Oh no.", "It was fine, I think.", "Meh"])]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train.jsonl").write_text('{"text": "Well done.", "label": 1}\n{"text": "How sad.", "label": 0}\n' * 3)
     (folder / "task.toml").write_text(SENTIMENT)
     return open_context(checkpoint, str(folder / "task.toml"), limit=None, dtype="float32", receiver=None)
+
+
+@pytest.fixture
+def invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that a test makes up are not looked at for leaks."""
+    monkeypatch.setattr(measuring, "check_answers", lambda *_: 0)
 
 
 def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], context: EvaluationContext) -> None:
     assert set(report) == {
         "checkpoint", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
-        "receiver_tokens_per_soft_token", "content_share", "bridge_id", "truncated",
+        "receiver_tokens_per_soft_token", "content_share", "bridge_id", "truncated", "about", "checks", "comparisons",
+        "content_share_interval", "dropped", "headline", "sender_share", "sender_share_interval",
     }  # fmt: skip
     assert list(report["conditions"]) == EVERY
     for row in report["conditions"].values():
@@ -95,7 +100,7 @@ def test_every_condition_is_explained(report: dict[str, Any]) -> None:
     console.print(table(report))
     text = console.export_text()
     assert all(name in text and meaning_of(name) in text for name in EVERY)
-    assert "of the gain: none" in text and f"{report['truncated']} sources cut" in text
+    assert "no 'direct_tuned' in this table" in text and f"{report['truncated']} sources cut" in text
     console.print(table({**report, "truncated": 0}))
     assert "sources cut" not in console.export_text()
 
@@ -123,15 +128,16 @@ def test_bytes_are_those_of_the_messages(report: dict[str, Any], context: Evalua
     assert report["receiver_tokens_per_soft_token"] == pytest.approx(read / slots)
 
 
+@pytest.mark.usefixtures("invented")
 def test_scores_are_means_over_the_examples_and_their_interval_is_resampled(
     context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = ["Ben has cats.", "Ben has cats.", "The lamp is red.", "Ben sings.", "Mara sings."]
     said = ["Ben has cats", "Ben has dogs", "lamp is red!", "", "Ben"]
     examples = [replace(context.examples[i], answer=f" {text}") for i, text in enumerate(wanted)]
-    monkeypatch.setattr(reporting, "predict", lambda made, chosen, readings: [said[i] for i in chosen])
-    made = evaluate(replace(context, examples=examples))
-    low, high = bootstrap([1.0, 0.0, 1.0, 0.0, 0.0])
+    monkeypatch.setattr(conditions, "predict", lambda made, chosen, readings: [said[i] for i in chosen])
+    made = measure(replace(context, examples=examples))
+    low, high = interval([1.0, 0.0, 1.0, 0.0, 0.0])
     assert 0 < low + high < 2 and low < 0.4 < high
     for row in made["conditions"].values():
         assert row["value"] == pytest.approx(2 / 5) and (row["low"], row["high"]) == (low, high)
@@ -139,6 +145,7 @@ def test_scores_are_means_over_the_examples_and_their_interval_is_resampled(
         assert row["token_f1"] == pytest.approx((1 + 2 / 3 + 1 + 0 + 0) / 5)
 
 
+@pytest.mark.usefixtures("invented")
 def test_a_set_larger_than_a_batch_is_answered_in_order(
     context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,13 +156,14 @@ def test_a_set_larger_than_a_batch_is_answered_in_order(
         assert len(readings) == len(chosen)
         return [made.examples[i].answer for i in chosen]
 
-    monkeypatch.setattr(reporting, "BATCH_ROWS", 4)
-    monkeypatch.setattr(reporting, "predict", knowing)
-    made = evaluate(context)
+    monkeypatch.setattr(measuring, "BATCH_ROWS", 4)
+    monkeypatch.setattr(conditions, "predict", knowing)
+    made = measure(context)
     assert seen == [[0, 1, 2, 3], [4, 5]] * len(EVERY)
     assert all(row["value"] == row["token_f1"] == 1 for row in made["conditions"].values())
 
 
+@pytest.mark.usefixtures("invented")
 def test_time_to_the_first_token_is_that_of_one_token_of_one_request(
     context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,14 +176,14 @@ def test_time_to_the_first_token_is_that_of_one_token_of_one_request(
         return generate(lm, rows, soft, params)
 
     monkeypatch.setattr(engine, "generate", spying)
-    monkeypatch.setattr(reporting, "predict", lambda made, chosen, readings: [""] * len(chosen))
-    evaluate(replace(context, examples=context.examples[:2]))
-    assert asked == [[SamplingParams(max_tokens=1)]] * 2 * len(EVERY)
+    monkeypatch.setattr(conditions, "predict", lambda made, chosen, readings: [""] * len(chosen))
+    measure(replace(context, examples=context.examples[:2]))
+    assert asked == [[SamplingParams(max_tokens=1)]] * 2 * (len(EVERY) - 1)  # all but the sender's own
 
 
 def right_in(names: Sequence[str], **right: int) -> Callable[..., list[str]]:
     """Answers of a receiver, asked in one condition after the other, of which so many are right."""
-    left = iter(names)
+    left = iter(sorted(names, key=lambda name: name != "sender"))  # who is asked while it is there
 
     def answering(made: EvaluationContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
         name = next(left)
@@ -184,17 +192,18 @@ def right_in(names: Sequence[str], **right: int) -> Callable[..., list[str]]:
     return answering
 
 
+@pytest.mark.usefixtures("invented")
 def test_with_one_source_nothing_is_mismatched_and_no_share_is_claimed(
     sentiment: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = replace(sentiment, examples=[replace(e, source="Good!") for e in sentiment.examples])
     others = [name for name in EVERY if name != "mismatched"]
-    monkeypatch.setattr(reporting, "predict", right_in(others, bridge=4, none=1))
-    made = evaluate(one)
+    monkeypatch.setattr(conditions, "predict", right_in(others, bridge=4, none=1))
+    made = measure(one)
     assert list(made["conditions"]) == others
     assert made["content_share"] is None
-    monkeypatch.setattr(reporting, "predict", right_in(EVERY, bridge=4, none=1))
-    assert evaluate(sentiment)["content_share"] == 1
+    monkeypatch.setattr(conditions, "predict", right_in(EVERY, bridge=4, none=1))
+    assert measure(sentiment)["content_share"] == 1
 
 
 def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any], tmp_path: Path) -> None:
@@ -208,10 +217,11 @@ def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any
 def test_progress_reaches_the_end_of_each_condition(context: EvaluationContext) -> None:
     seen: list[tuple[str | None, int, int]] = []
     few = replace(context, examples=context.examples[:2])
-    evaluate(few, trained={"prompt": few}, progress=lambda *now: seen.append(now))
-    reading, answering = seen[:8], seen[8:]
-    assert reading == [(None, done, 16) for done in range(2, 17, 2)]
-    assert answering == [(name, 2, 2) for name in [*EVERY, "prompt"]]
+    measure(few, trained={"prompt": few}, progress=lambda *now: seen.append(now))
+    every = [*EVERY, "prompt"]
+    reading, answering = seen[: len(every)], seen[len(every) :]
+    assert reading == [(None, done, 2 * len(every)) for done in range(2, 2 * len(every) + 1, 2)]
+    assert sorted(answering) == sorted((name, 2, 2) for name in every)
 
 
 class Counting(Lender):
@@ -239,20 +249,20 @@ def test_a_lender_may_cut_the_passes_small_and_let_the_models_take_turns(
 ) -> None:
     made: EvaluationContext = request.getfixturevalue(kind)
     rows: list[int] = []
-    for name, given in (("encode", 2), ("generate", 1), ("answer_scores", 1)):
-        real = getattr(engine, name)
+    for module, name, given in ((engine, "encode", 2), (engine, "generate", 1), (scoring, "score", 1)):
+        real = getattr(module, name)
 
         def spying(*args: Any, real: Any = real, given: int = given) -> Any:
-            rows.append(len(args[1].ids if real.__name__ == "answer_scores" else args[given]))
+            rows.append(sum(map(len, args[1])) if real.__name__ == "score" else len(args[given]))
             return real(*args)
 
-        monkeypatch.setattr(engine, name, spying)
+        monkeypatch.setattr(module, name, spying)
     lender = Counting()
-    small = evaluate(replace(made, lender=lender))
+    small = measure(replace(made, lender=lender))
     assert max(rows) == 2
     turns = [name for at, name in enumerate(lender.lent) if at == 0 or lender.lent[at - 1] != name]
     assert turns == [made.sender.name, made.receiver.name]
-    assert numbers(small) == numbers(evaluate(made))
+    assert numbers(small) == numbers(measure(made))
 
 
 def numbers(report: dict[str, Any]) -> dict[str, Any]:
@@ -270,10 +280,10 @@ def test_timings_leave_out_the_wait_for_a_model(context: EvaluationContext) -> N
                 yield lm
 
     few = replace(context, examples=context.examples[:1], lender=Slow())
-    waited = {name: row["ttft_ms"] for name, row in evaluate(few)["conditions"].items()}
+    waited = {name: row["ttft_ms"] for name, row in measure(few)["conditions"].items()}
     # One loan where nothing is to be read, two where the sender reads.
     assert {name: round(ms / 1e6) for name, ms in waited.items()} == {
-        name: -2 if name in ("bridge", "relay") else -1 for name in waited
+        name: -2 if name in READING_SENDER else -1 for name in waited
     }
 
 
@@ -281,11 +291,14 @@ def test_conditions_are_measured_as_asked_and_seen_as_they_come(
     context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few, seen = replace(context, examples=context.examples[:3]), []
-    made = evaluate(few, conditions=["none", "direct"], partial=seen.append)
+    made = measure(few, conditions=["none", "direct"], partial=seen.append)
     assert [list(report["conditions"]) for report in seen] == [["direct"], ["direct", "none"]]
     assert numbers(seen[-1]) == numbers(made) and set(seen[0]) == set(made) and made["content_share"] is None
-    whole = numbers(evaluate(few))
-    assert {**numbers(made), "conditions": None} == {**whole, "conditions": None, "content_share": None}
+    whole = numbers(measure(few))
+    apart = ("conditions", "comparisons", "headline", "checks")  # which need the bridge
+    assert {name: made[name] for name in made if name not in apart} == {
+        name: whole[name] for name in whole if name not in apart
+    }
     assert all(numbers(made)["conditions"][name] == whole["conditions"][name] for name in ("none", "direct"))
 
 
@@ -448,15 +461,15 @@ def test_a_classification_scored_in_parts_has_the_scores_of_the_whole(
     def scores(rows: int) -> list[list[float]]:
         made: list[list[float]] = []
         with monkeypatch.context() as patch:
-            score = engine.answer_scores
+            score = scoring.score
 
-            def spying(*args: Any) -> torch.Tensor:
+            def spying(*args: Any) -> list[list[Continuation]]:
                 found = score(*args)
-                made.append(found.tolist())
+                made.append([scored.logprob for question in found for scored in question])
                 return found
 
-            patch.setattr(engine, "answer_scores", spying)
-            patch.setattr(conditions, "SCORED_ROWS", rows)
+            patch.setattr(scoring, "score", spying)
+            patch.setattr(scoring, "SCORED_ROWS", rows)
             predict(sentiment, range(4), CONDITIONS["bridge"].read(sentiment, range(4)))
         return made
 
@@ -473,21 +486,26 @@ def test_labels_are_scored_as_they_follow_each_prompt_wherever_it_ends(
     ends = ["Verdict: ", "Verdict:", "So\n", "So"]
     rows = [{"text": f"text {i}", "q": end, "label": i % 2} for i, end in enumerate(ends)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text('{"text": "else", "q": "", "label": 1}\n')
     (tmp_path / "task.toml").write_text(SENTIMENT.replace("Review: {latent}\\nSentiment:", "{latent}\\n{q}"))
     made = open_context(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
     assert [example.answer for example in made.examples] == ["bad", " very good", "bad", " very good"]
     scored: list[str] = []
 
-    def knowing(lm: FrozenLM, batch: Any, soft: Any) -> torch.Tensor:  # gives every example its own label
-        said = [str(lm.tokenizer.decode([t for t in row if t != IGNORE])) for row in batch.labels.tolist()]
-        scored.extend(said)
-        wanted = [f"{example.answer}</s>" for example in made.examples for _ in range(2)]
-        return torch.tensor([float(have == want) for have, want in zip(said, wanted, strict=True)])
+    def knowing(lm: FrozenLM, questions: list[list[Row]], soft: Any) -> list[list[Continuation]]:
+        """Gives every example its own label."""
+        said = [[str(lm.tokenizer.decode([t for t in row.labels if t != IGNORE])) for row in q] for q in questions]
+        scored.extend(text for texts in said for text in texts)
+        wanted = [f"{example.answer}</s>" for example in made.examples]
+        return [
+            [Continuation((), (float(have == want),), False) for have in texts]
+            for texts, want in zip(said, wanted, strict=True)
+        ]
 
-    monkeypatch.setattr(engine, "answer_scores", knowing)
+    monkeypatch.setattr(scoring, "score", knowing)
     assert predict(made, range(4), [None] * 4) == [example.answer for example in made.examples]
     assert scored == ["bad</s>", "very good</s>", " bad</s>", " very good</s>"] * 2
-    report = evaluate(made)
+    report = measure(made)
     assert all(row["value"] == 1 for row in report["conditions"].values())
 
 
@@ -509,7 +527,7 @@ def by_hand(made: EvaluationContext, reading: Reading, label: str) -> float:
 
 
 def test_a_classification_reports_accuracy_and_no_f1(sentiment: EvaluationContext) -> None:
-    made = evaluate(sentiment)
+    made = measure(sentiment)
     row = made["conditions"]["bridge"]
     assert row["metric"] == "accuracy" and "token_f1" not in row and made["n"] == 4
     wanted = [example.answer for example in sentiment.examples]
@@ -521,6 +539,7 @@ def test_a_classification_reports_accuracy_and_no_f1(sentiment: EvaluationContex
     "bridge, none, mismatched, share",
     [(4, 1, 1, 1.0), (4, 0, 2, 0.5), (2, 2, 1, None), (1, 2, 0, None), (3, 1, 0, 1.0), (3, 1, 4, 0.0)],
 )
+@pytest.mark.usefixtures("invented")
 def test_the_content_share_is_the_part_of_the_gain_that_another_latent_does_not_give(
     sentiment: EvaluationContext,
     monkeypatch: pytest.MonkeyPatch,
@@ -531,11 +550,12 @@ def test_the_content_share_is_the_part_of_the_gain_that_another_latent_does_not_
 ) -> None:
     right = {"bridge": bridge, "none": none, "mismatched": mismatched}
 
-    def measured(made: EvaluationContext, name: str, *_: object) -> dict[str, float]:
-        return {"value": right.get(name, 0) / 4}
+    def measured(name: str, *_: object) -> tuple[dict[str, Any], list[str], list[float]]:
+        scores = [float(i < right.get(name, 0)) for i in range(4)]
+        return {"value": sum(scores) / 4}, [""] * 4, scores
 
-    monkeypatch.setattr(reporting, "_measure", measured)
-    assert evaluate(sentiment)["content_share"] == share
+    monkeypatch.setattr(measuring, "_measure", measured)
+    assert measure(sentiment)["content_share"] == share
 
 
 def test_the_receiver_answers_differently_to_different_readings(context: EvaluationContext) -> None:
@@ -594,6 +614,7 @@ def test_an_answer_that_no_receiver_has_room_for_is_refused_with_both_numbers(
     checkpoint: Path, lms: dict[str, FrozenLM], tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "Good!", "label": 0}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "else", "label": 1}\n')
     (tmp_path / "task.toml").write_text(SENTIMENT + "max_answer_tokens = 256\n")
     with pytest.raises(InvalidRequest, match=f"max_answer_tokens is 256; '{lms['llama'].name}' reads 256 in all"):
         open_context(checkpoint, str(tmp_path / "task.toml"), limit=None, dtype="float32", receiver=None)
@@ -631,19 +652,102 @@ def test_a_control_differs_from_the_recipe_in_what_it_controls_and_nothing_else(
     assert prompt == config.model_copy(update=expected) and count == 6
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "probe"])
 def test_a_control_is_trained_and_measured_beside_the_bridge(
-    trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path, name: str
+    trained: tuple[TrainConfig, EvaluationContext], name: str
 ) -> None:
     _, made = trained
-    manifest = train(control_config(name, made, tmp_path / name), Console(quiet=True))
-    control = made.with_bridge(tmp_path / name, manifest)
-    assert control.bridge_id == manifest.bridge_id and control.examples is made.examples
-    few: Sequence[Example] = made.examples[:2]
-    report = evaluate(replace(made, examples=few), trained={name: replace(control, examples=few)})
+    few = replace(made, examples=made.examples[:2])
+    controls = train_controls(few, Console(quiet=True), [name])
+    control = controls[name]
+    assert list(controls) == [name] and control.examples is few.examples
+    report = measure(few, trained=controls)
     assert list(report["conditions"]) == [*EVERY, name]
-    if name == "prompt":
+    if name in ("prompt", "direct_tuned"):
         first, second = control.latents([0, 1])
         assert np.array_equal(first, second)
-    else:
-        assert control.sender.fingerprint.weights != made.sender.fingerprint.weights
+    assert (control.bridge_id == made.bridge_id) == (name == "receiver_lora")
+    assert (control.sender.fingerprint.weights != made.sender.fingerprint.weights) == (name == "random_sender")
+
+
+def test_a_tuned_text_stands_behind_its_soft_tokens_in_training_and_in_evaluation(
+    trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path
+) -> None:
+    _, made = trained
+    config = control_config("direct_tuned", made, tmp_path / "run")
+    run = prepare(config, Console(quiet=True))
+    learnt = run.sample(config.receiver[0], 0).answer
+    example = run.train[0]
+    control = replace(made, examples=[example])
+    reading = Tuned(np.zeros((config.num_latents, 16), np.float32), example.source)
+    (asked,) = control.rows([0], [reading], [example.answer])
+    assert asked == learnt and sum(slot != TEXT for slot in learnt.slots) == config.num_latents
+    after = learnt.ids[learnt.slots.index(config.num_latents - 1) + 1 :]
+    assert made.receiver.tokenizer.decode(after).startswith(example.source)
+
+
+def test_a_fine_tuned_receiver_is_a_copy_with_as_many_trained_weights_as_the_bridge(
+    trained: tuple[TrainConfig, EvaluationContext],
+) -> None:
+    made = trained[1]
+    before = {name: weight.clone() for name, weight in made.receiver.model.state_dict().items()}
+    tuned = train_controls(made, Console(quiet=True), ["receiver_lora"])["receiver_lora"].receiver
+    assert isinstance(tuned, FrozenLM) and isinstance(made.receiver, FrozenLM)
+    after = made.receiver.model.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[name], weight) for name, weight in before.items())
+    own = {name: weight for name, weight in tuned.model.named_parameters() if "lora_" in name}
+    assert any(weight.any() for name, weight in own.items() if "lora_B" in name), "one step moves what begins at 0"
+    count = sum(weight.numel() for weight in own.values())
+    wanted = sum(weight.numel() for weight in made.bridge.parameters())
+    assert abs(count - wanted) < sum(weight.numel() for weight in own.values()) / rank_for(made.receiver.model, wanted)
+    for name, weight in tuned.model.named_parameters():
+        assert "lora_" in name or torch.equal(weight, before[name.replace(".base_layer", "")])
+
+
+def test_a_probe_answers_from_the_senders_states_alone(sentiment: EvaluationContext) -> None:
+    texts = {"good": 1, "nice": 1, "fine": 1, "sad": 0, "evil": 0, "grim": 0}
+    examples = [Example(f"It is {word}.", "", f" {label}", label) for word, label in texts.items()]
+    probe = fit_probe(sentiment, examples)
+    known = replace(probe, examples=examples)
+    said = TRAINED["probe"].answer(known, range(6), TRAINED["probe"].read(known, range(6)))
+    assert said == [f" {sentiment.task.labels[example.label or 0]}" for example in examples]
+    row = measure(sentiment, conditions=["none"], trained={"probe": probe})["conditions"]["probe"]
+    assert row["metric"] == "accuracy" and row["ttft_ms"] is None
+    assert not TRAINED["probe"].applies(sentiment)
+
+
+def test_a_control_that_nobody_knows_or_that_cannot_be_is_said(
+    trained: tuple[TrainConfig, EvaluationContext],
+) -> None:
+    with pytest.raises(InvalidRequest, match="no control is called 'lora'; there are direct_tuned, receiver_lora"):
+        train_controls(trained[1], Console(quiet=True), ["lora"])
+    console = Console(file=io.StringIO(), width=100)
+    assert train_controls(trained[1], console, ["probe"]) == {}
+    assert "left out: a probe needs labels, and 'world' has none" in console.file.getvalue()
+
+
+def test_the_sender_is_asked_in_its_own_plain_text(context: EvaluationContext) -> None:
+    asked = CONDITIONS["sender"].asked(context)
+    assert asked.receiver is context.sender and asked.layout.chat is None
+    (row,) = asked.rows([0], CONDITIONS["sender"].read(asked, [0]), [None])
+    text = context.sender.tokenizer.decode(row.ids)
+    assert text.startswith(f"<s>{context.examples[0].source[:80]}") and text.endswith("Answer:")
+
+
+def test_a_pruned_source_keeps_its_most_surprising_words_in_order_within_the_budget(context: EvaluationContext) -> None:
+    example = replace(context.examples[0], source="Mara Mara Mara Mara Mara Mara Mara zzqx Mara Mara Mara Mara Mara")
+    made = replace(context, examples=[example])
+    (kept,) = made.pruned([0])
+    assert "zzqx" in kept and 0 < len(text_ids(context.receiver, kept)) <= len(made.recall([0])[0])
+    for i in range(6):
+        (some,) = context.pruned([i])
+        words = iter(context.examples[i].source.split())
+        assert all(word in words for word in some.split())
+        assert len(text_ids(context.receiver, some)) <= len(context.recall([i])[0])
+
+
+def test_a_relay_of_equal_bytes_is_no_longer_than_the_message(context: EvaluationContext) -> None:
+    sizes = [context.message_bytes(len(latent)) for latent in context.recall(range(6))]
+    texts = context.relay_bytes(range(6))
+    assert all(0 < len(text.encode()) <= size for text, size in zip(texts, sizes, strict=True))
+    assert any(len(long) > len(short) for long, short in zip(texts, context.relay(range(6)), strict=True))

@@ -13,10 +13,12 @@ from latentwire.bridge.checkpoint import load_bridge, read_manifest
 from latentwire.bridge.config import EncoderConfig
 from latentwire.bridge.encoder import KINDS, Encoder, Pooling, slots_of
 from latentwire.bridge.errors import CorruptCheckpoint, InvalidRequest
-from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, open_context
+from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition
+from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.evaluation.html import page
+from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.evaluation.metrics import METRICS, Metric
-from latentwire.bridge.evaluation.report import evaluate, table
+from latentwire.bridge.evaluation.report import table
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.loop import train
 from latentwire.training.objectives import OBJECTIVES, Objective, first_logits
@@ -55,7 +57,7 @@ def test_an_encoder_kind_is_a_class_that_is_trained_saved_loaded_and_measured(
     assert slots_of(manifest.bridge.encoder, 40) == 3 and [r["phase"] for r in log_of(config.out)] == ["answer"] * 2
     context = open_context(config.out, "world", limit=2, dtype="float16", receiver=None)
     assert [latent.shape for latent in context.latents(range(2))] == [(3, 16)] * 2
-    assert evaluate(context, conditions=["bridge"])["conditions"].keys() == {"bridge"}
+    assert measure(context, conditions=["bridge"])["conditions"].keys() == {"bridge"}
 
 
 def test_a_windowed_kind_of_ones_own_is_aligned_with_the_words_it_covers(make: MakeConfig) -> None:
@@ -120,7 +122,7 @@ def test_a_condition_is_a_record_that_is_measured_and_shown_with_what_it_means(
     train(config, quiet())
     context = open_context(config.out, "world", limit=2, dtype="float16", receiver=None)
     assert backwards.read(context, [1]) == [context.examples[1].source[::-1]]
-    report = evaluate(context, conditions=["none", "backwards"])
+    report = measure(context, conditions=["none", "backwards"])
     assert list(report["conditions"]) == ["none", "backwards"]
     assert all("backwards" in text and backwards.meaning in text for text in shown(report))
 
@@ -138,7 +140,7 @@ def test_a_metric_is_a_record_that_chooses_the_best_checkpoint_and_stands_in_rep
     assert manifest.bridge.provenance.recipe["metric"] == "excess"
     first, second = events_of(config.out, "validation")
     assert first["metric"] == "excess" and second["best"] is (second["value"] < first["value"])
-    report = evaluate(open_context(config.out, "world", limit=2, dtype="float16", receiver=None), conditions=["bridge"])
+    report = measure(open_context(config.out, "world", limit=2, dtype="float16", receiver=None), conditions=["bridge"])
     row = report["conditions"]["bridge"]
     assert row["metric"] == "em" and f"{row['excess']:.3f}" in shown(report)[0]
     assert "excess" in shown(report)[0] and "characters too many" in shown(report)[1]
@@ -155,7 +157,7 @@ def test_a_task_is_a_file(make: MakeConfig, tmp_path: Path) -> None:
     manifest = train(make(task=task, max_steps=1), quiet())
     assert manifest.bridge.provenance.task == "few"
     context = open_context(tmp_path / "run", task, limit=None, dtype="float16", receiver=None)
-    assert evaluate(context, conditions=["none"])["n"] == 2
+    assert measure(context, conditions=["none"])["n"] == 2
 
 
 class OwnConfig(TrainConfig):

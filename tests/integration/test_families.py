@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching import input_outputs
 from transformers.generation.continuous_batching import utils as library
 
-from latentwire.bridge import families
+from latentwire.bridge import families, scoring
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.engine import answer_logits, generate, token_losses
 from latentwire.bridge.errors import InvalidRequest, LatentWireError, ModelUnavailable
@@ -38,8 +38,12 @@ from tests.integration.runs import ROOT, quiet
 LENGTHS = [9, WINDOW + PAGE_TOKENS + 42, 40]  # one beyond every window, by more than a page
 SOFT = 5
 ANSWER = SamplingParams(6, logprobs=0)
+SAID = [[7], [7, 9, 11, 13, 15], [30, 31]]
 SENDERS = [name for name, family in FAMILIES.items() if family.sender]
 RECEIVERS = [name for name, family in FAMILIES.items() if family.receiver]
+RECURRENT = (
+    "Qwen3-Next", "Granite 4 (hybrid)", "Mamba", "Mamba 2", "Falcon-Mamba", "Jamba", "LFM2", "RecurrentGemma",
+)  # fmt: skip
 ALL_WINDOWED = ("Mistral", "Phi-3", "StarCoder 2")  # in every layer
 WINDOWED = [name for name, family in FAMILIES.items() if family.wide]
 REFUSED = [
@@ -149,6 +153,22 @@ def test_a_receiver_trains_in_a_batch_as_it_trains_alone(load: Load, name: str) 
             far = not gradient.any()  # out of reach of the windows of all layers
             assert far == (i == 1 and name in ALL_WINDOWED) and far == (not together[1][i].any())
             assert far or off(together[1][i], gradient[0]) < 1e-3
+
+
+@pytest.mark.parametrize("name", RECEIVERS)
+def test_a_receiver_scores_continuations_of_what_it_read_once_as_it_scores_whole_rows(load: Load, name: str) -> None:
+    lm = load(name)
+    questions = [
+        [Row(read.ids + said, read.slots + [TEXT] * len(said), read.labels + said) for said in SAID[: 3 - i]]
+        for i, read in enumerate(row[: lm.max_tokens - 5] for row in rows(lm))
+    ]
+    together = scoring.score(lm, questions, soft_of(lm))
+    for i, question in enumerate(questions):
+        for row, scored in zip(question, together[i], strict=True):
+            logits, labels = answer_logits(lm, collate([row], side="left"), soft_of(lm)[i : i + 1])
+            losses = token_losses(logits, labels)[labels[:, 1:] != IGNORE]
+            assert scored.logprobs == pytest.approx((-losses).tolist(), abs=1e-4)
+    assert scoring.is_copied(lm) == (name not in RECURRENT)
 
 
 @pytest.mark.parametrize("name", RECEIVERS)

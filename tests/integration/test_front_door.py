@@ -187,11 +187,12 @@ def test_what_is_not_there_is_named(bridge: latentwire.Bridge, tmp_path: Path) -
 def test_a_report_has_its_numbers_and_is_saved_as_a_page_or_as_json(bridge: latentwire.Bridge, tmp_path: Path) -> None:
     told: list[int] = []
     report = latentwire.evaluate(
-        bridge, task="world", limit=4, conditions=["bridge", "none"], on_progress=lambda _, done, __: told.append(done)
+        bridge, task="world", limit=6, conditions=["bridge", "none"], on_progress=lambda _, done, __: told.append(done)
     )
     assert list(report.conditions) == ["bridge", "none"] and told
     result = report.conditions["bridge"]
-    assert result.metric == "em" and 0 <= result.low <= result.value <= result.high <= 1
+    assert result.metric == "em" and result.low is not None and result.high is not None
+    assert 0 <= result.low <= result.value <= result.high <= 1
     report.save(tmp_path / "r.html")
     report.save(tmp_path / "deeper" / "r.json")
     assert f"{result.value:.3f}" in (tmp_path / "r.html").read_text()
@@ -202,17 +203,18 @@ def test_a_report_has_its_numbers_and_is_saved_as_a_page_or_as_json(bridge: late
 
 
 def test_an_evaluation_measures_what_the_command_measures(bridge: latentwire.Bridge) -> None:
-    from latentwire.bridge.evaluation.conditions import open_context
-    from latentwire.bridge.evaluation.report import evaluate
+    from latentwire.bridge.evaluation.context import open_context
+    from latentwire.bridge.evaluation.measure import measure
 
     ask: dict[str, Any] = {"limit": 8, "receiver": None, "dtype": "float16"}
-    there = evaluate(open_context("builtin", "world", **ask))
+    there = measure(open_context("builtin", "world", **ask), keep_examples=True)
     here = latentwire.evaluate(bridge, "world", limit=8).document
 
     def untimed(report: Any) -> Any:
         rows = {name: {**row, "ttft_ms": 0} for name, row in report["conditions"].items()}
-        return {**report, "conditions": rows}
+        return {**report, "conditions": rows, "about": {**report["about"], "command": None}}
 
+    assert here["about"]["command"] == "latentwire evaluate builtin --task world --limit 8 --dtype float16"
     assert untimed(here) == untimed(there)
 
 
@@ -240,3 +242,35 @@ def test_the_examples_of_a_public_name_run(name: str, tmp_path: Path, service: s
     for test in tests:
         runner.run(test, out=said.append)
     assert runner.failures == 0, "".join(said)
+
+
+def test_a_continuation_is_scored_as_it_is_said(bridge: latentwire.Bridge) -> None:
+    latents = bridge.encode(["Mara wants a cup of tea.", "Mara wants a new lamp."])
+    said = bridge.generate(latents, PROMPT, logprobs=0)
+    scored = bridge.score(latents, PROMPT, said.texts, logprobs=True)
+    assert [score.best for score in scored.scores] == [0, 1] and scored.usage.soft_tokens == said.usage.soft_tokens
+    for number, output in enumerate(said.outputs):
+        choice = scored[number][number]
+        assert output.logprobs is not None and choice.logprobs is not None
+        *tokens, ended = choice.logprobs
+        assert [token.token for token in tokens] == [token.token for token in output.logprobs]
+        near = pytest.approx([token.logprob for token in output.logprobs], abs=1e-3)
+        assert [token.logprob for token in tokens] == near
+        assert choice.token_count == output.token_count and ended.token in ("</s>", "<eos>", "<|endoftext|>")
+        assert sum(one.probability for one in scored[number].choices) == pytest.approx(1)
+        begun = bridge.score(latents[number], PROMPT, said.texts[number], end=False)[0][0]
+        assert begun.logprob == pytest.approx(choice.logprob - ended.logprob, abs=1e-3) and begun.logprobs is None
+
+
+@pytest.mark.parametrize(
+    "choices, named",
+    [
+        ([], "a choice is empty; expected one text or several"),
+        (["a", ""], "a choice is empty; expected one text or several"),
+        (" a" * 3000, "takes 3[0-9]* receiver tokens; 512 fit"),
+    ],
+)
+def test_choices_that_cannot_be_scored_are_named(bridge: latentwire.Bridge, choices: Any, named: str) -> None:
+    with pytest.raises(InvalidRequest, match=named) as caught:
+        bridge.score("Mara sings.", "Who?", choices)
+    assert "\n" not in str(caught.value)

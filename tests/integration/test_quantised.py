@@ -20,7 +20,7 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
 from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.errors import ModelUnavailable
-from latentwire.bridge.evaluation.conditions import open_context
+from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
 from latentwire.bridge.prompt import collate
 from latentwire.service.__main__ import main

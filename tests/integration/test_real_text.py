@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, open_context
-from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED
+from latentwire.bridge.evaluation.context import open_context
+from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.evaluation.tasks import load_task
 from latentwire.training.config import TrainConfig
 from latentwire.training.controls import train_controls
@@ -60,7 +61,7 @@ def test_a_bridge_between_pretrained_models_is_trained_and_measured_beside_every
     assert manifest.bridge.provenance.data_sha256 == load_task(task).data_sha256
     setting = open_context(config.out, task, limit=8, dtype="float16", receiver=None)
     assert {example.answer for example in setting.examples} == {" negative", " positive"}
-    report = evaluate(setting, trained=train_controls(setting, console))
+    report = measure(setting, trained=train_controls(setting, console))
     assert list(report["conditions"]) == [*CONDITIONS, *TRAINED] and report["n"] == 8
     assert all(row["metric"] == "accuracy" for row in report["conditions"].values())
     assert len(numbers(report)) > 40 and all(math.isfinite(number) for number in numbers(report))

@@ -11,7 +11,8 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import head_key, load_bridge, read_manifest
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
-from latentwire.bridge.evaluation.conditions import open_context, predict
+from latentwire.bridge.evaluation.conditions import predict
+from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import predicted_bytes
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.loop import train

@@ -38,7 +38,7 @@ LABELLED = """
 name = "few"
 kind = "classification"
 train = "rows.jsonl"
-test = "rows.jsonl"
+test = "test.jsonl"
 source = "{t}"
 prompt = "{latent}\\nKind:"
 label = "l"
@@ -50,6 +50,7 @@ def labelled(folder: Path, *labels: int) -> str:
     """A task with a row for each label."""
     rows = [json.dumps({"t": f"text {i}", "l": label}) for i, label in enumerate(labels)]
     (folder / "rows.jsonl").write_text("".join(row + "\n" for row in rows))
+    (folder / "test.jsonl").write_text('{"t": "not seen", "l": 0}\n')
     (folder / "task.toml").write_text(LABELLED)
     return str(folder / "task.toml")
 

@@ -13,8 +13,9 @@ import torch
 
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import save_bridge
-from latentwire.bridge.evaluation import report
-from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, open_context, predict
+from latentwire.bridge.evaluation import measure as measuring
+from latentwire.bridge.evaluation.conditions import CONDITIONS, predict
+from latentwire.bridge.evaluation.context import EvaluationContext, open_context
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.bridge.evaluation.tasks import Example
@@ -26,15 +27,16 @@ from latentwire.training.validation import metric_of, validate
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, prepared, quiet, said, step_of, task_of
 
-ROWS = [(f"Number {n}{' and so on' * n}.", f"\nWhich of {n}?", f" {n}") for n in range(1, 13)]
+ROWS = [(f"Number {n}{' and so on' * n}.", f"\nWhich of {chr(96 + n)}?", f" {n}") for n in range(1, 13)]
 
 
 def labelled(folder: Path) -> str:
     """A task of two labels, one of them rarer."""
     rows = [{"t": f"Review {n}: {'good' if n % 3 else 'bad'} film.", "y": int(n % 3 > 0)} for n in range(24)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text('{"t": "Not seen.", "y": 0}\n')
     (folder / "task.toml").write_text(
-        'name = "reviews"\nkind = "classification"\ntrain = "rows.jsonl"\ntest = "rows.jsonl"\n'
+        'name = "reviews"\nkind = "classification"\ntrain = "rows.jsonl"\ntest = "test.jsonl"\n'
         'source = "{t}"\nprompt = "{latent}\\nSentiment:"\nlabel = "y"\nlabels = ["negative", "positive"]\n'
     )
     return str(folder / "task.toml")
@@ -67,9 +69,9 @@ def losses_of(context: EvaluationContext) -> list[float]:
 def reported(run: Run) -> dict[str, Any]:
     """What an evaluation reports of the bridge; of its rivals only one, for they take long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "CONDITIONS", {name: CONDITIONS[name] for name in ("bridge", "none")})
-        patch.setattr(report, "TIMED_EXAMPLES", 1)
-        return dict(report.evaluate(context_of(run))["conditions"]["bridge"])
+        patch.setattr(measuring, "CONDITIONS", {name: CONDITIONS[name] for name in ("bridge", "none")})
+        patch.setattr(measuring, "TIMED_EXAMPLES", 1)
+        return dict(measuring.measure(context_of(run))["conditions"]["bridge"])
 
 
 def said_by(run: Run) -> list[str]:

@@ -45,7 +45,7 @@ def raising(app: FastAPI) -> Iterator[Callable[[Exception], TestClient]]:
 
 def test_every_deliberate_error_has_a_status_and_nothing_else_does() -> None:
     assert set(STATUS) == set(EVERY)
-    assert len(EVERY) == 20
+    assert len(EVERY) == 21
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:

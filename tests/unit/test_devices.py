@@ -12,7 +12,7 @@ import torch
 from latentwire.bridge import devices
 from latentwire.bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
 from latentwire.bridge.errors import InvalidRequest
-from latentwire.bridge.evaluation.conditions import open_context
+from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import FrozenLM
 from latentwire.service.__main__ import main
 from latentwire.service.inference.runtime import Runtime

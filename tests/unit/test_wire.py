@@ -45,7 +45,14 @@ def test_a_latent_comes_back_within_the_stated_error(shape: tuple[int, int, int]
     assert len(message) == wire.message_bytes(shape[0], shape[1], dtype)
     error = np.abs(back.latent.astype(np.float64) - latent)
     largest = np.abs(latent).max(axis=1, keepdims=True)
-    bound = {"float32": 0, "float16": np.abs(latent) * 2.0**-11 + 2.0**-25, "int8": largest / 254 * (1 + 1e-5)}[dtype]
+    groups = [latent[:, start : start + wire.GROUP] for start in range(0, shape[1], wire.GROUP)]
+    near = np.concatenate([np.abs(part).max(axis=1, keepdims=True).repeat(part.shape[1], 1) for part in groups], axis=1)
+    bound = {
+        "float32": 0,
+        "float16": np.abs(latent) * 2.0**-11 + 2.0**-25,
+        "int8": largest / 254 * (1 + 1e-5),
+        "int4": near / 14 * (1 + 2.0**-7) + 2.0**-22,  # the scale is a float16
+    }[dtype]
     assert (error <= bound).all()
 
 
@@ -123,6 +130,22 @@ def test_a_hostile_int8_scale_is_refused_behind_a_right_checksum(scale: float) -
             wire.decode(forged(2, 3, 2, data))
 
 
+def test_int4_scales_each_32_numbers_by_themselves_and_takes_4_and_a_half_bits_a_number() -> None:
+    latent = latent_of(3, 64)
+    latent[:, 32:] *= 1e-2
+    message = wire.encode(latent, BRIDGE, "int4")
+    error = np.abs(wire.decode(message).latent - latent)
+    assert error[:, 32:].max() < 3e-3 < 0.02 < error[:, :32].max()
+    assert len(message) - wire.HEADER.size == 3 * 64 * 4.5 / 8
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, 6e4])
+def test_a_hostile_int4_scale_is_refused_behind_a_right_checksum(scale: float) -> None:
+    data = np.array([0.5, scale], dtype="<f2").tobytes() + bytes([0x11, 0x01, 0x21, 0x01])
+    with pytest.raises(InvalidMessage, match=r"finite|RMS"):
+        wire.decode(forged(2, 3, 3, data))
+
+
 @each_dtype
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 1e5])
 def test_a_latent_that_could_not_be_decoded_is_not_sent(dtype: wire.DType, value: float) -> None:
@@ -186,5 +209,5 @@ def test_the_header_is_as_documented() -> None:
 
 def test_a_dtype_is_known_by_its_name() -> None:
     assert [wire.as_dtype(name) for name in DTYPES] == list(DTYPES)
-    with pytest.raises(InvalidRequest, match="'float64' is unknown; expected one of float32, float16, int8"):
+    with pytest.raises(InvalidRequest, match="'float64' is unknown; expected one of float32, float16, int8, int4"):
         wire.as_dtype("float64")

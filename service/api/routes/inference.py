@@ -1,4 +1,4 @@
-"""``POST /encode`` and ``POST /generate``."""
+"""``POST /encode``, ``POST /generate`` and ``POST /score``."""
 
 import base64
 import time
@@ -21,6 +21,7 @@ from latentwire.service.schemas.inference import (
     Timing,
     Usage,
 )
+from latentwire.service.schemas.scoring import ScoreRequest, ScoreResponse
 from latentwire.service.store.latents import CachedEncoding
 
 router = APIRouter(tags=["inference"])
@@ -109,6 +110,29 @@ async def run_generate(
     return await stream_response(request, work, events, seconds)
 
 
+@router.post("/score", response_model=ScoreResponse, response_model_exclude_none=True)
+async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+    """How likely a receiver finds each of some continuations of a prompt about latents, or about texts it will not see.
+
+    What the choices share is read once. Log-probabilities are in nats, natural logarithms.
+    """
+    runtime: Runtime = request.app.state.runtime
+    runtime.check_open()
+    bridge = runtime.find(body.bridge)
+    receiver = bridge.receiver(body.receiver)
+    check_limits(runtime, body)
+    handler = RequestHandler(runtime, request.state.caller.name, bridge)
+
+    async def work() -> ScoreResponse:
+        with runtime.admission.admit(len(body.inputs)):
+            try:
+                return await handler.score(receiver, body)
+            finally:
+                await charge(request, handler.usage)
+
+    return await run_while_connected(request, work(), deadline(request, body.timeout_seconds))
+
+
 async def charge(request: Request, usage: Usage) -> None:
     """Count the tokens of a request for its tenant's limit; afterwards, since they are not known before."""
     runtime: Runtime = request.app.state.runtime
@@ -122,7 +146,10 @@ async def _encode(handler: RequestHandler, body: EncodeRequest, *, raw: bool) ->
     encodings = await handler.encode(rows, body.dtype)
     encode_ms = ms_since(started)
     handler.runtime.metrics.tokens.labels("source").inc(handler.usage.source_tokens)
-    ids = await handler.store_messages([one.message for one in encodings]) if body.store else None
+    kept = (
+        await handler.keep(list(zip(body.inputs, encodings, strict=True)), handler.ttl_seconds) if body.store else None
+    )
+    ids = None if kept is None else [latent.id for latent in kept]
     if raw:
         headers = {"x-message-bytes": ",".join(str(len(one.message)) for one in encodings)}
         if ids is not None:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from latentwire.bridge.checkpoint import make_bridge, read_manifest, save_bridge
 from latentwire.bridge.errors import ModelUnavailable
-from latentwire.bridge.evaluation.conditions import open_context
+from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import TEXT
 from latentwire.service.app import create_app

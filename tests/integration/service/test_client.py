@@ -633,6 +633,10 @@ def test_the_service_answers_the_same_to_every_form_of_an_input(connect: Connect
     said = client.generate(forms, "Where?", max_tokens=8, request_id="mine")
     assert len(said.texts) == 4 and len(set(said.texts)) == 1
     assert said.request_id == "mine" and said.diversity is not None and said.diversity.outputs == 4
+    scored = client.score(forms, "Where?", [" Rome", " Paris"], logprobs=True, request_id="mine")
+    assert len(scored) == 4 and scored.request_id == "mine" and len({score.best for score in scored.scores}) == 1
+    assert [len(choice.logprobs or ()) for choice in scored[0].choices] == [6, 7]
+    assert client.score(latent, "Where?", " Rome", end=False)[0][0].token_count == 5
     assert [each.name for each in client.bridges()] == ["tiny"]
     assert client.ready() and client.live()
 

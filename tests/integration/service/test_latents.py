@@ -1,0 +1,198 @@
+"""``/latents`` over the real application: encode once, keep, ask many times."""
+
+import base64
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+
+from latentwire.bridge import wire
+from latentwire.service.app import create_app
+from latentwire.service.auth.keys import hash_of, key_line
+from latentwire.service.client.client import Client
+from latentwire.service.client.types import KeptLatent
+from latentwire.service.settings import Settings
+from tests.integration.service.conftest import wait_until_ready
+from tests.integration.service.test_storm import listening
+
+Refused = Callable[..., dict[str, Any]]
+Start = Callable[..., TestClient]
+TEXTS = ["Mara lives in Rome.", "Zoë"]
+ASKED = {"prompt": "Where?", "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """One service that keeps latents on disk."""
+    app = create_app(Settings(store_dir=tmp_path_factory.mktemp("kept")), {"tiny": str(checkpoint)})
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+        wait_until_ready(client)
+        yield client
+
+
+def keep(client: TestClient, *inputs: Any, **options: Any) -> list[dict[str, Any]]:
+    each = [{"text": one} if isinstance(one, str) else one for one in inputs]
+    response = client.post("/latents", json={"inputs": each, **options})
+    assert response.status_code == 200, response.text
+    kept: list[dict[str, Any]] = response.json()["latents"]
+    return kept
+
+
+def ask(client: TestClient, *inputs: dict[str, str]) -> list[str]:
+    response = client.post("/generate", json={"inputs": inputs, **ASKED})
+    assert response.status_code == 200, response.text
+    return [output["text"] for output in response.json()["outputs"]]
+
+
+def test_texts_are_kept_under_ids_that_are_asked_as_often_as_one_likes(client: TestClient) -> None:
+    first, second = keep(client, *TEXTS)
+    assert (first["source_tokens"], first["source_bytes"], first["shape"]) == (
+        len(TEXTS[0]) + 1,
+        len(TEXTS[0]),
+        [5, 16],
+    )
+    assert (second["bridge"], second["dtype"], second["truncated"]) == ("tiny", "float16", False)
+    assert second["bridge_id"] == client.get("/bridges/tiny").json()["bridge_id"]
+    read = ask(client, *({"text": text} for text in TEXTS))
+    for _ in range(2):
+        assert ask(client, {"latent_id": first["id"]}, {"latent_id": second["id"]}) == read
+
+
+def test_a_kept_latent_is_given_back_whole_and_as_bytes(client: TestClient) -> None:
+    (kept,) = keep(client, TEXTS[0], dtype="int8")
+    one = client.get(f"/latents/{kept['id']}").json()
+    data = base64.b64decode(one.pop("data"))
+    assert one == kept and len(data) == kept["bytes"]
+    assert wire.decode(data).dtype == kept["dtype"] == "int8"
+    raw = client.get(f"/latents/{kept['id']}", headers={"accept": "application/octet-stream"})
+    assert (raw.content, raw.headers["content-type"]) == (data, "application/octet-stream")
+
+
+def test_the_same_text_bridge_and_dtype_have_the_same_id_whatever_they_are_read_with(start: Start) -> None:
+    client = start(Settings(encode_cache=False))
+    (alone,) = keep(client, TEXTS[0])
+    among = keep(client, "a much longer text " * 6, TEXTS[0], TEXTS[1], truncate=True)[1]
+    stored = client.post("/encode", json={"inputs": TEXTS[:1], "store": True}).json()["latents"][0]
+    assert alone["id"] == among["id"] == stored["id"]
+    assert len({alone["id"], keep(client, TEXTS[0], dtype="float32")[0]["id"], keep(client, TEXTS[1])[0]["id"]}) == 3
+
+
+def test_a_message_made_elsewhere_is_kept_beside_texts(client: TestClient) -> None:
+    made = client.post("/encode", json={"inputs": TEXTS}).json()["latents"]
+    of_text, of_message = keep(client, TEXTS[0], {"latent": made[1]["data"]})
+    assert of_message["id"] == keep(client, {"latent": made[1]["data"]})[0]["id"] != of_text["id"]
+    assert (of_message["source_tokens"], of_message["source_bytes"]) == (None, None)
+    assert client.get(f"/latents/{of_message['id']}").json()["data"] == made[1]["data"]
+
+
+def test_kept_latents_are_listed_page_by_page_and_gone_when_deleted(start: Start) -> None:
+    client = start()
+    ids = sorted(one["id"] for one in keep(client, *(f"text {i}" for i in range(5))))
+    first = client.get("/latents", params={"limit": 3}).json()
+    second = client.get("/latents", params={"limit": 3, "after": first["next"]}).json()
+    assert [one["id"] for one in first["latents"] + second["latents"]] == ids
+    assert (first["next"], second["next"]) == (ids[2], None)
+    assert client.delete(f"/latents/{ids[0]}").json() == first["latents"][0]
+    assert client.get(f"/latents/{ids[0]}").status_code == client.delete(f"/latents/{ids[0]}").status_code == 404
+    assert [one["id"] for one in client.get("/latents").json()["latents"]] == ids[1:]
+
+
+def test_they_are_kept_for_the_callers_time_or_the_operators_or_for_ever(start: Start) -> None:
+    client = start(Settings(store_ttl=600))
+    for seconds, options in ((60, {"ttl_seconds": 60}), (600, {})):
+        (kept,) = keep(client, TEXTS[0], **options)
+        created, expires = (datetime.fromisoformat(kept[name]) for name in ("created", "expires"))
+        assert expires - created == timedelta(seconds=seconds)
+    assert keep(client, TEXTS[0], ttl_seconds="forever")[0]["expires"] is None
+    assert keep(start(Settings(store_ttl="forever")), TEXTS[0])[0]["expires"] is None
+
+
+def test_latents_on_disk_outlive_the_service_and_are_shared_by_those_beside_it(start: Start, tmp_path: Path) -> None:
+    settings = Settings(store_dir=tmp_path / "kept")
+    one, other = start(settings), start(settings)
+    (kept,) = keep(one, TEXTS[0], ttl_seconds="forever")
+    answer = ask(one, {"latent_id": kept["id"]})
+    assert ask(other, {"latent_id": kept["id"]}) == answer
+    again = start(settings)
+    assert again.get("/latents").json()["latents"] == [kept]
+    assert ask(again, {"latent_id": kept["id"]}) == answer
+
+
+def test_no_tenant_sees_asks_or_deletes_what_another_one_keeps(start: Start) -> None:
+    lines = [key_line(name, hash_of(name.encode()), ["infer"]) for name in ("mine", "yours")]
+    client = start(Settings(api_keys=SecretStr("\n".join(lines))), ready=False)
+
+    def as_(name: str) -> TestClient:
+        client.headers["authorization"] = f"Bearer {name}"
+        return client
+
+    wait_until_ready(as_("mine"))
+    (kept,) = keep(as_("mine"), TEXTS[0])
+    assert keep(as_("yours"), TEXTS[1])[0]["id"] != kept["id"]
+    where = f"/latents/{kept['id']}"
+    assert as_("yours").get(where).status_code == as_("yours").delete(where).status_code == 404
+    body = {"inputs": [{"latent_id": kept["id"]}], **ASKED}
+    assert as_("yours").post("/generate", json=body).status_code == 404
+    assert [one["id"] for one in as_("mine").get("/latents").json()["latents"]] == [kept["id"]]
+    assert as_("nobody").get("/latents").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "said"),
+    [
+        ({"inputs": []}, 422, "inputs", "at least 1"),
+        ({"inputs": ["a"]}, 422, "inputs.0", "valid dictionary"),
+        ({"inputs": [{}]}, 422, "inputs.0", "exactly one of text and latent"),
+        ({"inputs": [{"text": "a", "latent": "b"}]}, 422, "inputs.0", "exactly one of text and latent"),
+        ({"inputs": [{"text": " "}]}, 422, "inputs.0.text", "' ' is empty"),
+        ({"inputs": [{"text": "a"}, {"latent": "?"}]}, 422, "inputs.1.latent", "'?' is not base64"),
+        ({"inputs": [{"latent": "AAAA"}]}, 422, "inputs.0.latent", "3 bytes"),
+        ({"inputs": [{"text": "a"}] * 65}, 413, "inputs", "65; at most 64"),
+        ({"inputs": [{"text": "a" * 100_001}]}, 413, "inputs.0.text", "100001 characters"),
+        ({"inputs": [{"text": "a"}], "ttl_seconds": 0}, 422, "ttl_seconds", "greater than 0"),
+        ({"inputs": [{"text": "a"}], "ttl_seconds": "never"}, 422, "ttl_seconds", "'never'"),
+        ({"inputs": [{"text": "a"}], "bridge": "other"}, 404, "bridge", "'other'; there are tiny"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_and_named_and_nothing_is_kept(
+    client: TestClient, refused: Refused, body: dict[str, Any], status: int, param: str, said: str
+) -> None:
+    before = client.get("/latents").json()
+    error = refused("/latents", status, json=body)
+    assert error["param"] == param
+    assert said in error["message"]
+    assert client.get("/latents").json() == before
+
+
+@pytest.mark.parametrize("name", ["lat_" + "0" * 32, "x", "a/b", "%00"])
+def test_what_is_not_kept_is_not_found(client: TestClient, name: str) -> None:
+    for response in (client.get(f"/latents/{name}"), client.delete(f"/latents/{name}")):
+        assert response.status_code == 404
+        assert "no latent is stored under" in response.json()["error"]["message"]
+
+
+def test_a_latent_of_another_bridge_is_not_kept(client: TestClient, refused: Refused) -> None:
+    message = base64.b64encode(wire.encode(np.ones((2, 16), np.float32), "0" * 32)).decode()
+    assert "of bridge 000" in refused("/latents", 409, json={"inputs": [{"latent": message}]})["message"]
+
+
+def test_the_client_keeps_lists_asks_and_deletes(checkpoint: Path) -> None:
+    with listening(create_app(Settings(), {"tiny": str(checkpoint)})) as port:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            kept = client.keep([*TEXTS, client.encode("Ben").latents[0]], ttl_seconds="forever", dtype="float32")
+            assert all(isinstance(one, KeptLatent) for one in kept)
+            assert {one.id for one in client.latents()} == {one.id for one in kept}
+            assert (
+                client.generate(kept, "Where?", max_tokens=4).texts
+                == client.generate([*TEXTS, "Ben"], "Where?", max_tokens=4).texts
+            )
+            whole = client.latent(kept[0].id)
+            assert whole.data is not None and wire.decode(whole.data).latent.shape == kept[0].shape
+            assert client.delete_latent(kept[0].id) == kept[0]
+            assert kept[0].id not in {one.id for one in client.latents()}
