@@ -21,6 +21,7 @@ from latentwire.service.cli.corpus import app as corpus
 from latentwire.service.cli.infer import encode, generate, score
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
+from latentwire.service.cli.report import COMPARISON, WIDE, compared, report, report_files, say_written
 from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY
@@ -46,7 +47,6 @@ app.add_typer(corpus, name="corpus")
 out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
-WIDE = 150  # columns in which a table has room for explanations
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
@@ -182,10 +182,15 @@ def export(
 
 @app.command()
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT…", help="Checkpoint folders, or 'builtin'; several are compared.")
+    ],
     task: Annotated[str, typer.Option(help="'world' or a task file (.toml).")],
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N test examples.")] = None,
-    out_: Annotated[Path | None, typer.Option("--out", help="Write the report here as JSON.")] = None,
+    out_: Annotated[
+        Path | None,
+        typer.Option("--out", help="The report: JSON, or a page (.html). Of several checkpoints, a folder for them."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8, int4 or float32.")] = "float16",
     receiver: Receiver = None,
     device: Annotated[
@@ -205,25 +210,34 @@ def evaluate(
     debug_topk: Annotated[int, typer.Option(min=0, help="Print the N likeliest first answer tokens.")] = 0,
 ) -> None:
     """Measure a bridge against every condition, and print one table."""
+    from latentwire.bridge.checkpoint import read_manifest
     from latentwire.bridge.evaluation.conditions import TRAINED
     from latentwire.bridge.evaluation.debug import shown
-    from latentwire.bridge.evaluation.report import write_report
+    from latentwire.bridge.evaluation.html import save
     from latentwire.training.controls import train_controls
 
     configure("debug" if debug else log_level, console=errors)
-    if out_ is not None:
-        _check_writable(out_)
-    context = _open(checkpoint, task, limit, dtype, receiver, device, precision)
+    files = report_files(checkpoints, out_)
+    for planned in filter(None, files.values()):
+        _check_writable(planned)
+    for checkpoint in checkpoints:  # one that is not there is named before the first is measured
+        read_manifest(checkpoint)
     first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
-    for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
-        _say(line)
-    trained = train_controls(context, out, TRAINED if controls else control or ())
-    report = _measure(context, trained)
-    if out_ is not None:
-        write_report(out_, report)
-        _say(f"wrote {out_}")
+    documents = {}
+    for checkpoint, file in files.items():
+        context = _open(checkpoint, task, limit, dtype, receiver, device, precision)
+        for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
+            _say(line)
+        trained = train_controls(context, out, TRAINED if controls else control or ())
+        document = documents[str(file or checkpoint)] = _measure(context, trained)
+        if file is not None:
+            save(file, document)
+            say_written(file, out)
+    if len(documents) > 1:
+        compared(documents, None if out_ is None else out_ / COMPARISON, out)
 
 
+app.command()(report)
 app.command()(encode)
 app.command()(generate)
 app.command()(score)
@@ -346,9 +360,9 @@ def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext
 
     with progress_bar(out) as progress:
         command = shlex.join(["latentwire", *sys.argv[1:]])
-        report = measure(context, trained=trained, progress=progress, keep_examples=True, command=command)
-    out.print(table(report, explained=out.width >= WIDE))
-    return report
+        document = measure(context, trained=trained, progress=progress, keep_examples=True, command=command)
+    out.print(table(document, explained=out.width >= WIDE))
+    return document
 
 
 def main() -> None:

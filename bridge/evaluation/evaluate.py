@@ -17,9 +17,9 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.conditions import CONDITIONS
 from latentwire.bridge.evaluation.context import EvaluationContext, Lender, check_room
 from latentwire.bridge.evaluation.heldout import check_labels, held_out
-from latentwire.bridge.evaluation.html import page
+from latentwire.bridge.evaluation.html import save
 from latentwire.bridge.evaluation.measure import Progress, measure
-from latentwire.bridge.evaluation.report import table, write_report, write_text
+from latentwire.bridge.evaluation.report import table
 from latentwire.bridge.evaluation.tasks import Task, load_task
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader
@@ -82,11 +82,7 @@ class Report:
         Raises:
             InvalidRequest: The file cannot be written.
         """
-        if Path(path).suffix.lower() not in (".html", ".htm"):
-            write_report(Path(path), self.document)
-            return
-        title = f"{self.document['checkpoint']} on {self.document['task']}"
-        write_text(Path(path), page(self.document, title=title, facts={"examples": str(self.document["n"])}))
+        save(Path(path), self.document)
 
     def __repr__(self) -> str:
         return f"Report({self.document['checkpoint']} on {self.document['task']}: {', '.join(self.conditions)})"

@@ -16,6 +16,7 @@ from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, Conditi
 from latentwire.bridge.evaluation.context import EvaluationContext, Reading
 from latentwire.bridge.evaluation.leaks import CHECKED, check_answers, check_inputs
 from latentwire.bridge.evaluation.metrics import metrics_of
+from latentwire.bridge.evaluation.slots import pictures
 from latentwire.bridge.evaluation.statistics import compared, interval, ratio, resampled, share_of_gain
 from latentwire.bridge.reader import text_ids
 from latentwire.bridge.sampling import SamplingParams
@@ -80,7 +81,7 @@ def measure(
         1, null where there is no gain, no other source (``mismatched`` is then left out) or one of the three was not
         asked for; ``sender_share``: the same against the bridge of an untrained sender; each with its interval;
         ``checks``: on how many examples ``leaks`` looked; ``about``: versions, models, data and recipe;
-        ``examples``, where they are kept.
+        ``examples``, where they are kept, and ``slots.pictures`` of the bridge's latents.
 
     Raises:
         LeakFound: An answer reaches the receiver around the bridge.
@@ -88,6 +89,7 @@ def measure(
     read = _read_all(context, CONDITIONS if conditions is None else conditions, trained or {}, progress)
     # While the sender is still there; the others ask a receiver.
     by_sender = {name: _measure(name, r, progress) for name, r in read.items() if r.context.receiver is context.sender}
+    pictured = pictures(context) if keep_examples and "bridge" in read else {}
     measured: dict[str, dict[str, Any]] = {}
     scores: dict[str, list[float]] = {}
     examples: list[dict[str, Any]] = [
@@ -117,7 +119,7 @@ def measure(
             example["said"][name], example["scores"][name] = text, score
         report |= _summary(scores)
         partial({**report, "conditions": dict(measured)})
-    return {**report, "examples": examples} if keep_examples else report
+    return {**report, "examples": examples, **pictured} if keep_examples else report
 
 
 def _summary(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:

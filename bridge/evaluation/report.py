@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.evaluation.compare import Comparison, Entry
 from latentwire.bridge.evaluation.conditions import meaning_of
 from latentwire.bridge.evaluation.heldout import WHY
 from latentwire.bridge.evaluation.metrics import METRICS, Metric
@@ -32,6 +33,26 @@ def write_text(path: Path, text: str) -> None:
         replace_file(path, text.encode())
     except OSError as error:
         raise InvalidRequest(f"the report {str(path)!r} cannot be written: {error.strerror}", param="out") from None
+
+
+LATER: dict[str, Any] = {
+    "headline": None,
+    "comparisons": {},
+    "content_share_interval": None,
+    "sender_share": None,
+    "sender_share_interval": None,
+    "dropped": {},
+    "about": None,
+    "examples": None,
+    "slots": None,
+    "latents": None,
+}
+"""What a report may lack: one without examples, or an older one that a service still keeps."""
+
+
+def completed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report that has all of ``LATER``."""
+    return {**LATER, **report}
 
 
 def others_in(report: Mapping[str, Any]) -> list[Metric]:
@@ -84,22 +105,83 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if headline is not None and headline["ratio"] is not None:
         found = spread(headline["low"], headline["high"])
         lines.append(f"bridge / {headline['against']}: {headline['ratio']:.3f} ({found})")
-    for name in headline["missing"] if headline is not None else ():
-        lines.append(f"no {name!r} in this table, which may be the better of the two")
-    for share, rival in (("content_share", "another example's latent"), ("sender_share", "an untrained sender")):
-        if report[share] is not None:
-            found = spread(*(report[f"{share}_interval"] or (None, None)))
-            lines.append(f"share of the gain over 'none' that {rival} does not give: {report[share]:.2f} ({found})")
+    lines += [f"{name}: {text}" for name, text in shares(report).items()]
     lines.append(
         f"{report['source_tokens_per_soft_token']:.1f} sender tokens ({report['receiver_tokens_per_soft_token']:.1f} "
         f"receiver tokens) per soft token; bytes: latent {sizes['latent']:.0f}, source {sizes['source']:.0f}, "
         f"receiver KV {sizes['receiver_kv']:.0f}"
         + (f"; {report['truncated']} sources cut" if report["truncated"] else "")
     )
+    return lines + caveats(report)
+
+
+def shares(report: Mapping[str, Any]) -> dict[str, str]:
+    """Which part of the gain over ``none`` the latent's content gives, and the sender's understanding, by name."""
+    made = {}
+    for share, rival in (("content_share", "another example's latent"), ("sender_share", "an untrained sender")):
+        if report[share] is not None:
+            found = spread(*(report[f"{share}_interval"] or (None, None)))
+            made[f"share of the gain over 'none' that {rival} does not give"] = f"{report[share]:.2f} ({found})"
+    return made
+
+
+def caveats(report: Mapping[str, Any]) -> list[str]:
+    """What has to be known to read the figures; one line each."""
+    lines = []
+    for name in report["headline"]["missing"] if report["headline"] is not None else ():
+        lines.append(f"no {name!r} in this table, which may be the better of the two")
     if report["n"] < FEWEST:
         lines.append(f"{report['n']} held-out examples are too few for intervals; {FEWEST} are needed")
     for why, count in report["dropped"].items():
-        lines.append(f"{count} test examples left out: {WHY[why]}")
+        lines.append(f"{count} test examples left out: {WHY.get(why, why)}")
     if any(row["p"] < 1 - LEVEL for row in report["comparisons"].values()):
         lines.append("* p < .05, adjusted for the number of conditions (Holm)")
     return lines
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Evaluations beside each other, a column each."""
+    out = Table(
+        title=escape(f"{comparison.task}, {comparison.n} held-out examples, the same for all"),
+        caption=escape("\n".join(comparison.notes)),
+        caption_justify="left",
+    )
+    out.add_column("condition", no_wrap=True)
+    for entry in comparison.entries:
+        out.add_column(escape(entry.name), justify="right")
+    for name in comparison.conditions:
+        cells = [_cell(entry, name) for entry in comparison.entries]
+        out.add_row(name, *cells, style="bold" if name == "bridge" else None)
+    out.add_section()
+    for name, texts in facts_of(comparison).items():
+        out.add_row(name, *map(escape, texts))
+    return out
+
+
+def _cell(entry: Entry, condition: str) -> str:
+    found = entry.estimate(condition)
+    if found is None:
+        return ""
+    return f"{found.value:.3f}" + ("" if found.low is None else f"\n[dim]{spread(found.low, found.high)}[/dim]")
+
+
+def facts_of(comparison: Comparison) -> dict[str, list[str]]:
+    """What a comparison says of each entry beside its scores, by what it is."""
+    entries = comparison.entries
+    rows = {
+        "bridge / text": [_headline(entry) for entry in entries],
+        "ahead of the first": [
+            ahead(comparison.ahead[entry.name]).strip() if entry.name in comparison.ahead else "–" for entry in entries
+        ],
+        "tokens per soft token": [f"{entry.mean('receiver_tokens_per_soft_token'):.1f}" for entry in entries],
+        "latent bytes": [f"{entry.mean('bytes', 'latent'):,.0f}" for entry in entries],
+        "source bytes": [f"{entry.mean('bytes', 'source'):,.0f}" for entry in entries],
+        "seeds": [", ".join(map(str, entry.seeds)) for entry in entries],
+    }
+    return {name: cells for name, cells in rows.items() if len(entries) > 1 or name != "ahead of the first"}
+
+
+def _headline(entry: Entry) -> str:
+    ratios = [document["headline"]["ratio"] for document in entry.documents if document["headline"]]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return f"{sum(known) / len(known):.3f} ({entry.text})" if known else "–"

@@ -122,9 +122,9 @@ def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def inference(path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | KeepOptions) -> Call:
-
-def inference(path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | ScoreOptions) -> Call:
+def inference(
+    path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | KeepOptions | ScoreOptions
+) -> Call:
     """A request for work; its deadline goes along, and leaves the service's own refusal time to arrive."""
     given = without_none(options)
     request_id, seconds = given.pop("request_id", None), given.get("timeout_seconds")
