@@ -125,7 +125,7 @@ def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[o
     ]  # fmt: skip
 
 
-HERE = ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "score", "inspect")
+HERE = ("train", "plan", "plot", "export", "evaluate", "report", "encode", "generate", "score", "inspect")
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in HERE)])
@@ -169,6 +169,7 @@ def test_help_lists_every_command_and_needs_no_torch() -> None:
         "plot",
         "export",
         "evaluate",
+        "report",
         "encode",
         "generate",
         "score",
