@@ -147,6 +147,9 @@ class Settings(BaseSettings):
         3600.0, description="How long a latent is kept whose caller does not say, seconds; or forever."
     )
 
+    corpus_dir: Path | None = Field(
+        None, description="Serve the corpora in this folder: the document ID of NAME.lw is the latent_id NAME/ID."
+    )
     tasks: dict[str, str] = Field({}, description="Tasks that may be evaluated, by name: files, as a JSON object.")
     jobs_dir: Path | None = Field(
         None, description="Without Redis: keep evaluations in this folder, so that they outlive the service."
