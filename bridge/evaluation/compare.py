@@ -12,7 +12,7 @@ import numpy as np
 
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.plots import Plot, Point, against
-from latentwire.bridge.evaluation.statistics import compared, over_seeds
+from latentwire.bridge.evaluation.statistics import LEVEL, compared, over_seeds
 
 Document = Mapping[str, Any]
 FEWEST_SEEDS = 3
@@ -44,13 +44,17 @@ class Entry:
         return self.documents[0]
 
     def estimate(self, condition: str) -> Estimate | None:
-        """The score under a condition: over the examples of one report, or the mean over seeds; None without it."""
+        """The score under a condition, the mean over the seeds; None without it.
+
+        Its interval is over the seeds where they differ; else, as of a condition without a bridge, over the examples.
+        """
         rows = [document["conditions"][condition] for document in self.documents if condition in document["conditions"]]
         if not rows:
             return None
-        if len(rows) == 1:
-            return Estimate(rows[0]["value"], rows[0]["low"], rows[0]["high"])
-        value, interval = over_seeds([row["value"] for row in rows])
+        values = [row["value"] for row in rows]
+        if len(set(values)) == 1:
+            return Estimate(values[0], rows[0]["low"], rows[0]["high"])
+        value, interval = over_seeds(values)
         return Estimate(value, *(interval or (None, None)))
 
     def mean(self, *keys: str) -> float:
@@ -62,6 +66,12 @@ class Entry:
         """The better condition in which the receiver reads the source, if there is one."""
         headline = self.first["headline"]
         return None if headline is None else str(headline["against"])
+
+    @property
+    def missing(self) -> list[str]:
+        """Which of those conditions were not measured, where one was."""
+        headline = self.first["headline"]
+        return [] if headline is None else list(headline["missing"])
 
     @cached_property
     def scores(self) -> list[float] | None:
@@ -136,8 +146,16 @@ def compare(reports: Mapping[str, Document]) -> Comparison:
                 f"{entry.name}: {len(entry.documents)} seeds are too few for an interval; {FEWEST_SEEDS} needed"
             )
     if any(len(entry.documents) > 1 for entry in entries):
-        notes.append("of several seeds: the mean, and Student's t interval over the seeds; else over the examples")
-    return Comparison(reports[first]["task"], reports[first]["n"], entries, _ahead(entries), notes)
+        notes.append(
+            "of several seeds: the mean, with Student's t interval over the seeds; over the examples where they agree"
+        )
+    for text in dict.fromkeys(name for entry in entries for name in entry.missing):
+        lacking = ", ".join(entry.name for entry in entries if text in entry.missing)
+        notes.append(f"no {text!r} of {lacking}, which may be the better of the two")
+    lead = _ahead(entries)
+    if any(row["p"] < 1 - LEVEL for row in lead.values()):
+        notes.append("* p < .05, adjusted for the number of bridges (Holm)")
+    return Comparison(reports[first]["task"], reports[first]["n"], entries, lead, notes)
 
 
 def _check_comparable(first: str, one: Document, name: str, other: Document) -> None:

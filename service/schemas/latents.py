@@ -1,30 +1,22 @@
 """What goes over HTTP about kept latents, in and out."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field
 
 from latentwire.bridge import wire
-from latentwire.service.schemas.inference import FAIL_FAST, Deadline, Strict, Timing, Usage, one_of
+from latentwire.service.schemas.inference import FAIL_FAST, Deadline, OneOf, Strict, Timing, Usage
 from latentwire.service.store.latents import KeptLatent
 
 Ttl = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["forever"]
 
 
-class KeepInput(Strict):
+class KeepInput(OneOf):
     """One thing to keep: a text, or a latent that was made before."""
-
-    model_config = ConfigDict(json_schema_extra=one_of)
 
     text: str | None = Field(None, description="A text; the sender reads it, and its latent is kept.")
     latent: str | None = Field(None, description="A message of this bridge, base64.")
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.text is None) == (self.latent is None):
-            raise ValueError("give exactly one of text and latent")
-        return self
 
 
 class KeepRequest(Strict):
@@ -58,8 +50,9 @@ class KeptLatentOut(BaseModel):
     source_tokens: int | None = Field(description="Sender tokens read; null of a message that was made elsewhere.")
     source_bytes: int | None
     truncated: bool
-    created: datetime | None = None
+    created: datetime | None = Field(None, description="When it was kept; null of a document of a corpus.")
     expires: datetime | None = Field(None, description="Until when it is kept; null for ever, as far as room goes.")
+    metadata: dict[str, Any] | None = Field(None, description="What the corpus says of the document.")
 
     @classmethod
     def facts_of(cls, kept: KeptLatent, bridges: dict[str, str]) -> dict[str, Any]:
@@ -76,7 +69,8 @@ class KeptLatentOut(BaseModel):
             "source_bytes": kept.source_bytes,
             "truncated": kept.truncated,
             "created": _time(kept.created),
-            "expires": None if kept.expires is None else _time(kept.expires),
+            "expires": _time(kept.expires),
+            "metadata": kept.metadata,
         }
 
 
@@ -84,6 +78,7 @@ class KeptLatentData(KeptLatentOut):
     """A latent that is kept, with its message."""
 
     data: str = Field(description="The message, base64.")
+    text: str | None = Field(None, description="The document itself, where the corpus keeps texts.")
 
 
 class KeepResponse(BaseModel):
@@ -102,5 +97,5 @@ class LatentPage(BaseModel):
     next: str | None = Field(description="What to give as `after` for those that follow; null at the end.")
 
 
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -18,9 +18,11 @@ from typing import Any
 import httpx
 import pytest
 from click import Command, Group
+from lm_eval._cli import HarnessCLI
 from rich.console import Console
 from typer.main import get_command
 
+from latentwire.bridge.corpus import Corpus
 from latentwire.bridge.evaluation.tasks import TaskFile, world_task
 from latentwire.service.__main__ import app, main
 from latentwire.service.cli.demo import ask, running
@@ -32,7 +34,7 @@ from tests.ports import free_port
 QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--limit", "4"]}
 SMALL = {**QUICK, "train": [*QUICK["train"], "--validation-examples", "2", "--max-source-tokens", "64", "--cache", "c"]}
 TRAINING = ROOT / "docs" / "training.md"
-PROGRAMS = {"curl", "docker", "latentwire", "make", "sbatch", "torchrun"} | {
+PROGRAMS = {"curl", "docker", "latentwire", "latentwire-lm-eval", "make", "sbatch", "torchrun"} | {
     f".venv/bin/{name}" for name in ("pytest", "python", "ruff")
 }
 # What the guide names and a test cannot have: models and layers of the Hub.
@@ -98,6 +100,21 @@ def news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_the_block_about_corpora_works_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block for block in blocks(ROOT / "docs" / "serving.md") if "--input" in block.code]
+    lines = [json.dumps({"id": name, "title": name, "text": f"{name} lives in Rome."}) for name in ("Ben", "Mara")]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    for command in block.commands[:-1]:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code in (0, None), command
+    assert block.commands[-1] == ["latentwire", "serve", "--corpus", "corpora"]
+    (served,) = (tmp_path / "corpora").iterdir()
+    assert list(Corpus(served)) == ["Ben", "Mara"] and (tmp_path / "facts.parquet").is_file()
+
+
 @pytest.mark.parametrize("part", ["--sender Qwen", "latentwire plan"])
 def test_the_blocks_about_a_task_of_ones_own_work_from_top_to_bottom(
     news: Path, monkeypatch: pytest.MonkeyPatch, part: str
@@ -138,6 +155,12 @@ def test_every_flag_in_the_documents_exists() -> None:
     assert len(typed) >= 20
     for command in typed:
         parsed(get_command(app), command[1:])
+
+
+def test_the_harness_is_called_as_the_documents_say() -> None:
+    (command,) = commands("latentwire-lm-eval")
+    asked = HarnessCLI()._parser.parse_args(command[1:])
+    assert asked.model == "latentwire" and asked.model_args == {"checkpoint": "builtin", "condition": "bridge"}
 
 
 def test_every_make_target_in_the_documents_exists() -> None:

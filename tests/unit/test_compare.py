@@ -47,10 +47,11 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         ("{}", "no report of an evaluation: checkpoint: Field required"),
         (json.dumps({**document(), "n": "6"}), "no report of an evaluation: n: Input should be a valid integer"),
         (json.dumps({**document(), "n": 5}), "no report of an evaluation: the document: Value error, n is 5"),
+        (json.dumps(document()).replace('"none": 0.0', '"nine": 0.0'), "Value error, an example has nothing of 'none'"),
         (json.dumps({**document(), "conditions": {}}), "no report of an evaluation: conditions: Dictionary should"),
         (json.dumps(document()).replace("0.6666666666666666", "NaN"), "conditions.bridge.value: Input should be a f"),
     ],
-    ids=["empty", "cut", "deep", "bytes", "a list", "an object", "a text", "too few", "no row", "NaN"],
+    ids=["empty", "cut", "deep", "bytes", "a list", "an object", "a text", "too few", "no score", "no row", "NaN"],
 )  # fmt: skip
 def test_what_is_no_report_is_refused_in_one_line_that_names_the_file(tmp_path: Path, text: str, why: str) -> None:
     file = tmp_path / "odd.json"
@@ -84,11 +85,17 @@ def test_reports_of_one_recipe_are_one_entry_with_the_mean_over_their_seeds() ->
 
 
 def test_two_seeds_have_a_mean_and_no_interval_and_that_is_said() -> None:
-    found = compare({f"{seed}.json": document(seed=seed) for seed in (0, 1)})
+    found = compare({f"{seed}.json": document(seed=seed, bridge=[1] * seed + [0] * (6 - seed)) for seed in (0, 1)})
     (entry,) = found.entries
-    assert entry.estimate("bridge") == (pytest.approx(4 / 6), None, None)
+    assert entry.estimate("bridge") == (pytest.approx(0.5 / 6), None, None)
     assert "0 (2 seeds): 2 seeds are too few for an interval; 3 needed" in found.notes
     assert "too few" in printed(comparison_table(found)) and "too few" in comparison_page(found, title="two")
+
+
+def test_where_seeds_agree_as_without_a_bridge_the_interval_is_over_the_examples() -> None:
+    (entry,) = compare({f"{seed}.json": document(seed=seed) for seed in range(3)}).entries
+    row = document()["conditions"]["direct"]
+    assert entry.estimate("direct") == (row["value"], row["low"], row["high"])
 
 
 def test_the_same_bridge_is_not_counted_as_another_seed() -> None:
@@ -140,6 +147,23 @@ def test_each_bridge_is_held_against_the_first_on_the_same_examples() -> None:
     assert found.ahead["b"]["low"] < -0.8 < found.ahead["b"]["high"] < 0
     assert "-0.800*" in printed(comparison_table(found)) and "-0.800*" in comparison_page(found, title="two")
     assert compare({"a.json": better, "b.json": {**worse, "examples": None}}).ahead == {}
+    star = "* p < .05, adjusted for the number of bridges (Holm)"
+    assert (
+        star in found.notes
+        and star
+        not in compare({"a.json": better, "b.json": document(ratio=8.0, bridge=[1] * 10, direct=[1] * 10)}).notes
+    )
+    assert "+0.000" in printed(
+        comparison_table(compare({"a.json": better, "b.json": {**better, **{"about": worse["about"]}}}))
+    )
+
+
+def test_a_text_that_was_not_measured_is_named() -> None:
+    more = document(ratio=8.0)
+    more["headline"]["missing"] = []
+    notes = compare({"a.json": document(), "b.json": more, "c.json": document(ratio=2.0)}).notes
+    assert "no 'direct_tuned' of a, c, which may be the better of the two" in notes
+    assert not any("direct_tuned" in note for note in compare({"b.json": more}).notes)
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:
