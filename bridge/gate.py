@@ -5,7 +5,7 @@ What a latent itself looks like was tried too and told nothing (docs/negative-re
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -14,9 +14,10 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from latentwire.bridge.config import STRICT, Manifest
-from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
 from latentwire.bridge.files import replace_file
-from latentwire.bridge.results import TokenLogprob
+from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.results import AnsweredFrom, TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
 
 GATE = "gate.json"
@@ -104,9 +105,32 @@ class Gate:
         odds = self.intercept + sum(weight * signals[name] for name, weight in self.weights.items())
         return (1 + math.tanh(odds / 2)) / 2
 
-    def trusts(self, trust: float) -> bool:
-        """Whether an answer of this trust is given."""
-        return trust >= self.reached.trust
+    def judge(self, answers: Sequence[Generation]) -> "Judged":
+        """Which of some ``watched`` answers from latents are given."""
+        return Judged(tuple(self.trust(answer.logprobs or ()) for answer in answers), self.reached.trust)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The trust of each of some answers from latents, and the least that one is given with."""
+
+    trusts: tuple[float, ...]
+    least: float
+
+    @property
+    def refused(self) -> list[int]:
+        """Numbers of the answers that the text has to give."""
+        return [number for number, trust in enumerate(self.trusts) if trust < self.least]
+
+    def __iter__(self) -> Iterator[tuple[AnsweredFrom, float]]:
+        return iter([("text" if trust < self.least else "latent", trust) for trust in self.trusts])
+
+    def given(
+        self, answers: Sequence[Generation], instead: Sequence[Generation], params: SamplingParams
+    ) -> list[Generation]:
+        """The answers, with those of the text in the place of the refused ones; log-probabilities as asked for."""
+        texts = dict(zip(self.refused, instead, strict=True))
+        return [texts.get(number) or _as_asked(answer, params) for number, answer in enumerate(answers)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -126,11 +150,23 @@ def watched(params: SamplingParams) -> SamplingParams:
     return replace(params, logprobs=max(params.logprobs or 0, TOP))
 
 
-def as_asked(logprobs: tuple[TokenLogprob, ...] | None, params: SamplingParams) -> tuple[TokenLogprob, ...] | None:
-    """Log-probabilities of a ``watched`` answer as the caller asked for them."""
-    if logprobs is None or params.logprobs is None:
+def _as_asked(answer: Generation, params: SamplingParams) -> Generation:
+    if answer.logprobs is None or params.logprobs is None:
+        return replace(answer, logprobs=None)
+    return replace(answer, logprobs=tuple(replace(one, top=one.top[: params.logprobs]) for one in answer.logprobs))
+
+
+def gate_asked(gates: Mapping[str, Gate], bridge: str, receiver: str, fallback: str | None) -> Gate | None:
+    """The gate that a request with this fallback needs; None where it has none (InvalidRequest, where it cannot be)."""
+    if fallback is None:
         return None
-    return tuple(replace(one, top=one.top[: params.logprobs]) for one in logprobs)
+    if fallback != "text":
+        raise InvalidRequest(f"fallback is {fallback!r}; expected 'text'", param="fallback")
+    if receiver not in gates:
+        whose = f" for receiver {receiver!r}" if gates else ""
+        message = f"bridge {bridge!r} has no gate{whose}; latentwire calibrate makes one"
+        raise InvalidRequest(message, param="fallback")
+    return gates[receiver]
 
 
 def load_gates(folder: Path, manifest: Manifest) -> dict[str, Gate]:
@@ -152,7 +188,10 @@ def load_gates(folder: Path, manifest: Manifest) -> dict[str, Gate]:
         field = ".".join(map(str, first["loc"])) or "the document"
         raise CorruptCheckpoint(f"{path}: {field}: {first['msg']}") from None
     if found.bridge_id != manifest.bridge_id:
-        raise IncompatibleBridge(f"{path} is of bridge {found.bridge_id}; this one is {manifest.bridge_id}")
+        have = manifest.bridge_id
+        raise IncompatibleBridge(
+            f"{path} is of bridge {found.bridge_id}; this one is {have} (delete it, and calibrate)"
+        )
     for receiver, gate in found.gates.items():
         if receiver not in manifest.heads:
             raise IncompatibleBridge(f"{path} is of receiver {receiver!r}; this bridge has {', '.join(manifest.heads)}")

@@ -68,7 +68,7 @@ def test_a_target_out_of_reach_is_one_sentence_and_saves_nothing(builtin: Path) 
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["builtin", "--task", "world"], "'builtin' is no folder that can be written"),
+        (["builtin", "--task", "world"], "'builtin' is no folder; a gate is saved in"),
         (["{}", "--task", "world", "--target-retention", "1"], "target_retention is 1.0; expected more than 0"),
         (["{}", "--task", "world", "--metric", "accuracy"], "metric is 'accuracy'; a generation has em, token_f1"),
         (["{}", "--task", "world", "--receiver", "nobody"], "no head for receiver 'nobody'"),
