@@ -32,7 +32,7 @@ from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import Row, compose
 from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.results import Generated, Latent, Output, Scored, Timing, Usage, ms_since
+from latentwire.bridge.results import Generated, Latent, Output, Scored, Usage, ms_since, timing_since
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
 from latentwire.bridge.scoring import score_from_latents, score_of
 from latentwire.bridge.sources import Given, arrange, inputs_of, latent_of, slots_in, texts_of
@@ -237,7 +237,7 @@ class Bridge:
             bridge=self.name,
             outputs=outputs,
             usage=Usage(source_tokens, sum(map(slots_in, sources)), generated_tokens),
-            timing=Timing.since(started, encode_ms),
+            timing=timing_since(started, encode_ms),
             diversity=diversity([output.text for output in outputs]),
         )
 
@@ -285,7 +285,7 @@ class Bridge:
             bridge=self.name,
             scores=tuple(score_of(self.reader(name), texts, one, logprobs=logprobs) for one in found),
             usage=Usage(source_tokens, sum(map(slots_in, sources))),
-            timing=Timing.since(started, encode_ms),
+            timing=timing_since(started, encode_ms),
         )
 
     def unload(self) -> int:

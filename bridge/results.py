@@ -7,7 +7,7 @@ Dimensions used in this file:
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,11 @@ class Timing:
     generate_ms: float = 0.0
     total_ms: float = 0.0
 
-    @classmethod
-    def since(cls, started: float, encode_ms: float) -> Self:
-        """Of what began at a ``time.perf_counter()`` and ends now."""
-        total_ms = ms_since(started)
-        return cls(encode_ms, round(total_ms - encode_ms, 3), total_ms)
+
+def timing_since(started: float, encode_ms: float) -> Timing:
+    """Of what began at a ``time.perf_counter()`` and ends now."""
+    total_ms = ms_since(started)
+    return Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms)
 
 
 def ms_since(started: float) -> float:
