@@ -94,7 +94,7 @@ def calibrate(
         lender=BridgeLender(bridge),
     )
     scored_in = _metric(loaded, metric)
-    signals, ours, texts = _answers(context, scored_in, progress)
+    signals, ours, texts = answers(context, scored_in, progress)
     if not texts.any():
         raise InvalidRequest(
             f"from the text itself {name!r} scores 0 on {len(texts)} examples of {loaded.name!r}: nothing to retain",
@@ -246,7 +246,9 @@ def probability(odds: Any) -> Any:
     return (1 + np.tanh(odds / 2)) / 2
 
 
-def _answers(context: EvaluationContext, metric: str, progress: Progress) -> tuple[NDArray[np.float64], Scores, Scores]:
+def answers(
+    context: EvaluationContext, metric: str, progress: Progress = lambda *_: None
+) -> tuple[NDArray[np.float64], Scores, Scores]:
     """Signals of the answers from latents (N, S), their scores, and those of the answers from texts (N)."""
     everything = range(len(context.examples))
     batches = list(chunks(everything, BATCH_ROWS))
