@@ -114,7 +114,11 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
         "seconds_after_warm_start": seconds,
         "delta_nats": statistics.fmean(record.delta_nats or 0.0 for record in last),
         "distinct_ratio": statistics.fmean(record.distinct_ratio or 0.0 for record in last),
-        **({"gain": float(run.bridge.head(run.config.receivers[0]).gain)} if run.config.gain else {}),
+        **(
+            {"gain": float(torch.as_tensor(run.bridge.head(run.config.receivers[0]).gain).detach())}
+            if run.config.gain
+            else {}
+        ),
     }
 
 
