@@ -1,6 +1,6 @@
 """Run every benchmark: ``python -m benchmarks``."""
 
-from benchmarks import ablation, fuzz, memory, real, residency, serve, service, texts, training, world
+from benchmarks import ablation, bytes, fuzz, memory, real, residency, serve, service, texts, training, world
 
 world.main()
 service.main()
@@ -11,4 +11,5 @@ residency.main()
 training.main()
 memory.main()
 real.main()
+bytes.main()
 ablation.main()

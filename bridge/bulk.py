@@ -19,7 +19,6 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.corpus import Corpus, CorpusWriter, Document, Record, digest_of, discard
 from latentwire.bridge.errors import InvalidRequest, shorten
 from latentwire.bridge.reader import SourceTokens
-from latentwire.bridge.results import Latent
 
 WINDOW = 1024  # documents among which those of like length are found
 BATCH_ROWS, BATCH_TOKENS = 32, 8192  # padding included
@@ -129,9 +128,8 @@ def write_parquet(corpus: Corpus, path: Path, *, on_progress: Callable[[int], ob
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(temporary, schema.with_metadata(about)) as writer:
-            found = corpus.items_from(0)
-            done = 0
-            while rows := [_cells(latent, document) for latent, document in islice(found, WINDOW)]:
+            found, done = iter(corpus), 0
+            while rows := [_cells(corpus, id) for id in islice(found, WINDOW)]:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 on_progress(done := done + len(rows))
         temporary.replace(path)
@@ -142,7 +140,8 @@ def write_parquet(corpus: Corpus, path: Path, *, on_progress: Callable[[int], ob
             temporary.unlink()
 
 
-def _cells(latent: Latent, document: Document) -> dict[str, Any]:
+def _cells(corpus: Corpus, id: str) -> dict[str, Any]:
+    latent, document = corpus[id], corpus.document(id)
     K, C = latent.shape
     metadata = json.dumps(document.metadata, ensure_ascii=False)
     return {"slots": K, "width": C, "latent": latent.array.ravel(), **vars(document), "metadata": metadata}

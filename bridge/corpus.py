@@ -3,7 +3,7 @@
 The file is a safetensors file, which any of its readers opens. Its tensors, for N documents in the order of the input:
 
     records   U8  [bytes]   of each document its message (see ``bridge.wire``), then its facts, a JSON object
-    spans     I64 [N, 4]    where its message starts, where that ends, where its facts end, CRC-32 of both
+    spans     I64 [N, 5]    where its message starts, where that ends, where its facts end; CRC-32 of either
     keys      I64 [N]       digests of the ids, ascending
     rows      I64 [N]       the document of each key
 
@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
 from latentwire.bridge.files import sync_folder
 from latentwire.bridge.results import Latent
-from latentwire.bridge.wire import header_of
+from latentwire.bridge.wire import HEADER, header_of
 
 KIND, VERSION = "latentwire corpus", "1"
 HEADER_BYTES = 4096  # what stands before the records
@@ -128,19 +128,21 @@ class Corpus(Mapping[str, Latent]):
 
     def __iter__(self) -> Iterator[str]:
         """The ids, in the order of the input."""
-        return (self._read(row)[1].id for row in range(len(self)))
+        return (self._document(row).id for row in range(len(self)))
 
     def __getitem__(self, id: str) -> Latent:
-        """The latent of a document (KeyError; CorruptCheckpoint where its record is damaged)."""
-        return self._read(self.row(id))[0]
+        """The latent of a document (KeyError; CorruptCheckpoint where it is damaged)."""
+        return self._latent(self.row(id))
 
     def document(self, id: str) -> Document:
         """What is known of a document (errors as for its latent)."""
-        return self._read(self.row(id))[1]
+        return self._document(self.row(id))
 
-    def items_from(self, row: int) -> Iterator[tuple[Latent, Document]]:
-        """Latents and documents in the order of the input, from the one at ``row`` on."""
-        return map(self._read, range(row, len(self)))
+    def documents(self, start: int = 0) -> Iterator[tuple[Document, bytes, int]]:
+        """Documents in the order of the input, with the headers and the lengths of their messages; reads no latent."""
+        for row in range(start, len(self)):
+            at, middle = map(int, self._spans[row, :2])
+            yield self._document(row), self._records[at : at + HEADER.size].tobytes(), middle - at
 
     def row(self, id: str) -> int:
         """Which document of the input has an id, from 0 (KeyError)."""
@@ -149,26 +151,31 @@ class Corpus(Mapping[str, Latent]):
             if self._keys[at] != key:
                 break
             row = int(self._rows[at])
-            if self._read(row)[1].id == id:
+            if self._document(row).id == id:
                 return row
         raise KeyError(id)
 
-    def _read(self, row: int) -> tuple[Latent, Document]:
-        start, middle, end, checksum = map(int, self._spans[row])
-        record = self._records[start:end].tobytes()
-        if zlib.crc32(record) != checksum:
-            raise CorruptCheckpoint(
-                f"corpus {self.path}: document {row} is damaged: its checksum is {zlib.crc32(record):08x}, "
-                f"not {checksum:08x}",
-                param="corpus",
-            )
-        message, document = record[: middle - start], Document(**json.loads(record[middle - start :]))
+    def _latent(self, row: int) -> Latent:
+        document, message = self._document(row), self._bytes(row, 0)
         header = header_of(message)
-        latent = Latent(
+        return Latent(
             data=message, shape=header.shape, source_tokens=document.source_tokens, dtype=header.dtype,
             source_bytes=document.source_bytes, truncated=document.truncated, id=document.id,
         )  # fmt: skip
-        return latent, document
+
+    def _document(self, row: int) -> Document:
+        return Document(**json.loads(self._bytes(row, 1)))
+
+    def _bytes(self, row: int, part: int) -> bytes:
+        """The message (0) or the facts (1) of a document, checked (CorruptCheckpoint)."""
+        start, end = map(int, self._spans[row, part : part + 2])
+        found: bytes = self._records[start:end].tobytes()
+        if (checksum := zlib.crc32(found)) != (expected := int(self._spans[row, 3 + part])):
+            raise CorruptCheckpoint(
+                f"corpus {self.path}: document {row} is damaged: its checksum is {checksum:08x}, not {expected:08x}",
+                param="corpus",
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class CorpusWriter:
         """
         self._path, self._about = path, dict(about)
         self.done: dict[int, str] = {}
-        self._spans: dict[int, tuple[int, int, int, int]] = {}
+        self._spans: dict[int, list[int]] = {}
         self._keys: dict[int, int] = {}  # the row of each
         self._end = 0
         with self._written(), ExitStack() as opened:
@@ -225,11 +232,10 @@ class CorpusWriter:
         for record in records:
             document = {name: value for name, value in vars(record.document).items() if value is not None}
             facts = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-            packed = record.message + facts
-            middle = end + len(record.message)
-            span = (end, middle, end + len(packed), zlib.crc32(packed))
-            entries.append([record.row, key_of(record.document.id), record.fingerprint, *span])
-            data, end = data + packed, end + len(packed)
+            ends = [end, end + len(record.message), end + len(record.message) + len(facts)]
+            checksums = [zlib.crc32(record.message), zlib.crc32(facts)]
+            entries.append([record.row, key_of(record.document.id), record.fingerprint, *ends, *checksums])
+            data, end = data + record.message + facts, ends[-1]
         with self._written():
             self._file.write(data)
             _flush(self._file)
@@ -239,7 +245,7 @@ class CorpusWriter:
 
     def finish(self) -> None:
         """Make the file a corpus, under its name, whole or not at all (InvalidRequest: it cannot be written)."""
-        spans = np.array([self._spans[row] for row in sorted(self._spans)], NUMBER).reshape(-1, 4)
+        spans = np.array([self._spans[row] for row in sorted(self._spans)], NUMBER).reshape(-1, 5)
         keys = np.array(sorted(self._keys), NUMBER)
         rows = np.array([self._keys[key] for key in sorted(self._keys)], NUMBER)
         tensors: dict[str, Any] = {"records": ("U8", [self._end], self._end)}
@@ -295,9 +301,8 @@ class CorpusWriter:
 
     def _add(self, entries: list[list[Any]]) -> None:
         for row, key, fingerprint, *span in entries:
-            start, middle, end, checksum = span
-            self._spans[row], self._keys[key], self.done[row] = (start, middle, end, checksum), row, fingerprint
-            self._end = end
+            self._spans[row], self._keys[key], self.done[row] = span, row, fingerprint
+            self._end = span[2]
 
     @contextmanager
     def _written(self) -> Iterator[None]:

@@ -77,10 +77,19 @@ def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16"
     _check_shape(K, C, CODES[dtype], message_bytes(K, C, dtype))
     _check_numbers(latent)
     data = _numbers(latent, dtype)
-    flags = 0 if key is None else SIGNED
-    fields = (MAGIC, VERSION, CODES[dtype], flags, bytes.fromhex(bridge_id), K, C)
-    crc = zlib.crc32(data, zlib.crc32(HEADER.pack(*fields, 0)))
-    message = bytes(HEADER.pack(*fields, crc) + data)
+    return _packed((MAGIC, VERSION, CODES[dtype], 0, bytes.fromhex(bridge_id), K, C), data, key)
+
+
+def sign(message: bytes, key: bytes) -> bytes:
+    """The same numbers, signed: of an unsigned message that was made or checked here."""
+    return _packed(HEADER.unpack_from(message)[:-1], message[HEADER.size :], key)
+
+
+def _packed(fields: tuple[Any, ...], data: bytes, key: bytes | None) -> bytes:
+    magic, version, code, _, *rest = fields
+    header = (magic, version, code, 0 if key is None else SIGNED, *rest)
+    crc = zlib.crc32(data, zlib.crc32(HEADER.pack(*header, 0)))
+    message = bytes(HEADER.pack(*header, crc) + data)
     return message if key is None else message + _signature(message, key)
 
 

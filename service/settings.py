@@ -112,7 +112,9 @@ class Settings(BaseSettings):
         10.0, description="How long a request waits for models in use to make room for its own, seconds."
     )
     max_batch: int = Field(32, ge=1, description="Rows per forward pass.")
-    batch_tokens: int = Field(16_384, ge=1, description="Tokens per forward pass of a sender, padding included.")
+    batch_tokens: int = Field(
+        16_384, ge=1, description="Tokens per batch of a sender, or of continuations to score; padding included."
+    )
     step_tokens: int = Field(512, ge=1, description="Tokens per step of a receiver; longer prompts take several.")
     kv_tokens: int = Field(8192, ge=64, description="Tokens that the key/value cache of a receiver holds.")
     max_queue: int = Field(256, ge=1, description="Rows being answered before 429.")
@@ -147,6 +149,9 @@ class Settings(BaseSettings):
         3600.0, description="How long a latent is kept whose caller does not say, seconds; or forever."
     )
 
+    corpus_dir: Path | None = Field(
+        None, description="Serve the corpora in this folder: the document ID of NAME.lw is the latent_id NAME/ID."
+    )
     tasks: dict[str, str] = Field({}, description="Tasks that may be evaluated, by name: files, as a JSON object.")
     jobs_dir: Path | None = Field(
         None, description="Without Redis: keep evaluations in this folder, so that they outlive the service."

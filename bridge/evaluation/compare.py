@@ -44,13 +44,17 @@ class Entry:
         return self.documents[0]
 
     def estimate(self, condition: str) -> Estimate | None:
-        """The score under a condition: over the examples of one report, or the mean over seeds; None without it."""
+        """The score under a condition, the mean over the seeds; None without it.
+
+        Its interval is over the seeds where they differ; else, as of a condition without a bridge, over the examples.
+        """
         rows = [document["conditions"][condition] for document in self.documents if condition in document["conditions"]]
         if not rows:
             return None
-        if len(rows) == 1:
-            return Estimate(rows[0]["value"], rows[0]["low"], rows[0]["high"])
-        value, interval = over_seeds([row["value"] for row in rows])
+        values = [row["value"] for row in rows]
+        if len(set(values)) == 1:
+            return Estimate(values[0], rows[0]["low"], rows[0]["high"])
+        value, interval = over_seeds(values)
         return Estimate(value, *(interval or (None, None)))
 
     def mean(self, *keys: str) -> float:
@@ -136,7 +140,9 @@ def compare(reports: Mapping[str, Document]) -> Comparison:
                 f"{entry.name}: {len(entry.documents)} seeds are too few for an interval; {FEWEST_SEEDS} needed"
             )
     if any(len(entry.documents) > 1 for entry in entries):
-        notes.append("of several seeds: the mean, and Student's t interval over the seeds; else over the examples")
+        notes.append(
+            "of several seeds: the mean, with Student's t interval over the seeds; over the examples where they agree"
+        )
     return Comparison(reports[first]["task"], reports[first]["n"], entries, _ahead(entries), notes)
 
 

@@ -17,7 +17,7 @@ from latentwire.bridge.evaluation.context import EvaluationContext, Reading
 from latentwire.bridge.evaluation.leaks import CHECKED, check_answers, check_inputs
 from latentwire.bridge.evaluation.metrics import metrics_of
 from latentwire.bridge.evaluation.slots import pictures
-from latentwire.bridge.evaluation.statistics import compared, interval, ratio, resampled, share_of_gain
+from latentwire.bridge.evaluation.statistics import compared, interval, ratio, ratio_interval, resampled, share_of_gain
 from latentwire.bridge.reader import text_ids
 from latentwire.bridge.sampling import SamplingParams
 
@@ -130,7 +130,7 @@ def _summary(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     if "bridge" in scores and texts:
         best = max(texts, key=lambda name: float(arrays[name].mean()))
         value = float(ratio(arrays["bridge"], arrays[best]))
-        low, high = resampled((arrays["bridge"], arrays[best]), ratio) or (None, None)
+        low, high = ratio_interval(arrays["bridge"], arrays[best]) or (None, None)
         missing = [name for name in TEXTS if name not in scores]
         known = None if np.isnan(value) else value
         made["headline"] = {"against": best, "ratio": known, "low": low, "high": high, "missing": missing}

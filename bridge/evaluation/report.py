@@ -95,7 +95,7 @@ def spread(low: float | None, high: float | None) -> str:
 
 def ahead(row: Mapping[str, Any]) -> str:
     """By how much the bridge is ahead of a condition; a star where chance would hardly do it (adjusted p < .05)."""
-    return f"{row['difference']:+.3f}{'*' if row['p'] < 1 - LEVEL else ' '}"
+    return f"{row['difference'] + 0.0:+.3f}{'*' if row['p'] < 1 - LEVEL else ' '}"
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
@@ -145,6 +145,7 @@ def comparison_table(comparison: Comparison) -> Table:
         title=escape(f"{comparison.task}, {comparison.n} held-out examples, the same for all"),
         caption=escape("\n".join(comparison.notes)),
         caption_justify="left",
+        min_width=72,
     )
     out.add_column("condition", no_wrap=True)
     for entry in comparison.entries:

@@ -62,6 +62,33 @@ def resampled(samples: Sequence[Scores], statistic: Callable[..., Any]) -> Inter
     return float(low), float(high)
 
 
+def difference_interval(one: Scores, other: Scores) -> Interval | None:
+    """95 % interval of a mean difference over the same examples (errors as ``resampled``).
+
+    Where every example differs by the same, resampling would give no width: an example of another kind may then still
+    be as frequent as the exact binomial interval of "none of N" says.
+    """
+    apart = one - other
+    if len(apart) < FEWEST or apart.min() < apart.max():
+        return resampled((one, other), _difference)
+    unseen, met = _unseen(len(apart)), float(apart[0])
+    return max(met - unseen, -1.0), min(met + unseen, 1.0)
+
+
+def ratio_interval(one: Scores, other: Scores) -> Interval | None:
+    """95 % interval of the ratio of two means over the same examples; as ``difference_interval`` where all agree."""
+    below = float(np.mean(other))
+    if len(one) < FEWEST or below == 0 or (one != other).any():
+        return resampled((one, other), ratio)
+    unseen = _unseen(len(one)) / below
+    return 1 - unseen, 1 + unseen
+
+
+def _unseen(count: int) -> float:
+    """The share that something may have of which there was none among so many (upper end at 97.5 %)."""
+    return float(1 - ((1 - LEVEL) / 2) ** (1 / count))
+
+
 def ratio(one: Scores, other: Scores, axis: int = -1) -> Any:
     """Mean over mean; NaN where the second is 0."""
     below = np.mean(other, axis=axis)
@@ -118,7 +145,7 @@ def compared(scores: Mapping[str, Sequence[float]], to: str) -> dict[str, dict[s
     adjusted = holm({name: p_value(base, other) for name, other in arrays.items()})
     made = {}
     for name, other in arrays.items():
-        low, high = resampled((base, other), _difference) or (None, None)
+        low, high = difference_interval(base, other) or (None, None)
         made[name] = {"difference": float(_difference(base, other)), "low": low, "high": high, "p": adjusted[name]}
     return made
 

@@ -62,9 +62,9 @@ def check(corpus: File) -> None:
 
     found, tokens, numbers = Corpus(corpus), 0, 0
     with _bar("documents") as bar:
-        for latent, document in bar.track(found.items_from(0), total=len(found)):
+        for latent in bar.track(found.values(), total=len(found)):
             numbers += latent.array.size  # which checks the message
-            tokens += document.source_tokens
+            tokens += latent.source_tokens
     typer.echo(
         f"{corpus}: {len(found):,} documents of {tokens:,} sender tokens, {numbers:,} numbers in {found.dtype}, "
         f"of bridge {found.bridge_id}; every one is as it was written"

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,9 @@ def serve(
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen beyond this machine without asking anyone for a key.")
     ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of corpora (NAME.lw), whose latents are served.")
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
     ] = None,
@@ -44,6 +48,7 @@ def serve(
 
     flags: dict[str, Any] = {
         "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
+        "corpus_dir": corpus,
     }  # fmt: skip
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})

@@ -68,8 +68,8 @@ class KeptLatent:
     """A latent that a service keeps under ``id``: an input of ``generate``.
 
     ``bridge`` is None where its bridge is not served now, ``source_tokens`` and ``source_bytes`` of a message made
-    elsewhere, ``expires`` of what is kept for ever; times are in ISO 8601. ``data``, the message, comes with the call
-    ``latent`` alone.
+    elsewhere, ``expires`` of what is kept for ever; times are in ISO 8601. ``metadata`` and ``text`` are of a document
+    of a corpus. ``data``, the message, and ``text`` come with the call ``latent`` alone.
 
     >>> with latentwire.Client(url) as client:
     ...     (kept,) = client.keep("Ben lives in Rome.")
@@ -89,6 +89,8 @@ class KeptLatent:
     truncated: bool = False
     created: str | None = None
     expires: str | None = None
+    metadata: dict[str, Any] | None = None
+    text: str | None = None
     data: bytes | None = None
 
 

@@ -35,7 +35,6 @@ from latentwire.service.store.latents import (
     KeptLatent,
     encode_key,
     get_encodings,
-    get_latents,
     id_of_message,
     id_of_text,
     put_encodings,
@@ -175,7 +174,7 @@ class RequestHandler:
             for at, item in enumerate(body.inputs)
             if item.latent_id is not None
         }
-        stored = await get_latents(self.store, ids, tenant=self.tenant) if ids else {}
+        stored = await self.runtime.latents(ids, self.tenant) if ids else {}
         latents: list[wire.Latent | str | None] = []
         for at, item in enumerate(body.inputs):
             field = next(name for name in ("text", "latent", "latent_id") if getattr(item, name) is not None)

@@ -35,7 +35,9 @@ from latentwire.service.inference.scoring import Scorers
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.base import Kind, Store
+from latentwire.service.store.corpora import Corpora
 from latentwire.service.store.disk import DiskStore
+from latentwire.service.store.latents import KeptLatent, get_latents
 from latentwire.service.store.memory import MemoryStore
 from latentwire.service.store.redis import RedisStore
 
@@ -52,6 +54,7 @@ class Runtime:
 
     Attributes:
         store: What is kept: latents, evaluations.
+        corpora: Latents that are served from a folder.
         cache: Encodings, which could be made again; the same store, except where the other one is on disk.
         ready: Whether every bridge has been loaded and has answered once.
         failure: Why it will never be ready.
@@ -88,6 +91,8 @@ class Runtime:
         )
         self.cache: Store = redis or MemoryStore(_budgets(settings))
         self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
+        served = {bridge.manifest.bridge_id for bridge in self.bridges.values()}
+        self.corpora = Corpora(settings.corpus_dir, served, settings.message_key)
         self.metrics = Metrics()
         self._lanes = Lanes()
         self.scorers = Scorers(self.residency, self._lanes, self.admission, self.metrics, settings)
@@ -155,6 +160,13 @@ class Runtime:
         if name not in self.bridges:
             raise UnknownBridge(f"no bridge is called {name!r}; there are {', '.join(self.bridges)}", param="bridge")
         return self.bridges[name]
+
+    async def latents(self, ids: Mapping[str, str], tenant: str) -> dict[str, KeptLatent]:
+        """Latents of corpora, and those that a tenant keeps, by the fields that hold their ids (as ``get_latents``)."""
+        of_corpora = {param: await self.corpora.get(name) for param, name in ids.items() if self.corpora.holds(name)}
+        found = {param: latent for param, latent in of_corpora.items() if latent is not None}
+        rest = {param: name for param, name in ids.items() if param not in found}
+        return {**found, **(await get_latents(self.store, rest, tenant=tenant) if rest else {})}
 
     def check_open(self) -> None:
         """Refuse new work while the service stops (NotReady)."""

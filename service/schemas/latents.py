@@ -58,8 +58,9 @@ class KeptLatentOut(BaseModel):
     source_tokens: int | None = Field(description="Sender tokens read; null of a message that was made elsewhere.")
     source_bytes: int | None
     truncated: bool
-    created: datetime | None = None
+    created: datetime | None = Field(None, description="When it was kept; null of a document of a corpus.")
     expires: datetime | None = Field(None, description="Until when it is kept; null for ever, as far as room goes.")
+    metadata: dict[str, Any] | None = Field(None, description="What the corpus says of the document.")
 
     @classmethod
     def facts_of(cls, kept: KeptLatent, bridges: dict[str, str]) -> dict[str, Any]:
@@ -76,7 +77,8 @@ class KeptLatentOut(BaseModel):
             "source_bytes": kept.source_bytes,
             "truncated": kept.truncated,
             "created": _time(kept.created),
-            "expires": None if kept.expires is None else _time(kept.expires),
+            "expires": _time(kept.expires),
+            "metadata": kept.metadata,
         }
 
 
@@ -84,6 +86,7 @@ class KeptLatentData(KeptLatentOut):
     """A latent that is kept, with its message."""
 
     data: str = Field(description="The message, base64.")
+    text: str | None = Field(None, description="The document itself, where the corpus keeps texts.")
 
 
 class KeepResponse(BaseModel):
@@ -102,5 +105,5 @@ class LatentPage(BaseModel):
     next: str | None = Field(description="What to give as `after` for those that follow; null at the end.")
 
 
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

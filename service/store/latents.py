@@ -36,8 +36,10 @@ class KeptLatent:
         source_tokens: Sender tokens read; None where the message was made elsewhere, as for ``source_bytes``.
         source_bytes: Length of the text in UTF-8.
         truncated: Whether the text was cut.
-        created: Unix time at which it was kept, seconds.
+        created: Unix time at which it was kept, seconds; None of a document of a corpus.
         expires: Unix time until which it is kept, seconds; None for ever.
+        metadata: What a corpus says of the document.
+        text: The document itself, where a corpus keeps it.
     """
 
     id: str
@@ -46,8 +48,10 @@ class KeptLatent:
     source_tokens: int | None = None
     source_bytes: int | None = None
     truncated: bool = False
-    created: float = 0.0
+    created: float | None = None
     expires: float | None = None
+    metadata: dict[str, Any] | None = None
+    text: str | None = None
 
 
 def id_of_text(bridge_id: str, dtype: str, text: str, tenant: str = "") -> str:

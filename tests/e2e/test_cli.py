@@ -125,7 +125,7 @@ def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[o
     ]  # fmt: skip
 
 
-HERE = ("train", "plan", "plot", "export", "evaluate", "encode", "generate", "score", "inspect")
+HERE = ("train", "plan", "plot", "export", "evaluate", "report", "encode", "generate", "score", "inspect")
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in HERE)])
@@ -135,9 +135,27 @@ def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage" in result.output
 
 
-@pytest.mark.parametrize("command", ["serve", "demo"])
-def test_the_serving_commands_explain_themselves(command: str) -> None:
-    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+@pytest.mark.parametrize("command", [["serve"], ["demo"], ["corpus", "export"], ["corpus", "check"]])
+def test_the_other_commands_explain_themselves(command: list[str]) -> None:
+    assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
+
+
+def test_documents_become_a_corpus_that_is_checked_and_what_is_wrong_is_one_line(
+    run: Run, refuse: Refuse, checkpoint: Path, tmp_path: Path
+) -> None:
+    docs, out = tmp_path / "docs.jsonl", tmp_path / "docs.lw"
+    docs.write_text('{"body": "Mara sings.", "n": 3}\n{"body": "Ben sings.", "n": 4}\n')
+    encode = ["encode", checkpoint, "--input", docs, "--out", out]
+    assert "line 1: the field 'text' is missing; it has body, n" in refuse(*encode)
+    assert "2 documents, int8" in run(*encode, "--text-field", "body", "--id-field", "n", "--dtype", "int8")
+    assert "2 documents of 23 sender tokens" in run("corpus", "check", out)
+    assert "there is such a file; say --overwrite" in refuse(*encode, "--text-field", "body")
+    assert "give exactly one of --text and --input" in refuse(*encode, "--text", "a")
+    assert "give exactly one of --text and --input" in refuse("encode", checkpoint, "--out", out)
+    assert "--input runs here" in refuse(*encode, "--url", "http://127.0.0.1:1")
+    out.write_bytes(out.read_bytes()[:-1])
+    assert "docs.lw: it is no whole corpus" in refuse("corpus", "check", out)
+    assert "there is no such file" in refuse("corpus", "export", tmp_path / "no.lw", "--parquet", tmp_path / "p")
 
 
 def test_help_lists_every_command_and_needs_no_torch() -> None:
@@ -151,6 +169,7 @@ def test_help_lists_every_command_and_needs_no_torch() -> None:
         "plot",
         "export",
         "evaluate",
+        "report",
         "encode",
         "generate",
         "score",

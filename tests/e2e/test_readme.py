@@ -22,6 +22,7 @@ from lm_eval._cli import HarnessCLI
 from rich.console import Console
 from typer.main import get_command
 
+from latentwire.bridge.corpus import Corpus
 from latentwire.bridge.evaluation.tasks import TaskFile, world_task
 from latentwire.service.__main__ import app, main
 from latentwire.service.cli.demo import ask, running
@@ -97,6 +98,21 @@ def news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / f"news.{split}.jsonl.gz").write_bytes(gzip.compress(data))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_the_block_about_corpora_works_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block for block in blocks(ROOT / "docs" / "serving.md") if "--input" in block.code]
+    lines = [json.dumps({"id": name, "title": name, "text": f"{name} lives in Rome."}) for name in ("Ben", "Mara")]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    for command in block.commands[:-1]:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code in (0, None), command
+    assert block.commands[-1] == ["latentwire", "serve", "--corpus", "corpora"]
+    (served,) = (tmp_path / "corpora").iterdir()
+    assert list(Corpus(served)) == ["Ben", "Mara"] and (tmp_path / "facts.parquet").is_file()
 
 
 @pytest.mark.parametrize("part", ["--sender Qwen", "latentwire plan"])

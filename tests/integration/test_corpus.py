@@ -173,7 +173,7 @@ def spoilt(whole: Path, path: Path, at: int) -> None:
 
 def test_a_damaged_record_is_named_and_the_others_are_read(whole: Path, tmp_path: Path) -> None:
     with safe_open(whole, "np") as file:  # type: ignore[no-untyped-call]
-        start, middle, end, _ = file.get_tensor("spans")[5]
+        start, middle, end = file.get_tensor("spans")[5, :3]
     for at in (start, middle - 1, middle, end - 1):
         spoilt(whole, tmp_path / "c.lw", 4096 + at)
         corpus = Corpus(tmp_path / "c.lw")

@@ -84,11 +84,17 @@ def test_reports_of_one_recipe_are_one_entry_with_the_mean_over_their_seeds() ->
 
 
 def test_two_seeds_have_a_mean_and_no_interval_and_that_is_said() -> None:
-    found = compare({f"{seed}.json": document(seed=seed) for seed in (0, 1)})
+    found = compare({f"{seed}.json": document(seed=seed, bridge=[1] * seed + [0] * (6 - seed)) for seed in (0, 1)})
     (entry,) = found.entries
-    assert entry.estimate("bridge") == (pytest.approx(4 / 6), None, None)
+    assert entry.estimate("bridge") == (pytest.approx(0.5 / 6), None, None)
     assert "0 (2 seeds): 2 seeds are too few for an interval; 3 needed" in found.notes
     assert "too few" in printed(comparison_table(found)) and "too few" in comparison_page(found, title="two")
+
+
+def test_where_seeds_agree_as_without_a_bridge_the_interval_is_over_the_examples() -> None:
+    (entry,) = compare({f"{seed}.json": document(seed=seed) for seed in range(3)}).entries
+    row = document()["conditions"]["direct"]
+    assert entry.estimate("direct") == (row["value"], row["low"], row["high"])
 
 
 def test_the_same_bridge_is_not_counted_as_another_seed() -> None:
@@ -140,6 +146,9 @@ def test_each_bridge_is_held_against_the_first_on_the_same_examples() -> None:
     assert found.ahead["b"]["low"] < -0.8 < found.ahead["b"]["high"] < 0
     assert "-0.800*" in printed(comparison_table(found)) and "-0.800*" in comparison_page(found, title="two")
     assert compare({"a.json": better, "b.json": {**worse, "examples": None}}).ahead == {}
+    assert "+0.000" in printed(
+        comparison_table(compare({"a.json": better, "b.json": {**better, **{"about": worse["about"]}}}))
+    )
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:

@@ -9,11 +9,13 @@ from scipy import stats
 from latentwire.bridge.evaluation.statistics import (
     FEWEST,
     compared,
+    difference_interval,
     holm,
     interval,
     over_seeds,
     p_value,
     ratio,
+    ratio_interval,
     resampled,
     share_of_gain,
 )
@@ -73,6 +75,17 @@ def test_a_ratio_is_resampled_with_its_examples_together() -> None:
     together = resampled((direct * 0.9, direct), ratio)
     apart = resampled((rng.permutation(direct) * 0.9, direct), ratio)
     assert together == pytest.approx((0.9, 0.9)) and apart is not None and apart[1] - apart[0] > 0.1
+
+
+def test_conditions_that_agree_on_every_example_are_not_taken_to_be_the_same() -> None:
+    ones, zeros = np.ones(40), np.zeros(40)
+    rest = 0.025 ** (1 / 40)  # nothing was met 40 times: it may still be 1 - rest of all
+    assert difference_interval(ones, ones) == pytest.approx((rest - 1, 1 - rest))
+    assert difference_interval(ones, zeros) == pytest.approx((rest, 1.0))
+    assert ratio_interval(ones, ones) == pytest.approx((rest, 2 - rest))
+    half = np.tile([0.0, 1.0], 20)
+    assert ratio_interval(half, half) == pytest.approx((1 - 2 * (1 - rest), 1 + 2 * (1 - rest)))
+    assert ratio_interval(ones[:4], ones[:4]) is None and ratio_interval(zeros, zeros) is None
 
 
 def test_a_share_is_known_and_is_none_without_a_gain() -> None:

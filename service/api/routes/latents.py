@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from latentwire.bridge.errors import at_fault
+from latentwire.bridge.errors import Forbidden, InvalidRequest, at_fault, shorten
 from latentwire.service.api.lifetime import deadline, run_while_connected
 from latentwire.service.api.routes.inference import RAW, charge
 from latentwire.service.inference.generation import RequestHandler, ms_since, within
@@ -14,7 +14,7 @@ from latentwire.service.inference.request import Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import Timing, message_of
 from latentwire.service.schemas.latents import KeepRequest, KeepResponse, KeptLatentData, KeptLatentOut, LatentPage
-from latentwire.service.store.latents import CachedEncoding, delete_latent, get_latents, page_of_latents
+from latentwire.service.store.latents import CachedEncoding, delete_latent, page_of_latents
 
 router = APIRouter(tags=["latents"], prefix="/latents")
 MOST_LISTED = 1000
@@ -51,9 +51,18 @@ async def keep(body: KeepRequest, request: Request) -> KeepResponse:
 async def some(
     request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100
 ) -> LatentPage:
-    """The caller's latents, page by page."""
+    """The documents of corpora, corpus by corpus, then what the caller keeps; page by page."""
     runtime: Runtime = request.app.state.runtime
-    kept = await page_of_latents(runtime.store, tenant=request.state.caller.name, after=after, limit=limit + 1)
+    of_corpora = not after or runtime.corpora.holds(after)
+    kept = await runtime.corpora.page(after, limit + 1) if of_corpora else []
+    if len(kept) <= limit:
+        try:
+            after_kept = "" if of_corpora else after
+            rest = limit + 1 - len(kept)
+            kept += await page_of_latents(runtime.store, tenant=request.state.caller.name, after=after_kept, limit=rest)
+        except InvalidRequest:  # the store does not list; corpora do
+            if not len(runtime.corpora):
+                raise
     latents = [KeptLatentOut(**KeptLatentOut.facts_of(one, _bridges(runtime))) for one in kept[:limit]]
     return LatentPage(latents=latents, next=latents[-1].id if len(kept) > limit else None)
 
@@ -62,17 +71,19 @@ async def some(
 async def one(id: str, request: Request) -> KeptLatentData | Response:
     """A kept latent, and what is known of it."""
     runtime: Runtime = request.app.state.runtime
-    (kept,) = (await get_latents(runtime.store, {"id": id}, tenant=request.state.caller.name)).values()
+    (kept,) = (await runtime.latents({"id": id}, request.state.caller.name)).values()
     if RAW in request.headers.get("accept", ""):
         return Response(kept.message, media_type=RAW)
     facts = KeptLatentOut.facts_of(kept, _bridges(runtime))
-    return KeptLatentData(**facts, data=base64.b64encode(kept.message).decode())
+    return KeptLatentData(**facts, data=base64.b64encode(kept.message).decode(), text=kept.text)
 
 
 @router.delete("/{id:path}")
 async def delete(id: str, request: Request) -> KeptLatentOut:
     """Keep a latent no longer."""
     runtime: Runtime = request.app.state.runtime
+    if runtime.corpora.holds(id):
+        raise Forbidden(f"{shorten(repr(id), 80)} is of a corpus, which is read-only", param="id")
     kept = await delete_latent(runtime.store, id, tenant=request.state.caller.name)
     return KeptLatentOut(**KeptLatentOut.facts_of(kept, _bridges(runtime)))
 

@@ -12,6 +12,10 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from latentwire.bridge import wire
+from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.bulk import Source, encode_corpus
+from latentwire.bridge.corpus import CorpusWriter
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
 from latentwire.service.app import create_app
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.client.client import Client
@@ -67,7 +71,7 @@ def test_a_kept_latent_is_given_back_whole_and_as_bytes(client: TestClient) -> N
     (kept,) = keep(client, TEXTS[0], dtype="int8")
     one = client.get(f"/latents/{kept['id']}").json()
     data = base64.b64decode(one.pop("data"))
-    assert one == kept and len(data) == kept["bytes"]
+    assert one == {**kept, "text": None} and len(data) == kept["bytes"]
     assert wire.decode(data).dtype == kept["dtype"] == "int8"
     raw = client.get(f"/latents/{kept['id']}", headers={"accept": "application/octet-stream"})
     assert (raw.content, raw.headers["content-type"]) == (data, "application/octet-stream")
@@ -196,3 +200,64 @@ def test_the_client_keeps_lists_asks_and_deletes(checkpoint: Path) -> None:
             assert whole.data is not None and wire.decode(whole.data).latent.shape == kept[0].shape
             assert client.delete_latent(kept[0].id) == kept[0]
             assert kept[0].id not in {one.id for one in client.latents()}
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two corpora, and the beginning of one. Do not edit."""
+    folder, bridge = tmp_path_factory.mktemp("corpora"), Bridge.load(checkpoint)
+    sources = [Source(f"a/{i}", f"Mara has {i} cats.", {"title": f"Cats {i}"}) for i in range(4)]
+    encode_corpus(bridge, sources, folder / "cats.lw", keep_text=True)
+    encode_corpus(bridge, {"1": "Ben lives in Rome."}, folder / "towns.lw", dtype="int8")
+    (folder / "later.lw.part").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_documents_of_a_folder_of_corpora_are_listed_given_and_asked(start: Start, folder: Path, signed: bool) -> None:
+    key = SecretStr("a key of sixteen bytes or more") if signed else None
+    client = start(Settings(corpus_dir=folder, signing_key=key))
+    kept = sorted(one["id"] for one in keep(client, *TEXTS))
+    expected = [*(f"cats/a/{i}" for i in range(4)), "towns/1", *kept]
+    for limit in (1, 3, 5, 6, 100):
+        seen, after = [], ""
+        while after is not None:
+            page = client.get("/latents", params={"limit": limit, "after": after}).json()
+            assert len(page["latents"]) <= limit
+            seen, after = [*seen, *page["latents"]], page["next"]
+        assert [one["id"] for one in seen] == expected
+    listed = seen[2]
+    one = client.get("/latents/cats/a/2").json()
+    data, text = base64.b64decode(one.pop("data")), one.pop("text")
+    assert one == listed and (len(data), text) == (listed["bytes"], "Mara has 2 cats.")
+    assert (one["metadata"], one["bridge"], one["created"]) == ({"title": "Cats 2"}, "tiny", None)
+    assert ask(client, {"latent_id": "cats/a/2"}, {"latent": base64.b64encode(data).decode()}) == 2 * ask(
+        client, {"text": text}
+    )
+    assert ask(client, {"latent_id": "towns/1"})
+    assert "text" not in seen[2] and client.get("/latents/towns/1").json()["text"] is None
+
+
+def test_a_corpus_is_read_only_and_what_it_does_not_hold_is_not_found(start: Start, folder: Path) -> None:
+    client = start(Settings(corpus_dir=folder))
+    response = client.delete("/latents/cats/a/1")
+    assert response.status_code == 403 and "is of a corpus, which is read-only" in response.text
+    for name in ("cats/9", "cats/", "dogs/a/1", "later/1"):
+        assert client.get(f"/latents/{name}").status_code == 404
+    response = client.get("/latents", params={"after": "cats/9"})
+    assert response.status_code == 422 and response.json()["error"]["param"] == "after"
+
+
+def test_corpora_that_could_not_be_asked_stop_the_start(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    def started(corpora: Path) -> None:
+        create_app(Settings(corpus_dir=corpora), {"tiny": str(checkpoint)})
+
+    with pytest.raises(InvalidRequest, match=r"LW_CORPUS_DIR .*nothing: No such file"):
+        started(tmp_path / "nothing")
+    (tmp_path / "half.lw").write_bytes((folder / "cats.lw").read_bytes()[:5000])
+    with pytest.raises(CorruptCheckpoint, match=r"half\.lw: it is no whole corpus"):
+        started(tmp_path)
+    with CorpusWriter(tmp_path / "half.lw", {"bridge_id": "0" * 32, "dtype": "int8"}) as writer:
+        writer.finish()
+    with pytest.raises(IncompatibleBridge, match=f"half.lw: it is of bridge {'0' * 32}; served are"):
+        started(tmp_path)
