@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no alignment": {"alignment_steps": 0},
 }
 K = (2, 3, 4, 6, 8, 12, 16)
+GAIN: dict[str, dict[str, Any]] = {"base": {}, "gain": {"gain": True}}
 
 
 def steps_of(run: Run, start: int, stop: int) -> list[StepRecord]:
@@ -78,7 +79,7 @@ class Warm:
         steps = run.alignment_steps
         if not steps:
             return 0
-        if self.key != (key := (run.task.name, run.config.seed, steps)):
+        if self.key != (key := (run.task.name, run.config.seed, steps, run.config.gain)):
             fresh = prepare(run.config.model_copy(update=BASE), Console(quiet=True))
             steps_of(fresh, 0, steps)
             self.key, self.kept = key, copy_of(fresh)
@@ -113,11 +114,21 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
         "seconds_after_warm_start": seconds,
         "delta_nats": statistics.fmean(record.delta_nats or 0.0 for record in last),
         "distinct_ratio": statistics.fmean(record.distinct_ratio or 0.0 for record in last),
+        **(
+            {"gain": float(torch.as_tensor(run.bridge.head(run.config.receivers[0]).gain).detach())}
+            if run.config.gain
+            else {}
+        ),
     }
 
 
-def main(material: Path = MATERIAL, seeds: int = 3, limit: int = 200, threads: int = 1) -> None:
-    """Run every variant with SEEDS seeds on the world and on SST-2, and the sweep over k on the world."""
+def main(
+    material: Path = MATERIAL, seeds: int = 3, limit: int = 200, threads: int = 1, only: list[str] | None = None
+) -> None:
+    """Run every variant with SEEDS seeds on the world and on SST-2, the sweep over k and the gain on the world.
+
+    ONLY names some of the series: ablation-world, ablation-sst2, first-k, gain.
+    """
     torch.set_num_threads(threads)
     warm = Warm()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,14 +137,16 @@ def main(material: Path = MATERIAL, seeds: int = 3, limit: int = 200, threads: i
         real["task"] = str(task_file("sst2", material, Path(folder)))
         cache = {"cache": Path(folder) / "cache"}
         command = f"python -m benchmarks.ablation --seeds {seeds} --limit {limit} --threads {threads}"
+        command += "".join(f" --only {name}" for name in only or [])
         sweep = {f"k {k}": {"answer_weight": 0.0, "first_k_weight": 1.0, "first_k": k} for k in K}
         series: list[tuple[str, str, dict[str, Any], dict[str, dict[str, Any]]]] = [
             ("ablation-world", "world", WORLD, VARIANTS),
             ("ablation-sst2", "sst2", real, {name: v for name, v in VARIANTS.items() if name != "no alignment"}),
             ("first-k", "world", WORLD, sweep),
+            ("gain", "world", WORLD, GAIN),
         ]
         for seed in range(seeds):  # a run that is cut short has whole seeds of everything
-            for name, task, base, variants in series:
+            for name, task, base, variants in (one for one in series if one[0] in (only or [one[0]])):
                 for variant, changes in variants.items():
                     settings = {**base, **BASE, **cache, **changes, "seed": seed}
                     _one(name, task, command, settings, variant, limit, warm)

@@ -10,6 +10,7 @@ Models and data are no part of the project: they are looked for in a folder besi
 
 import gzip
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -29,11 +30,14 @@ from rich.table import Table
 
 from benchmarks.record import RESULTS, record
 from latentwire.bridge import engine
-from latentwire.bridge.evaluation.conditions import CONDITIONS, EvaluationContext, open_context, soft_tokens
+from latentwire.bridge.evaluation.conditions import CONDITIONS, soft_tokens
+from latentwire.bridge.evaluation.context import EvaluationContext, open_context
 from latentwire.bridge.evaluation.evaluate import progress_bar
-from latentwire.bridge.evaluation.report import evaluate
+from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.prompt import collate
+from latentwire.training.controls import train_controls
 from latentwire.training.journal import LOG, read_jsonl
+from latentwire.training.objectives import answer_mask
 
 Row = dict[str, Any]
 console = Console()
@@ -69,7 +73,7 @@ def _answered(source: str, prompt: str, answer: str, tokens: int) -> dict[str, A
 
 def _halves(row: Row) -> Row:
     """A story's beginning and the sentence after it."""
-    sentences = row["text"].replace("\n", " ").split(". ")
+    sentences = " ".join(row["text"].split()).split(". ")
     middle = max(1, len(sentences) // 2)
     return {
         "begun": ". ".join(sentences[:middle]) + ".",
@@ -159,14 +163,23 @@ def nats_per_token(context: EvaluationContext) -> dict[str, dict[str, Any]]:
             rows = context.rows(chosen, readings, [context.examples[i].answer for i in chosen])
             with context.lender.lend(context.receiver) as receiver, torch.inference_mode():
                 batch, soft = collate(rows, side="left"), soft_tokens(context, receiver, readings)
-                losses = engine.token_losses(*engine.answer_logits(receiver, batch.to(receiver.device), soft))
-            nats, tokens = nats + float(losses.sum()), tokens + int((losses > 0).sum())
+                logits, labels = engine.answer_logits(receiver, batch.to(receiver.device), soft)
+            nats = nats + float(engine.token_losses(logits, labels).sum())
+            tokens += int(answer_mask(labels).sum())
         found[name] = {"metric": "nats_per_token", "value": nats / tokens}
     return found
 
 
 def run_once(
-    pair: tuple[Path, Path], name: str, ratio: int, seed: int, *, material: Path, limit: int, extra: str
+    pair: tuple[Path, Path],
+    name: str,
+    ratio: int,
+    seed: int,
+    *,
+    material: Path,
+    limit: int,
+    controls: list[str],
+    extra: str,
 ) -> dict[str, Any]:
     """Train a bridge on one task, and measure it."""
     sender, receiver = pair
@@ -180,26 +193,26 @@ def run_once(
         ).strip()
         began = time.perf_counter()
         typed(command)
-        trained = time.perf_counter()
+        ended = time.perf_counter()
         steps = [line for line in read_jsonl(folder / "bridge" / LOG)]
         context = open_context(folder / "bridge", file, limit=limit, dtype="float16", receiver=None, precision="fp32")
         if TASKS[name].nats:
             report: dict[str, Any] = {"n": len(context.examples), "conditions": nats_per_token(context)}
         else:
+            trained = train_controls(context, console, controls) if controls else {}
             with progress_bar(console) as progress:
-                report = evaluate(context, conditions=MEASURED, progress=progress)
+                report = measure(context, conditions=MEASURED, trained=trained, progress=progress)
         events = read_jsonl(folder / "bridge" / "events.jsonl")
         alarms = [line["message"] for line in events if line["event"] == "alarm"]
-    shown = command.replace(str(folder), "runs").replace(f"{sender.parent}/", "models/")
+    made_by = {"typed": command, "alarms": alarms, "report": {**report, "checkpoint": f"{folder}/bridge"}}
+    paths = {str(folder): "runs", str(sender.parent): "models"}
     return {
-        "typed": shown,
-        "train_seconds": round(trained - began, 1),
-        "evaluate_seconds": round(time.perf_counter() - trained, 1),
+        **json.loads(re.sub("|".join(map(re.escape, paths)), lambda found: paths[found[0]], json.dumps(made_by))),
+        "train_seconds": round(ended - began, 1),
+        "evaluate_seconds": round(time.perf_counter() - ended, 1),
         "step_seconds": round(statistics.median(line["seconds"] for line in steps), 3),
         "losses": [round(statistics.fmean(line["loss"] for line in part), 4) for part in _fifths(steps)],
-        "alarms": alarms,
         "threads": torch.get_num_threads(),
-        "report": {**report, "checkpoint": "runs/bridge"},
     }
 
 
@@ -209,23 +222,28 @@ def _fifths(steps: list[Row]) -> Iterator[list[Row]]:
 
 
 def table(runs: list[Row]) -> Table:
-    """What each condition reached, averaged over seeds."""
+    """What each condition reached, averaged over seeds; a dash where one was not measured."""
     shown = Table(title="between pretrained models: means over seeds")
-    for heading in ("pair", "task", "ratio", "seeds", "metric", *MEASURED):
+    names = dict.fromkeys([*MEASURED, *(name for run in runs for name in run["report"]["conditions"])])
+    for heading in ("pair", "task", "ratio", "seeds", "metric", *names):
         shown.add_column(heading)
-    groups: dict[tuple[str, str, int], list[Row]] = {}
+    groups: dict[tuple[str, str, int, str], list[Row]] = {}
     for run in runs:
-        groups.setdefault((f"{run['sender']} → {run['receiver']}", run["task"], run["ratio"]), []).append(run)
-    for (pair, task, ratio), same in groups.items():
+        pair = f"{run['sender']} → {run['receiver']}"
+        groups.setdefault((pair, run["task"], run["ratio"], run.get("extra", "")), []).append(run)
+    for (pair, task, ratio, extra), same in groups.items():
         rows = [run["report"]["conditions"] for run in same]
-        values = [f"{statistics.fmean(row[name]['value'] for row in rows):.3f}" for name in MEASURED]
-        shown.add_row(pair, task, str(ratio), str(len(same)), rows[0]["bridge"]["metric"], *values)
+        values = [
+            f"{statistics.fmean(row[name]['value'] for row in rows):.3f}" if name in rows[0] else "–" for name in names
+        ]
+        named = f"{task} {extra}".strip()
+        shown.add_row(pair, named, str(ratio), str(len(same)), rows[0]["bridge"]["metric"], *values)
     return shown
 
 
 def between_models(
     models: Path, material: Path, limit: int, names: list[str], ratios: list[int], seeds: int, senders: list[str],
-    extra: str,
+    controls: list[str], extra: str,
 ) -> None:  # fmt: skip
     """Every pair, task, ratio and seed that is not in the newest results file; each is recorded once it is done."""
     folders = sorted(path.parent for path in models.resolve().glob("*/config.json"))
@@ -239,7 +257,12 @@ def between_models(
         if any({**run, **key} == run and run.get("extra", "") == extra for run in runs):
             continue
         console.print(f"run {number} of {len(wanted)}: {key}", markup=False, highlight=False, soft_wrap=True)
-        runs.append({**key, **run_once(pair, name, ratio, seed, material=material, limit=limit, extra=extra)})
+        try:
+            made = run_once(pair, name, ratio, seed, material=material, limit=limit, controls=controls, extra=extra)
+        except subprocess.CalledProcessError:  # it has said why: a task need not fit every model
+            console.print("left out")
+            continue
+        runs.append({**key, **made})
         record("real-models", "python -m benchmarks.real --models models --limit " + str(limit), {"runs": runs})
     console.print(table(runs))
 
@@ -252,17 +275,21 @@ def main(
     ratio: list[int] | None = None,
     seeds: int = 1,
     sender: list[str] | None = None,
+    control: list[str] | None = None,
     extra: str = "",
 ) -> None:
     """Train and measure bridges on each TASK: between tiny models, or between all those in the folder MODELS.
 
     With MODELS: at each RATIO (4), for so many SEEDS, from the SENDERs named (all), with EXTRA flags of training.
+    CONTROLs are those of ``latentwire evaluate``, trained beside each bridge (none).
     """
     if models is None:
         for name in task or ("sst2", "agnews"):
             tiny_pair(material, limit, name)
         return
-    between_models(models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], extra)
+    between_models(
+        models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], control or [], extra
+    )
 
 
 if __name__ == "__main__":

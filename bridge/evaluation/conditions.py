@@ -13,6 +13,7 @@ from latentwire.bridge.evaluation.context import EvaluationContext, PredictionCo
 from latentwire.bridge.evaluation.probe import ProbeContext
 from latentwire.bridge.evaluation.tasks import answer_text
 from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.prompt import Row
 from latentwire.bridge.sampling import SamplingParams
 
 
@@ -33,13 +34,22 @@ def _choose(context: PredictionContext, chosen: Sequence[int], readings: Sequenc
     labels, count = context.task.labels, len(context.task.labels)
     texts = [answer_text(context.examples[i].prompt, label) for i in chosen for label in labels]
     rows = context.rows([i for i in chosen for _ in labels], [r for r in readings for _ in labels], texts)
-    questions, scores = [rows[at : at + count] for at in range(0, len(rows), count)], list[float]()
-    for numbers, part in scoring.passes(questions, context.lender.batch_rows):
+    found = scored(context, readings, [rows[at : at + count] for at in range(0, len(rows), count)])
+    best = [int(np.argmax([continuation.logprob for continuation in one])) for one in found]
+    return [texts[at * count + label] for at, label in enumerate(best)]
+
+
+def scored(
+    context: PredictionContext, readings: Sequence[Reading], questions: Sequence[Sequence[Row]]
+) -> list[list[scoring.Continuation]]:
+    """Scores of the rows of each question, which has one reading; the receiver is lent anew for each pass."""
+    found: list[list[scoring.Continuation]] = [[] for _ in questions]
+    for numbers, rows in scoring.passes(questions, context.lender.batch_rows):
         with context.lender.lend(context.receiver) as receiver:
             soft = soft_tokens(context, receiver, readings[numbers.start : numbers.stop])
-            scores += [scored.logprob for question in scoring.score(receiver, part, soft) for scored in question]
-    best = np.reshape(scores, (len(chosen), count)).argmax(axis=1).tolist()
-    return [texts[at * count + label] for at, label in enumerate(best)]
+            for number, part in zip(numbers, scoring.score(receiver, rows, soft), strict=True):
+                found[number] += part
+    return found
 
 
 def soft_tokens(context: PredictionContext, receiver: FrozenLM, readings: Sequence[Reading]) -> Tensor | None:

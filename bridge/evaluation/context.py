@@ -253,33 +253,33 @@ def open_context(
     Raises:
         LatentWireError: Any of them is missing, damaged or another one than the checkpoint knows.
     """
+    loaded = load_task(task)
+    opened = open_bridge(checkpoint, dtype=dtype, receiver=receiver, device=device, precision=precision)
+    name = opened["receiver_name"]
+    check_room(loaded, opened["receiver"])
+    check_labels(loaded, opened["bridge"].config.heads[name].layout)
+    examples = held_out(loaded, limit)
+    return EvaluationContext(task=loaded, examples=examples.examples, dropped=examples.dropped, **opened)
+
+
+def open_bridge(
+    checkpoint: str | Path, *, dtype: wire.DType, receiver: str | None, device: str | None, precision: str | None
+) -> dict[str, Any]:
+    """Load a checkpoint and its models: an ``EvaluationContext`` but for the task (errors as of ``open_context``)."""
     placed = device_named(device)
     where: dict[str, Any] = {"device": placed, "dtype": dtype_named(precision, placed)}
     manifest, bridge = load_bridge(checkpoint, device=placed)
     name = receiver or bridge.default_receiver
     bridge.head(name)
-    loaded = load_task(task)
     check_role(manifest.bridge.sender.name, "sender")
     check_role(name, "receiver")
     sender, lm = load_model(manifest.bridge.sender.name, **where), load_model(name, **where)
     check_sender(manifest.bridge, sender)
     check_receiver(manifest.bridge, name, lm)
-    check_room(loaded, lm)
-    check_labels(loaded, bridge.config.heads[name].layout)
-    examples = held_out(loaded, limit)
-    return EvaluationContext(
-        checkpoint=str(checkpoint),
-        task=loaded,
-        examples=examples.examples,
-        dropped=examples.dropped,
-        bridge=bridge,
-        bridge_id=manifest.bridge_id,
-        sender=sender,
-        receiver_name=name,
-        receiver=lm,
-        dtype=dtype,
-        where=where,
-    )
+    return {
+        "checkpoint": str(checkpoint), "bridge": bridge, "bridge_id": manifest.bridge_id, "sender": sender,
+        "receiver_name": name, "receiver": lm, "dtype": dtype, "where": where,
+    }  # fmt: skip
 
 
 def check_room(task: Task, receiver: Reader) -> None:

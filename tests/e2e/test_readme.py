@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from click import Command, Group
+from lm_eval._cli import HarnessCLI
 from rich.console import Console
 from typer.main import get_command
 
@@ -33,7 +34,7 @@ from tests.ports import free_port
 QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--limit", "4"]}
 SMALL = {**QUICK, "train": [*QUICK["train"], "--validation-examples", "2", "--max-source-tokens", "64", "--cache", "c"]}
 TRAINING = ROOT / "docs" / "training.md"
-PROGRAMS = {"curl", "docker", "latentwire", "make", "sbatch", "torchrun"} | {
+PROGRAMS = {"curl", "docker", "latentwire", "latentwire-lm-eval", "make", "sbatch", "torchrun"} | {
     f".venv/bin/{name}" for name in ("pytest", "python", "ruff")
 }
 # What the guide names and a test cannot have: models and layers of the Hub.
@@ -154,6 +155,12 @@ def test_every_flag_in_the_documents_exists() -> None:
     assert len(typed) >= 20
     for command in typed:
         parsed(get_command(app), command[1:])
+
+
+def test_the_harness_is_called_as_the_documents_say() -> None:
+    (command,) = commands("latentwire-lm-eval")
+    asked = HarnessCLI()._parser.parse_args(command[1:])
+    assert asked.model == "latentwire" and asked.model_args == {"checkpoint": "builtin", "condition": "bridge"}
 
 
 def test_every_make_target_in_the_documents_exists() -> None:
