@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,13 @@ from latentwire.bridge.errors import InvalidRequest, at_fault
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
-from latentwire.bridge.prompt import Row, compose, place
+from latentwire.bridge.prompt import Row, compose
 from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.results import Generated, Latent, Output, Scored, Timing, Usage
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
 from latentwire.bridge.scoring import score_from_latents, score_of
+from latentwire.bridge.sources import Given, arrange, inputs_of, latent_of, slots_in
 
 BATCH_ROWS = 32
 
@@ -158,7 +159,7 @@ class Bridge:
 
     def generate(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input | Sequence[Input]],
         prompt: str | Sequence[str] | Sequence[Mapping[str, Any]],
         *,
         receiver: str | None = None,
@@ -179,9 +180,10 @@ class Bridge:
         [' Ben lives in Rome.']
 
         Args:
-            inputs: One input or several: texts, messages, or latents.
+            inputs: One input or several: texts, messages, or latents. A list among them holds the sources of one input.
             prompt: What is asked: one prompt for all inputs, one for each, or the messages of a conversation
-                (``{"role": "user", "content": …}``). ``{latent}`` says where the soft tokens stand.
+                (``{"role": "user", "content": …}``). ``{latent}`` says where the soft tokens stand; for several
+                sources it stands as often, or ``{latents}`` once.
             receiver: Which receiver answers; the first one, unless given.
             max_tokens: Most tokens of an answer.
             temperature: How freely tokens are sampled; 0 takes the likeliest one.
@@ -211,13 +213,15 @@ class Bridge:
             raise InvalidRequest(
                 f"max_tokens is {max_tokens}; {name!r} reads {most} receiver tokens in all", param="max_tokens"
             )
-        each = each_of(inputs, get_args(Input), "input", "a text, a message in bytes or a Latent")
+        each = inputs_of(inputs)
         prompts = prompts_of(prompt, len(each))
-        latents, source_tokens = self._latents(each, truncate)
+        sources, source_tokens = self._sources(each, truncate)
         encode_ms = _ms_since(started)
         rows = [
-            engine.LatentPrompt(self.compose(name, latent, asked, params), latent, sample_params(params, sample))
-            for latent, asked in zip(latents, prompts, strict=True)
+            engine.LatentPrompt(
+                self.compose(name, given, asked, params), latent_of(given), sample_params(params, sample)
+            )
+            for given, asked in zip(sources, prompts, strict=True)
             for sample in range(n)
         ]
         answers: list[Generation] = []
@@ -232,14 +236,14 @@ class Bridge:
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.name,
             outputs=outputs,
-            usage=Usage(source_tokens, sum(map(len, latents)), sum(output.token_count for output in outputs)),
+            usage=Usage(source_tokens, sum(map(slots_in, sources)), sum(output.token_count for output in outputs)),
             timing=_timing(started, encode_ms),
             diversity=diversity([output.text for output in outputs]),
         )
 
     def score(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input | Sequence[Input]],
         prompt: str | Sequence[str] | Sequence[Mapping[str, Any]],
         choices: str | Sequence[str],
         *,
@@ -269,18 +273,18 @@ class Bridge:
         """
         started, name = time.perf_counter(), self.receiver(receiver)
         texts = each_of(choices, (str,), "choice", "a text, or several")
-        each = each_of(inputs, get_args(Input), "input", "a text, a message in bytes or a Latent")
+        each = inputs_of(inputs)
         prompts = prompts_of(prompt, len(each))
-        latents, source_tokens = self._latents(each, truncate)
+        sources, source_tokens = self._sources(each, truncate)
         encode_ms = _ms_since(started)
-        questions = [self.continue_with(name, *both, texts, end=end) for both in zip(latents, prompts, strict=True)]
+        questions = [self.continue_with(name, *both, texts, end=end) for both in zip(sources, prompts, strict=True)]
         with self.lend(name) as lm:
-            found = score_from_latents(self.model, name, lm, latents, questions)
+            found = score_from_latents(self.model, name, lm, [latent_of(given) for given in sources], questions)
         return Scored(
             id=f"score_{uuid.uuid4().hex}",
             bridge=self.name,
             scores=tuple(score_of(self.reader(name), texts, one, logprobs=logprobs) for one in found),
-            usage=Usage(source_tokens, sum(map(len, latents))),
+            usage=Usage(source_tokens, sum(map(slots_in, sources))),
             timing=_timing(started, encode_ms),
         )
 
@@ -316,24 +320,19 @@ class Bridge:
     def compose(
         self,
         receiver: str,
-        given: NDArray[np.float32] | str | None,
+        given: Given,
         prompt: Prompt,
         params: SamplingParams,
         answer: str | None = None,
     ) -> Row:
-        """A prompt with a latent, a text or nothing, and any answer to be scored (InvalidRequest: no room, odd ids)."""
+        """A prompt with what is given, and any answer to be scored (InvalidRequest: no room, odd ids or places)."""
         reader, layout = self.reader(receiver), self.manifest.bridge.heads[receiver].layout
         with at_fault("stop_ids"):
             check_ids(reader, params.stop_ids)
         try:
-            return compose(
-                reader,
-                layout,
-                place(layout, prompt),
-                latent=len(given) if isinstance(given, np.ndarray) else given,
-                answer=answer,
-                max_tokens=reader.max_tokens - params.max_tokens,
-            )
+            placed, contents = arrange(layout, prompt, given)
+            room = reader.max_tokens - params.max_tokens
+            return compose(reader, layout, placed, latent=contents, answer=answer, max_tokens=room)
         except InvalidRequest as error:
             error.param = error.param or "prompt"
             raise
@@ -341,7 +340,7 @@ class Bridge:
     def continue_with(
         self,
         receiver: str,
-        given: NDArray[np.float32] | str | None,
+        given: Given,
         prompt: Prompt,
         choices: Sequence[str],
         *,
@@ -361,14 +360,18 @@ class Bridge:
         if lm.name in self.manifest.bridge.heads:
             check_receiver(self.manifest.bridge, lm.name, lm)
 
-    def _latents(self, inputs: Sequence[Input], truncate: bool) -> tuple[list[NDArray[np.float32]], int]:
-        """Latents (K, C) of inputs, and the tokens that the sender read for them."""
-        texts = [item for item in inputs if isinstance(item, str)]
+    def _sources(self, inputs: Sequence[Input | tuple[Input, ...]], truncate: bool) -> tuple[list[Given], int]:
+        """The latents of inputs, and the tokens that the sender read for them."""
+        flat = [one for item in inputs for one in (item if isinstance(item, tuple) else (item,))]
+        texts = [one for one in flat if isinstance(one, str)]
         encoded = self.encode(texts, truncate=truncate) if texts else []
-        rest = iter(encoded)
-        messages = [next(rest) if isinstance(item, str) else item for item in inputs]
-        latents = [self.decode(item.data if isinstance(item, Latent) else bytes(item)) for item in messages]
-        return latents, sum(latent.source_tokens for latent in encoded)
+        read = iter(encoded)
+        messages = [next(read) if isinstance(one, str) else one for one in flat]
+        latents = iter([self.decode(one.data if isinstance(one, Latent) else bytes(one)) for one in messages])
+        given: list[Given] = [
+            tuple(next(latents) for _ in one) if isinstance(one, tuple) else next(latents) for one in inputs
+        ]
+        return given, sum(latent.source_tokens for latent in encoded)
 
     @contextmanager
     def lend(self, name: str) -> Iterator[FrozenLM]:

@@ -23,7 +23,8 @@ from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader, ids_of_texts, text_ids
 
-LATENT, PROMPT = "{latent}", "{prompt}"
+LATENT, LATENTS, PROMPT = "{latent}", "{latents}", "{prompt}"
+NEXT = "\n"  # before each source but the first, at ``{latents}``
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
 Content = int | str
 """So many soft tokens, or a text."""
@@ -125,21 +126,60 @@ def check_layout(layout: Layout, lm: Reader) -> None:
             raise IncompatibleBridge(f"the layout was made with {token} {want}; {lm.name!r} has {have}")
 
 
-def place(layout: Layout, prompt: Prompt) -> Prompt:
+def place(layout: Layout, prompt: Prompt, *, several: bool = False) -> Prompt:
     """The whole of what the receiver is asked: the prompt's own ``{latent}``, else the layout's surroundings of it.
 
     In a conversation these are put around what the user says first. Where the layout has no chat template, a
-    conversation is the text of its turns, line by line.
+    conversation is the text of its turns, line by line. ``several`` sources stand at ``{latents}`` there.
     """
+    template = layout.template.replace(LATENT, LATENTS) if several else layout.template
     if isinstance(prompt, str):
-        return prompt if LATENT in prompt else layout.template.replace(PROMPT, prompt)
+        return prompt if _has_place(prompt) else template.replace(PROMPT, prompt)
     if layout.chat is None:
-        return place(layout, "\n".join(turn.text for turn in prompt if turn.text))
+        return place(layout, "\n".join(turn.text for turn in prompt if turn.text), several=several)
     at = next((at for at, turn in enumerate(prompt) if turn.role == "user"), None)
-    if at is None or any(LATENT in turn.text for turn in prompt):
+    if at is None or any(_has_place(turn.text) for turn in prompt):
         return prompt
-    asked = Turn("user", layout.template.replace(PROMPT, prompt[at].text))
+    asked = Turn("user", template.replace(PROMPT, prompt[at].text))
     return (*prompt[:at], asked, *prompt[at + 1 :])
+
+
+def expand(prompt: Prompt, contents: Sequence[Content]) -> tuple[Prompt, Sequence[Content]]:
+    """A prompt with all its places for sources made one, and all that stands there, the text between them included.
+
+    Sources stand where ``{latent}`` does, as often as there are sources, or at one ``{latents}``, each in a line of its
+    own behind its number: ``[1] …``. A prompt for one source that says no ``{latents}`` stays as it is.
+
+    Raises:
+        InvalidRequest: There are other places than sources, or places in several turns of a conversation.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]
+    named = [at for at, text in enumerate(texts) if _has_place(text)]
+    places, lists = (sum(text.count(place) for text in texts) for place in (LATENT, LATENTS))
+    if not lists and len(contents) < 2:
+        return prompt, contents
+    if len(named) != 1 or (places, lists) not in ((0, 1), (len(contents), 0)):
+        raise InvalidRequest(
+            f"the prompt has {LATENT} {places} times and {LATENTS} {lists} times; for {len(contents)} sources expected "
+            f"{LATENT} as often, or {LATENTS} once, in one text",
+            param="prompt",
+        )
+    (at,) = named
+    if lists:
+        before, after = texts[at].split(LATENTS)
+        gaps = [f"{NEXT if number > 1 else ''}[{number}] " for number in range(1, len(contents) + 1)]
+    else:
+        before, *between, after = texts[at].split(LATENT)
+        gaps = ["", *between]
+    written = [part for pair in zip(gaps, contents, strict=True) for part in pair]
+    whole = f"{before}{LATENT}{after}"
+    if isinstance(prompt, str):
+        return whole, written
+    return (*prompt[:at], Turn(prompt[at].role, whole), *prompt[at + 1 :]), written
+
+
+def _has_place(text: str) -> bool:
+    return LATENT in text or LATENTS in text
 
 
 def split_template(template: str) -> tuple[str, str]:
@@ -224,8 +264,10 @@ def compose(
     if not ids:
         raise InvalidRequest("the receiver's input is empty; expected a prompt or a latent", param="prompt")
     if max_tokens is not None and length > max_tokens:
+        sources = sum(isinstance(content, int) for content in _contents(latent))
+        what = f"the input with {sources} sources" if sources > 1 else "the input"
         raise InvalidRequest(
-            f"the input takes {length} receiver tokens; {max(max_tokens, 0)} fit beside what is to be generated",
+            f"{what} takes {length} receiver tokens; {max(max_tokens, 0)} fit beside what is to be generated",
             param="prompt",
         )
     return Row(ids + answer_ids, slots + [TEXT] * len(answer_ids), [IGNORE] * len(ids) + answer_ids)

@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     drain_timeout: Seconds = Field(
         30.0, description="After SIGTERM, accepted requests have this long to be answered, seconds."
     )
-    max_inputs: int = Field(64, ge=1, description="Inputs of one request.")
+    max_inputs: int = Field(64, ge=1, description="Inputs of one request, and sources of all of them.")
     max_samples: int = Field(16, ge=1, description="Largest n.")
     max_tokens: int = Field(512, ge=1, description="Largest max_tokens.")
     max_text_characters: int = Field(100_000, ge=1, description="Longest text or prompt.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.plots import Plot, Point, against
-from latentwire.bridge.evaluation.statistics import compared, over_seeds
+from latentwire.bridge.evaluation.statistics import LEVEL, compared, over_seeds
 
 Document = Mapping[str, Any]
 FEWEST_SEEDS = 3
@@ -66,6 +66,12 @@ class Entry:
         """The better condition in which the receiver reads the source, if there is one."""
         headline = self.first["headline"]
         return None if headline is None else str(headline["against"])
+
+    @property
+    def missing(self) -> list[str]:
+        """Which of those conditions were not measured, where one was."""
+        headline = self.first["headline"]
+        return [] if headline is None else list(headline["missing"])
 
     @cached_property
     def scores(self) -> list[float] | None:
@@ -143,7 +149,13 @@ def compare(reports: Mapping[str, Document]) -> Comparison:
         notes.append(
             "of several seeds: the mean, with Student's t interval over the seeds; over the examples where they agree"
         )
-    return Comparison(reports[first]["task"], reports[first]["n"], entries, _ahead(entries), notes)
+    for text in dict.fromkeys(name for entry in entries for name in entry.missing):
+        lacking = ", ".join(entry.name for entry in entries if text in entry.missing)
+        notes.append(f"no {text!r} of {lacking}, which may be the better of the two")
+    lead = _ahead(entries)
+    if any(row["p"] < 1 - LEVEL for row in lead.values()):
+        notes.append("* p < .05, adjusted for the number of bridges (Holm)")
+    return Comparison(reports[first]["task"], reports[first]["n"], entries, lead, notes)
 
 
 def _check_comparable(first: str, one: Document, name: str, other: Document) -> None:

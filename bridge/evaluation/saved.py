@@ -119,6 +119,9 @@ class _Report(_Part):
         counts += [] if self.latents is None else [len(self.latents.pca)]
         if any(count != self.n for count in counts):
             raise ValueError(f"n is {self.n}, with as many as {counts} examples and latents")
+        for example in self.examples or ():
+            if lacking := set(self.conditions) - (set(example.scores) & set(example.said)):
+                raise ValueError(f"an example has nothing of {min(lacking)!r}")
         if any(len(row) != len(one.tokens) for one in self.slots or () for row in one.reads):
             raise ValueError("a slot does not have as many shares as there are tokens")
         if any(one.example not in range(len(self.examples or ())) for one in self.slots or ()):

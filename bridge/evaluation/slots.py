@@ -19,7 +19,7 @@ from latentwire.bridge.models import hidden_states, pad_sources
 
 SHOWN_EXAMPLES = 4
 SHOWN_TOKENS, SHOWN_SLOTS = 64, 24  # of a source, from its start: more cannot be read
-ROWS = 32  # copies of a source encoded at once
+TOKENS_AT_ONCE = 16_384  # of the copies of a source that are encoded together
 FEWEST_POINTS = 3  # that span a plane
 
 
@@ -57,9 +57,9 @@ def reads(context: EvaluationContext, example: int) -> dict[str, Any]:
         states = hidden_states(sender, ids, mask, config.layers)
         whole = encoder(states, mask)[0]
         parts = []
-        for part in torch.split(torch.arange(shown, device=states.device), ROWS):
+        for part in torch.split(torch.arange(shown, device=states.device), max(1, TOKENS_AT_ONCE // len(source.ids))):
             changed = states.repeat(len(part), 1, 1)
-            changed[torch.arange(len(part)), part] = 0.0
+            changed[part - part[0], part] = 0.0
             latents, _ = encoder(changed, mask.expand(len(part), -1))
             parts.append((latents - whole).float().square().sum(dim=-1))
     moved = torch.cat(parts).T[: min(SHOWN_SLOTS, slots_of(config.encoder, shown))].cpu().double().numpy()

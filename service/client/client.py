@@ -31,6 +31,7 @@ from latentwire.service.client.types import (
     Event,
     GenerateOptions,
     Input,
+    Inputs,
     KeepOptions,
     KeptLatent,
     KeptLatents,
@@ -55,13 +56,12 @@ class _Service:
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         return await self._ask(Encoded, protocol.inference("/encode", {"inputs": texts}, options))
 
-    async def generate(
-        self, inputs: Input | Sequence[Input], prompt: Prompt, **options: Unpack[GenerateOptions]
-    ) -> Generated:
+    async def generate(self, inputs: Inputs, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generated:
         """``POST /generate``: what a receiver says about one input or several.
 
-        An input is a text, a ``Latent``, a message (bytes), or ``{"text" | "latent" | "latent_id": …}``; a prompt is a
-        text, one for each input, or the messages of a conversation.
+        An input is a text, a ``Latent``, a message (bytes), or ``{"text" | "latent" | "latent_id": …}``; a list of
+        these among the inputs holds the sources of one. A prompt is a text, one for each input, or the messages of a
+        conversation.
         """
         return await self._ask(Generated, protocol.inference("/generate", protocol.question(inputs, prompt), options))
 
@@ -92,7 +92,7 @@ class _Service:
 
     async def score(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Inputs,
         prompt: Prompt,
         choices: str | Sequence[str],
         **options: Unpack[ScoreOptions],
@@ -102,7 +102,7 @@ class _Service:
         return await self._ask(Scored, protocol.inference("/score", protocol.question(inputs, prompt) | given, options))
 
     async def stream(
-        self, inputs: Input | Sequence[Input], prompt: Prompt, **options: Unpack[GenerateOptions]
+        self, inputs: Inputs, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event, None]:
         """``generate``, as it is said: ``Token`` by ``Token``, and at last the ``Generated``.
 

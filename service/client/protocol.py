@@ -35,6 +35,7 @@ from latentwire.service.client.types import (
     Event,
     GenerateOptions,
     Input,
+    Inputs,
     KeepOptions,
     KeptLatent,
     Prompt,
@@ -159,20 +160,22 @@ def latent_of(method: str, id: str, options: CallOptions) -> Call:
     return Call(method, f"/latents/{quote(id)}", **options)
 
 
-def question(inputs: Input | Sequence[Input], prompt: Prompt) -> dict[str, Any]:
+def question(inputs: Inputs, prompt: Prompt) -> dict[str, Any]:
     """Inputs, and prompt or messages, as ``/generate`` takes them."""
     asked = prompt if isinstance(prompt, str) else list(prompt)
     name = "messages" if any(isinstance(one, Mapping) for one in asked) else "prompt"
     return {**inputs_of(inputs), name: asked}
 
 
-def inputs_of(inputs: Input | Sequence[Input]) -> dict[str, Any]:
+def inputs_of(inputs: Inputs) -> dict[str, Any]:
     """Inputs as the service takes them."""
     each = [inputs] if isinstance(inputs, str | bytes | Latent | KeptLatent | Mapping) else inputs
     return {"inputs": [_input(item) for item in each]}
 
 
-def _input(item: Input) -> dict[str, str]:
+def _input(item: Input | Sequence[Input]) -> dict[str, Any]:
+    if isinstance(item, list | tuple):
+        return {"sources": [_input(one) for one in item]}
     if isinstance(item, str):
         return {"text": item}
     if isinstance(item, Mapping):

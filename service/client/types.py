@@ -110,7 +110,9 @@ class LatentPage:
 
 
 Event = Token | Generated
-Input = str | bytes | Latent | KeptLatent | Mapping[str, str]
+Input = str | bytes | Latent | KeptLatent | Mapping[str, Any]
+Inputs = Input | Sequence[Input | Sequence[Input]]
+"""One input, or several; a list among them holds the sources of one."""
 Prompt = str | Sequence[str] | Sequence[Mapping[str, str]]
 """One prompt for all inputs, one for each, or a conversation: ``{"role": "user", "content": …}`` for each turn."""
 

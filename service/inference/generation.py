@@ -6,8 +6,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-import numpy as np
-
 from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.diversity import diversity
@@ -15,6 +13,7 @@ from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.sampling import SamplingParams, sample_params
 from latentwire.bridge.scoring import score_of
+from latentwire.bridge.sources import Given, slots_in
 from latentwire.service.inference.request import GenerationRequest, Piece, Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.inference.scoring import ScoreQuestion
@@ -23,6 +22,7 @@ from latentwire.service.schemas.inference import (
     DiversityOut,
     GenerateRequest,
     GenerateResponse,
+    Input,
     Output,
     Timing,
     TokenLogprobOut,
@@ -113,7 +113,7 @@ class RequestHandler:
 
         def count_usage(prompt_tokens: list[int], generated_tokens: int) -> None:
             """Also of a request that was cancelled."""
-            self.usage.soft_tokens = sum(len(source) for source in sources if isinstance(source, np.ndarray))
+            self.usage.soft_tokens = sum(map(slots_in, sources))
             self.usage.prompt_tokens = sum(prompt_tokens[:: body.n])
             self.usage.generated_tokens = generated_tokens
 
@@ -142,7 +142,7 @@ class RequestHandler:
 
         def count_usage(tokens: int) -> None:
             """Also of a request that was cancelled."""
-            self.usage.soft_tokens = sum(len(source) for source in sources if isinstance(source, np.ndarray))
+            self.usage.soft_tokens = sum(map(slots_in, sources))
             self.usage.prompt_tokens = max(tokens - self.usage.soft_tokens, 0)
 
         found = await self.runtime.scorers.score(self.bridge, receiver, questions, count_usage)
@@ -157,35 +157,28 @@ class RequestHandler:
             timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
         )
 
-    async def _sources(self, body: Asking) -> list[wire.Latent | str | None]:
-        """For every input, what stands in the latent's place: a latent, a text, or nothing."""
+    async def _sources(self, body: Asking) -> list[Given]:
+        """For every input, what stands in the latent's place."""
         if body.condition == "none":
-            return [None] * len(body.inputs)
+            return [None if item.sources is None else ("",) * len(item.sources) for item in body.inputs]
         if body.condition == "direct":
-            return [item.text for item in body.inputs]
-        texts = [
-            Text(item.text, body.truncate, f"inputs.{at}.text")
-            for at, item in enumerate(body.inputs)
-            if item.text is not None
-        ]
+            return [_texts(item) for item in body.inputs]
+        each = [named for at, item in enumerate(body.inputs) for named in item.each(f"inputs.{at}")]
+        texts = [Text(one.text, body.truncate, f"{at}.text") for at, one in each if one.text is not None]
         encodings = iter(await self.encode(texts) if texts else [])
-        ids = {
-            f"inputs.{at}.latent_id": item.latent_id
-            for at, item in enumerate(body.inputs)
-            if item.latent_id is not None
-        }
+        ids = {f"{at}.latent_id": one.latent_id for at, one in each if one.latent_id is not None}
         stored = await self.runtime.latents(ids, self.tenant) if ids else {}
-        latents: list[wire.Latent | str | None] = []
-        for at, item in enumerate(body.inputs):
-            field = next(name for name in ("text", "latent", "latent_id") if getattr(item, name) is not None)
-            with at_fault(param := f"inputs.{at}.{field}"):
-                if field == "text":
+        latents: list[wire.Latent] = []
+        for at, one in each:
+            with at_fault(param := f"{at}.{one.given}"):
+                if one.given == "text":
                     encoding = next(encodings)
                     latents.append(self.bridge.decode(encoding.message) if encoding.latent is None else encoding.latent)
                 else:
-                    message = stored[param].message if item.latent is None else message_of(item.latent)
+                    message = stored[param].message if one.latent is None else message_of(one.latent)
                     latents.append(self.bridge.decode(message))
-        return latents
+        rest = iter(latents)
+        return [next(rest) if item.sources is None else tuple(next(rest) for _ in item.sources) for item in body.inputs]
 
     async def _cached(self, keys: Sequence[str]) -> list[CachedEncoding | None]:
         if not self.runtime.settings.encode_cache:
@@ -204,18 +197,23 @@ class RequestHandler:
             return None
 
 
+def _texts(item: Input) -> Given:
+    return item.text if item.sources is None else tuple(one.text or "" for one in item.sources)
+
+
 def check_limits(runtime: Runtime, body: Asking) -> None:
     """Refuse before any work what is over the operator's limits (TooLarge)."""
     settings = runtime.settings
-    within(("inputs", len(body.inputs), settings.max_inputs))
+    each = [named for at, item in enumerate(body.inputs) for named in item.each(f"inputs.{at}")]
+    within(("inputs", len(body.inputs), settings.max_inputs), ("sources", len(each), settings.max_inputs))
     if isinstance(body, GenerateRequest):
         within(("n", body.n, settings.max_samples), ("max_tokens", body.max_tokens, settings.max_tokens))
     if isinstance(body, ScoreRequest):
         if (count := len(body.inputs) * len(body.choices)) > MAX_SCORED:
             raise TooLarge(f"the request scores {count} continuations; at most {MAX_SCORED} are taken", param="choices")
         runtime.check_text("".join(body.choices), "choices")
-    for at, item in enumerate(body.inputs):
-        runtime.check_text(item.text or "", f"inputs.{at}.text")
+    for place, one in each:
+        runtime.check_text(one.text or "", f"{place}.text")
     for prompt in set(body.prompts):
         if isinstance(prompt, str):
             runtime.check_text(prompt, "prompt")

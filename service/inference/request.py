@@ -8,9 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from latentwire.bridge.bridge import Bridge
@@ -23,6 +21,7 @@ from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.results import TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.sources import Given, characters_in, latent_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +35,9 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """One output to generate: what stands in the latent's place (a latent, a text, nothing), and the prompt."""
+    """One output to generate: what stands in the latent's place, and the prompt."""
 
-    source: NDArray[np.float32] | str | None
+    source: Given
     prompt: Prompt
     params: SamplingParams
 
@@ -46,7 +45,7 @@ class GenerationRequest:
     def characters(self) -> int:
         """Length of all its text."""
         texts = [self.prompt] if isinstance(self.prompt, str) else [turn.text for turn in self.prompt]
-        return sum(map(len, [*texts, self.source if isinstance(self.source, str) else ""]))
+        return sum(map(len, texts)) + characters_in(self.source)
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ async def _settled(submitting: asyncio.Future[None]) -> None:
 
 def soft_tokens_of(bridge: Bridge, receiver: str, lm: FrozenLM, request: GenerationRequest) -> Soft | None:
     """Soft tokens of a request's latent, under a key that no other latent, encoder or head has."""
-    latent = request.source
-    if not isinstance(latent, np.ndarray):
+    latent = latent_of(request.source)
+    if latent is None:
         return None
 
     def make() -> Float[Tensor, "K D"]:

@@ -20,6 +20,7 @@ from latentwire.bridge.memory import free_caches
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.scoring import Continuation, score_from_latents, shared
+from latentwire.bridge.sources import Given, characters_in, latent_of
 from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.batching import Batcher
 from latentwire.service.inference.lanes import Lanes
@@ -29,9 +30,9 @@ from latentwire.service.settings import Settings
 
 @dataclass(frozen=True, eq=False)
 class ScoreQuestion:
-    """One input to score about: what stands in the latent's place (a latent, a text, nothing), and what may follow."""
+    """One input to score about: what stands in the latent's place, and what may follow."""
 
-    source: NDArray[np.float32] | str | None
+    source: Given
     prompt: Prompt
     choices: Sequence[str]
     end: bool
@@ -40,7 +41,7 @@ class ScoreQuestion:
     def characters(self) -> int:
         """Length of all that is tokenised: the prompt goes before each choice."""
         texts = [self.prompt] if isinstance(self.prompt, str) else [turn.text for turn in self.prompt]
-        before = sum(map(len, [*texts, self.source if isinstance(self.source, str) else ""]))
+        before = sum(map(len, texts)) + characters_in(self.source)
         return sum(before + len(choice) for choice in self.choices)
 
 
@@ -85,7 +86,7 @@ class Scorers:
         def composed(question: ScoreQuestion) -> _Item:
             given = question.source
             rows = bridge.continue_with(receiver, given, question.prompt, question.choices, end=question.end)
-            return _Item(given if isinstance(given, np.ndarray) else None, rows)
+            return _Item(latent_of(given), rows)
 
         items = await self._lanes.each(composed, questions, lambda question: question.characters)
         read: list[int] = []

@@ -61,26 +61,55 @@ class EncodeRequest(Strict):
 
 
 def one_of(schema: dict[str, Any]) -> None:
-    """Say in the document what the validator checks: one of the properties holds a text."""
-    texts = [{"required": [name], "properties": {name: {"type": "string"}}} for name in schema["properties"]]
-    schema["oneOf"] = texts
+    """Say in the document what the validator checks: one of the properties is given."""
+    schema["oneOf"] = [
+        {"required": [name], "properties": {name: {"type": "array" if name == "sources" else "string"}}}
+        for name in schema["properties"]
+    ]
 
 
-class Input(Strict):
-    """One thing to ask about: exactly one of the three."""
+class OneOf(Strict):
+    """Base of what has exactly one of its fields."""
 
     model_config = ConfigDict(json_schema_extra=one_of)
 
-    text: str | None = Field(None, description="A text; the sender reads it, the receiver does not.")
-    latent: str | None = Field(None, description="A message from /encode, base64.")
-    latent_id: str | None = Field(None, description="The id of a stored latent.")
-
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        given = [name for name in ("text", "latent", "latent_id") if getattr(self, name) is not None]
+        names = list(type(self).model_fields)
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of text, latent and latent_id, not {len(given)}")
+            raise ValueError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}, not {len(given)}")
         return self
+
+    @property
+    def given(self) -> str:
+        """The name of that field."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class SourceIn(OneOf):
+    """One source of a prompt: exactly one of the three."""
+
+    text: str | None = Field(None, description="A text; the sender reads it, the receiver does not.")
+    latent: str | None = Field(None, description="A message from /encode, base64.")
+    latent_id: str | None = Field(None, description="The id of a kept latent.")
+
+
+class Input(SourceIn):
+    """One thing to ask about: exactly one of the four."""
+
+    sources: Annotated[list[SourceIn], FAIL_FAST] | None = Field(
+        None,
+        min_length=1,
+        description="Several sources of one prompt, in their order: {latent} stands in it as often, or {latents} once, "
+        "where each has a line of its own behind its number.",
+    )
+
+    def each(self, at: str) -> list[tuple[str, SourceIn]]:
+        """Its sources, itself where it is one, each with its place in the body."""
+        if self.sources is None:
+            return [(at, self)]
+        return [(f"{at}.sources.{number}", source) for number, source in enumerate(self.sources)]
 
 
 class TurnIn(Strict):
@@ -109,7 +138,8 @@ class Asking(Strict):
     prompt: str | Annotated[list[str], FAIL_FAST] | None = Field(
         None,
         description="What the receiver is asked: one prompt for all inputs, or one for each. {latent} says where the "
-        "soft tokens stand; without it they stand where the bridge was trained to have them.",
+        "soft tokens stand, {latents} where those of several sources do; without it they stand where the bridge was "
+        "trained to have them.",
     )
     messages: Annotated[list[TurnIn], FAIL_FAST] | None = Field(
         None,
@@ -142,7 +172,7 @@ class Asking(Strict):
 
     @model_validator(mode="after")
     def _direct_needs_texts(self) -> Self:
-        if self.condition == "direct" and any(item.text is None for item in self.inputs):
+        if self.condition == "direct" and any(one.text is None for item in self.inputs for _, one in item.each("")):
             raise ValueError("condition direct lets the receiver read the source; give every input as text")
         return self
 

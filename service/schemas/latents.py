@@ -1,30 +1,22 @@
 """What goes over HTTP about kept latents, in and out."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field
 
 from latentwire.bridge import wire
-from latentwire.service.schemas.inference import FAIL_FAST, Deadline, Strict, Timing, Usage, one_of
+from latentwire.service.schemas.inference import FAIL_FAST, Deadline, OneOf, Strict, Timing, Usage
 from latentwire.service.store.latents import KeptLatent
 
 Ttl = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["forever"]
 
 
-class KeepInput(Strict):
+class KeepInput(OneOf):
     """One thing to keep: a text, or a latent that was made before."""
-
-    model_config = ConfigDict(json_schema_extra=one_of)
 
     text: str | None = Field(None, description="A text; the sender reads it, and its latent is kept.")
     latent: str | None = Field(None, description="A message of this bridge, base64.")
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.text is None) == (self.latent is None):
-            raise ValueError("give exactly one of text and latent")
-        return self
 
 
 class KeepRequest(Strict):

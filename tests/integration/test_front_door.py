@@ -58,6 +58,26 @@ def test_one_encoding_is_asked_many_times(bridge: latentwire.Bridge) -> None:
     assert bridge.generate([latent.data for latent in latents], prompts).texts == answers.texts
 
 
+SOURCES = ["Mara wants a cup of tea.", "Ben lives in Rome.", "Mara lives in Oslo."]
+ASKED = "{latents}\nQuestion: Where does Ben live?\nAnswer:"
+
+
+def test_several_sources_are_asked_in_one_prompt(bridge: latentwire.Bridge) -> None:
+    latents = bridge.encode(SOURCES)
+    answers = bridge.generate([latents, [SOURCES[0], latents[1]], SOURCES[1]], ASKED, max_tokens=8)
+    slots = [len(latent.array) for latent in latents]
+    assert answers.usage.soft_tokens == sum(slots) + slots[0] + 2 * slots[1]
+    apart = [bridge.generate([one], ASKED, max_tokens=8).texts[0] for one in (latents, SOURCES[:2], SOURCES[1])]
+    assert answers.texts == apart
+    spelt = "[1] {latent}\n[2] {latent}\nQuestion: Where does Ben live?\nAnswer:"
+    assert bridge.generate([latents[:2]], spelt, max_tokens=8).texts == apart[1:2]
+    turned = [latents[::-1], latents[1:]]
+    scored = bridge.score([latents, *turned], ASKED, [" Ben lives in Rome.", " Ben sings."])
+    assert len({one[0].logprob for one in scored}) == 3
+    one = bridge.generate([[latents[1]]], "{latent}\nQuestion: Where does Ben live?\nAnswer:").texts
+    assert one == bridge.generate(latents[1], "Question: Where does Ben live?\nAnswer:").texts
+
+
 def test_sampling_is_told_by_its_seed_and_its_samples_differ(bridge: latentwire.Bridge) -> None:
     hot: dict[str, Any] = {"temperature": 5.0, "n": 3, "max_tokens": 6}
     first = bridge.generate("Mara sings.", "Who?", seed=1, **hot)
@@ -131,6 +151,15 @@ WRONG_TYPES = {
     "bridge.generate('a', 'Who?', stop=[5])": "stop.0 is 5; expected a valid string",
     "bridge.generate({'text': 'a'}, 'Who?')": f"one input is of type dict; {AN_INPUT}",
     "bridge.generate([5], 'Who?')": f"one input is of type int; {AN_INPUT}",
+    "bridge.generate([['a', 5]], 'Who?')": f"one source is of type int; {AN_INPUT}",
+    "bridge.generate([[]], 'Who?')": f"one source is of type NoneType; {AN_INPUT}",
+    "bridge.generate([['a', 'b']], 'Who {latent}?')": (
+        "the prompt has {latent} 1 times and {latents} 0 times; for 2 sources expected {latent} as often, or {latents} "
+        "once, in one text"
+    ),
+    "bridge.generate([['a'] * 300], 'Who?')": (
+        "the input with 300 sources takes 1997 receiver tokens; 480 fit beside what is to be generated"
+    ),
     "bridge.generate('a', None)": "one prompt is of type NoneType; expected a text, one for each input, or messages",
     "bridge.encode([b'a'])": "one text is of type bytes; expected a text, or several",
     "latentwire.evaluate(bridge, limit='a')": "limit is 'a'; expected 1 or more",

@@ -47,10 +47,11 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         ("{}", "no report of an evaluation: checkpoint: Field required"),
         (json.dumps({**document(), "n": "6"}), "no report of an evaluation: n: Input should be a valid integer"),
         (json.dumps({**document(), "n": 5}), "no report of an evaluation: the document: Value error, n is 5"),
+        (json.dumps(document()).replace('"none": 0.0', '"nine": 0.0'), "Value error, an example has nothing of 'none'"),
         (json.dumps({**document(), "conditions": {}}), "no report of an evaluation: conditions: Dictionary should"),
         (json.dumps(document()).replace("0.6666666666666666", "NaN"), "conditions.bridge.value: Input should be a f"),
     ],
-    ids=["empty", "cut", "deep", "bytes", "a list", "an object", "a text", "too few", "no row", "NaN"],
+    ids=["empty", "cut", "deep", "bytes", "a list", "an object", "a text", "too few", "no score", "no row", "NaN"],
 )  # fmt: skip
 def test_what_is_no_report_is_refused_in_one_line_that_names_the_file(tmp_path: Path, text: str, why: str) -> None:
     file = tmp_path / "odd.json"
@@ -146,9 +147,23 @@ def test_each_bridge_is_held_against_the_first_on_the_same_examples() -> None:
     assert found.ahead["b"]["low"] < -0.8 < found.ahead["b"]["high"] < 0
     assert "-0.800*" in printed(comparison_table(found)) and "-0.800*" in comparison_page(found, title="two")
     assert compare({"a.json": better, "b.json": {**worse, "examples": None}}).ahead == {}
+    star = "* p < .05, adjusted for the number of bridges (Holm)"
+    assert (
+        star in found.notes
+        and star
+        not in compare({"a.json": better, "b.json": document(ratio=8.0, bridge=[1] * 10, direct=[1] * 10)}).notes
+    )
     assert "+0.000" in printed(
         comparison_table(compare({"a.json": better, "b.json": {**better, **{"about": worse["about"]}}}))
     )
+
+
+def test_a_text_that_was_not_measured_is_named() -> None:
+    more = document(ratio=8.0)
+    more["headline"]["missing"] = []
+    notes = compare({"a.json": document(), "b.json": more, "c.json": document(ratio=2.0)}).notes
+    assert "no 'direct_tuned' of a, c, which may be the better of the two" in notes
+    assert not any("direct_tuned" in note for note in compare({"b.json": more}).notes)
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:

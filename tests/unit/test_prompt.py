@@ -1,7 +1,7 @@
 """The composer: what the receiver reads, and what it is taught to say."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from transformers import PreTrainedTokenizerFast
 
-from latentwire.bridge.config import Layout
+from latentwire.bridge.config import Layout, Turn
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import (
@@ -23,6 +23,7 @@ from latentwire.bridge.prompt import (
     compose,
     continuation,
     embed,
+    expand,
     fit,
     layout_for,
     place,
@@ -145,6 +146,67 @@ def test_soft_tokens_and_texts_stand_one_after_the_other_and_are_numbered_on(lla
     slots = [slot for slot in row.slots if slot != TEXT]
     assert slots == [0, 1, 2, 3, 4]
     assert heard(llama, row) == "<s>Review:[0][1] and[2][3][4] so\nSentiment: good</s>"
+
+
+@pytest.mark.parametrize(
+    "prompt, seen",
+    [
+        ("Who?", "<s>Review:\n[1][0][1]\n[2][2]\n[3][3][4][5]\nWho?"),
+        ("{latents}", "<s>[1][0][1]\n[2][2]\n[3][3][4][5]"),
+        ("Read:\n{latents}\nWho?", "<s>Read:\n[1][0][1]\n[2][2]\n[3][3][4][5]\nWho?"),
+        ("A {latent} B {latent}{latent} C", "<s>A[0][1] B[2][3][4][5] C"),
+    ],
+)
+def test_several_sources_stand_in_their_order_and_each_is_marked_by_its_number(
+    llama: FrozenLM, prompt: str, seen: str
+) -> None:
+    layout = layout_for(llama, "Review:\n{latent}\nSentiment:")
+    placed, contents = expand(place(layout, prompt, several=True), [2, 1, 3])
+    row = compose(llama, layout, placed, latent=contents)
+    assert heard(llama, row) == seen
+    assert [slot for slot in row.slots if slot != TEXT] == list(range(6))
+
+
+def test_several_texts_stand_where_their_latents_would(metaspace: FrozenLM) -> None:
+    placed, contents = expand("Rome {latents}.", ["is big", "a"])
+    layout = layout_for(metaspace, "{latent}")
+    row = compose(metaspace, layout, placed, latent=contents)
+    assert row == compose(metaspace, layout, "Rome {latent}.", latent="[1] is big\n[2] a")
+    turns, contents = expand((Turn("system", "S"), Turn("user", "{latents} Q")), [1, 2])
+    assert turns == (Turn("system", "S"), Turn("user", "{latent} Q"))
+    assert contents == ["[1] ", 1, "\n[2] ", 2]
+
+
+@pytest.mark.parametrize("contents", [[], [2], ["a text"]])
+@pytest.mark.parametrize("prompt", [TEMPLATE, "{latent}", "Who?"])
+def test_one_source_leaves_a_prompt_as_it_is(prompt: str, contents: list[int | str]) -> None:
+    assert expand(prompt, contents) == (prompt, contents)
+    assert expand("{latents} Who?", [2]) == ("{latent} Who?", ["[1] ", 2])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{latent}",
+        "{latent} {latent}",
+        "{latent} {latent} {latent} {latent}",
+        "{latents} {latents}",
+        "{latents} {latent}",
+        (Turn("user", "{latent} {latent}"), Turn("user", "{latent}")),
+        (Turn("user", "a"), Turn("user", "b")),
+    ],
+)
+def test_other_places_than_sources_are_refused(prompt: Any) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"for 3 sources expected {latent} as often, or {latents} once, in one text"
+    ):
+        expand(prompt, [1, 2, 3])
+
+
+def test_more_sources_than_fit_are_refused_with_the_numbers(llama: FrozenLM) -> None:
+    placed, contents = expand("{latents}", [30] * 3)
+    with pytest.raises(InvalidRequest, match="the input with 3 sources takes 102 receiver tokens; 64 fit beside"):
+        compose(llama, layout_for(llama, TEMPLATE), placed, latent=contents, max_tokens=64)
 
 
 def test_neighbouring_texts_are_tokenised_as_one(metaspace: FrozenLM) -> None:

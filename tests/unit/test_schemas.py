@@ -28,11 +28,22 @@ def test_unknown_fields_are_refused(model: type[EncodeRequest] | type[GenerateRe
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"text": "a", "latent": "b"}, {"text": "a", "latent_id": "c"}, {"text": "a", "latent": "b", "latent_id": "c"}],
+    [
+        {},
+        {"text": "a", "latent": "b"},
+        {"text": "a", "sources": [{"text": "c"}]},
+        {"text": "a", "latent": "b", "latent_id": "c"},
+    ],
 )
-def test_an_input_is_exactly_one_of_three(given: dict[str, str]) -> None:
-    with pytest.raises(ValidationError, match=f"exactly one of text, latent and latent_id, not {len(given)}"):
+def test_an_input_is_exactly_one_of_four(given: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match=f"exactly one of text, latent, latent_id and sources, not {len(given)}"):
         Input.model_validate(given)
+
+
+@pytest.mark.parametrize("given", [[], [{}], [{"text": "a", "latent": "b"}], [{"sources": [{"text": "a"}]}], ["a"]])
+def test_sources_are_each_exactly_one_of_three(given: list[Any]) -> None:
+    with pytest.raises(ValidationError):
+        Input.model_validate({"sources": given})
 
 
 @pytest.mark.parametrize(

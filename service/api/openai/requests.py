@@ -154,7 +154,7 @@ class OpenAIRequest(Lenient):
         fields: dict[str, Any] = {name: getattr(self, name) for name in same}
         if self.token_limit is not None:
             fields["max_tokens"] = self.token_limit
-        source = Input(**{one.field: one.value for one in self.sources} or {"text": ""})
+        source = Input.model_validate({one.field: one.value for one in self.sources} or {"text": ""})
         return GenerateRequest(
             bridge=bridge,
             receiver=receiver,

@@ -400,3 +400,59 @@ def test_models_that_do_not_fit_together_take_turns(start: Start, client: TestCl
     assert len(steps) == 7
     assert all(resident <= budget for _, _, resident in history)
     assert len(small.get("/bridges/tiny").json()["loaded"]) == 1
+
+
+def test_several_sources_of_any_kind_are_asked_in_one_prompt(client: TestClient) -> None:
+    other = "Ben has a cat."
+    stored = latent_of(client, other, store=True)
+    sources = [{"text": TEXT}, {"latent_id": stored["id"]}, {"latent": stored["data"]}]
+    asked = {"prompt": "{latents}\nWhere?"}
+    together = generate(client, {"sources": sources}, {"text": TEXT}, {"sources": sources[::-1]}, **asked)
+    apart = [
+        generate(client, one, **asked) for one in ({"sources": sources}, {"text": TEXT}, {"sources": sources[::-1]})
+    ]
+    assert texts(together) == [texts(one)[0] for one in apart]
+    assert together["usage"]["soft_tokens"] == sum(one["usage"]["soft_tokens"] for one in apart)
+    assert apart[0]["usage"]["soft_tokens"] == 5 + 2 * stored["shape"][0]
+    spelt = generate(client, {"sources": sources}, prompt="[1] {latent}\n[2] {latent}\n[3] {latent}\nWhere?")
+    assert texts(spelt) == texts(apart[0])
+    scored = client.post("/score", json={"inputs": [{"sources": sources}], "choices": [" a", " b"], **asked}).json()
+    assert scored["usage"]["soft_tokens"] == apart[0]["usage"]["soft_tokens"]
+
+
+def test_a_receiver_reads_several_sources_itself_or_none_of_them(client: TestClient) -> None:
+    sources = {"sources": [{"text": TEXT}, {"text": "Ben has a cat."}]}
+    direct = generate(client, sources, condition="direct")
+    written = generate(client, {"text": f"[1] {TEXT}\n[2] Ben has a cat."}, condition="direct")
+    none = generate(client, sources, condition="none")
+    assert texts(direct) == texts(written)
+    assert direct["usage"] == written["usage"] and none["usage"]["soft_tokens"] == 0
+    assert direct["usage"]["prompt_tokens"] - none["usage"]["prompt_tokens"] == len(TEXT) + len("Ben has a cat.")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "status", "param", "said"),
+    [
+        ([{"sources": []}], {}, 422, "inputs.0.sources", "at least 1"),
+        (
+            [{"sources": [{"text": "a"}, {}]}],
+            {},
+            422,
+            "inputs.0.sources.1",
+            "exactly one of text, latent and latent_id",
+        ),
+        ([{"sources": [{"text": "a"}, {"text": " "}]}], {}, 422, "inputs.0.sources.1.text", "is empty"),
+        ([{"sources": [{"latent_id": "no"}]}], {}, 404, "inputs.0.sources.0.latent_id", "no latent is stored"),
+        ([{"sources": [{"latent": "?"}]}], {}, 422, "inputs.0.sources.0.latent", "not base64"),
+        ([{"sources": [{"text": "a"}] * 65}], {}, 413, "sources", "sources is 65; at most 64"),
+        ([{"sources": [{"text": "a"}] * 2}], {"prompt": "{latent}?"}, 422, "prompt", "for 2 sources expected"),
+        ([{"sources": [{"text": "a" * 120}] * 9}], {}, 422, "prompt", "the input with 9 sources takes"),
+        ([{"sources": [{"latent": "a"}]}], {"condition": "direct"}, 422, None, "give every input as text"),
+    ],
+)
+def test_sources_that_cannot_be_asked_are_named(
+    refused: Refused, inputs: list[Any], options: dict[str, Any], status: int, param: str | None, said: str
+) -> None:
+    error = refused("/generate", status, json={"inputs": inputs, **SHORT, **options})
+    assert error["param"] == param
+    assert said in error["message"]
