@@ -19,9 +19,10 @@ from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.service.cli.corpus import app as corpus
 from latentwire.service.cli.infer import encode, generate, score
+from latentwire.service.cli.inspect import inspect
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
-from latentwire.service.cli.report import COMPARISON, WIDE, compared, report, report_files, say_written
+from latentwire.service.cli.report import COMPARISON, compared, report, report_files, say_written, show
 from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY
@@ -49,7 +50,6 @@ out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
 
-Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
 LogLevel = Annotated[str, typer.Option(help="Least that is logged: debug, info, warning or error.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
@@ -205,6 +205,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Train and measure this control: direct_tuned, receiver_lora, probe, prompt, random_sender."),
     ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Also time 16 tokens of every side: warm, in turns, 1 and 8 at once.")
+    ] = False,
     debug: Debug = False,
     log_level: LogLevel = "warning",
     debug_print_first: Annotated[int, typer.Option(min=0, help="Print the first N answers from latents.")] = 0,
@@ -230,7 +233,7 @@ def evaluate(
         for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
             _say(line)
         trained = train_controls(context, out, TRAINED if controls else control or ())
-        document = documents[str(file or checkpoint)] = _measure(context, trained)
+        document = documents[str(file or checkpoint)] = _measure(context, trained, latency)
         if file is not None:
             save(file, document)
             say_written(file, out)
@@ -245,25 +248,7 @@ app.command()(generate)
 app.command()(score)
 
 
-@app.command()
-def inspect(checkpoint: Checkpoint) -> None:
-    """Show what a checkpoint is: its models, fingerprints and sizes; and whether the models are still those."""
-    from latentwire.bridge.checkpoint import check_models, folder_of_checkpoint, load_bridge
-    from latentwire.bridge.config import dump_manifest
-    from latentwire.bridge.gate import load_gates
-
-    manifest, bridge = load_bridge(checkpoint)
-    gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
-    weights = sum(p.numel() for p in bridge.parameters())
-    size = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
-    out.print_json(dump_manifest(manifest).decode())
-    _say(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
-    for receiver, gate in gates.items():
-        _say(f"gate of {receiver!r}: {gate}")
-    check_models(manifest.bridge)
-    _say("sender and receivers are the models it was trained with")
-
-
+app.command()(inspect)
 app.command()(serve)
 
 
@@ -359,15 +344,18 @@ def _open(
     )
 
 
-def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext]") -> dict[str, Any]:
+def _measure(
+    context: "EvaluationContext", trained: "dict[str, EvaluationContext]", timed: bool = False
+) -> dict[str, Any]:
     from latentwire.bridge.evaluation.evaluate import progress_bar
+    from latentwire.bridge.evaluation.latency import latency
     from latentwire.bridge.evaluation.measure import measure
-    from latentwire.bridge.evaluation.report import table
 
     with progress_bar(out) as progress:
         command = shlex.join(["latentwire", *sys.argv[1:]])
         document = measure(context, trained=trained, progress=progress, keep_examples=True, command=command)
-    out.print(table(document, explained=out.width >= WIDE))
+        document |= {"latency": latency(context, progress=progress)} if timed else {}
+    show(document, out)
     return document
 
 
