@@ -102,6 +102,9 @@ class TrainConfig(BaseModel):
 
     source_text: bool = OBJECTIVES("The receiver reads the source too, behind the soft tokens: a control.", False)
 
+    sources_per_example: int = DATA(
+        "Most sources in one prompt: an example's own among others of its batch, in shuffled, marked order.", 1, ge=1
+    )
     max_source_tokens: int = DATA("Longest source in sender tokens; longer ones are cut.", 512, ge=1)
     max_examples: int | None = DATA("Train on a seeded subset, stratified by label. [all]", None, ge=1)
     group_by_length: bool = DATA("Put sources of like length into one batch.", True)
@@ -179,6 +182,14 @@ class TrainConfig(BaseModel):
             raise ValueError("one of answer_weight, first_k_weight and kd_weight must be above 0")
         if self.batch_size < 2 and (self.margin_weight or self.diversity_weight):
             raise ValueError("margin_weight and diversity_weight compare examples: batch_size must be 2 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _several_sources(self) -> "TrainConfig":
+        if self.sources_per_example > 1 and self.source_text:
+            raise ValueError("--sources-per-example puts other examples' latents into a prompt, --source-text none")
+        if self.sources_per_example > self.batch_size:
+            raise ValueError(f"sources_per_example must be at most batch_size, {self.batch_size}")
         return self
 
     @property

@@ -190,7 +190,7 @@ def _continuation(forward: Forward) -> Losses:
 
 def _margin(forward: Forward) -> Losses:
     """The margin to the latent of the row before; Δ = loss(mismatched) - loss(matched) is noted on the way."""
-    config, rows, (soft, slots), (logits, labels) = forward.run.config, forward.rows, forward.soft, forward.answers
+    config, rows, (soft, slots), (logits, labels) = forward.run.config, forward.rows, forward.soft, forward.alone
     answers = [row.answer.with_slots(slots[i - 1]) for i, row in enumerate(rows)]
     with torch.set_grad_enabled(config.margin_weight > 0):
         mismatched = answer_loss(*forward.read(answers, soft.roll(1, dims=0)))

@@ -26,6 +26,7 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.data import chunks
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks
+from latentwire.training.several import mix
 from latentwire.training.state import Trained
 from latentwire.training.tokens import Tokeniser, Tokens
 
@@ -116,10 +117,20 @@ class Forward:
 
     @cached_property
     def answers(self) -> Read:
-        """The receiver's answers from the soft tokens."""
-        logits, labels = self.read([row.answer for row in self.rows], self.soft[0])
+        """The receiver's answers from the soft tokens, where there are to be several sources also from others'."""
+        rows, (soft, slots) = [row.answer for row in self.rows], self.soft
+        if self.run.config.sources_per_example > 1:
+            rows, soft = mix(self.run.tokenisers[self.receiver.name], self.rows, soft, slots)
+        logits, labels = self.read(rows, soft)
         self.answered(logits.detach(), labels)
         return logits, labels
+
+    @cached_property
+    def alone(self) -> Read:
+        """The answers from each source alone."""
+        if self.run.config.sources_per_example == 1:
+            return self.answers
+        return self.read([row.answer for row in self.rows], self.soft[0])
 
     def encode(self, mask: Bool[Tensor, "B S"]) -> Soft:
         """Soft tokens of the sources where ``mask`` is true."""

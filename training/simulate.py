@@ -359,6 +359,9 @@ def _step(run: Run, ledger: Ledger, rows: int) -> Moments:
     return ledger.moments
 
 
+MARK_TOKENS = 4  # before each of several sources
+
+
 def tokens_of(run: Run, lengths: Lengths, index: int) -> Tokens:
     """The longest example; every second one is a token shorter, since batches without padding spare their mask."""
     config, described = run.config, run.bridge.config
@@ -370,7 +373,7 @@ def tokens_of(run: Run, lengths: Lengths, index: int) -> Tokens:
         source=SourceTokens([index] * S, S),
         half=half,
         words=[(token // config.ratio, 0) for token in range(S)] if aligned else [],
-        answer=_row(P, K, A),
+        answer=_row(P + (config.sources_per_example - 1) * (K + MARK_TOKENS), K, A),
         reconstruction=_row(TEMPLATE_TOKENS, K + M, S) if config.reconstruction_weight else None,
         continuation=_row(1, H + M, max(S - half, 1)) if config.continuation_weight else None,
         teacher=_row(P + S, 0, A) if config.kd_weight else None,

@@ -20,7 +20,7 @@ from latentwire.bridge.detokenise import decode
 from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import LatentWireError
 from latentwire.bridge.evaluation.tasks import Example
-from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, compose, fit
+from latentwire.bridge.prompt import IGNORE, LATENT, LATENTS, TEXT, Row, compose, expand, fit
 from latentwire.bridge.reader import Reader, SourceTokens, kept_layout, source_tokens, text_ids, text_offsets
 from latentwire.training.config import TrainConfig
 
@@ -38,6 +38,9 @@ class Tokens:
         reconstruction: The row that repeats the source, or None when that objective is off.
         continuation: The row that goes on after the first half.
         teacher: The row in which the receiver reads the source itself.
+        prompt: What is asked, of which ``Tokeniser.several`` makes rows; this and the rest only where it is needed.
+        said: The answer.
+        text: The source.
     """
 
     source: SourceTokens
@@ -47,6 +50,9 @@ class Tokens:
     reconstruction: Row | None = None
     continuation: Row | None = None
     teacher: Row | None = None
+    prompt: str = ""
+    said: str = ""
+    text: str = ""
 
 
 ROWS = ("answer", "reconstruction", "continuation", "teacher")
@@ -85,7 +91,20 @@ class Tokeniser:
             reconstruction=self._spoken(self.reconstruction, slots + modes, f" {example.source}") if repeats else None,
             continuation=self._spoken(LATENT, first + modes, rest) if goes_on else None,
             teacher=self._reading(example, answer) if config.kd_weight else None,
+            **self._texts(example),
         )
+
+    def several(self, tokens: Tokens, slots: Sequence[int]) -> Row:
+        """The row that is answered from several sources, each in a line behind its number (InvalidRequest: no room)."""
+        prompt = tokens.prompt if LATENT in tokens.prompt else f"{LATENT}{tokens.prompt}"
+        template, contents = expand(prompt.replace(LATENT, LATENTS), list(slots))
+        room = self.receiver.max_tokens
+        return compose(self.receiver, self.layout, template, latent=contents, answer=tokens.said, max_tokens=room)
+
+    def _texts(self, example: Example) -> dict[str, str]:
+        if self.config.sources_per_example == 1:
+            return {}
+        return {"prompt": example.prompt, "said": example.answer, "text": example.source}
 
     def _compose(self, template: str, slots: int, answer: str | None) -> Row:
         room = self.receiver.max_tokens
@@ -151,7 +170,12 @@ class Tokeniser:
             "layout": repr((self.bridge.source, self.layout)),
             "slots": repr((self.bridge.encoder.kind, self.bridge.encoder.ratio, self.bridge.encoder.num_latents)),
             "limits": [self.bridge.max_source_tokens, self.receiver.max_tokens, self.config.mode_tokens],
-            "wanted": [self.aligned, self.config.kd_weight > 0, self.config.source_text],
+            "wanted": [
+                self.aligned,
+                self.config.kd_weight > 0,
+                self.config.source_text,
+                self.config.sources_per_example > 1,
+            ],
             "code": hashlib.sha256(code).hexdigest(),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
@@ -185,6 +209,7 @@ def flatten(tokens: Tokens) -> dict[str, Any]:
         "lengths": [tokens.source.full_length, tokens.half],
         "windows": [window for window, _ in tokens.words],
         "words": [word for _, word in tokens.words],
+        "texts": [tokens.prompt, tokens.said, tokens.text],
     }
     for name in ROWS:
         row: Row | None = getattr(tokens, name)
@@ -205,7 +230,8 @@ def unflatten(record: dict[str, Any]) -> Tokens:
     assert rows["answer"] is not None
     full, half = record["lengths"]
     words = list(zip(record["windows"], record["words"], strict=True))
-    return Tokens(SourceTokens(record["source"], full), half, words, **rows)  # type: ignore[arg-type]
+    texts = dict(zip(("prompt", "said", "text"), record["texts"], strict=True))
+    return Tokens(SourceTokens(record["source"], full), half, words, **rows, **texts)  # type: ignore[arg-type]
 
 
 def _row(ids: list[int], shape: list[int]) -> Row | None:
