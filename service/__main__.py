@@ -21,7 +21,7 @@ from latentwire.service.cli.corpus import app as corpus
 from latentwire.service.cli.infer import encode, generate, score
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
-from latentwire.service.cli.report import COMPARISON, WIDE, compared, report, report_files, say_written
+from latentwire.service.cli.report import COMPARISON, compared, report, report_files, say_written, show
 from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY
@@ -204,6 +204,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Train and measure this control: direct_tuned, receiver_lora, probe, prompt, random_sender."),
     ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Also time 16 tokens of every side: warm, in turns, 1 and 8 at once.")
+    ] = False,
     debug: Debug = False,
     log_level: LogLevel = "warning",
     debug_print_first: Annotated[int, typer.Option(min=0, help="Print the first N answers from latents.")] = 0,
@@ -229,7 +232,7 @@ def evaluate(
         for line in shown(context, context.latents(range(min(max(first, 1), len(context.examples)))), first, topk):
             _say(line)
         trained = train_controls(context, out, TRAINED if controls else control or ())
-        document = documents[str(file or checkpoint)] = _measure(context, trained)
+        document = documents[str(file or checkpoint)] = _measure(context, trained, latency)
         if file is not None:
             save(file, document)
             say_written(file, out)
@@ -353,15 +356,18 @@ def _open(
     )
 
 
-def _measure(context: "EvaluationContext", trained: "dict[str, EvaluationContext]") -> dict[str, Any]:
+def _measure(
+    context: "EvaluationContext", trained: "dict[str, EvaluationContext]", timed: bool = False
+) -> dict[str, Any]:
     from latentwire.bridge.evaluation.evaluate import progress_bar
+    from latentwire.bridge.evaluation.latency import latency
     from latentwire.bridge.evaluation.measure import measure
-    from latentwire.bridge.evaluation.report import table
 
     with progress_bar(out) as progress:
         command = shlex.join(["latentwire", *sys.argv[1:]])
         document = measure(context, trained=trained, progress=progress, keep_examples=True, command=command)
-    out.print(table(document, explained=out.width >= WIDE))
+        document |= {"latency": latency(context, progress=progress)} if timed else {}
+    show(document, out)
     return document
 
 

@@ -112,7 +112,9 @@ class Settings(BaseSettings):
         10.0, description="How long a request waits for models in use to make room for its own, seconds."
     )
     max_batch: int = Field(32, ge=1, description="Rows per forward pass.")
-    batch_tokens: int = Field(16_384, ge=1, description="Tokens per forward pass of a sender, padding included.")
+    batch_tokens: int = Field(
+        16_384, ge=1, description="Tokens per batch of a sender, or of continuations to score; padding included."
+    )
     step_tokens: int = Field(512, ge=1, description="Tokens per step of a receiver; longer prompts take several.")
     kv_tokens: int = Field(8192, ge=64, description="Tokens that the key/value cache of a receiver holds.")
     max_queue: int = Field(256, ge=1, description="Rows being answered before 429.")

@@ -17,10 +17,12 @@ from latentwire.bridge.evaluation.conditions import meaning_of
 from latentwire.bridge.evaluation.metrics import METRICS, metrics_of
 from latentwire.bridge.evaluation.plots import BOTTOM, HEIGHT, LEFT, RIGHT, SHAPES, TOP, WIDTH, Plot, scattered
 from latentwire.bridge.evaluation.report import (
+    SIDES,
     ahead,
     caveats,
     completed,
     facts_of,
+    milliseconds,
     others_in,
     shares,
     spread,
@@ -33,6 +35,8 @@ TEMPLATES.globals.update(
     meaning_of=meaning_of,
     spread=spread,
     ahead=ahead,
+    milliseconds=milliseconds,
+    sides=SIDES,
     SHAPES=SHAPES,
     SIZE=(WIDTH, HEIGHT),
     EDGES=(LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM),

@@ -46,6 +46,7 @@ LATER: dict[str, Any] = {
     "examples": None,
     "slots": None,
     "latents": None,
+    "latency": None,
 }
 """What a report may lack: one without examples, or an older one that a service still keeps."""
 
@@ -86,6 +87,41 @@ def table(report: Mapping[str, Any], *, explained: bool = True) -> Table:
         shown = [name, meaning_of(name), *cells] if explained else [name, *cells]
         out.add_row(*shown, style="bold" if name == "bridge" else None)
     return out
+
+
+SIDES = {
+    "bridge": "the sender reads, the receiver answers",
+    "stored": "the latent is at hand",
+    "direct": "the receiver reads the source",
+    "prefix_cached": "its keys and values are at hand",
+    "relay": "the sender writes, the receiver reads that",
+}
+"""What is timed of each side of ``latency``, in a few words."""
+
+
+def latency_table(found: Mapping[str, Any], *, explained: bool = True) -> Table:
+    """What ``latency.latency`` gave, as people read it; ``explained`` adds what is counted of each side."""
+    out = Table(
+        title=f"milliseconds until {found['tokens']} tokens are written: median (95th percentile)",
+        caption=escape("\n".join(f"no {name!r}: {why}" for name, why in found["missing"].items())),
+    )
+    out.add_column("side", no_wrap=True)
+    if explained:
+        out.add_column("what is counted", no_wrap=True)
+    for size in found["batches"]:
+        for what in ("first token", "all"):
+            out.add_column(f"{size} at once, {what}", justify="right")
+    for name, meaning in SIDES.items():
+        rows = [batch[name] for batch in found["batches"].values() if name in batch]
+        cells = [milliseconds(row[what]) for row in rows for what in ("first_ms", "total_ms")]
+        if cells:
+            out.add_row(*([name, meaning] if explained else [name]), *cells)
+    return out
+
+
+def milliseconds(row: Mapping[str, float]) -> str:
+    """The median, and what one in twenty exceeds."""
+    return f"{row['p50']:.1f} ({row['p95']:.1f})"
 
 
 def spread(low: float | None, high: float | None) -> str:

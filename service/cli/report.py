@@ -24,7 +24,6 @@ def report(
 ) -> None:
     """Show an evaluation again, or compare several: a table here, and a page that needs nothing else."""
     from latentwire.bridge.evaluation.html import PAGES, save
-    from latentwire.bridge.evaluation.report import table
     from latentwire.bridge.evaluation.saved import read_report
 
     if out_ is not None and out_.suffix.lower() not in PAGES:
@@ -37,10 +36,20 @@ def report(
         compared(documents, out_ or files[0].with_name(COMPARISON), console)
         return
     file, document = files[0], documents[str(files[0])]
-    console.print(table(document, explained=console.width >= WIDE))
+    show(document, console)
     page = out_ or file.with_suffix(".html")
     save(page, document)
     say_written(page, console)
+
+
+def show(document: Mapping[str, Any], console: Console) -> None:
+    """Print the tables of a report."""
+    from latentwire.bridge.evaluation.report import latency_table, table
+
+    explained = console.width >= WIDE
+    console.print(table(document, explained=explained))
+    if document.get("latency"):
+        console.print(latency_table(document["latency"], explained=explained))
 
 
 def report_files(checkpoints: Sequence[str], out: Path | None) -> dict[str, Path | None]:

@@ -250,8 +250,19 @@ def test_a_report_holds_what_its_readers_were_promised(
 
 def test_without_controls_only_the_bridge_asked_about_is_measured(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     run("evaluate", checkpoint, "--task", "world", "--limit", 2, "--out", tmp_path / "report.json")
-    conditions = json.loads((tmp_path / "report.json").read_text())["conditions"]
-    assert "bridge" in conditions and not {"prompt", "random_sender"} & set(conditions)
+    report = json.loads((tmp_path / "report.json").read_text())
+    conditions = report["conditions"]
+    assert "bridge" in conditions and not {"prompt", "random_sender"} & set(conditions) and "latency" not in report
+
+
+def test_latency_is_measured_shown_and_kept(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    said = run("evaluate", checkpoint, "--task", "world", "--limit", 2, "--latency", "--out", tmp_path / "report.json")
+    assert "milliseconds until 16 tokens are written" in said and "prefix_cached" in said
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["latency"]["batches"]["1"]) == {"bridge", "stored", "direct", "prefix_cached", "relay"}
+    assert "milliseconds until 16 tokens" in run("report", tmp_path / "report.json")
+    page = (tmp_path / "report.html").read_text()
+    assert "Time to answer" in page and "8 at once" in page and "the latent is at hand" in page
 
 
 def test_a_task_may_be_called_anything(run: Run, checkpoint: Path, tmp_path: Path) -> None:

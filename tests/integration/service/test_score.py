@@ -74,6 +74,19 @@ def test_company_changes_no_score(client: TestClient) -> None:
     assert together == near(alone)
 
 
+def test_scores_and_answers_of_one_receiver_at_once_are_those_alone(client: TestClient) -> None:
+    asked = {"inputs": [{"text": TEXT}], "prompt": PROMPT, "max_tokens": 24}
+    said, wanted = client.post("/generate", json=asked).json()["outputs"], nats(score(client, {"text": TEXT}))
+
+    def both(number: int) -> bool:
+        if number % 2:
+            return nats(score(client, {"text": TEXT})) == near(wanted)
+        return bool(client.post("/generate", json=asked).json()["outputs"] == said)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(both, range(32)))
+
+
 def test_what_was_read_is_counted(client: TestClient, samples: Samples) -> None:
     before = samples(client)
     answer = score(client, {"text": TEXT})
