@@ -7,10 +7,11 @@ Dimensions used in this file:
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,23 @@ from numpy.typing import NDArray
 
 from latentwire.bridge import engine, wire
 from latentwire.bridge.asked import Input, each_of, prompts_of
-from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, load_bridge
+from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, folder_of_checkpoint, load_bridge
 from latentwire.bridge.config import Manifest, Prompt
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.diversity import diversity
 from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import InvalidRequest, at_fault
+from latentwire.bridge.gate import Gate, gate_asked, load_gates, watched
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import Row, compose
 from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.results import Generated, Latent, Output, Scored, Timing, Usage
+from latentwire.bridge.results import Generated, Latent, Output, Scored, Usage, ms_since, timing_since
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
 from latentwire.bridge.scoring import score_from_latents, score_of
-from latentwire.bridge.sources import Given, arrange, inputs_of, latent_of, slots_in
+from latentwire.bridge.sources import Given, arrange, inputs_of, latent_of, slots_in, texts_of
 
 BATCH_ROWS = 32
 
@@ -53,19 +55,15 @@ class Bridge:
         manifest: What the checkpoint says about itself.
         model: Its weights: the encoder, and a head for each receiver.
         residency: Its models in memory.
+        gates: By receiver, which answers from latents are trusted; ``latentwire calibrate`` makes them.
         signing_key: Signs messages; only messages that bear its signature are then decoded.
     """
 
     def __init__(
-        self,
-        name: str,
-        manifest: Manifest,
-        model: BridgeModel,
-        residency: Residency,
-        *,
-        signing_key: bytes | None = None,
-    ) -> None:
-        self.name, self.manifest, self.model = name, manifest, model
+        self, name: str, manifest: Manifest, model: BridgeModel, residency: Residency, *,
+        signing_key: bytes | None = None, gates: Mapping[str, Gate] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.name, self.manifest, self.model, self.gates = name, manifest, model, gates
         self.residency, self.signing_key = residency, signing_key
         self.reader = cache(load_reader)
 
@@ -104,7 +102,8 @@ class Bridge:
     ) -> "Bridge":
         """``load``, under a name of its own, with models that other bridges may share (errors as there)."""
         manifest, model = load_bridge(checkpoint, device=residency.device)
-        return cls(name, manifest, model, residency, signing_key=signing_key)
+        gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
+        return cls(name, manifest, model, residency, signing_key=signing_key, gates=gates)
 
     def __repr__(self) -> str:
         return f"Bridge({self.name!r}: {self.sender} → {', '.join(self.receivers)})"
@@ -173,6 +172,7 @@ class Bridge:
         stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
         truncate: bool = False,
+        fallback: str | None = None,
     ) -> Generated:
         """Let a receiver answer a prompt about each input, which it does not see.
 
@@ -195,10 +195,11 @@ class Bridge:
             stop_ids: An answer ends at any of these tokens.
             logprobs: Report the log-probability of each token, and of this many of the likeliest.
             truncate: Cut a text that is longer than the bridge reads, instead of refusing it.
+            fallback: ``text`` lets the receiver read the text itself where the bridge's gate does not trust the latent.
 
         Raises:
-            InvalidRequest: Prompt and latent do not fit the receiver, there are not as many prompts as inputs, or a
-                number is out of its range.
+            InvalidRequest: Prompt and latent do not fit the receiver, there are not as many prompts as inputs, a
+                number is out of its range, or there is no gate for a fallback.
             UnknownBridge: The bridge has no head for the receiver.
             LatentWireError: A model cannot be loaded, or is not the one the bridge was trained with.
         """
@@ -213,31 +214,30 @@ class Bridge:
             raise InvalidRequest(
                 f"max_tokens is {max_tokens}; {name!r} reads {most} receiver tokens in all", param="max_tokens"
             )
-        each = inputs_of(inputs)
+        gate, each = gate_asked(self.gates, self.name, name, fallback), inputs_of(inputs)
         prompts = prompts_of(prompt, len(each))
+        texts = self._rows(name, texts_of(each), prompts, params, n) if gate else []
         sources, source_tokens = self._sources(each, truncate)
-        encode_ms = _ms_since(started)
-        rows = [
-            engine.LatentPrompt(
-                self.compose(name, given, asked, params), latent_of(given), sample_params(params, sample)
-            )
-            for given, asked in zip(sources, prompts, strict=True)
-            for sample in range(n)
-        ]
-        answers: list[Generation] = []
-        with self.lend(name) as lm:
-            for start in range(0, len(rows), BATCH_ROWS):
-                answers += engine.generate_from_latents(self.model, name, lm, rows[start : start + BATCH_ROWS])[0]
+        encode_ms = ms_since(started)
+        rows = self._rows(name, sources, prompts, watched(params) if gate else params, n)
+        answers = self._answers(name, rows)
+        generated_tokens = sum(answer.token_count for answer in answers)
+        verdicts: Iterable[Any] = [()] * len(answers)
+        if gate:
+            verdicts = judged = gate.judge(answers)
+            instead = self._answers(name, [texts[number] for number in judged.refused])
+            generated_tokens += sum(answer.token_count for answer in instead)
+            answers = judged.given(answers, instead, params)
         outputs = tuple(
-            Output(index, answer.text, answer.finish_reason, answer.token_count, answer.logprobs)
-            for index, answer in enumerate(answers)
+            Output(index, answer.text, answer.finish_reason, answer.token_count, answer.logprobs, *verdict)
+            for index, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
         )
         return Generated(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.name,
             outputs=outputs,
-            usage=Usage(source_tokens, sum(map(slots_in, sources)), sum(output.token_count for output in outputs)),
-            timing=_timing(started, encode_ms),
+            usage=Usage(source_tokens, sum(map(slots_in, sources)), generated_tokens),
+            timing=timing_since(started, encode_ms),
             diversity=diversity([output.text for output in outputs]),
         )
 
@@ -276,7 +276,7 @@ class Bridge:
         each = inputs_of(inputs)
         prompts = prompts_of(prompt, len(each))
         sources, source_tokens = self._sources(each, truncate)
-        encode_ms = _ms_since(started)
+        encode_ms = ms_since(started)
         questions = [self.continue_with(name, *both, texts, end=end) for both in zip(sources, prompts, strict=True)]
         with self.lend(name) as lm:
             found = score_from_latents(self.model, name, lm, [latent_of(given) for given in sources], questions)
@@ -285,7 +285,7 @@ class Bridge:
             bridge=self.name,
             scores=tuple(score_of(self.reader(name), texts, one, logprobs=logprobs) for one in found),
             usage=Usage(source_tokens, sum(map(slots_in, sources))),
-            timing=_timing(started, encode_ms),
+            timing=timing_since(started, encode_ms),
         )
 
     def unload(self) -> int:
@@ -318,12 +318,7 @@ class Bridge:
         return source_tokens(self.manifest.bridge, self.reader(self.sender), text, truncate=truncate)
 
     def compose(
-        self,
-        receiver: str,
-        given: Given,
-        prompt: Prompt,
-        params: SamplingParams,
-        answer: str | None = None,
+        self, receiver: str, given: Given, prompt: Prompt, params: SamplingParams, answer: str | None = None
     ) -> Row:
         """A prompt with what is given, and any answer to be scored (InvalidRequest: no room, odd ids or places)."""
         reader, layout = self.reader(receiver), self.manifest.bridge.heads[receiver].layout
@@ -338,13 +333,7 @@ class Bridge:
             raise
 
     def continue_with(
-        self,
-        receiver: str,
-        given: Given,
-        prompt: Prompt,
-        choices: Sequence[str],
-        *,
-        end: bool,
+        self, receiver: str, given: Given, prompt: Prompt, choices: Sequence[str], *, end: bool
     ) -> list[Row]:
         """``compose`` with each of some continuations, which are to be scored (InvalidRequest where one is empty)."""
         if not choices or "" in choices:
@@ -352,6 +341,24 @@ class Bridge:
         last = None if end or self.manifest.bridge.heads[receiver].layout.eos_id is None else -1
         unsaid = SamplingParams(max_tokens=0)
         return [self.compose(receiver, given, prompt, unsaid, choice)[:last] for choice in choices]
+
+    def _rows(
+        self, receiver: str, sources: Sequence[Given], prompts: Sequence[Prompt], params: SamplingParams, n: int
+    ) -> list[engine.LatentPrompt]:
+        return [
+            engine.LatentPrompt(
+                self.compose(receiver, given, asked, params), latent_of(given), sample_params(params, sample)
+            )
+            for given, asked in zip(sources, prompts, strict=True)
+            for sample in range(n)
+        ]
+
+    def _answers(self, receiver: str, rows: Sequence[engine.LatentPrompt]) -> list[Generation]:
+        answers: list[Generation] = []
+        with self.lend(receiver) as lm:
+            for start in range(0, len(rows), BATCH_ROWS):
+                answers += engine.generate_from_latents(self.model, receiver, lm, rows[start : start + BATCH_ROWS])[0]
+        return answers
 
     def check(self, lm: FrozenLM) -> None:
         """Refuse a model that is not the one of its name that the bridge was trained with (IncompatibleBridge)."""
@@ -389,12 +396,3 @@ class Bridge:
         with self.residency.use(name) as lm:
             self.check(lm)
             yield lm
-
-
-def _timing(started: float, encode_ms: float) -> Timing:
-    total_ms = _ms_since(started)
-    return Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms)
-
-
-def _ms_since(started: float) -> float:
-    return round((time.perf_counter() - started) * 1000, 3)

@@ -22,6 +22,7 @@ from latentwire.bridge.encoder import Encoder, encoder_class, make_encoder
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, ModelUnavailable, UnknownBridge
 from latentwire.bridge.families import Role
 from latentwire.bridge.files import replace_file
+from latentwire.bridge.gate import GATE
 from latentwire.bridge.heads import SoftTokenHead
 from latentwire.bridge.models import BUILTIN, FrozenLM, check_role, fingerprint_of, hub_folder
 from latentwire.bridge.prompt import check_layout
@@ -83,11 +84,12 @@ def folder_of_checkpoint(name: str | Path) -> Path:
 
 
 def save_bridge(folder: Path, bridge: BridgeModel) -> Manifest:
-    """Write a checkpoint; atomic, and safe to repeat into the same folder."""
+    """Write a checkpoint; atomic, and safe to repeat into the same folder. A gate there was of the old weights."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = write_part(folder, "encoder", bridge.encoder.state_dict())
     heads = {name: write_part(folder, "head", bridge.head(name).state_dict()) for name in bridge.config.heads}
     manifest = Manifest(1, _bridge_id(bridge.config, encoder), bridge.config, encoder, heads)
+    (folder / GATE).unlink(missing_ok=True)
     replace_file(folder / CONFIG, dump_manifest(manifest))
     remove_stale_parts(folder, "encoder", {encoder.file})
     remove_stale_parts(folder, "head", {part.file for part in heads.values()})

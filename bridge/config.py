@@ -119,7 +119,8 @@ class EncoderConfig:
 class Provenance:
     """Where the weights come from, so that a number can be traced to what produced it.
 
-    ``recipe`` is the whole configuration of the run but its folder, enough to train a control the same way.
+    ``recipe`` is the whole configuration of the run but its folder, enough to train a control the same way;
+    ``processes`` is how many shared its steps, each with a batch of its own.
     """
 
     task: str
@@ -128,6 +129,7 @@ class Provenance:
     steps: int
     code_version: str
     recipe: dict[str, bool | int | float | str | list[int] | list[str] | None]
+    processes: int = 1
 
 
 @dataclass(frozen=True, config=STRICT)

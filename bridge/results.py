@@ -4,9 +4,10 @@ Dimensions used in this file:
     K slots    C latent width
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,17 @@ class Timing:
     encode_ms: float = 0.0
     generate_ms: float = 0.0
     total_ms: float = 0.0
+
+
+def timing_since(started: float, encode_ms: float) -> Timing:
+    """Of what began at a ``time.perf_counter()`` and ends now."""
+    total_ms = ms_since(started)
+    return Timing(encode_ms, round(total_ms - encode_ms, 3), total_ms)
+
+
+def ms_since(started: float) -> float:
+    """Milliseconds since a ``time.perf_counter()``."""
+    return round((time.perf_counter() - started) * 1000, 3)
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,15 @@ class TokenLogprob:
     top: tuple[tuple[str, float], ...] = ()
 
 
+AnsweredFrom = Literal["latent", "text"]
+
+
 @dataclass(frozen=True)
 class Output:
     """One answer of the receiver. ``finish_reason`` is ``stop`` or ``length``.
+
+    Where a fallback was asked for, ``answered_from`` says whether it is from the latent or the text, and ``trust`` how
+    likely the latent's answer was to be as good as the text's.
 
     >>> latentwire.Bridge.load().generate("Mara sings.", "Who sings?", max_tokens=1).outputs[0].finish_reason
     'length'
@@ -117,6 +135,8 @@ class Output:
     finish_reason: str
     token_count: int
     logprobs: tuple[TokenLogprob, ...] | None = None
+    answered_from: AnsweredFrom | None = None
+    trust: float | None = None
 
 
 @dataclass(frozen=True)

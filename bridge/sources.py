@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from latentwire.bridge.asked import Input, each_of
 from latentwire.bridge.config import Layout, Prompt
+from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.prompt import Content, expand, place
 
 Part = NDArray[np.float32] | str
@@ -34,6 +35,17 @@ def inputs_of(given: Any) -> list[Input | tuple[Input, ...]]:
         else each_of([item], kinds, "input", expected)[0]
         for item in (given if several else [given])
     ]
+
+
+def texts_of(inputs: Sequence[Input | tuple[Input, ...]]) -> list[Given]:
+    """Inputs as the receiver itself reads them (InvalidRequest where one is no text)."""
+    for item in inputs:
+        for one in item if isinstance(item, tuple) else (item,):
+            if not isinstance(one, str):
+                raise InvalidRequest(
+                    f"fallback 'text' needs every input as text; one is of type {type(one).__name__}", param="inputs"
+                )
+    return [*inputs]  # type: ignore[list-item]  # looked at above
 
 
 def parts_of(given: Given) -> tuple[Part, ...]:

@@ -19,12 +19,14 @@ from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.service.cli.corpus import app as corpus
 from latentwire.service.cli.infer import encode, generate, score
+from latentwire.service.cli.inspect import inspect
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
 from latentwire.service.cli.report import COMPARISON, compared, report, report_files, say_written, show
 from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY
+from latentwire.training.calibrate import calibrate
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.flags import flags_of
 from latentwire.training.slurm import app as slurm
@@ -48,7 +50,6 @@ out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
 
-Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
 LogLevel = Annotated[str, typer.Option(help="Least that is logged: debug, info, warning or error.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
@@ -240,27 +241,14 @@ def evaluate(
         compared(documents, None if out_ is None else out_ / COMPARISON, out)
 
 
+app.command()(calibrate)
 app.command()(report)
 app.command()(encode)
 app.command()(generate)
 app.command()(score)
 
 
-@app.command()
-def inspect(checkpoint: Checkpoint) -> None:
-    """Show what a checkpoint is: its models, fingerprints and sizes; and whether the models are still those."""
-    from latentwire.bridge.checkpoint import check_models, load_bridge
-    from latentwire.bridge.config import dump_manifest
-
-    manifest, bridge = load_bridge(checkpoint)
-    weights = sum(p.numel() for p in bridge.parameters())
-    size = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
-    out.print_json(dump_manifest(manifest).decode())
-    _say(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
-    check_models(manifest.bridge)
-    _say("sender and receivers are the models it was trained with")
-
-
+app.command()(inspect)
 app.command()(serve)
 
 
@@ -305,7 +293,7 @@ app.command("key")(key_command)
 
 def _say(line: str) -> None:
     """Print a line as it is: others read it, and a name in it is no markup."""
-    out.print(line, markup=False, highlight=False, soft_wrap=True)
+    out.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from latentwire.bridge.gate import Judged
 from latentwire.service.schemas.inference import Usage
 from latentwire.service.schemas.lenient import OTHER
 
 WINDOW = 256  # latest outputs of a bridge over which diversity is measured
 LATENCY_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+TRUST = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -42,7 +44,21 @@ class Metrics:
             "latentwire_ignored_fields", "Fields of /v1 that were taken and not used.", ["field"], registry=r
         )
         self.ignored.labels(OTHER)
+        self.gated = Counter(
+            "latentwire_gated_answers", "Answers with a fallback, by where they come from: latent, text.",
+            ["bridge", "answered_from"], registry=r,
+        )  # fmt: skip
+        self.trust = Histogram(
+            "latentwire_trust", "Trust in the latent's answer, where a fallback was asked for.", ["bridge"],
+            buckets=TRUST, registry=r,
+        )  # fmt: skip
         self.latest: dict[str, deque[str]] = {}
+
+    def observe_gate(self, bridge: str, judged: Judged) -> None:
+        """Count where the answers of a request with a fallback come from."""
+        for answered_from, trust in judged:
+            self.gated.labels(bridge, answered_from).inc()
+            self.trust.labels(bridge).observe(trust)
 
     def observe(self, bridge: str, texts: Iterable[str], first_token_seconds: Iterable[float], usage: Usage) -> None:
         """Count what a request brought. Its outputs are remembered: over many a collapse shows, in one it may not."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from latentwire.bridge.checkpoint import CONFIG, load_bridge, save_bridge
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.gate import load_gates, save_gates
 from latentwire.training.loop import BEST
 
 
@@ -19,7 +20,7 @@ class Exported:
 
 
 def export(run: Path, out: Path, *, best: bool = False) -> Exported:
-    """Write the checkpoint of a run, its last or its best, into a folder of its own.
+    """Write the checkpoint of a run, its last or its best, into a folder of its own, with its gate if it has one.
 
     Raises:
         InvalidRequest: ``out`` holds a checkpoint already, or there is no best one because nothing was validated.
@@ -30,9 +31,13 @@ def export(run: Path, out: Path, *, best: bool = False) -> Exported:
         raise InvalidRequest(f"{run / BEST} holds no checkpoint: the run was not validated", param="best")
     if (out / CONFIG).exists():
         raise InvalidRequest(f"--out {out} already holds a checkpoint", param="out")
-    _, bridge = load_bridge(run / BEST if best else run)
+    source = run / BEST if best else run
+    before, bridge = load_bridge(source)
+    gates = load_gates(source, before)
     try:
         manifest = save_bridge(out, bridge)
+        if gates:
+            save_gates(out, manifest.bridge_id, gates)
     except OSError as error:
         raise InvalidRequest(f"--out {out}: {error.strerror}", param="out") from None
     states = sum(path.stat().st_size for path in run.glob("state-*"))

@@ -67,21 +67,26 @@ class Ranks:
             dist.barrier()
 
 
+def processes() -> int:
+    """How many processes the launcher started, this one included."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_ranks(device: torch.device) -> Ranks:
     """The processes that ``torchrun`` or ``accelerate launch`` started, or this one alone, on devices of this kind.
 
     Raises:
         InvalidRequest: Others are missing, or all were told to share one GPU.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes() == 1:
         return Ranks()
     from accelerate import PartialState
 
     if device.type == "cuda" and device.index is not None:
         raise InvalidRequest(f"--device {device}: each process takes a GPU of its own; expected cuda", param="device")
     state = PartialState(cpu=device.type == "cpu")
-    if state.num_processes != int(os.environ["WORLD_SIZE"]):
-        met = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} met"
+    if state.num_processes != processes():
+        met = f"WORLD_SIZE is {processes()}, but {state.num_processes} met"
         raise InvalidRequest(f"{met}; start them with torchrun")
     return Ranks(state.process_index, state.num_processes)
 

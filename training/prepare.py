@@ -31,7 +31,7 @@ from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Sampler, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
-from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, shard
+from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, processes, shard
 from latentwire.training.muon import Muon
 from latentwire.training.objectives import OBJECTIVES, weights_of
 from latentwire.training.run import Run
@@ -213,6 +213,7 @@ def _provenance(config: TrainConfig, task: Task) -> Provenance:
         steps=config.max_steps,
         code_version=code_version(),
         recipe=config.model_dump(mode="json", exclude={"out", "cache", "device"}),
+        processes=processes(),
     )
 
 

@@ -12,6 +12,7 @@ from latentwire.bridge import engine, scoring
 from latentwire.bridge.evaluation.context import EvaluationContext, PredictionContext, Reading, Tuned
 from latentwire.bridge.evaluation.probe import ProbeContext
 from latentwire.bridge.evaluation.tasks import answer_text
+from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.sampling import SamplingParams
@@ -23,11 +24,17 @@ def predict(context: PredictionContext, chosen: Sequence[int], readings: Sequenc
 
 
 def _generate(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:
+    return [generation.text for generation in generate(context, chosen, readings)]
+
+
+def generate(
+    context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading], *, logprobs: int | None = None
+) -> list[Generation]:
+    """Greedy answers, with the log-probabilities of so many of the likeliest tokens where these are wanted."""
     rows = context.rows(chosen, readings, [None] * len(chosen))
-    params = [SamplingParams(max_tokens=context.task.max_answer_tokens)] * len(rows)
+    params = [SamplingParams(max_tokens=context.task.max_answer_tokens, logprobs=logprobs)] * len(rows)
     with context.lender.lend(context.receiver) as receiver:
-        soft = soft_tokens(context, receiver, readings)
-        return [g.text for g in engine.generate(receiver, rows, soft, params)[0]]
+        return engine.generate(receiver, rows, soft_tokens(context, receiver, readings), params)[0]
 
 
 def _choose(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:

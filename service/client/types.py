@@ -239,6 +239,7 @@ class GenerateOptions(CallOptions, total=False):
     stop_ids: Sequence[int] | None
     logprobs: int | None
     truncate: bool | None
+    fallback: str | None
 
 
 class ScoreOptions(CallOptions, total=False):

@@ -3,14 +3,17 @@
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.diversity import diversity
 from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
+from latentwire.bridge.gate import gate_asked, watched
 from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.results import AnsweredFrom, ms_since, timing_since
 from latentwire.bridge.sampling import SamplingParams, sample_params
 from latentwire.bridge.scoring import score_of
 from latentwire.bridge.sources import Given, slots_in
@@ -98,37 +101,61 @@ class RequestHandler:
     ) -> GenerateResponse:
         """Generate the outputs that ``POST /generate`` asks for."""
         started = time.perf_counter()
-        sources = await self._sources(body)
-        encode_ms = ms_since(started)
         seed = secrets.randbits(63) if body.seed is None else body.seed
         params = SamplingParams(
             body.max_tokens, body.temperature, body.top_p, body.top_k, seed,
             tuple(body.stop), tuple(body.stop_ids), body.logprobs,
         )  # fmt: skip
-        requests = [
-            GenerationRequest(source, prompt, sample_params(params, sample))
-            for source, prompt in zip(sources, body.prompts, strict=True)
-            for sample in range(body.n)
-        ]
-
-        def count_usage(prompt_tokens: list[int], generated_tokens: int) -> None:
-            """Also of a request that was cancelled."""
-            self.usage.soft_tokens = sum(map(slots_in, sources))
-            self.usage.prompt_tokens = sum(prompt_tokens[:: body.n])
-            self.usage.generated_tokens = generated_tokens
-
-        result = await self.runtime.generate(self.bridge, receiver, requests, on_piece, count_usage)
-        texts = [generation.text for generation in result.generations]
-        self.runtime.metrics.observe(self.bridge.name, texts, result.first_token_seconds, self.usage)
-        total_ms = ms_since(started)
+        gate = gate_asked(self.bridge.gates, self.bridge.name, receiver, body.fallback)
+        instead = _requests(body, map(_texts, body.inputs), params)
+        if gate:  # a text for which the receiver has no room is refused before any work
+            await self.runtime.compose(self.bridge, receiver, instead)
+        requests = _requests(body, await self._sources(body), watched(params) if gate else params)
+        encode_ms = ms_since(started)
+        numbers = [number // body.n for number in range(len(requests))]
+        answers, seconds = await self._answers(receiver, requests, numbers, on_piece)
+        verdicts: Iterable[Any] = [()] * len(answers)
+        if gate:
+            verdicts = judged = gate.judge(answers)
+            self.runtime.metrics.observe_gate(self.bridge.name, judged)
+            refused = judged.refused
+            asked, of = [instead[number] for number in refused], [numbers[number] for number in refused]
+            told, later = await self._answers(receiver, asked, of)
+            answers, seconds = judged.given(answers, told, params), [*seconds, *later]
+        texts = [answer.text for answer in answers]
+        self.runtime.metrics.observe(self.bridge.name, texts, seconds, self.usage)
         return GenerateResponse(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.bridge.name,
-            outputs=[_output(index, generation) for index, generation in enumerate(result.generations)],
+            outputs=[
+                _output(index, answer, *verdict)
+                for index, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
+            ],
             diversity=DiversityOut(**asdict(diversity(texts))),
             usage=self.usage,
-            timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
+            timing=Timing(**asdict(timing_since(started, encode_ms))),
         )
+
+    async def _answers(
+        self,
+        receiver: str,
+        requests: Sequence[GenerationRequest],
+        inputs: Sequence[int],
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> tuple[list[Generation], list[float]]:
+        """Answers, and seconds to their first tokens; ``inputs`` says of which input each is, which counts once."""
+
+        def count_usage(prompt_tokens: list[int], generated_tokens: int) -> None:
+            """Also of a request that was cancelled."""
+            slots = [slots_in(request.source) for request in requests]
+            self.usage.soft_tokens += sum(dict(zip(inputs, slots, strict=True)).values())
+            self.usage.prompt_tokens += sum(dict(zip(inputs, prompt_tokens, strict=True)).values())
+            self.usage.generated_tokens += generated_tokens
+
+        if not requests:
+            return [], []
+        result = await self.runtime.generate(self.bridge, receiver, requests, on_piece, count_usage)
+        return result.generations, result.first_token_seconds
 
     async def score(self, receiver: str, body: ScoreRequest) -> ScoreResponse:
         """Score the choices that ``POST /score`` gives."""
@@ -147,14 +174,14 @@ class RequestHandler:
 
         found = await self.runtime.scorers.score(self.bridge, receiver, questions, count_usage)
         self.runtime.metrics.observe(self.bridge.name, [], [], self.usage)
-        reader, total_ms = self.bridge.reader(receiver), ms_since(started)
+        reader = self.bridge.reader(receiver)
         scores = [score_of(reader, body.choices, one, logprobs=body.logprobs) for one in found]
         return ScoreResponse(
             id=f"score_{uuid.uuid4().hex}",
             bridge=self.bridge.name,
             scores=[ScoreOut.of(index, score) for index, score in enumerate(scores)],
             usage=self.usage,
-            timing=Timing(encode_ms=encode_ms, generate_ms=round(total_ms - encode_ms, 3), total_ms=total_ms),
+            timing=Timing(**asdict(timing_since(started, encode_ms))),
         )
 
     async def _sources(self, body: Asking) -> list[Given]:
@@ -228,12 +255,17 @@ def within(*limits: tuple[str, int, int]) -> None:
             raise TooLarge(f"{name} is {value}; at most {limit} is taken", param=name)
 
 
-def ms_since(started: float) -> float:
-    """Milliseconds since a ``time.perf_counter()``."""
-    return round((time.perf_counter() - started) * 1000, 3)
+def _requests(body: GenerateRequest, sources: Iterable[Given], params: SamplingParams) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(source, prompt, sample_params(params, sample))
+        for source, prompt in zip(sources, body.prompts, strict=True)
+        for sample in range(body.n)
+    ]
 
 
-def _output(index: int, generation: Generation) -> Output:
+def _output(
+    index: int, generation: Generation, answered_from: AnsweredFrom | None = None, trust: float | None = None
+) -> Output:
     logprobs = None if generation.logprobs is None else [TokenLogprobOut.of(token) for token in generation.logprobs]
     return Output(
         index=index,
@@ -241,4 +273,6 @@ def _output(index: int, generation: Generation) -> Output:
         finish_reason=generation.finish_reason,
         token_count=generation.token_count,
         logprobs=logprobs,
+        answered_from=answered_from,
+        trust=trust,
     )

@@ -20,7 +20,7 @@ from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memor
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
-from latentwire.bridge.prompt import TEXT
+from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
@@ -199,6 +199,14 @@ class Runtime:
         finally:
             on_cost(sum(read))
 
+    async def compose(self, bridge: Bridge, receiver: str, requests: Sequence[GenerationRequest]) -> list[Row]:
+        """The receiver's inputs (InvalidRequest where one has no room)."""
+        return await self._lanes.each(
+            lambda request: bridge.compose(receiver, request.source, request.prompt, request.params),
+            requests,
+            lambda request: request.characters,
+        )
+
     async def generate(
         self,
         bridge: Bridge,
@@ -212,11 +220,7 @@ class Runtime:
         ``on_piece`` is called on the event loop with every piece of text as it comes, and ``on_cost`` at the end, also
         where an error is raised. Cancelled, requests that still run are cancelled too.
         """
-        rows = await self._lanes.each(
-            lambda request: bridge.compose(receiver, request.source, request.prompt, request.params),
-            requests,
-            lambda request: request.characters,
-        )
+        rows = await self.compose(bridge, receiver, requests)
         async with self.engines.lend(receiver, bridge.check) as engine:
             in_flight = InFlightRequest(engine, bridge, receiver, rows, requests, on_piece)
             try:

@@ -202,6 +202,22 @@ class GenerateRequest(Asking):
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Report each token's log-probability and those of so many likeliest."
     )
+    fallback: Literal["text"] | None = Field(
+        None,
+        description="Let the receiver read the text itself where the bridge's gate does not trust the answer from the "
+        "latent. Every input is a text then; nothing can be streamed, as an answer is judged whole.",
+    )
+
+    @model_validator(mode="after")
+    def _falls_back_on_texts(self) -> Self:
+        if self.fallback is None:
+            return self
+        if self.stream or self.condition != "bridge":
+            other = "stream" if self.stream else f"condition {self.condition}"
+            raise ValueError(f"a fallback cannot be given with {other}: the latent's answer is judged when it is whole")
+        if any(one.text is None for item in self.inputs for _, one in item.each("")):
+            raise ValueError("with fallback text the receiver may read the source; give every input as text")
+        return self
 
 
 class LatentOut(BaseModel):
@@ -270,6 +286,10 @@ class Output(BaseModel):
     finish_reason: Literal["stop", "length"]
     token_count: int
     logprobs: list[TokenLogprobOut] | None = None
+    answered_from: results.AnsweredFrom | None = Field(None, description="With a fallback: what the answer is from.")
+    trust: float | None = Field(
+        None, description="With a fallback: how likely the latent's answer was to be as good as the text's."
+    )
 
 
 @dataclass(frozen=True)

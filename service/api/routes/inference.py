@@ -8,8 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from latentwire.bridge import wire
+from latentwire.bridge.results import ms_since
 from latentwire.service.api.lifetime import OnPiece, deadline, event, run_while_connected, stream_response
-from latentwire.service.inference.generation import RequestHandler, check_limits, ms_since, within
+from latentwire.service.inference.generation import RequestHandler, check_limits, within
 from latentwire.service.inference.request import Piece, Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import (

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from latentwire.bridge.errors import Forbidden, InvalidRequest, at_fault, shorten
+from latentwire.bridge.results import ms_since
 from latentwire.service.api.lifetime import deadline, run_while_connected
 from latentwire.service.api.routes.inference import RAW, charge
-from latentwire.service.inference.generation import RequestHandler, ms_since, within
+from latentwire.service.inference.generation import RequestHandler, within
 from latentwire.service.inference.request import Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import Timing, message_of

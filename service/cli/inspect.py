@@ -1,0 +1,26 @@
+"""``latentwire inspect``: what a checkpoint is."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
+
+
+def inspect(checkpoint: Checkpoint) -> None:
+    """Show what a checkpoint is: its models, fingerprints, sizes and gates; and whether the models are still those."""
+    from latentwire.bridge.checkpoint import check_models, folder_of_checkpoint, load_bridge
+    from latentwire.bridge.config import dump_manifest
+    from latentwire.bridge.gate import load_gates
+
+    manifest, bridge = load_bridge(checkpoint)
+    gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
+    weights = sum(p.numel() for p in bridge.parameters())
+    size = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
+    Console().print_json(dump_manifest(manifest).decode())
+    typer.echo(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
+    for receiver, gate in gates.items():
+        typer.echo(f"gate of {receiver!r}: {gate}")
+    check_models(manifest.bridge)
+    typer.echo("sender and receivers are the models it was trained with")

@@ -1,0 +1,151 @@
+"""``"fallback": "text"``: answers from latents where the gate trusts them, else from the texts."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.checkpoint import BUILTIN_BRIDGE, read_manifest
+from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
+from latentwire.bridge.gate import SIGNALS, Gate, load_gates, save_gates
+
+Start = Callable[..., TestClient]
+TEXTS = ["Mara lives in Rome.", "Ben sings.", "Lola wants a cup of tea.", "Kira lives in Bern."]
+ASKED = {"inputs": [{"text": text} for text in TEXTS], "prompt": "Where?", "max_tokens": 6, "fallback": "text"}
+
+
+def gated(checkpoint: Path, folder: Path, least: float) -> Path:
+    """The tiny bridge with a gate that is sure of an answer as far as its least likely token is."""
+    shutil.copytree(checkpoint, folder)
+    manifest, (gate,) = read_manifest(folder), load_gates(BUILTIN_BRIDGE, read_manifest("builtin")).values()
+    (receiver,) = manifest.heads
+    made: Gate = replace(
+        gate,
+        head_sha256=manifest.heads[receiver].sha256,
+        weights=dict.fromkeys(SIGNALS, 0.0) | {"lowest_logprob": 0.5},
+        intercept=0.0,
+        reached=replace(gate.reached, trust=least),
+    )
+    save_gates(folder, manifest.bridge_id, {receiver: made})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def least(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """A trust that two of the four answers reach."""
+    bridge = Bridge.load(gated(checkpoint, tmp_path_factory.mktemp("all") / "tiny", 0.0))
+    outputs = bridge.generate(TEXTS, "Where?", max_tokens=6, fallback="text").outputs
+    assert {output.answered_from for output in outputs} == {"latent"}
+    trusts = sorted(output.trust or 0.0 for output in outputs)
+    assert trusts[1] < trusts[2]
+    return (trusts[1] + trusts[2]) / 2
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path, least: float) -> Path:
+    return gated(checkpoint, tmp_path / "tiny", least)
+
+
+def test_an_answer_is_the_latents_where_that_is_trusted_and_else_the_texts(
+    start: Start, folder: Path, samples: Any
+) -> None:
+    client = start(checkpoints={"tiny": str(folder)})
+    answer = client.post("/generate", json=ASKED).json()
+    plain = {
+        condition: client.post("/generate", json={**ASKED, "fallback": None, "condition": condition}).json()
+        for condition in ("bridge", "direct")
+    }
+    sides = {"latent": "bridge", "text": "direct"}
+    assert sorted(output["answered_from"] for output in answer["outputs"]) == ["latent"] * 2 + ["text"] * 2
+    for index, output in enumerate(answer["outputs"]):
+        same = plain[sides[output["answered_from"]]]["outputs"][index]
+        assert {**same, "answered_from": output["answered_from"], "trust": output["trust"]} == output
+        assert same["answered_from"] is same["trust"] is same["logprobs"] is None
+    refused = [i for i, output in enumerate(answer["outputs"]) if output["answered_from"] == "text"]
+    spent = plain["bridge"]["usage"]["generated_tokens"]
+    assert answer["usage"]["generated_tokens"] == spent + sum(
+        plain["direct"]["outputs"][i]["token_count"] for i in refused
+    )
+    assert answer["usage"]["soft_tokens"] == plain["bridge"]["usage"]["soft_tokens"]
+    assert answer["usage"]["prompt_tokens"] > plain["bridge"]["usage"]["prompt_tokens"]
+    seen = samples(client)
+    assert seen["latentwire_gated_answers_total", "latent", "tiny"] == 2
+    assert seen["latentwire_gated_answers_total", "text", "tiny"] == 2
+    assert seen["latentwire_trust_count", "tiny"] == 4
+
+
+def test_a_bridge_in_this_process_gives_the_same_answers(start: Start, folder: Path) -> None:
+    served = start(checkpoints={"tiny": str(folder)}).post("/generate", json={**ASKED, "n": 2, "seed": 1}).json()
+    here = Bridge.load(folder).generate(TEXTS, "Where?", max_tokens=6, n=2, seed=1, fallback="text")
+    assert [output.text for output in here.outputs] == [output["text"] for output in served["outputs"]]
+    assert [output.answered_from for output in here.outputs] == [
+        output["answered_from"] for output in served["outputs"]
+    ]
+    trusts = [output["trust"] for output in served["outputs"]]
+    assert [output.trust for output in here.outputs] == pytest.approx(trusts, abs=1e-4)
+    assert here.usage.generated_tokens == served["usage"]["generated_tokens"]
+
+
+def test_log_probabilities_are_those_asked_for(folder: Path) -> None:
+    bridge = Bridge.load(folder)
+    for count in (None, 0, 2):
+        for output in bridge.generate(TEXTS, "Where?", max_tokens=2, logprobs=count, fallback="text").outputs:
+            assert (output.logprobs is None) == (count is None)
+            assert all(len(token.top) == count for token in output.logprobs or ())
+
+
+def test_a_client_reads_where_an_answer_is_from(start: Start, folder: Path) -> None:
+    from latentwire.service.client.protocol import read_json
+    from latentwire.service.client.types import Generated
+
+    raw = start(checkpoints={"tiny": str(folder)}).post("/generate", json=ASKED).content
+    assert {output.answered_from for output in read_json(Generated, raw).outputs} == {"latent", "text"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stream": True}, "a fallback cannot be given with stream"),
+        ({"condition": "none"}, "a fallback cannot be given with condition none"),
+        ({"inputs": [{"text": "a"}, {"latent_id": "b"}]}, "give every input as text"),
+        ({"fallback": "luck"}, "'text'"),
+    ],
+)
+def test_what_cannot_fall_back_is_refused(refused: Any, change: dict[str, Any], message: str) -> None:
+    assert message in refused("/generate", 422, json={**ASKED, **change})["message"]
+
+
+def test_a_bridge_without_a_gate_says_who_makes_one(refused: Any, checkpoint: Path) -> None:
+    error = refused("/generate", 422, json=ASKED)
+    assert error["param"] == "fallback"
+    assert error["message"] == "bridge 'tiny' has no gate; latentwire calibrate makes one"
+    with pytest.raises(InvalidRequest, match="has no gate; latentwire calibrate makes one"):
+        Bridge.load(checkpoint).generate("a", "b", fallback="text")
+
+
+def test_a_text_without_room_is_refused_however_trusted_its_latent(refused: Any, start: Start, folder: Path) -> None:
+    client = start(checkpoints={"tiny": str(folder)})
+    asked = {**ASKED, "inputs": [{"text": "long " * 20}], "prompt": "why " * 40}
+    assert client.post("/generate", json={**asked, "fallback": None}).status_code == 200
+    assert "250 fit" in refused("/generate", 422, on=client, json=asked)["message"]
+    assert client.get("/metrics").text.count("latentwire_gated_answers_total{") == 0
+
+
+def test_bad_fallbacks_are_named_in_python(folder: Path) -> None:
+    bridge = Bridge.load(folder)
+    with pytest.raises(InvalidRequest, match="fallback is 'luck'; expected 'text'"):
+        bridge.generate("a", "b", fallback="luck")
+    with pytest.raises(InvalidRequest, match="needs every input as text; one is of type Latent"):
+        bridge.generate([bridge.encode("a")[0], "b"], "c", fallback="text")
+
+
+def test_a_gate_of_other_weights_stops_the_loading(folder: Path) -> None:
+    (gate,) = load_gates(folder, read_manifest(folder)).values()
+    save_gates(folder, "f" * 32, {"llama": gate})
+    with pytest.raises(IncompatibleBridge, match=f"{'f' * 32}; this one is {read_manifest(folder).bridge_id}"):
+        Bridge.load(folder)
