@@ -26,9 +26,10 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.conditions import generate
 from latentwire.bridge.evaluation.context import EvaluationContext, check_room
 from latentwire.bridge.evaluation.evaluate import BridgeLender
+from latentwire.bridge.evaluation.gated import curve_of
 from latentwire.bridge.evaluation.measure import BATCH_ROWS, Progress
 from latentwire.bridge.evaluation.metrics import METRICS, metrics_of
-from latentwire.bridge.evaluation.statistics import Scores, interval, ratio, resampled
+from latentwire.bridge.evaluation.statistics import Scores, interval
 from latentwire.bridge.evaluation.tasks import Example, Task, World, load_task
 from latentwire.bridge.gate import SIGNALS, TOP, CurvePoint, Gate, signals_of
 from latentwire.training.config import read_config
@@ -36,7 +37,6 @@ from latentwire.training.data import GROUPED, Sampler, Subset, chunks, split_off
 
 FEWEST = 50  # examples that a gate needs
 FOLDS = 5
-STEPS = 40  # thresholds tried, each with as many more answers from latents
 SENSES = np.array([-1.0 if name == "first_entropy" else 1.0 for name in SIGNALS])  # more of it is more, or less, sure
 FRESH = 1  # seed of a generated task's examples that no run has seen: runs draw from seed 0
 
@@ -159,7 +159,8 @@ def gate_of(signals: NDArray[np.float64], ours: Scores, texts: Scores, target: f
     weights, intercept, trusts = _fitted(signals[said], good[said])
     trust = np.zeros(len(good))  # an answer that says nothing
     trust[said] = trusts
-    curve, chosen = choose(trust, ours, texts, target)
+    curve = curve_of(trust, ours, texts)
+    chosen = choose(curve, target)
     if chosen is None:
         best = max(curve, key=lambda point: point.low)
         raise InvalidRequest(
@@ -181,30 +182,10 @@ def gate_of(signals: NDArray[np.float64], ours: Scores, texts: Scores, target: f
     }
 
 
-def choose(trust: Scores, ours: Scores, texts: Scores, target: float) -> tuple[list[CurvePoint], CurvePoint | None]:
-    """The curve from few answers from latents to all, and its last point before the first that misses the target."""
-    ordered = np.sort(trust)[::-1]
-    ranks = sorted({max(1, round(len(trust) * step / STEPS)) for step in range(1, STEPS + 1)})
-    curve: list[CurvePoint] = []
-    last, ends = texts, retention_interval(texts, texts)
-    for threshold in dict.fromkeys(ordered[rank - 1] for rank in ranks):  # equal trusts stand or fall together
-        trusted = trust >= threshold
-        given = np.where(trusted, ours, texts)
-        if (given != last).any():  # most steps add answers that both give
-            last, ends = given, retention_interval(given, texts)
-        curve.append(CurvePoint(float(threshold), float(trusted.mean()), float(ratio(given, texts)), *ends))
+def choose(curve: Sequence[CurvePoint], target: float) -> CurvePoint | None:
+    """The last point before the first that misses the target; None where that is the first."""
     missed = next((at for at, point in enumerate(curve) if point.low < target), len(curve))
-    return curve, curve[missed - 1] if missed else None
-
-
-def retention_interval(given: Scores, texts: Scores) -> tuple[float, float]:
-    """95 % interval of what is kept of the text's score (both N).
-
-    One lost answer is added to those seen. Otherwise none lost among a few would count as none ever lost: resampled,
-    what did not happen has no chance. With it the lower end is near the exact binomial one (ours).
-    """
-    found = resampled((np.append(given, 0.0), np.append(texts, 1.0)), ratio)
-    return found or (0.0, float(ratio(given, texts)))
+    return curve[missed - 1] if missed else None
 
 
 def _fitted(signals: NDArray[np.float64], good: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, Scores]:

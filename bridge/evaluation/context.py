@@ -22,6 +22,7 @@ from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.heldout import check_labels, held_out
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
+from latentwire.bridge.gate import Gate
 from latentwire.bridge.models import FrozenLM, check_role, load_model
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, collate, compose, cut_text, fit, text_layout
 from latentwire.bridge.reader import Reader, SourceTokens, source_tokens, text_ids, text_offsets
@@ -106,7 +107,7 @@ class EvaluationContext(PredictionContext):
     """Everything an evaluation runs on.
 
     ``bridge_id`` and ``dtype`` say how latents cross the wire; ``where`` are arguments of ``load_model``; ``dropped``
-    counts the test examples that were left out, by why.
+    counts the test examples that were left out, by why; ``gate`` is the receiver's, where it has one.
     """
 
     checkpoint: str
@@ -115,6 +116,7 @@ class EvaluationContext(PredictionContext):
     dtype: wire.DType = "float16"
     where: Mapping[str, Any] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    gate: Gate | None = None
 
     def of_sender(self) -> "EvaluationContext":
         """The same measurement in which the sender itself is asked, in plain text."""

@@ -193,6 +193,7 @@ def context_of(
         receiver=bridge.reader(name),
         lender=lender,
         dtype=dtype,
+        gate=bridge.gates.get(name),
     )
 
 

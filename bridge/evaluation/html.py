@@ -15,7 +15,19 @@ from latentwire.bridge.evaluation.compare import (
 )
 from latentwire.bridge.evaluation.conditions import meaning_of
 from latentwire.bridge.evaluation.metrics import METRICS, metrics_of
-from latentwire.bridge.evaluation.plots import BOTTOM, HEIGHT, LEFT, RIGHT, SHAPES, TOP, WIDTH, Plot, scattered
+from latentwire.bridge.evaluation.plots import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    SHAPES,
+    TOP,
+    WIDTH,
+    Plot,
+    Point,
+    kept,
+    scattered,
+)
 from latentwire.bridge.evaluation.report import (
     SIDES,
     ahead,
@@ -75,7 +87,7 @@ def page(report: Mapping[str, Any] | None, *, title: str, facts: Mapping[str, st
         shares=shares(whole),
         metric=_metric(whole),
         others=others_in(whole),
-        plots=_plots([Entry("bridge", [whole])]),
+        plots=_plots([Entry("bridge", [whole])]) + _gate(whole),
         plane=_plane(whole),
         apart=_apart(whole),
         about=_about(about) if about else {},
@@ -103,6 +115,18 @@ def _metric(report: Mapping[str, Any]) -> str:
 
 def _plots(entries: Sequence[Entry]) -> list[Plot]:
     return [plot for plot in (against_compression(entries), against_bytes(entries)) if plot is not None]
+
+
+def _gate(report: Mapping[str, Any]) -> list[Plot]:
+    """What is kept of the text's score against how many answers are from latents, as the gate's trust has them."""
+    if report["gate"] is None:
+        return []
+    points = [
+        Point(f"trust {one['trust']:.3f}", 1, one["coverage"], one["retention"]) for one in report["gate"]["curve"]
+    ]
+    at = report["gate"]["reached"]
+    chosen = Point("the gate", 0, at["coverage"], at["retention"], at["low"], at["high"])
+    return [kept("Latents where they are trusted, else texts", points, chosen)]
 
 
 def _plane(report: Mapping[str, Any]) -> Plot | None:

@@ -14,6 +14,7 @@ import numpy as np
 from latentwire.bridge import engine
 from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, Condition, soft_tokens
 from latentwire.bridge.evaluation.context import EvaluationContext, Reading
+from latentwire.bridge.evaluation.gated import gated
 from latentwire.bridge.evaluation.leaks import CHECKED, check_answers, check_inputs
 from latentwire.bridge.evaluation.metrics import metrics_of
 from latentwire.bridge.evaluation.slots import pictures
@@ -80,6 +81,7 @@ def measure(
         ``content_share``: the part of the bridge's gain over ``none`` that another example's latent does not give, 0 to
         1, null where there is no gain, no other source (``mismatched`` is then left out) or one of the three was not
         asked for; ``sender_share``: the same against the bridge of an untrained sender; each with its interval;
+        ``gate``: what the checkpoint's gate reaches on these examples (``gated.gated``), null without one;
         ``checks``: on how many examples ``leaks`` looked; ``about``: versions, models, data and recipe;
         ``examples``, where they are kept, and ``slots.pictures`` of the bridge's latents.
 
@@ -104,6 +106,7 @@ def measure(
         "conditions": measured,
         **_sizes(context),
         **_summary(scores),
+        "gate": None,
         "checks": {},
         "about": _about(context, command),
     }
@@ -119,6 +122,8 @@ def measure(
             example["said"][name], example["scores"][name] = text, score
         report |= _summary(scores)
         partial({**report, "conditions": dict(measured)})
+    if context.gate and {"bridge", "direct"} <= set(scores) and context.task.kind == "generation":
+        report["gate"] = gated(context, context.gate, read["bridge"].readings, scores["bridge"], scores["direct"])
     return {**report, "examples": examples, **pictured} if keep_examples else report
 
 

@@ -86,6 +86,27 @@ def against(title: str, x_title: str, points: Sequence[Point]) -> Plot | None:
     return Plot(title, x_title, "score", _labelled(marks), ticks, scale)
 
 
+def kept(title: str, curve: Sequence[Point], chosen: Point) -> Plot:
+    """A share that is kept, near 1, against a share ``x``, both linear; ``chosen`` has a label and its interval."""
+    points = [*curve, chosen]
+    ends = [p.value for p in points] + [end for end in (chosen.low, chosen.high) if end is not None]
+    low, high = math.floor(min(ends) * 20) / 20, max(1.0, math.ceil(max(ends) * 20) / 20)
+    low = min(low, high - 0.05)
+
+    def across(x: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * x, 1)
+
+    def up(value: float) -> float:
+        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low), 1)
+
+    marks = [Mark(p, across(p.x), up(p.value)) for p in curve]
+    ends_of = [None if end is None else up(end) for end in (chosen.low, chosen.high)]
+    place = _labelled([Mark(chosen, across(chosen.x), up(chosen.value), *ends_of)])
+    x_ticks = [(across(share), f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    y_ticks = [(up(value), f"{value:.3g}") for value in (low, (low + high) / 2, high)]
+    return Plot(title, "answers from latents", "kept of the text's score", [*marks, *place], x_ticks, y_ticks)
+
+
 def scattered(title: str, titles: tuple[str, str], points: Sequence[Sequence[float]], groups: Sequence[str]) -> Plot:
     """Points in a plane whose axes have no unit; their groups by size, the smallest of too many together."""
     names = [name for name, _ in Counter(groups).most_common()]

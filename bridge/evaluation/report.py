@@ -41,6 +41,7 @@ LATER: dict[str, Any] = {
     "content_share_interval": None,
     "sender_share": None,
     "sender_share_interval": None,
+    "gate": None,
     "dropped": {},
     "about": None,
     "examples": None,
@@ -152,12 +153,19 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def shares(report: Mapping[str, Any]) -> dict[str, str]:
-    """Which part of the gain over ``none`` the latent's content gives, and the sender's understanding, by name."""
+    """Which part of the gain over ``none`` the latent's content gives, and the sender's understanding, by name; and
+    what the checkpoint's gate reaches."""
     made = {}
     for share, rival in (("content_share", "another example's latent"), ("sender_share", "an untrained sender")):
         if report[share] is not None:
             found = spread(*(report[f"{share}_interval"] or (None, None)))
             made[f"share of the gain over 'none' that {rival} does not give"] = f"{report[share]:.2f} ({found})"
+    if gate := report.get("gate"):
+        reached = gate["reached"]
+        made[f"kept of the text's score where the gate trusts {reached['coverage']:.1%} of the latents"] = (
+            f"{reached['retention']:.3f} ({spread(reached['low'], reached['high'])}), calibrated on {gate['task']} for "
+            f"{gate['target_retention']:g}"
+        )
     return made
 
 
