@@ -13,10 +13,11 @@ import typer
 from benchmarks.record import record
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.evaluation.evaluate import BridgeLender, context_of
+from latentwire.bridge.evaluation.gated import retention_interval
 from latentwire.bridge.evaluation.statistics import interval, ratio
 from latentwire.bridge.evaluation.tasks import load_task
 from latentwire.bridge.gate import SIGNALS
-from latentwire.training.calibration import answers, gate_of, probability, retention_interval, unseen
+from latentwire.training.calibration import answers, gate_of, probability, unseen
 
 
 def main(target: float = 0.98, examples: int = 500, calibrations: int = 5, limit: int = 500) -> None:

@@ -11,19 +11,21 @@ import pytest
 
 from latentwire.bridge.checkpoint import BUILTIN_BRIDGE, load_bridge, read_manifest, save_bridge
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
+from latentwire.bridge.evaluation.gated import curve_of, retention_interval
 from latentwire.bridge.gate import (
     GATE,
     SIGNALS,
     Gate,
-    as_asked,
+    Judged,
     load_gates,
     save_gates,
     signals_of,
     watched,
 )
+from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.results import TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.training.calibration import choose, gate_of, regression, retention_interval
+from latentwire.training.calibration import choose, gate_of, regression
 
 MANIFEST = read_manifest("builtin")
 HEAD = MANIFEST.heads["builtin:llama"].sha256
@@ -68,15 +70,30 @@ def test_trust_is_the_logistic_function_of_the_weighted_signals() -> None:
     made = gate(weights=dict.fromkeys(SIGNALS, 0.0) | {"lowest_logprob": 2.0}, intercept=1.0)
     assert made.trust(answer(0.5)) == pytest.approx(1 / (1 + math.exp(-(1.0 + 2.0 * math.log(0.5)))))
     assert replace(made, intercept=-1e6).trust(answer(0.5)) == 0.0 and made.trust(()) == 0.0
-    assert made.trusts(made.reached.trust) and not made.trusts(made.reached.trust - 1e-9)
+
+
+def said(text: str, *shares: float) -> Generation:
+    return Generation(text, "stop", 2, answer(*shares))
+
+
+def test_answers_below_the_least_trust_are_those_of_the_text() -> None:
+    made = gate(weights=dict.fromkeys(SIGNALS, 0.0) | {"lowest_logprob": 1.0}, intercept=0.0)
+    made = replace(made, reached=replace(made.reached, trust=made.trust(answer(0.5))))
+    judged = made.judge([said("sure", 0.5), said("unsure", 0.4), Generation("", "stop", 1, ())])
+    assert judged.refused == [1, 2] and [source for source, _ in judged] == ["latent", "text", "text"]
+    assert [trust for _, trust in judged] == [made.reached.trust, made.trust(answer(0.4)), 0.0]
+    given = judged.given([said("sure", 0.5)] * 3, [said("text 1", 0.9), said("text 2", 0.9)], SamplingParams())
+    assert [one.text for one in given] == ["sure", "text 1", "text 2"]
 
 
 def test_an_answer_is_watched_whatever_its_caller_asked_for_and_shown_as_asked() -> None:
+    judged = Judged((1.0,), 0.5)
     for asked, seen in ((None, 5), (2, 5), (9, 9)):
-        assert watched(SamplingParams(logprobs=asked)).logprobs == seen
-    told = answer(0.4, 0.3, 0.2)
-    assert as_asked(told, SamplingParams(logprobs=None)) is None
-    assert [len(one.top) for one in as_asked(told, SamplingParams(logprobs=2)) or ()] == [2]
+        params = SamplingParams(logprobs=asked)
+        assert watched(params).logprobs == seen
+        (given,) = judged.given([said("a", 0.4, 0.3, 0.2)], [], params)
+        assert [len(one.top) for one in given.logprobs or ()] == ([] if asked is None else [min(asked, 3)])
+        assert (given.logprobs is None) == (asked is None)
 
 
 def test_the_regression_finds_the_weights_that_made_the_cases() -> None:
@@ -134,7 +151,8 @@ def test_the_threshold_stops_before_the_first_step_that_misses() -> None:
     trust, texts = np.linspace(1, 0, 200), np.ones(200)
     ours = texts.copy()
     ours[80:90], ours[100:] = 0.0, 2.0
-    curve, chosen = choose(trust, ours, texts, 0.97)
+    curve = curve_of(trust, ours, texts)
+    chosen = choose(curve, 0.97)
     assert chosen is not None and 0.35 <= chosen.coverage <= 0.42
     assert curve[-1].low > 0.97
 
