@@ -92,7 +92,7 @@ class Corpus(Mapping[str, Latent]):
             IncompatibleBridge: It is of another bridge than ``bridge_id``.
         """
         self.path = Path(path)
-        if not self.path.exists():
+        if not self.path.is_file():
             begun = f"; {BEGUN}" if _part(self.path).exists() else ""
             raise InvalidRequest(f"corpus {self.path}: there is no such file{begun}", param="corpus")
         if self.path.suffix == ".part":

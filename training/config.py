@@ -101,10 +101,10 @@ class TrainConfig(BaseModel):
     diversity_weight: float = OBJECTIVES("Weight of answers that differ from example to example.", 0.0, ge=0)
 
     source_text: bool = OBJECTIVES("The receiver reads the source too, behind the soft tokens: a control.", False)
-
-    sources_per_example: int = DATA(
+    sources_per_example: int = OBJECTIVES(
         "Most sources in one prompt: an example's own among others of its batch, in shuffled, marked order.", 1, ge=1
     )
+
     max_source_tokens: int = DATA("Longest source in sender tokens; longer ones are cut.", 512, ge=1)
     max_examples: int | None = DATA("Train on a seeded subset, stratified by label. [all]", None, ge=1)
     group_by_length: bool = DATA("Put sources of like length into one batch.", True)

@@ -21,6 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from latentwire.bridge.checkpoint import load_bridge, make_bridge, read_manifest, save_bridge
+from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED
 from latentwire.bridge.models import fingerprint_of
 from latentwire.service.__main__ import app, main
 from latentwire.service.cli.demo import check_free
@@ -235,14 +236,14 @@ def test_a_report_holds_what_its_readers_were_promised(
     report = json.loads(file.read_text())
     assert set(report) == {
         "checkpoint", "bridge_id", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
-        "receiver_tokens_per_soft_token", "truncated", "content_share",
+        "receiver_tokens_per_soft_token", "truncated", "content_share", "content_share_interval", "sender_share",
+        "sender_share_interval", "headline", "comparisons", "dropped", "checks", "about", "examples", "slots",
+        "latents",
     }  # fmt: skip
     assert (report["checkpoint"], report["task"], report["n"]) == (str(out), "world", 3)
     assert report["bridge_id"] == read_manifest(out).bridge_id
     assert set(report["bytes"]) == {"latent", "source", "receiver_kv"}
-    assert list(report["conditions"]) == [
-        "bridge", "direct", "relay", "same_budget", "none", "mismatched", "noise", "prompt", "random_sender",
-    ]  # fmt: skip
+    assert list(report["conditions"]) == [*CONDITIONS, *(name for name in TRAINED if name != "probe")]
     for name, row in report["conditions"].items():
         assert set(row) == {"metric", "value", "low", "high", "ttft_ms", "token_f1"}
         assert name in said
@@ -518,7 +519,7 @@ def test_evaluate_refuses_a_bad_value_and_names_it(
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
     refuse: Refuse, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    monkeypatch.setattr("latentwire.bridge.evaluation.report.evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("latentwire.bridge.evaluation.measure.measure", lambda *_, **__: pytest.fail("it was measured"))
     file = tmp_path / place
     said = refuse("evaluate", checkpoint, "--task", "world", "--limit", 2, "--out", file)
     assert f"--out {file}: " in said

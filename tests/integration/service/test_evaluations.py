@@ -283,11 +283,12 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
     assert numbers(done["report"]) == numbers(measure(setting))
 
 
-@pytest.fixture(params=["folder", "redis"])
+@pytest.fixture(params=["folder", "disk", "redis"])
 def shared(request: pytest.FixtureRequest, tmp_path: Path, patient: None) -> Iterator[Settings]:
     """Settings with which a second service knows the evaluations of a first."""
-    if request.param == "folder":
-        yield Settings(jobs_dir=tmp_path / "jobs")
+    if request.param != "redis":
+        folder = tmp_path / "kept"
+        yield Settings(jobs_dir=folder) if request.param == "folder" else Settings(store_dir=folder)
         return
     server = ValkeyServer(port=0, unix_socket_path=tmp_path / "socket", data_dir=tmp_path)
     server.start()
