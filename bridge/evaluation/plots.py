@@ -100,8 +100,8 @@ def kept(title: str, curve: Sequence[Point], chosen: Point) -> Plot:
         return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low), 1)
 
     marks = [Mark(p, across(p.x), up(p.value)) for p in curve]
-    ends_of = [None if end is None else up(end) for end in (chosen.low, chosen.high)]
-    place = _labelled([Mark(chosen, across(chosen.x), up(chosen.value), *ends_of)])
+    bottom, top = (None if end is None else up(end) for end in (chosen.low, chosen.high))
+    place = _labelled([Mark(chosen, across(chosen.x), up(chosen.value), bottom, top)])
     x_ticks = [(across(share), f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     y_ticks = [(up(value), f"{value:.3g}") for value in (low, (low + high) / 2, high)]
     return Plot(title, "answers from latents", "kept of the text's score", [*marks, *place], x_ticks, y_ticks)
