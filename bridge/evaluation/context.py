@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentwire.bridge import engine, wire
-from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, load_bridge
+from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, folder_of_checkpoint, load_bridge
 from latentwire.bridge.config import Layout, Manifest
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.heldout import check_labels, held_out
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
-from latentwire.bridge.gate import Gate
+from latentwire.bridge.gate import Gate, load_gates
 from latentwire.bridge.models import FrozenLM, check_role, load_model
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, collate, compose, cut_text, fit, text_layout
 from latentwire.bridge.reader import Reader, SourceTokens, source_tokens, text_ids, text_offsets
@@ -281,6 +281,7 @@ def open_bridge(
     return {
         "checkpoint": str(checkpoint), "bridge": bridge, "bridge_id": manifest.bridge_id, "sender": sender,
         "receiver_name": name, "receiver": lm, "dtype": dtype, "where": where,
+        "gate": load_gates(folder_of_checkpoint(checkpoint), manifest).get(name),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import BUILTIN_BRIDGE, read_manifest
 from latentwire.bridge.errors import InvalidRequest, LatentWireError
+from latentwire.bridge.evaluation.evaluate import evaluate
 from latentwire.bridge.evaluation.tasks import World, load_task
 from latentwire.bridge.gate import GATE, load_gates
 from latentwire.service.__main__ import app
@@ -126,3 +127,17 @@ def test_a_label_is_read_where_an_answer_begins() -> None:
     labels = [" good", " goodness", "+"]
     assert _label_in(" Goodness me\nReview:", labels) == "goodness"
     assert (_label_in("+", labels), _label_in(" bad", labels)) == ("+", "")
+
+
+def test_an_evaluation_says_what_the_gate_reaches_on_its_own_examples(tmp_path: Path) -> None:
+    report = evaluate(Bridge.load(), limit=12, conditions=["bridge", "direct"])
+    (gate,) = load_gates(BUILTIN_BRIDGE, read_manifest("builtin")).values()
+    told = report.document["gate"]
+    assert told["reached"]["trust"] == gate.reached.trust and told["target_retention"] == 0.98
+    assert 0.5 < told["reached"]["coverage"] <= 1 and told["reached"]["retention"] <= 1
+    assert told["curve"][-1]["coverage"] == 1.0
+    assert told["curve"][-1]["retention"] == pytest.approx(report.conditions["bridge"].value)
+    assert "kept of the text's score where the gate trusts" in " ".join(str(report).split())
+    report.save(tmp_path / "report.html")
+    assert "Latents where they are trusted, else texts" in (tmp_path / "report.html").read_text()
+    assert evaluate(Bridge.load(), limit=2, conditions=["bridge"]).document["gate"] is None

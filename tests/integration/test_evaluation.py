@@ -83,7 +83,7 @@ def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], cont
     assert set(report) == {
         "checkpoint", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
         "receiver_tokens_per_soft_token", "content_share", "bridge_id", "truncated", "about", "checks", "comparisons",
-        "content_share_interval", "dropped", "headline", "sender_share", "sender_share_interval",
+        "content_share_interval", "dropped", "gate", "headline", "sender_share", "sender_share_interval",
     }  # fmt: skip
     assert list(report["conditions"]) == EVERY
     for row in report["conditions"].values():

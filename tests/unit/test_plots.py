@@ -4,7 +4,19 @@ import itertools
 
 import pytest
 
-from latentwire.bridge.evaluation.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, _box, against, scattered
+from latentwire.bridge.evaluation.plots import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Point,
+    _box,
+    against,
+    kept,
+    scattered,
+)
 
 
 def test_scores_stand_by_value_and_sizes_by_their_logarithm() -> None:
@@ -56,3 +68,14 @@ def test_a_plane_has_one_unit_and_the_rarer_groups_are_drawn_last() -> None:
     right, up, _ = plot.marks[:3]
     assert (right.x - few.x) == pytest.approx(2 * (few.y - up.y), abs=0.2)
     assert all(LEFT <= mark.x <= WIDTH - RIGHT and TOP <= mark.y <= HEIGHT - BOTTOM for mark in plot.marks)
+
+
+def test_what_is_kept_is_drawn_on_linear_axes_with_the_chosen_point_named() -> None:
+    curve = [Point("", 1, x, value) for x, value in ((0.5, 1.0), (1.0, 0.88))]
+    plot = kept("kept", curve, Point("the gate", 0, 0.75, 0.95, 0.92, 0.97))
+    half, whole, gate = plot.marks
+    assert (half.x + whole.x) / 2 == pytest.approx(gate.x, abs=0.1) and half.y < gate.y < whole.y
+    assert gate.label is not None and half.label is whole.label is None
+    assert gate.high is not None and gate.low is not None and gate.high < gate.y < gate.low
+    assert plot.y_ticks[0][1] == "0.85" and plot.y_ticks[-1] == (half.y, "1")
+    assert plot.x_ticks[2] == (half.x, "50%")
