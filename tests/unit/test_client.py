@@ -40,6 +40,8 @@ GENERATED: dict[str, Any] = {
             "finish_reason": "stop",
             "token_count": 2,
             "logprobs": [{"token": "Te", "logprob": -1, "top": [["Te", -1], ["Co", -2.5]]}],
+            "answered_from": "latent",
+            "trust": 0.75,
         }
     ],
     "usage": {"source_tokens": 3, "soft_tokens": 1, "generated_tokens": 2},
