@@ -264,7 +264,7 @@ def between_models(
             continue
         runs.append({**key, **made})
         record("real-models", "python -m benchmarks.real --models models --limit " + str(limit), {"runs": runs})
-    console.print(table(runs))
+    Console(width=160).print(table(runs))
 
 
 def main(

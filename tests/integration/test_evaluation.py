@@ -647,7 +647,7 @@ def test_a_control_differs_from_the_recipe_in_what_it_controls_and_nothing_else(
     prompt = control_config("prompt", made, tmp_path)
     slots = [len(latent) for latent in made.latents(range(4))]
     count = round(sum(slots) / 4)
-    without = {"alignment_steps": None, "alignment_weight": 0.0}  # a learned prompt covers no words
+    without = {"alignment_steps": None, "alignment_weight": 0.0, "probe_every": 0}  # no words, and all latents alike
     expected = {"encoder": "prompt", "num_latents": count, "out": tmp_path, **without}
     assert prompt == config.model_copy(update=expected) and count == 6
 
