@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-from datasketch import MinHash, MinHashLSH
+from typing import Any
 
 from latentwire.bridge.config import Layout
 from latentwire.bridge.errors import InvalidRequest, LeakFound
@@ -74,6 +73,8 @@ def _trained_on(task: Task) -> list[str]:
 
     The same prompt about another source is another example, and so is another prompt about the same source.
     """
+    from datasketch import MinHashLSH  # late: with all that it imports
+
     exact = {_digest(example) for example in task.train}
     near = MinHashLSH(threshold=LIKE, num_perm=PERMUTATIONS)
     whys = ["duplicate" if _digest(example) in exact else "" for example in task.test]
@@ -97,7 +98,9 @@ def _triples(text: str) -> set[str]:
     return {" ".join(words[at : at + 3]) for at in range(max(1, len(words) - 2))}
 
 
-def _sketches(examples: Sequence[Example]) -> Sequence[MinHash]:
+def _sketches(examples: Sequence[Example]) -> Sequence[Any]:
+    from datasketch import MinHash
+
     return list(
         MinHash.bulk(
             ([triple.encode() for triple in _triples(example.source)] for example in examples), num_perm=PERMUTATIONS

@@ -11,10 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from latentwire.bridge.evaluation.context import EvaluationContext
 from latentwire.bridge.evaluation.tasks import Example, answer_text
@@ -30,7 +26,7 @@ STRENGTHS = [0.001, 0.01, 0.1, 1.0]  # inverse ones of regularisation, from whic
 class ProbeContext(EvaluationContext):
     """The same measurement with a fitted classifier in the receiver's place."""
 
-    classifier: Pipeline
+    classifier: Any
 
     def pooled(self, chosen: Sequence[int]) -> list[NDArray[np.float32]]:
         """Mean state of each source over its tokens (N)."""
@@ -52,6 +48,11 @@ def fit_probe(
 
     Source: linear probes, Alain and Bengio 2016, arXiv:1610.01644 §3.
     """
+    from sklearn.linear_model import LogisticRegression  # late: it takes a second
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     states = pooled_states(context, [example.source for example in examples], progress)
     labels = np.array([example.label for example in examples])
     rarest = int(np.unique(labels, return_counts=True)[1].min())

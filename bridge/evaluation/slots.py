@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.encoder import slots_of
@@ -80,6 +79,8 @@ def components(latents: Sequence[NDArray[np.float32]]) -> dict[str, Any] | None:
         ``pca``: two coordinates for each example; ``explained``: the share of the variance along each of the two.
         None where there is no such plane: below ``FEWEST_POINTS`` examples, or all are alike.
     """
+    from sklearn.decomposition import PCA  # late: it takes a second
+
     means = np.stack([latent.mean(axis=0) for latent in latents]).astype(np.float64)
     if min(len(means), means.shape[1] + 1) < FEWEST_POINTS or np.ptp(means, axis=0).max() < 1e-6:
         return None

@@ -1,5 +1,7 @@
 """How sure a figure is, and whether two conditions differ: intervals and tests over the same examples.
 
+scipy is imported where it is used: it takes a second, and most services measure nothing.
+
 Dimensions used in this file:
     N examples
 """
@@ -10,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Scores = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -25,6 +26,8 @@ def interval(scores: Sequence[float]) -> Interval | None:
     BCa bootstrap (Efron 1987, "Better bootstrap confidence intervals" §2). Scores that are all 0 or all 1 resample to
     themselves: they get the exact binomial interval (Clopper and Pearson 1934) instead of one without width.
     """
+    from scipy import stats
+
     values = np.asarray(scores, dtype=np.float64)
     if len(values) < FEWEST:
         return None
@@ -40,6 +43,8 @@ def resampled(samples: Sequence[Scores], statistic: Callable[..., Any]) -> Inter
     BCa where it can be had; percentiles where it cannot, as where a score hardly varies or some resample has no value
     (a ratio over zero). None where N is below ``FEWEST``, or no resample has a value.
     """
+    from scipy import stats
+
     if len(samples[0]) < FEWEST:
         return None
     with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):
@@ -108,6 +113,8 @@ def p_value(one: Scores, other: Scores) -> float:
     Exact McNemar test where scores are 0 or 1 (McNemar 1947): whether the examples that only one got right are split
     evenly. Else the paired bootstrap: twice the smaller share of resampled differences on either side of zero.
     """
+    from scipy import stats
+
     apart = one - other
     if set(np.unique(np.concatenate([one, other]))) <= {0.0, 1.0}:
         won, lost = int((apart > 0).sum()), int((apart < 0).sum())
@@ -156,6 +163,8 @@ def _difference(one: Scores, other: Scores, axis: int = -1) -> Any:
 
 def over_seeds(values: Sequence[float]) -> tuple[float, Interval | None]:
     """Mean of one figure over bridges that differ in their seed, and its 95 % interval by Student's t; None below 3."""
+    from scipy import stats
+
     mean = float(np.mean(values))
     if len(values) < 3:
         return mean, None
