@@ -47,13 +47,16 @@ def instructions(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def exposed(checkpoint: Path) -> Iterator[dict[str, set[str]]]:
     """The labels of every sample that a service exposes once it has answered."""
-    with TestClient(create_app(Settings(), {"tiny": str(checkpoint)}), "http://127.0.0.1") as client:
+    with TestClient(
+        create_app(Settings(), {"tiny": str(checkpoint), "gated": "builtin"}), "http://127.0.0.1"
+    ) as client:
         deadline = time.monotonic() + 30
         while (answer := client.get("/health/ready")).status_code != 200:
             assert answer.json()["error"]["type"] == "NotReady" and time.monotonic() < deadline, answer.text
             time.sleep(0.05)
         body = {"inputs": [{"text": "Mara sings."}], "prompt": "What does Mara do?", "max_tokens": 2}
-        assert client.post("/generate", json=body).status_code == 200
+        for asked in ({"bridge": "tiny"}, {"bridge": "gated", "fallback": "text"}):
+            assert client.post("/generate", json={**body, **asked}).status_code == 200
         text = client.get("/metrics").text
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):

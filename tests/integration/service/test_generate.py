@@ -64,7 +64,8 @@ def test_the_answer_has_an_output_for_each_input_and_counts_what_was_used(client
     assert answer["id"].startswith("gen_")
     assert [output["index"] for output in answer["outputs"]] == [0, 1]
     for output in answer["outputs"]:
-        assert set(output) == {"index", "text", "finish_reason", "token_count", "logprobs"}
+        assert set(output) == {"index", "text", "finish_reason", "token_count", "logprobs", "answered_from", "trust"}
+        assert output["answered_from"] is None and output["trust"] is None
         assert output["finish_reason"] in ("stop", "length")
         assert 1 <= output["token_count"] <= 8
     assert answer["usage"] == {

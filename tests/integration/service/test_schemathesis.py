@@ -38,6 +38,7 @@ LEFT_OUT = {
     "latent",
     "latent_id",
     "sources",
+    "fallback",
     "max_completion_tokens",
     "top_logprobs",
 }  # excluded by others, or made by /encode
