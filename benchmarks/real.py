@@ -196,6 +196,8 @@ def run_once(
         ended = time.perf_counter()
         steps = [line for line in read_jsonl(folder / "bridge" / LOG)]
         context = open_context(folder / "bridge", file, limit=limit, dtype="float16", receiver=None, precision="fp32")
+        if len(steps) < (wanted := context.bridge.config.provenance.recipe["max_steps"]):
+            sys.exit(f"the run was stopped after {len(steps)} of {wanted} steps; nothing of it is recorded")
         if TASKS[name].nats:
             report: dict[str, Any] = {"n": len(context.examples), "conditions": nats_per_token(context)}
         else:

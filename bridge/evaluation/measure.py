@@ -27,8 +27,6 @@ Progress = Callable[[str | None, int, int], None]
 
 BATCH_ROWS = 32
 TIMED_EXAMPLES = 12
-
-
 VERSIONS = ("latentwire", "torch", "transformers", "numpy", "scipy")
 TEXTS = ("direct", "direct_tuned")
 """Conditions in which the receiver reads the source: the headline holds the bridge against the better of them."""

@@ -670,6 +670,15 @@ def test_a_control_is_trained_and_measured_beside_the_bridge(
     assert (control.sender.fingerprint.weights != made.sender.fingerprint.weights) == (name == "random_sender")
 
 
+@pytest.mark.parametrize("name", ["direct_tuned", "receiver_lora", "prompt"])
+def test_a_control_without_a_sender_has_one_source_whatever_the_bridge_was_trained_for(
+    trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trained[1].bridge.config.provenance.recipe, "sources_per_example", 2)
+    assert control_config(name, trained[1], tmp_path).sources_per_example == 1
+    assert control_config("random_sender", trained[1], tmp_path).sources_per_example == 2
+
+
 def test_a_tuned_text_stands_behind_its_soft_tokens_in_training_and_in_evaluation(
     trained: tuple[TrainConfig, EvaluationContext], tmp_path: Path
 ) -> None:
