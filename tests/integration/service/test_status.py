@@ -1,6 +1,5 @@
 """Health, bridges, metrics and the envelope around every request."""
 
-import json
 import re
 import shutil
 import time
@@ -9,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from prometheus_client.parser import text_string_to_metric_families
 
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import read_manifest
@@ -280,28 +277,3 @@ def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> 
 
 def test_warming_up_counts_no_tokens(start: Start, samples: Samples) -> None:
     assert not [key for key in samples(start()) if key[0] == "latentwire_tokens_total"]
-
-
-def strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [found for item in value.values() for found in strings(item)]
-    return [found for item in value for found in strings(item)] if isinstance(value, list) else []
-
-
-def expressions(path: Path) -> list[str]:
-    content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    return strings(content)
-
-
-DEPLOYED = sorted([*DEPLOY.glob("grafana/**/*.json"), *DEPLOY.glob("prometheus/*.y*ml")])
-
-
-@pytest.mark.parametrize("path", DEPLOYED, ids=lambda path: path.name)
-def test_dashboards_and_rules_use_only_metrics_that_exist(client: TestClient, path: Path) -> None:
-    client.post("/generate", json=ASK)
-    families = list(text_string_to_metric_families(client.get("/metrics").text))
-    known = {sample.name for family in families for sample in family.samples}
-    used = {name for text in expressions(path) for name in re.findall(r"(?<![\w:.-])latentwire_\w+(?!\w*:)", text)}
-    assert used - known == set()
