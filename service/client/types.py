@@ -68,8 +68,9 @@ class KeptLatent:
     """A latent that a service keeps under ``id``: an input of ``generate``.
 
     ``bridge`` is None where its bridge is not served now, ``source_tokens`` and ``source_bytes`` of a message made
-    elsewhere, ``expires`` of what is kept for ever; times are in ISO 8601. ``metadata`` and ``text`` are of a document
-    of a corpus. ``data``, the message, and ``text`` come with the call ``latent`` alone.
+    elsewhere, ``expires`` of what is kept for ever; times are in ISO 8601. ``metadata`` is what its keeper or a corpus
+    says of it; ``excerpt``, the start of ``text``, is of a document of a corpus. ``data``, the message, and ``text``
+    come with the call ``latent`` alone.
 
     >>> with latentwire.Client(url) as client:
     ...     (kept,) = client.keep("Ben lives in Rome.")
@@ -90,6 +91,7 @@ class KeptLatent:
     created: str | None = None
     expires: str | None = None
     metadata: dict[str, Any] | None = None
+    excerpt: str | None = None
     text: str | None = None
     data: bytes | None = None
 
@@ -121,8 +123,8 @@ Prompt = str | Sequence[str] | Sequence[Mapping[str, str]]
 class BridgeInfo:
     """A bridge that is served.
 
-    ``loaded`` holds its models now in memory and their bytes, ``engines`` how each receiver runs (None: not loaded);
-    ``freed_bytes`` is there after an unload.
+    ``loaded`` holds its models now in memory and their bytes, ``engines`` how each receiver runs (None: not loaded),
+    ``sources_per_example`` for how many sources in one prompt it was trained; ``freed_bytes`` is there after an unload.
 
     >>> with latentwire.Client(url) as client:
     ...     [bridge.sender for bridge in client.bridges()]
@@ -144,6 +146,7 @@ class BridgeInfo:
     steps: int = 0
     loaded: dict[str, int] | None = None
     engines: dict[str, str | None] | None = None
+    sources_per_example: dict[str, int] | None = None
     pinned: bool = False
     keep_alive_seconds: float | None = None
     freed_bytes: int | None = None

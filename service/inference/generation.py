@@ -82,10 +82,16 @@ class RequestHandler:
         self.usage.source_tokens = tokens
 
     async def keep(
-        self, encodings: Sequence[tuple[str | None, CachedEncoding]], ttl_seconds: float | None
+        self,
+        encodings: Sequence[tuple[str | None, CachedEncoding]],
+        ttl_seconds: float | None,
+        metadata: Sequence[dict[str, Any] | None] | None = None,
     ) -> list[KeptLatent]:
-        """Keep latents, each with its text where there is one, for later requests (StoreUnavailable)."""
-        latents = [self._to_keep(text, encoding) for text, encoding in encodings]
+        """Keep latents, each of its text where there is one, for later requests (StoreUnavailable)."""
+        latents = [
+            replace(self._to_keep(text, encoding), metadata=said)
+            for (text, encoding), said in zip(encodings, metadata or [None] * len(encodings), strict=True)
+        ]
         return await put_latents(self.store, latents, tenant=self.tenant, ttl_seconds=ttl_seconds)
 
     def _to_keep(self, text: str | None, encoding: CachedEncoding) -> KeptLatent:

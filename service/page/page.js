@@ -1,7 +1,10 @@
-// The page at "/": one question, asked three ways at once.
+// The page at "/": one question, asked three ways at once; and documents that are kept, asked together.
 
+import { begin as beginAnswer, countsRead, part, show, showReads, shown, streamed } from "./answers.js";
+import * as documents from "./documents.js";
+import { bars, find, make, ms, size, submits, tell } from "./elements.js";
 import { listen as listenToMap, showLatent } from "./latent.js";
-import { Refused, ask, events, hasKey, keep } from "./service.js";
+import { ask, hasKey, keep } from "./service.js";
 
 const CONDITIONS = { bridge: "From the latent", direct: "From the text", none: "From nothing" };
 const EXAMPLES = {
@@ -14,7 +17,6 @@ const EXAMPLES = {
   },
 };
 const BLANK = { source: "", question: "", prompt: "{question}" };
-const find = (id) => document.getElementById(id);
 const FIELDS = ["source", "question", "prompt", "bridge", "receiver", "temperature", "max-tokens", "seed", "key"];
 const field = Object.fromEntries(FIELDS.map((id) => [id, find(id)]));
 
@@ -27,31 +29,36 @@ let running = null; // the AbortController of the run that goes on
 async function run() {
   if (running) return; // cancel it first
   running = new AbortController();
-  const asked = { ...question(), started: performance.now(), signal: running.signal };
+  const asked = {
+    source: field.source.value,
+    body: question(field.question.value),
+    started: performance.now(),
+    signal: running.signal,
+  };
+  const other = (condition, text) => streamed(condition, { ...asked.body, condition, inputs: [{ text }] }, asked);
   begin();
   const outcomes = await Promise.allSettled([
     shown("bridge", asked, fromLatent(asked)),
-    shown("direct", asked, streamed("direct", { text: asked.source }, asked)),
-    shown("none", asked, streamed("none", { text: "" }, asked)),
+    shown("direct", asked, other("direct", asked.source)),
+    shown("none", asked, other("none", "")),
   ]);
   running = null;
   finish(outcomes, asked);
   if (!asked.signal.aborted) await loadBridges(); // their memory may have changed; also asks for a key that is missing
 }
 
-/** The text, and what all requests have in common; fields left empty are left to the service. */
-function question() {
+/** What all requests have in common; fields left empty are left to the service. */
+function question(text) {
   const number = (name) => (field[name].value === "" ? undefined : Number(field[name].value));
-  const body = {
+  return {
     bridge: field.bridge.value || undefined,
     receiver: field.receiver.value || undefined,
-    prompt: promptAsSent(),
+    prompt: promptAsSent(text),
     temperature: number("temperature"),
     max_tokens: number("max-tokens"),
     seed: number("seed"),
     stream: true,
   };
-  return { source: field.source.value, body };
 }
 
 const since = (asked) => performance.now() - asked.started;
@@ -64,66 +71,17 @@ async function fromLatent(asked) {
   const encodeMs = since(asked);
   find("crossed").hidden = false;
   showLatent(sent.data);
-  showReads("bridge", `${sent.shape[0]} soft tokens`);
-  const answered = await streamed("bridge", { latent: sent.data }, asked);
+  reads("bridge", `${sent.shape[0]} soft tokens`);
+  const answered = await streamed("bridge", { ...body, condition: "bridge", inputs: [{ latent: sent.data }] }, asked);
   show("bridge", "read", `${countsRead(answered.usage)}. Both times include ${ms(encodeMs)} for the sender.`);
   return { ...answered, sent };
 }
 
-/** One answer, written into its column as it comes. */
-async function streamed(condition, given, asked) {
-  let text = "";
-  const response = await ask("generate", { ...asked.body, condition, inputs: [given] }, asked.signal);
-  for await (const { name, data } of events(response)) {
-    if (name === "error") throw new Refused(data.error.message);
-    if (name === "token") {
-      if (!text) show(condition, "first", ms(since(asked)));
-      text += data.text;
-      part(condition, ".said").textContent = text.trimStart();
-    } else if (name === "done") {
-      end(condition, data, since(asked));
-      return data;
-    }
-  }
-  throw new Refused("The stream ended before the answer did.");
-}
-
-/** The same answer; what it fails with is shown in its column. */
-async function shown(condition, { signal }, answer) {
-  try {
-    return await answer;
-  } catch (error) {
-    const place = part(condition, ".said");
-    place.dataset.ended = "";
-    if (!signal.aborted) {
-      place.classList.add("problem");
-      place.textContent = error.message;
-    }
-    throw error;
-  }
-}
-
 function begin() {
-  for (const condition of Object.keys(CONDITIONS)) {
-    const place = part(condition, ".said");
-    place.textContent = "";
-    place.classList.remove("problem");
-    delete place.dataset.ended;
-    for (const name of ["first", "total", "tokens"]) show(condition, name, "–");
-    show(condition, "read", "");
-  }
+  Object.keys(CONDITIONS).forEach(beginAnswer);
   preview();
   busy(true);
-  tell("Three answers are on their way.");
-}
-
-function end(condition, { outputs: [output], usage }, milliseconds) {
-  const place = part(condition, ".said");
-  place.textContent = output.text.trim() || "(an empty answer)";
-  place.dataset.ended = "";
-  show(condition, "total", ms(milliseconds));
-  show(condition, "tokens", `${output.token_count}${output.finish_reason === "length" ? " (the most)" : ""}`);
-  show(condition, "read", `${countsRead(usage)}.`);
+  say("Three answers are on their way.");
 }
 
 function finish(outcomes, asked) {
@@ -132,9 +90,9 @@ function finish(outcomes, asked) {
   const [bridge, direct, none] = outcomes.map((one) => one.value?.usage);
   const textTokens = direct && none && direct.prompt_tokens - none.prompt_tokens;
   if (bridge) compare(outcomes[0].value.sent, bridge.soft_tokens, textTokens);
-  if (asked.signal.aborted) tell("Cancelled.");
-  else if (problems.size) tell([...problems].join(" "), { problem: true });
-  else tell(`Done in ${ms(since(asked))}.`, { aloud: Object.keys(CONDITIONS).map(spoken).join(" ") });
+  if (asked.signal.aborted) say("Cancelled.");
+  else if (problems.size) say([...problems].join(" "), { problem: true });
+  else say(`Done in ${ms(since(asked))}.`, { aloud: Object.keys(CONDITIONS).map(spoken).join(" ") });
 }
 
 const spoken = (condition) => `${CONDITIONS[condition]}: ${part(condition, ".said").textContent}`;
@@ -146,48 +104,26 @@ function busy(isBusy) {
   find("cancel").hidden = !isBusy;
 }
 
-/** One line for everyone; `aloud` is for screen readers, who should not hear every token. */
-function tell(line, { problem = false, aloud = "" } = {}) {
-  const unseen = document.createElement("span");
-  unseen.className = "unseen";
-  unseen.textContent = aloud;
-  find("status").replaceChildren(line, unseen);
-  find("status").classList.toggle("problem", problem);
-}
+const say = (line, options) => tell(find("status"), line, options);
 
 // ---------------------------------------------------------------- the columns
 
-const part = (condition, selector) => document.querySelector(`[data-condition="${condition}"] ${selector}`);
-
-function show(condition, name, text) {
-  part(condition, `[data-number="${name}"]`).textContent = text;
-}
-
-function promptAsSent() {
-  return field.prompt.value.replaceAll("{question}", () => field.question.value);
+function promptAsSent(text) {
+  return field.prompt.value.replaceAll("{question}", () => text);
 }
 
 /** What the receiver is going to read in each column. */
 function preview() {
-  showReads("bridge", "soft tokens");
-  showReads("direct", field.source.value);
-  showReads("none", "");
+  reads("bridge", "soft tokens");
+  reads("direct", field.source.value);
+  reads("none", "");
 }
 
-/** The prompt as it is composed: the bridge's template around it, and `given` where the latent stands. */
-function showReads(condition, given) {
-  const prompt = promptAsSent();
-  const template = chosen()?.template ?? "{latent}{prompt}";
-  const whole = prompt.includes("{latent}") ? prompt : template.replace("{prompt}", () => prompt);
-  const [before, ...after] = whole.split("{latent}");
-  part(condition, ".reads").replaceChildren(before, given && make("mark", given), after.join("{latent}"));
-}
+const template = () => chosen()?.template ?? "{latent}{prompt}";
 
-function countsRead({ soft_tokens: soft, prompt_tokens: tokens }) {
-  return soft ? `${soft} soft tokens and ${tokens} tokens of prompt` : `${tokens} tokens`;
+function reads(condition, given) {
+  showReads(condition, promptAsSent(field.question.value), template(), [given]);
 }
-
-const ms = (time) => (time < 9950 ? `${Math.round(time)} ms` : `${(time / 1000).toFixed(1)} s`);
 
 /** Text against latent, in bytes and in tokens. `textTokens` is what the receiver reads of the text without it. */
 function compare(sent, softTokens, textTokens) {
@@ -200,22 +136,6 @@ function compare(sent, softTokens, textTokens) {
     + (sent.bytes > sent.source_bytes ? larger : "");
 }
 
-function bars(rows) {
-  const most = Math.max(...rows.map(([, count]) => count));
-  return rows.map(([name, count, unit, isLatent]) => {
-    const row = make("div", make("dt", name, make("b", `${count.toLocaleString("en")} ${unit}`)), make("dd"));
-    row.className = isLatent ? "latent" : "";
-    row.lastChild.style.width = `${(100 * count) / most}%`;
-    return row;
-  });
-}
-
-function make(tag, ...children) {
-  const element = document.createElement(tag);
-  element.append(...children);
-  return element;
-}
-
 // ---------------------------------------------------------------- the bridges
 
 const chosen = () => bridges.find((one) => one.name === field.bridge.value);
@@ -225,8 +145,8 @@ async function loadBridges() {
   try {
     bridges = (await (await ask("bridges")).json()).bridges;
   } catch (error) {
-    tell(error.message, { problem: true });
-    if (error.status === 401) askForKey(error.message);
+    say(error.message, { problem: true });
+    refused(error);
     return error;
   }
   const before = field.bridge.value;
@@ -252,6 +172,7 @@ function choose() {
     for (const name of texts) field[name].value = filled[name];
   }
   preview();
+  documents.ofBridge();
 }
 
 function table(bridge) {
@@ -275,15 +196,16 @@ function heading(scope, text) {
   return cell;
 }
 
-function size(bytes) {
-  const [unit, name] = [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]].find(([least]) => bytes >= least) ?? [1, "bytes"];
-  return `${(bytes / unit).toFixed(unit === 1 ? 0 : 1)} ${name}`;
-}
-
 // ---------------------------------------------------------------- the key
+
+/** A refusal for want of a key asks for one. */
+function refused({ status, message }) {
+  if (status === 401) askForKey(message);
+}
 
 function askForKey(why) {
   keep(null);
+  documents.clear(); // they are of the key that is gone
   find("forget").hidden = true;
   find("key-why").textContent = why;
   find("key-form").hidden = false;
@@ -295,27 +217,26 @@ async function useKey() {
   field.key.value = "";
   find("key-form").hidden = true;
   find("forget").hidden = false;
-  tell("");
+  say("");
   const error = await loadBridges();
-  if (error) askForKey(error.message);
-  else field.source.focus();
+  if (error) return askForKey(error.message);
+  field.source.focus();
+  await documents.load();
 }
 
 // ---------------------------------------------------------------- from here on, the page listens
 
 function onKey(event) {
-  if (event.key === "Escape" && running) running.abort();
+  if (event.key === "Escape") {
+    running?.abort();
+    documents.cancel();
+  }
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && find("key-form").hidden) {
     event.preventDefault();
-    run();
+    const near = document.activeElement.closest("#documents form, #documents");
+    if (near) (near.requestSubmit ? near : find("ask-form")).requestSubmit();
+    else run();
   }
-}
-
-function submits(form, action) {
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    action();
-  });
 }
 
 function listen() {
@@ -328,9 +249,10 @@ function listen() {
   field.bridge.addEventListener("change", choose);
   for (const name of ["source", "question", "prompt"]) field[name].addEventListener("input", preview);
   listenToMap();
+  documents.listen({ question, template, bridge: chosen, receiver: () => field.receiver.value, refused });
 }
 
-for (const column of document.querySelectorAll("article")) column.append(find("answer").content.cloneNode(true));
+for (const place of document.querySelectorAll("[data-condition]")) place.append(find("answer").content.cloneNode(true));
 find("forget").hidden = !hasKey();
 listen();
-loadBridges();
+if (!(await loadBridges())) await documents.load();

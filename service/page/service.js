@@ -4,9 +4,9 @@ const KEY = "latentwire-key"; // in sessionStorage: gone when the tab closes
 
 /** A request that got no answer; the message is the service's own sentence. */
 export class Refused extends Error {
-  constructor(sentence, status) {
+  constructor(sentence, status, param) {
     super(sentence);
-    this.status = status;
+    Object.assign(this, { status, param });
   }
 }
 
@@ -17,17 +17,17 @@ export function keep(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** The response to a GET, or to a POST where there is a body. */
-export async function ask(path, body, signal) {
+/** The response to a GET, to a POST where there is a body, or to whatever `method` says. */
+export async function ask(path, body, signal, method = body ? "POST" : "GET") {
   const headers = body ? { "content-type": "application/json" } : {};
   if (hasKey()) headers.authorization = `Bearer ${sessionStorage.getItem(KEY)}`;
-  const options = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal };
+  const options = { method, headers, body: body && JSON.stringify(body), signal };
   const response = await fetch(path, options).catch((error) => {
     throw signal?.aborted ? error : new Refused(`The request did not reach the service: ${error.message}.`);
   });
   if (response.ok) return response;
-  const content = await response.json().catch(() => null);
-  throw new Refused(content?.error?.message ?? `The service answered with status ${response.status}.`, response.status);
+  const { message, param } = (await response.json().catch(() => null))?.error ?? {};
+  throw new Refused(message ?? `The service answered with status ${response.status}.`, response.status, param);
 }
 
 /** The server-sent events of a response, as { name, data }. */

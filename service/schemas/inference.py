@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -60,22 +60,28 @@ class EncodeRequest(Strict):
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
 
 
-def one_of(schema: dict[str, Any]) -> None:
+def one_of(schema: dict[str, Any], model: "type[OneOf]") -> None:
     """Say in the document what the validator checks: one of the properties is given."""
     schema["oneOf"] = [
         {"required": [name], "properties": {name: {"type": "array" if name == "sources" else "string"}}}
-        for name in schema["properties"]
+        for name in model.choices()
     ]
 
 
 class OneOf(Strict):
-    """Base of what has exactly one of its fields."""
+    """Base of what has exactly one of its fields, those ``BESIDE`` them apart."""
 
     model_config = ConfigDict(json_schema_extra=one_of)
+    BESIDE: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def choices(cls) -> list[str]:
+        """The fields of which one is given."""
+        return [name for name in cls.model_fields if name not in cls.BESIDE]
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        names = list(type(self).model_fields)
+        names = self.choices()
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}, not {len(given)}")
@@ -84,7 +90,7 @@ class OneOf(Strict):
     @property
     def given(self) -> str:
         """The name of that field."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return next(name for name in self.choices() if getattr(self, name) is not None)
 
 
 class SourceIn(OneOf):
@@ -329,6 +335,9 @@ class BridgeOut(BaseModel):
     engines: dict[str, Literal["continuous", "padded"] | None] = Field(
         description="How each receiver generates: it joins requests at every step, or in left-padded batches where "
         "its family allows no more; null while it is not in memory."
+    )
+    sources_per_example: dict[str, int] = Field(
+        description="The most sources in one prompt that each receiver was trained for."
     )
     pinned: bool = Field(description="Whether its models stay whoever needs their room.")
     keep_alive_seconds: float | None = Field(description="How long its models stay unused; null without a limit.")

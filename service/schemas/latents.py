@@ -1,22 +1,39 @@
 """What goes over HTTP about kept latents, in and out."""
 
+import json
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from latentwire.bridge import wire
+from latentwire.bridge.errors import shorten
 from latentwire.service.schemas.inference import FAIL_FAST, Deadline, OneOf, Strict, Timing, Usage
-from latentwire.service.store.latents import KeptLatent
+from latentwire.service.store.latents import METADATA_BYTES, KeptLatent
 
 Ttl = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["forever"]
+
+
+Value = str | bool | int | Annotated[float, Field(allow_inf_nan=False)] | None
+EXCERPT_CHARACTERS = 200
 
 
 class KeepInput(OneOf):
     """One thing to keep: a text, or a latent that was made before."""
 
+    BESIDE = frozenset({"metadata"})
     text: str | None = Field(None, description="A text; the sender reads it, and its latent is kept.")
     latent: str | None = Field(None, description="A message of this bridge, base64.")
+    metadata: dict[str, Value] | None = Field(
+        None, description=f"What to keep beside it, such as a title: up to {METADATA_BYTES} bytes of JSON."
+    )
+
+    @field_validator("metadata")
+    @classmethod
+    def _fits(cls, metadata: dict[str, Value] | None) -> dict[str, Value] | None:
+        if (size := len(json.dumps(metadata))) > METADATA_BYTES:
+            raise ValueError(f"the metadata takes {size} bytes of JSON; at most {METADATA_BYTES} are kept")
+        return metadata
 
 
 class KeepRequest(Strict):
@@ -52,7 +69,8 @@ class KeptLatentOut(BaseModel):
     truncated: bool
     created: datetime | None = Field(None, description="When it was kept; null of a document of a corpus.")
     expires: datetime | None = Field(None, description="Until when it is kept; null for ever, as far as room goes.")
-    metadata: dict[str, Any] | None = Field(None, description="What the corpus says of the document.")
+    metadata: dict[str, Any] | None = Field(None, description="What its keeper, or the corpus, says of the document.")
+    excerpt: str | None = Field(None, description="The start of the document, where the corpus keeps texts.")
 
     @classmethod
     def facts_of(cls, kept: KeptLatent, bridges: dict[str, str]) -> dict[str, Any]:
@@ -71,6 +89,7 @@ class KeptLatentOut(BaseModel):
             "created": _time(kept.created),
             "expires": _time(kept.expires),
             "metadata": kept.metadata,
+            "excerpt": None if kept.text is None else shorten(kept.text, EXCERPT_CHARACTERS),
         }
 
 
@@ -95,6 +114,9 @@ class LatentPage(BaseModel):
 
     latents: list[KeptLatentOut]
     next: str | None = Field(description="What to give as `after` for those that follow; null at the end.")
+    unlisted: str | None = Field(
+        None, description="Why what the caller keeps is not among them, where the store does not list it."
+    )
 
 
 def _time(seconds: float | None) -> datetime | None:

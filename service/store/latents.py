@@ -22,7 +22,8 @@ ID = re.compile(r"lat_[0-9a-f]{32}")
 DIGEST_BYTES = 16
 HEADER = struct.Struct("<I?")
 LENGTH = struct.Struct("<H")
-HEAD_BYTES = 1024  # of a value, which hold all but the numbers of its latent
+METADATA_BYTES = 2048  # of a latent that is kept, as JSON
+HEAD_BYTES = METADATA_BYTES + 1024  # of a value, which hold all but the numbers of its latent
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class KeptLatent:
         truncated: Whether the text was cut.
         created: Unix time at which it was kept, seconds; None of a document of a corpus.
         expires: Unix time until which it is kept, seconds; None for ever.
-        metadata: What a corpus says of the document.
+        metadata: What its keeper, or a corpus, says of the document.
         text: The document itself, where a corpus keeps it.
     """
 
@@ -52,6 +53,11 @@ class KeptLatent:
     expires: float | None = None
     metadata: dict[str, Any] | None = None
     text: str | None = None
+
+    def contains(self, words: str) -> bool:
+        """Whether the id, a value of the metadata or the text has these words, whatever their case."""
+        said = (self.id, *map(str, (self.metadata or {}).values()), self.text or "")
+        return any(words.casefold() in one.casefold() for one in said)
 
 
 def id_of_text(bridge_id: str, dtype: str, text: str, tenant: str = "") -> str:

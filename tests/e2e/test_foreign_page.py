@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.e2e.test_page import chromium, running_service
+from tests.e2e.conftest import chromium, running_service
 
 NAME = "pages.example"  # which the browser, and nobody else, is told to find on this machine
 ASK: dict[str, Any] = {"inputs": [{"text": "Mara lives in Rome."}], "prompt": "Where does Mara live?"}

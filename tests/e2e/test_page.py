@@ -3,123 +3,24 @@
 import base64
 import json
 import re
-import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
+from playwright.sync_api import Page, Route, expect
 
 from latentwire.bridge import wire
-from latentwire.service.auth.keys import hash_of, key_line
-from latentwire.service.cli.demo import running
-from tests.ports import free_port
+from latentwire.service.api.routes.page import FOLDER
+from tests.e2e.conftest import KEY, WAIT_SECONDS, Open, number, opened_browser, run, running_service, said, sideways
 
-KEY = "a key for the page"
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "page.png"  # the guide shows it
 RENEW = 'to take it anew: python -c "from tests.e2e.test_page import take_picture; take_picture()"'
-WAIT_SECONDS = 30.0
 HOSTILE = '<img src="x" onerror="document.title = \'taken\'">'
-HTTP_REFUSAL = re.compile(r"Failed to load resource: the server responded with a status of 4\d\d")
 LONG = {"source": "Mara lives in Rome.", "temperature": "3", "max-tokens": "400", "seed": "6"}  # 294 tokens
-expect.set_options(timeout=WAIT_SECONDS * 1000)
-
-Open = Callable[..., Page]
-
-
-def chromium() -> str | None:
-    """Where a Chromium is, if there is one."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@contextmanager
-def opened_browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def running_service(folder: Path, **environment: str) -> Iterator[str]:
-    """A service of the built-in bridge: its address."""
-    port = free_port()
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in environment.items():
-            patched.setenv(name, value)
-        with running("builtin", port, folder / "log"):
-            yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for the file."""
-    if chromium() is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    with opened_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One service for the file, which asks for a key."""
-    keys = key_line("page", hash_of(KEY.encode()), ["infer"])
-    with running_service(tmp_path_factory.mktemp("page"), LW_API_KEYS=keys) as address:
-        yield address
-
-
-def with_key(browser: Browser, **options: Any) -> BrowserContext:
-    """A window whose tabs have been given the key already."""
-    context = browser.new_context(**options)
-    context.add_init_script(f"sessionStorage.setItem('latentwire-key', {json.dumps(KEY)})")
-    return context
-
-
-@pytest.fixture
-def open_page(browser: Browser, service: str) -> Iterator[Open]:
-    """Open the page. At the end, whatever was tested: no error in the console, no request to anybody else."""
-    wrong: list[str] = []
-    contexts: list[BrowserContext] = []
-
-    def heard(message: ConsoleMessage) -> None:
-        if message.type == "error" and not HTTP_REFUSAL.match(message.text):
-            wrong.append(message.text)
-
-    def opened(*, key: bool = True, **options: Any) -> Page:
-        contexts.append(with_key(browser, **options) if key else browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.on("console", heard)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda asked: None if asked.url.startswith(f"{service}/") else wrong.append(asked.url))
-        page.goto(f"{service}/")
-        if key:
-            expect(page.locator("#source")).not_to_have_value("")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def run(page: Page) -> None:
-    page.keyboard.press("Control+Enter")
-    expect(page.locator("#status")).to_contain_text("Done in")
-
-
-def said(page: Page, condition: str) -> Any:
-    return page.locator(f"[data-condition={condition}] .said")
-
-
-def number(page: Page, condition: str, name: str) -> Any:
-    return page.locator(f"[data-condition={condition}] [data-number={name}]")
 
 
 def pixels(page: Page) -> "np.ndarray[Any, Any]":
@@ -127,12 +28,6 @@ def pixels(page: Page) -> "np.ndarray[Any, Any]":
     read = "map => [map.height, map.width, [...map.getContext('2d').getImageData(0, 0, map.width, map.height).data]]"
     height, width, data = page.locator("#map").evaluate(read)
     return np.array(data).reshape(height, width, 4)
-
-
-def sideways(page: Page) -> int:
-    """By how many pixels the page is wider than the window."""
-    width: int = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-    return width
 
 
 def admitted_rows(service: str) -> float:
@@ -166,7 +61,7 @@ def test_what_the_receiver_reads_is_shown_as_it_is_composed_and_counted(open_pag
     prompt, text = "\nQuestion: Where does Mara live?\nAnswer:", page.locator("#source").input_value()
 
     def reads() -> list[str]:
-        return [column.text_content() or "" for column in page.locator(".reads").all()]
+        return [column.text_content() or "" for column in page.locator("article .reads").all()]
 
     assert reads() == [f"soft tokens{prompt}", text + prompt, prompt]
     run(page)
@@ -184,11 +79,11 @@ def test_what_the_receiver_reads_is_shown_as_it_is_composed_and_counted(open_pag
 
 def test_the_settings_reach_the_service_and_a_prompt_of_ones_own_places_the_latent(open_page: Open) -> None:
     page = open_page()
-    page.locator("summary").click()
+    page.locator("#form summary").click()
     for name, value in (("temperature", "0.5"), ("max-tokens", "2"), ("seed", "7")):
         page.fill(f"#{name}", value)
     page.fill("#prompt", "Facts: {latent}\n{question}")
-    expect(page.locator(".reads").last).to_have_text("Facts: \nWhere does Mara live?")
+    expect(page.locator("article .reads").last).to_have_text("Facts: \nWhere does Mara live?")
     with page.expect_request("**/generate") as asked:
         run(page)
     body = asked.value.post_data_json
@@ -258,12 +153,13 @@ def test_everything_is_reached_and_done_with_the_keyboard_alone(open_page: Open)
     for _ in range(3):
         page.keyboard.press("ArrowUp")
     expect(page.locator("#map-value")).to_contain_text("Slot 1, channel 2:")
-    assert tab() == "refresh"
+    adding = ["SUMMARY", "new-text", "new-title", "new-files", "new-forever", "new-cut", "add"]  # open: nothing is kept
+    assert [tab() for _ in range(11)] == ["filter", *adding, "asked", "ask", "refresh"]
 
 
 def test_every_field_has_a_name_for_those_who_do_not_see_it(open_page: Open) -> None:
     page = open_page()
-    page.locator("summary").click()
+    page.locator("#form summary").click()
     for role, names in {
         "textbox": ["Text for the sender to read", "Question for the receiver to answer", "Prompt"],
         "combobox": ["Bridge", "Receiver"],
@@ -275,7 +171,7 @@ def test_every_field_has_a_name_for_those_who_do_not_see_it(open_page: Open) -> 
 
 def test_escape_cancels_and_the_service_is_free_again(open_page: Open, service: str) -> None:
     page = open_page()
-    page.locator("summary").click()
+    page.locator("#form summary").click()
     for name, value in LONG.items():
         page.fill(f"#{name}", value)
     page.keyboard.press("Control+Enter")
@@ -300,7 +196,7 @@ def test_a_phone_shows_it_all_without_scrolling_sideways(open_page: Open) -> Non
     page = open_page(viewport={"width": 375, "height": 720}, has_touch=True, is_mobile=True)
     assert sideways(page) == 0
     page.fill("#source", "Mara lives in Rome. " + "w" * 60)
-    page.locator("summary").click()
+    page.locator("#form summary").click()
     run(page)
     assert sideways(page) == 0
     tops = [column.bounding_box()["y"] for column in page.locator("article").all()]
@@ -328,7 +224,7 @@ def test_what_the_service_refuses_is_told_in_its_own_words(open_page: Open) -> N
     expect(page.locator("#status")).to_contain_text("sender tokens")
     expect(said(page, "bridge")).to_have_text(re.compile("the text has .* 512"))
     expect(said(page, "none")).to_have_text(re.compile("Mara lives in"))  # the others still answer
-    page.locator("summary").click()
+    page.locator("#form summary").click()
     page.fill("#max-tokens", "100000")
     page.keyboard.press("Control+Enter")
     for condition in ("direct", "none"):
@@ -414,7 +310,7 @@ def test_a_stream_that_breaks_off_or_fails_is_no_answer(open_page: Open) -> None
 
 def test_files_are_sent_with_their_types_and_asked_for_again_only_when_they_changed(service: str) -> None:
     types = {"": "text/html", "page/page.css": "text/css", "page/icon.svg": "image/svg+xml"}
-    types |= dict.fromkeys(("page/page.js", "page/latent.js", "page/service.js"), "javascript")
+    types |= dict.fromkeys((f"page/{path.name}" for path in FOLDER.glob("*.js")), "javascript")
     with httpx.Client(base_url=service, trust_env=False) as client:
         for path, kind in types.items():
             first = client.get(f"/{path}")

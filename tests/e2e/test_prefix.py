@@ -14,10 +14,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from latentwire.service.cli.demo import running
 from latentwire.service.client.client import Client
-from tests.e2e.test_page import browser, run, said
+from tests.e2e.conftest import run, said
 from tests.ports import free_port
 
-__all__ = ["browser"]  # the fixture
 PLACES = ["lw", "other/lw"]
 TOOLS = Path(sys.executable).parent.parent / "proxies"  # where the Makefile unpacks what is not installed
 WAIT_SECONDS = 30.0

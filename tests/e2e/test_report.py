@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page
 
 from latentwire.service.__main__ import main
 from latentwire.service.cli.report import COMPARISON
-from tests.e2e.test_page import chromium, opened_browser, sideways
+from tests.e2e.conftest import chromium, opened_browser, sideways
 from tests.reports import document, written
 
 Call = Callable[..., tuple[int, str, str]]

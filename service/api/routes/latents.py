@@ -15,10 +15,11 @@ from latentwire.service.inference.request import Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import Timing, message_of
 from latentwire.service.schemas.latents import KeepRequest, KeepResponse, KeptLatentData, KeptLatentOut, LatentPage
-from latentwire.service.store.latents import CachedEncoding, delete_latent, page_of_latents
+from latentwire.service.store.latents import CachedEncoding, KeptLatent, delete_latent, page_of_latents
 
 router = APIRouter(tags=["latents"], prefix="/latents")
 MOST_LISTED = 1000
+LONGEST_WORDS = 200
 ONE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": f"The latent. With `Accept: {RAW}`, its message alone.",
@@ -50,22 +51,25 @@ async def keep(body: KeepRequest, request: Request) -> KeepResponse:
 
 @router.get("")
 async def some(
-    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100
+    request: Request,
+    after: str = "",
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100,
+    containing: Annotated[str, Query(max_length=LONGEST_WORDS)] = "",
 ) -> LatentPage:
-    """The documents of corpora, corpus by corpus, then what the caller keeps; page by page."""
+    """The documents of corpora, corpus by corpus, then what the caller keeps; page by page.
+
+    With `containing`, those whose id, metadata or text (where a corpus keeps it) has these words. One call looks
+    through 1,000: its page may be short, or empty, and `next` leads on.
+    """
     runtime: Runtime = request.app.state.runtime
-    of_corpora = not after or runtime.corpora.holds(after)
-    kept = await runtime.corpora.page(after, limit + 1) if of_corpora else []
-    if len(kept) <= limit:
-        try:
-            after_kept = "" if of_corpora else after
-            rest = limit + 1 - len(kept)
-            kept += await page_of_latents(runtime.store, tenant=request.state.caller.name, after=after_kept, limit=rest)
-        except InvalidRequest:  # the store does not list; corpora do
-            if not len(runtime.corpora):
-                raise
-    latents = [KeptLatentOut(**KeptLatentOut.facts_of(one, _bridges(runtime))) for one in kept[:limit]]
-    return LatentPage(latents=latents, next=latents[-1].id if len(kept) > limit else None)
+    seen = MOST_LISTED if containing else limit
+    kept, unlisted = await _listed(runtime, request.state.caller.name, after, seen + 1)
+    found = [one for one in kept[:seen] if one.contains(containing)]
+    page, last = found[:limit], None
+    if len(found) > limit or len(kept) > seen:
+        last = found[limit - 1] if len(found) > limit else kept[seen - 1]
+    latents = [KeptLatentOut(**KeptLatentOut.facts_of(one, _bridges(runtime))) for one in page]
+    return LatentPage(latents=latents, next=last and last.id, unlisted=unlisted)
 
 
 @router.get("/{id:path}", response_model=KeptLatentData, responses=ONE)
@@ -89,6 +93,21 @@ async def delete(id: str, request: Request) -> KeptLatentOut:
     return KeptLatentOut(**KeptLatentOut.facts_of(kept, _bridges(runtime)))
 
 
+async def _listed(runtime: Runtime, tenant: str, after: str, limit: int) -> tuple[list[KeptLatent], str | None]:
+    """The next of all latents, and why those that a store keeps are not among them."""
+    of_corpora = not after or runtime.corpora.holds(after)
+    kept = await runtime.corpora.page(after, limit) if of_corpora else []
+    if len(kept) == limit:
+        return kept, None
+    try:
+        after = "" if of_corpora else after
+        return kept + await page_of_latents(runtime.store, tenant=tenant, after=after, limit=limit - len(kept)), None
+    except InvalidRequest as refusal:  # the store does not list; corpora do
+        if not len(runtime.corpora):
+            raise
+        return kept, str(refusal)
+
+
 async def _keep(handler: RequestHandler, body: KeepRequest) -> KeepResponse:
     started, runtime = time.perf_counter(), handler.runtime
     given: dict[int, CachedEncoding] = {}
@@ -107,7 +126,8 @@ async def _keep(handler: RequestHandler, body: KeepRequest) -> KeepResponse:
     encode_ms = ms_since(started)
     runtime.metrics.tokens.labels("source").inc(handler.usage.source_tokens)
     pairs = [(item.text, given[at] if at in given else next(read)) for at, item in enumerate(body.inputs)]
-    kept = await handler.keep(pairs, body.ttl_or(handler.ttl_seconds))
+    metadata = [item.metadata for item in body.inputs]
+    kept = await handler.keep(pairs, body.ttl_or(handler.ttl_seconds), metadata)
     return KeepResponse(
         bridge=handler.bridge.name,
         latents=[KeptLatentOut(**KeptLatentOut.facts_of(latent, _bridges(runtime))) for latent in kept],

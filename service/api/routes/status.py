@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.config import Provenance
 from latentwire.bridge.errors import NotReady
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import BridgeList, BridgeOut, Health
@@ -60,6 +61,7 @@ async def metrics(request: Request) -> Response:
 def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
     """A bridge as callers see it."""
     config = bridge.manifest.bridge
+    heads = config.heads.items()
     residents = {name: runtime.residency.find(name) for name in bridge.model_names}
     return BridgeOut(
         name=bridge.name,
@@ -78,6 +80,12 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
         steps=config.provenance.steps,
         loaded={name: resident.bytes for name, resident in residents.items() if resident is not None},
         engines={name: runtime.engines.kind(name) for name in config.heads},
+        sources_per_example={name: _most_sources(head.provenance or config.provenance) for name, head in heads},
         pinned=all(runtime.residency.is_pinned(name) for name in bridge.model_names),
         keep_alive_seconds=runtime.settings.keep_alive_of(bridge.name),
     )
+
+
+def _most_sources(trained: Provenance) -> int:
+    most = trained.recipe.get("sources_per_example")
+    return most if isinstance(most, int) else 1  # a recipe from before there were several

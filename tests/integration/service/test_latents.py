@@ -106,6 +106,15 @@ def test_kept_latents_are_listed_page_by_page_and_gone_when_deleted(start: Start
     assert [one["id"] for one in client.get("/latents").json()["latents"]] == ids[1:]
 
 
+def test_what_a_caller_says_of_a_latent_is_kept_and_listed_with_it(client: TestClient) -> None:
+    said = {"title": "\N{GRINNING FACE}" * 160, "year": 1996, "share": 0.5, "new": True, "by": None}  # near the most
+    one, other = keep(client, {"text": TEXTS[0], "metadata": said}, {"text": TEXTS[1]})
+    assert (one["metadata"], other["metadata"], one["excerpt"]) == (said, None, None)
+    assert one in client.get("/latents").json()["latents"]
+    assert keep(client, TEXTS[0])[0]["metadata"] is None  # kept anew, with nothing said
+    assert client.delete(f"/latents/{one['id']}").status_code == 200
+
+
 def test_they_are_kept_for_the_callers_time_or_the_operators_or_for_ever(start: Start) -> None:
     client = start(Settings(store_ttl=600))
     for seconds, options in ((60, {"ttl_seconds": 60}), (600, {})):
@@ -158,6 +167,14 @@ def test_no_tenant_sees_asks_or_deletes_what_another_one_keeps(start: Start) -> 
         ({"inputs": [{"latent": "AAAA"}]}, 422, "inputs.0.latent", "3 bytes"),
         ({"inputs": [{"text": "a"}] * 65}, 413, "inputs", "65; at most 64"),
         ({"inputs": [{"text": "a" * 100_001}]}, 413, "inputs.0.text", "100001 characters"),
+        ({"inputs": [{"text": "a", "metadata": {"a": []}}]}, 422, "inputs.0.metadata.a", "valid string"),
+        (
+            {"inputs": [{"text": "a", "metadata": {"a": "x" * 2048}}]},
+            422,
+            "inputs.0.metadata",
+            "2057 bytes of JSON; at",
+        ),
+        ({"inputs": [{"metadata": {}}]}, 422, "inputs.0", "exactly one of text and latent"),
         ({"inputs": [{"text": "a"}], "ttl_seconds": 0}, 422, "ttl_seconds", "greater than 0"),
         ({"inputs": [{"text": "a"}], "ttl_seconds": "never"}, 422, "ttl_seconds", "'never'"),
         ({"inputs": [{"text": "a"}], "bridge": "other"}, 404, "bridge", "'other'; there are tiny"),
@@ -231,11 +248,47 @@ def test_documents_of_a_folder_of_corpora_are_listed_given_and_asked(start: Star
     data, text = base64.b64decode(one.pop("data")), one.pop("text")
     assert one == listed and (len(data), text) == (listed["bytes"], "Mara has 2 cats.")
     assert (one["metadata"], one["bridge"], one["created"]) == ({"title": "Cats 2"}, "tiny", None)
+    assert (one["excerpt"], seen[4]["excerpt"]) == (text, None)
     assert ask(client, {"latent_id": "cats/a/2"}, {"latent": base64.b64encode(data).decode()}) == 2 * ask(
         client, {"text": text}
     )
     assert ask(client, {"latent_id": "towns/1"})
     assert "text" not in seen[2] and client.get("/latents/towns/1").json()["text"] is None
+
+
+def test_a_list_of_what_contains_words_goes_through_all_there_is_by_parts(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start(Settings(corpus_dir=folder))
+    mine = keep(client, {"text": "Zoë", "metadata": {"title": "No CATS"}}, "Ben")[0]["id"]
+
+    def listed(words: str, **options: int) -> tuple[list[str], list[int]]:
+        ids, counts, after = [], [], ""
+        while after is not None:
+            page = client.get("/latents", params={"containing": words, "after": after, **options}).json()
+            ids, after = [*ids, *(one["id"] for one in page["latents"])], page["next"]
+            counts.append(len(page["latents"]))
+        return ids, counts
+
+    cats = [f"cats/a/{i}" for i in range(4)]
+    assert listed("2 cats.") == (["cats/a/2"], [1])  # in the text that the corpus keeps
+    assert listed("towns/") == (["towns/1"], [1]) and listed("rome") == ([], [0])  # whose text it does not keep
+    assert listed("cats") == ([*cats, mine], [5])
+    assert listed("cats", limit=2) == ([*cats, mine], [2, 2, 1])
+    monkeypatch.setattr("latentwire.service.api.routes.latents.MOST_LISTED", 3)
+    assert listed("cats", limit=2)[0] == [*cats, mine]
+    ids, counts = listed("NO cats")
+    assert ids == [mine] and counts[0] == 0 and len(counts) > 1
+
+
+def test_a_list_says_that_the_store_does_not_list_and_corpora_are_listed(start: Start, folder: Path) -> None:
+    redis = "redis://127.0.0.1:1"
+    client = start(Settings(corpus_dir=folder, redis_url=redis))
+    page = client.get("/latents").json()
+    assert [one["id"] for one in page["latents"]] == [*(f"cats/a/{i}" for i in range(4)), "towns/1"]
+    assert "gives latents by id and does not list them" in page["unlisted"]
+    assert client.get("/latents", params={"limit": 2}).json()["unlisted"] is None  # not known yet
+    assert "does not list" in start(Settings(redis_url=redis)).get("/latents").json()["error"]["message"]
 
 
 def test_a_corpus_is_read_only_and_what_it_does_not_hold_is_not_found(start: Start, folder: Path) -> None:
