@@ -16,7 +16,7 @@ from latentwire.service.cli.demo import running
 from tests.ports import free_port
 
 KEY = "a key for the page"
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 8.0
 HTTP_REFUSAL = re.compile(r"Failed to load resource: the server responded with a status of 4\d\d")
 expect.set_options(timeout=WAIT_SECONDS * 1000)
 
@@ -40,11 +40,8 @@ def opened_browser() -> Iterator[Browser]:
 def running_service(folder: Path, **environment: str) -> Iterator[str]:
     """A service of the built-in bridge: its address."""
     port = free_port()
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in environment.items():
-            patched.setenv(name, value)
-        with running("builtin", port, folder / "log"):
-            yield f"http://127.0.0.1:{port}"
+    with running("builtin", port, folder / "log", **environment):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

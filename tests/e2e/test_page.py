@@ -335,6 +335,7 @@ def take_picture(file: Path = PICTURE) -> None:
             expect(page.locator("#status")).to_contain_text("Done in")
         page.mouse.move(0, 0)
         page.evaluate("document.activeElement.blur()")
+        page.evaluate("document.getElementById('documents').remove()")  # they have a picture of their own
         page.screenshot(path=file, full_page=True)
     (file.parent / "log").unlink()
     Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)

@@ -2,18 +2,21 @@
 
 import base64
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.bulk import Source, encode_corpus
+from latentwire.bridge.config import BridgeConfig
 from latentwire.bridge.corpus import CorpusWriter
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
 from latentwire.service.app import create_app
@@ -203,9 +206,28 @@ def test_a_latent_of_another_bridge_is_not_kept(client: TestClient, refused: Ref
     assert "of bridge 000" in refused("/latents", 409, json={"inputs": [{"latent": message}]})["message"]
 
 
+def test_a_bridge_says_for_how_many_sources_in_one_prompt_each_receiver_was_trained(start: Start) -> None:
+    def trained_for_four(app: FastAPI) -> BridgeConfig:
+        config: BridgeConfig = app.state.runtime.bridges["tiny"].manifest.bridge
+        config.provenance.recipe["sources_per_example"] = 4
+        return config
+
+    def then_with_a_new_head(app: FastAPI) -> None:
+        config = trained_for_four(app)
+        for name, head in config.heads.items():
+            trained = replace(config.provenance, recipe={"sources_per_example": 2})
+            config.heads[name] = replace(head, provenance=trained)
+
+    for before, most in ((lambda app: None, 1), (trained_for_four, 4), (then_with_a_new_head, 2)):
+        (said,) = start(before=before).get("/bridges/tiny").json()["sources_per_example"].values()
+        assert said == most  # a recipe from before there were several says nothing: one
+
+
 def test_the_client_keeps_lists_asks_and_deletes(checkpoint: Path) -> None:
     with listening(create_app(Settings(), {"tiny": str(checkpoint)})) as port:
         with Client(f"http://127.0.0.1:{port}") as client:
+            assert client.keep({"text": "Ben", "metadata": {"by": "Zoë"}})[0].metadata == {"by": "Zoë"}
+            client.delete_latent(next(client.latents()).id)
             kept = client.keep([*TEXTS, client.encode("Ben").latents[0]], ttl_seconds="forever", dtype="float32")
             assert all(isinstance(one, KeptLatent) for one in kept)
             assert {one.id for one in client.latents()} == {one.id for one in kept}
