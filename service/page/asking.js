@@ -11,29 +11,29 @@ export const nameOf = ({ id, metadata }) => String(metadata?.title ?? id);
 
 export const isChosen = (id) => chosen.has(id);
 
-export function choose(document, wanted) {
-  if (wanted) chosen.set(document.id, document);
-  else chosen.delete(document.id);
+export function choose(one, wanted) {
+  if (wanted) chosen.set(one.id, one);
+  else chosen.delete(one.id);
   find("chosen").replaceChildren(...[...chosen.values()].map(item));
   find("none-chosen").hidden = chosen.size > 0;
 }
 
 /** Keep those that are to be kept, and none of the others. */
 export function restrict(wanted) {
-  for (const document of [...chosen.values()]) if (!wanted(document)) choose(document, false);
+  for (const one of [...chosen.values()]) if (!wanted(one)) choose(one, false);
 }
 
-function item(document, at) {
+function item(one, at) {
   const drop = Object.assign(make("button", "Leave out"), { type: "button", className: "link" });
-  drop.setAttribute("aria-label", `Leave out ${nameOf(document)}`);
+  drop.setAttribute("aria-label", `Leave out ${nameOf(one)}`);
   drop.addEventListener("click", () => {
-    choose(document, false);
-    const box = [...find("kept").querySelectorAll("input")].find(({ value }) => value === document.id);
+    choose(one, false);
+    const box = [...find("kept").querySelectorAll("input")].find(({ value }) => value === one.id);
     if (box) box.checked = false;
     (find("chosen").querySelectorAll("button")[at] ?? find("asked")).focus();
   });
   const mark = chosen.size > 1 ? `[${at + 1}] ` : ""; // as in the prompt
-  return make("li", make("span", `${mark}${nameOf(document)}`), drop);
+  return make("li", make("span", `${mark}${nameOf(one)}`), drop);
 }
 
 /** Ask what is chosen: one document as it is, several marked by their places in one prompt. */

@@ -87,31 +87,31 @@ function ended(containing, unlisted) {
   if (!listed.length && !containing) find("adding").open = true;
 }
 
-function row(document) {
-  const { id, excerpt, metadata } = document;
+function row(one) {
+  const { id, excerpt, metadata } = one;
   const box = Object.assign(make("input"), { type: "checkbox", value: id, checked: isChosen(id) });
-  box.disabled = !isOfBridge(document);
-  box.addEventListener("change", () => choose(document, box.checked));
-  const label = Object.assign(make("label", box, nameOf(document)), { className: "check" });
-  const said = Object.entries(metadata ?? {}).map(([name, value]) => `${name}: ${shown(value)}`);
-  const known = [...(nameOf(document) === id ? [] : [id]), ...said.filter((one) => !one.startsWith("title: "))];
-  const lines = [excerpt ?? "", known.join(" · ").slice(0, MOST_SAID), facts(document).join(" · ")];
-  return make("li", label, document.created ? deleting(document) : "", ...lines.filter(Boolean).map(note));
+  box.disabled = !isOfBridge(one);
+  box.addEventListener("change", () => choose(one, box.checked));
+  const label = Object.assign(make("label", box, nameOf(one)), { className: "check" });
+  const said = Object.entries(metadata ?? {}).filter(([name]) => name !== "title");
+  const known = [...(nameOf(one) === id ? [] : [id]), ...said.map(([name, value]) => `${name}: ${shown(value)}`)];
+  const lines = [excerpt ?? "", known.join(" · ").slice(0, MOST_SAID), facts(one).join(" · ")];
+  return make("li", label, one.created ? deleting(one) : "", ...lines.filter(Boolean).map(note));
 }
 
 const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 
-const isOfBridge = (document) => document.bridge === page.bridge()?.name;
+const isOfBridge = (one) => one.bridge === page.bridge()?.name;
 
-function facts(document) {
-  const { id, bridge, source_tokens: tokens, shape, bytes, truncated, created, expires } = document;
+function facts(one) {
+  const { id, bridge, source_tokens: tokens, shape, bytes, truncated, created, expires } = one;
   const until = expires ? `goes ${when(expires)}` : "until deleted";
   return [
     tokens === null ? "tokens not known" : `${whole(tokens)} tokens${truncated ? ", cut" : ""}`,
     `${whole(shape[0])} soft tokens`,
     `${whole(bytes)} bytes`,
     created ? `kept ${when(created)}, ${until}` : `corpus ${id.split("/")[0]}, read-only`,
-    ...(isOfBridge(document) ? [] : [bridge ? `of bridge ${bridge}` : "of a bridge that is not served"]),
+    ...(isOfBridge(one) ? [] : [bridge ? `of bridge ${bridge}` : "of a bridge that is not served"]),
   ];
 }
 
@@ -123,24 +123,24 @@ function when(time) {
 
 // ---------------------------------------------------------------- deleting and adding
 
-function deleting(document) {
+function deleting(one) {
   const button = Object.assign(make("button", "Delete"), { type: "button", className: "link" });
-  button.setAttribute("aria-label", `Delete ${nameOf(document)}`);
-  button.addEventListener("click", () => remove(document, button.closest("li")));
+  button.setAttribute("aria-label", `Delete ${nameOf(one)}`);
+  button.addEventListener("click", () => remove(one, button.closest("li")));
   return button;
 }
 
-async function remove(document, element) {
-  if (!confirm(`Delete “${nameOf(document)}”?`)) return;
+async function remove(one, element) {
+  if (!confirm(`Delete “${nameOf(one)}”?`)) return;
   try {
-    await ask(`latents/${document.id}`, undefined, undefined, "DELETE");
+    await ask(`latents/${one.id}`, undefined, undefined, "DELETE");
   } catch (error) {
     say(error.message, { problem: true });
     page.refused(error);
     if (error.status !== 404) return; // what is gone already is not shown either
   }
-  choose(document, false);
-  [added, listed] = [added, listed].map((documents) => documents.filter(({ id }) => id !== document.id));
+  choose(one, false);
+  [added, listed] = [added, listed].map((documents) => documents.filter(({ id }) => id !== one.id));
   const near = element.nextElementSibling ?? element.previousElementSibling;
   (near?.querySelector("input") ?? find("filter")).focus();
   element.remove();

@@ -16,7 +16,7 @@ from latentwire.service.cli.demo import running
 from tests.ports import free_port
 
 KEY = "a key for the page"
-WAIT_SECONDS = 8.0
+WAIT_SECONDS = 30.0
 HTTP_REFUSAL = re.compile(r"Failed to load resource: the server responded with a status of 4\d\d")
 expect.set_options(timeout=WAIT_SECONDS * 1000)
 

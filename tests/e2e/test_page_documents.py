@@ -1,5 +1,6 @@
 """The documents of the page at ``/`` in a real Chromium: listed, found, added, asked together, deleted."""
 
+import base64
 import json
 import re
 import struct
@@ -111,6 +112,11 @@ def answer(page: Page, text: str) -> None:
     page.fill("#asked", text)
     page.keyboard.press("Enter")
     expect(page.locator("#ask-status")).to_contain_text("Answered from")
+
+
+def encoded(client: latentwire.Client, text: str) -> str:
+    """The message of a text, base64."""
+    return base64.b64encode(client.encode(text).latents[0].data).decode()
 
 
 def add(page: Page, *files: tuple[str, str], text: str = "", title: str = "", line: str) -> None:
@@ -235,7 +241,7 @@ def test_a_text_is_pasted_kept_asked_found_again_and_deleted(open_page: Open, se
     )
     expect(page.locator("#new-text")).to_have_value("")
     expect(rows(page).first).to_contain_text(
-        re.compile(r"^ZoeDeletelat_\w{32}\d+ tokens · .* · kept .*, goes in 1 hour")
+        re.compile(r"^ZoeDeletelat_\w{32}\d+ tokens · .* · kept .*, goes in (1 hour|59 minutes)")
     )
     choose(page, "Zoe")
     answer(page, "Where does Otto live?")
@@ -255,6 +261,22 @@ def test_a_text_is_pasted_kept_asked_found_again_and_deleted(open_page: Open, se
     expect(page.locator("#filter")).to_be_focused()
     page.reload()
     look_for(page, "zoe", "Nothing has “zoe” in it.")
+
+
+def test_of_a_message_that_was_made_elsewhere_it_says_that_the_text_is_not_known(open_page: Open, service: str) -> None:
+    with latentwire.Client(service, api_key=KEY, trust_env=False) as client:
+        client.keep({"latent": encoded(client, "Otto lives in Paris."), "metadata": {"title": "From elsewhere"}})
+    page = open_page()
+    page.fill("#filter", "elsewhere")
+    expect(rows(page)).to_contain_text([re.compile(r"^From elsewhereDeletelat_\w{32}tokens not known · 2 soft tokens")])
+    choose(page, "From elsewhere")
+    answer(page, "Where does Otto live?")
+    expect(said(page, "documents")).to_have_text("Otto lives in Paris.")
+    expect(page.locator("#cost-bars dt")).to_have_text(["Latents and prompt14 tokens", "Latents548 bytes"])
+    expect(page.locator("#cost-note")).to_contain_text("What the texts would have taken is not known of one of them.")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete From elsewhere").click()
+    expect(rows(page)).to_have_count(0)
 
 
 def test_what_a_corpus_holds_cannot_be_deleted(open_page: Open) -> None:

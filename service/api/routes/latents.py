@@ -69,7 +69,7 @@ async def some(
     if len(found) > limit or len(kept) > seen:
         last = found[limit - 1] if len(found) > limit else kept[seen - 1]
     latents = [KeptLatentOut(**KeptLatentOut.facts_of(one, _bridges(runtime))) for one in page]
-    return LatentPage(latents=latents, next=last and last.id, unlisted=unlisted)
+    return LatentPage(latents=latents, next=None if last is None else last.id, unlisted=unlisted)
 
 
 @router.get("/{id:path}", response_model=KeptLatentData, responses=ONE)
