@@ -131,14 +131,14 @@ class Bridge:
 
         Args:
             texts: One text or several.
-            dtype: What the numbers travel in: float16, int8, int4 or float32.
+            dtype: What the numbers travel in: float16, int8, int4 or float32; with codebooks rq2, rq4 or rq8.
             truncate: Cut a text that is longer than the bridge reads, instead of refusing it.
 
         Raises:
             InvalidRequest: A text is empty or too long.
             LatentWireError: The sender cannot be loaded, or is not the one the bridge was trained with.
         """
-        kind, each = wire.as_dtype(dtype), each_of(texts, (str,), "text", "a text, or several")
+        kind, each = wire.sendable(dtype, self.model.codebooks), each_of(texts, (str,), "text", "a text, or several")
         sources = [self.tokenize(text, truncate=truncate) for text in each]
         encoded: list[engine.Encoded] = []
         with self.lend(self.sender) as sender:
@@ -300,7 +300,7 @@ class Bridge:
 
     def message(self, latent: NDArray[np.float32], dtype: wire.DType = "float16") -> bytes:
         """A latent (K, C) of this bridge as it crosses the wire."""
-        return wire.encode(latent, self.manifest.bridge_id, dtype, key=self.signing_key)
+        return wire.encode(latent, self.manifest.bridge_id, dtype, key=self.signing_key, codebooks=self.model.codebooks)
 
     def decode(self, message: bytes) -> NDArray[np.float32]:
         """The latent (K, C) of a message, checked (InvalidMessage, IncompatibleBridge, Forbidden)."""
@@ -311,6 +311,7 @@ class Bridge:
             latent_dim=config.encoder.latent_dim,
             max_slots=slots_of(config.encoder, config.max_source_tokens),
             key=self.signing_key,
+            codebooks=self.model.codebooks,
         ).latent
 
     def tokenize(self, text: str, *, truncate: bool = False) -> SourceTokens:
