@@ -24,6 +24,7 @@ export async function streamed(condition, body, { signal, started }) {
   let text = "";
   const response = await ask("generate", body, signal);
   for await (const { name, data } of events(response)) {
+    signal.throwIfAborted(); // what had come already is not shown either
     if (name === "error") throw new Refused(data.error.message);
     if (name === "token") {
       if (!text) show(condition, "first", ms(performance.now() - started));

@@ -98,7 +98,7 @@ def test_the_page_reads_a_message_as_the_service_does(open_page: Open) -> None:
     latent[0, :3] = (0, 6e-8, -3e-5)  # float16 keeps the last two only as subnormal numbers
     decode = "async (data) => { const { decode } = await import('./page/latent.js'); "
     decode += "const { K, C, numbers } = decode(data); return [K, C, [...numbers]]; }"
-    for dtype in wire.CODES:
+    for dtype in set(wire.CODES) - set(wire.CODED):  # the page asks for no codes, whose numbers the bridge alone has
         message = wire.encode(latent, "0" * 32, dtype, key=b"sixteen bytes ok")
         K, C, numbers = page.evaluate(decode, base64.b64encode(message).decode())
         np.testing.assert_array_equal(np.array(numbers, np.float32).reshape(K, C), wire.decode(message).latent)

@@ -35,9 +35,19 @@ FACTS = [
     Source("mara", "Mara lives in Rome. Otto wants a cup of tea. The lamp is red.", {"title": "Mara and Otto"}),
     Source("nora", "Nora is a baker. Ben lives in Oslo.", {"title": "Nora's work", "desk": "north"}),
     Source("lina", "Lina has seven cats. The door is green.", {"title": "Lina's cats"}),
+    Source("short", "Mara lives in Rome.", {"title": "One fact"}),
     Source("<b>odd", "The cup is blue.", {"title": HOSTILE, "by": HOSTILE}),
 ]
 MANY = 10_000
+# Pressed from inside: an answer of hundreds of tokens may be over before a key comes from here.
+ESCAPE_AT_A_WORD = """() => {
+    const told = document.getElementById("told");
+    new MutationObserver((_, observer) => {
+        if (told.getAttribute("aria-busy") !== "true" || !told.querySelector(".said").textContent) return;
+        observer.disconnect();
+        document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+    }).observe(told, { subtree: true, childList: true });
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +223,7 @@ def test_a_list_of_ten_thousand_comes_in_pages_and_all_of_it_is_searched(open_pa
     page.locator("#more").click()
     listed(page, "100 shown; there are more.")
     expect(rows(page)).to_have_count(100)
-    assert [query["after"] for query in asked] == [["many/45"]]
+    assert [query["after"] for query in asked] == [["many/44"]]
     asked.clear()
     look_for(page, "report 9999")
     expect(rows(page)).to_contain_text(
@@ -328,15 +338,14 @@ def test_what_cannot_be_kept_is_named_and_what_came_before_is_kept(open_page: Op
 def test_escape_ends_a_question_and_the_keeping_of_files(open_page: Open) -> None:
     page = open_page()
     page.locator("#form summary").click()
-    for name, value in {"temperature": "3", "max-tokens": "400", "seed": "6"}.items():
+    for name, value in {"temperature": "3", "max-tokens": "400", "seed": "6"}.items():  # 294 tokens
         page.fill(f"#{name}", value)
-    choose(page, "Mara and Otto")
+    choose(page, "One fact")
     page.fill("#asked", "Where does Mara live?")
+    page.evaluate(ESCAPE_AT_A_WORD)
     page.keyboard.press("Control+Enter")
-    expect(said(page, "documents")).to_have_text(re.compile(r"\w \w"))  # it streams: there are words, and it goes on
-    assert page.locator("#told").get_attribute("aria-busy") == "true"
-    page.keyboard.press("Escape")
     expect(page.locator("#ask-status")).to_have_text("Cancelled.")
+    expect(number(page, "documents", "first")).not_to_have_text("–")
     expect(number(page, "documents", "total")).to_have_text("–")
     held: list[Route] = []
 
