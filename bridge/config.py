@@ -159,6 +159,7 @@ class BridgeConfig:
         max_source_tokens: Longest source in sender tokens.
         source: What stands around a source; None in a bridge made before it was kept (``bridge.reader.kept_layout``).
         heads: By receiver name, in order of training; the first is the default.
+        earlier: Runs whose weights this bridge's run began with, the last one last.
     """
 
     sender: ModelRef
@@ -168,6 +169,7 @@ class BridgeConfig:
     heads: dict[str, Head]
     provenance: Provenance
     source: SourceLayout | None = None
+    earlier: tuple[Provenance, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
