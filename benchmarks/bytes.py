@@ -1,13 +1,16 @@
 """How many bytes a latent needs: bridges of several widths on the world, each sent as float16, int8 and int4.
 
-Beside them stand the source as text, the same packed by zlib, and cut to as many bytes as a message has. A width that
-is in the results file of today already is not trained again.
+Beside them stand the source as text, the same packed by zlib, and cut to as many bytes as a message has. A bridge that
+is there and has codebooks (``latentwire quantise``) is measured in these too (``--checkpoint``). A width that is in the
+results file of today already is not trained again.
 """
 
 import json
 import statistics
 import tempfile
 import zlib
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from latentwire.bridge.evaluation.conditions import CONDITIONS, predict
 from latentwire.bridge.evaluation.context import EvaluationContext, open_context
 from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.bridge.evaluation.statistics import interval
-from latentwire.bridge.wire import DType
+from latentwire.bridge.wire import CODED, DType
 from latentwire.training.config import demo_config
 from latentwire.training.loop import train
 
@@ -51,10 +54,15 @@ def read(context: EvaluationContext, condition: str) -> list[Any]:
 def measured(out: Path, width: int, steps: int, seed: int, limit: int, console: Console) -> list[dict[str, Any]]:
     """Train a bridge whose latent is so wide, and measure it in each dtype."""
     train(demo_config(out, steps).model_copy(update={"latent_dim": width, "seed": seed}), console)
+    return sent(out, DTYPES, limit)
+
+
+def sent(checkpoint: str | Path, dtypes: Sequence[DType], limit: int) -> list[dict[str, Any]]:
+    """Measure a bridge in each dtype, beside its receiver reading as many bytes of the text."""
     found = []
-    for dtype in DTYPES:
-        context = open_context(out, "world", limit=limit, dtype=dtype, receiver=None)
-        latents = read(context, "bridge")
+    for dtype in dtypes:
+        context = open_context(checkpoint, "world", limit=limit, dtype=dtype, receiver=None)
+        latents, width = read(context, "bridge"), context.bridge.config.encoder.latent_dim
         size = statistics.fmean(context.message_bytes(len(latent)) for latent in latents)
         found.append({"latent_dim": width, "dtype": dtype, "bytes": size, **scored(context, latents)})
         budget = [context.message_bytes(len(latent)) for latent in latents]
@@ -64,26 +72,48 @@ def measured(out: Path, width: int, steps: int, seed: int, limit: int, console: 
     return found
 
 
-def main(steps: int = 440, seed: int = 0, limit: int = 300, width: list[int] | None = None) -> None:
-    """Train for STEPS at each WIDTH, and measure LIMIT held-out examples."""
+def main(
+    steps: int = 440, seed: int = 0, limit: int = 300, width: list[int] | None = None, checkpoint: str | None = None
+) -> None:
+    """Train for STEPS at each WIDTH, and measure LIMIT held-out examples; or those of a quantised CHECKPOINT."""
     console = Console()
+    if checkpoint is not None:
+        rows = sent(checkpoint, [*DTYPES, *CODED], limit)
+        texts = texts_of(limit)
+        record(
+            f"bytes-{Path(checkpoint).name}",
+            f"python -m benchmarks.bytes --checkpoint {checkpoint} --limit {limit}",
+            {"examples": limit, "source_bytes": texts, "rows": rows},
+        )
+        console.print(table(rows, texts))
+        return
     written = sorted(RESULTS.glob(f"{NAME}-20*.json"))
-    rows: list[dict[str, Any]] = json.loads(written[-1].read_text())["rows"] if written else []
-    texts: dict[str, Any] = {}
+    rows = json.loads(written[-1].read_text())["rows"] if written else []
     for wide in width or WIDTHS:
         if not any(row["latent_dim"] == wide for row in rows):
             with tempfile.TemporaryDirectory() as folder:
                 rows += measured(Path(folder) / "run", wide, steps, seed, limit, console)
-        context = open_context("builtin", "world", limit=limit, dtype="float16", receiver=None)
-        sources = [example.source.encode() for example in context.examples]
-        texts = {
-            "text": statistics.fmean(map(len, sources)),
-            "text_zlib": statistics.fmean(len(zlib.compress(source, 9)) for source in sources),
-            "direct": texts.get("direct") or scored(context, read(context, "direct")),
-        }
+        texts = texts_of(limit)
         best = max(row["em"] for row in rows if row["dtype"] == "float16")
         figures = {"steps": steps, "seed": seed, "examples": limit, "source_bytes": texts, "best_float16": best}
         record(NAME, f"python -m benchmarks.bytes --steps {steps} --limit {limit}", {**figures, "rows": rows})
+    console.print(table(rows, texts_of(limit)))
+
+
+@cache
+def texts_of(limit: int) -> dict[str, Any]:
+    """Bytes of the sources as text and packed, and what the receiver answers from them."""
+    context = open_context("builtin", "world", limit=limit, dtype="float16", receiver=None)
+    sources = [example.source.encode() for example in context.examples]
+    return {
+        "text": statistics.fmean(map(len, sources)),
+        "text_zlib": statistics.fmean(len(zlib.compress(source, 9)) for source in sources),
+        "direct": scored(context, read(context, "direct")),
+    }
+
+
+def table(rows: list[dict[str, Any]], texts: dict[str, Any]) -> Table:
+    """Every row, for people."""
     shown = Table("C", "dtype", "bytes", "bytes / text", "EM", "interval", "text of as many bytes")
     for row in rows:
         low, high = row["interval"]
@@ -91,7 +121,7 @@ def main(steps: int = 440, seed: int = 0, limit: int = 300, width: list[int] | N
         cells = (row["latent_dim"], row["dtype"], f"{row['bytes']:.0f}", f"{share:.2f}", f"{row['em']:.3f}")
         cut = row["text_cut_to_as_many_bytes"]["em"]
         shown.add_row(*map(str, cells), f"{low:.3f} – {high:.3f}", f"{cut:.3f}")
-    console.print(shown)
+    return shown
 
 
 if __name__ == "__main__":

@@ -24,9 +24,12 @@ from numpy.typing import NDArray
 
 from benchmarks.record import record
 from latentwire.bridge import wire
+from latentwire.bridge.codebooks import VECTORS, Codebooks
 from latentwire.bridge.errors import LatentWireError
 
 BRIDGE, KEY = "00112233445566778899aabbccddeeff", b"a key of sixteen bytes or more"
+DTYPES = [dtype for dtype in get_args(wire.DType) if dtype not in wire.CODED]
+WIDE = 8  # width of the codebooks that some callers have
 SPARE_BYTES = 1 << 14  # views, numbers of a slot, the error and its words: measured 3 KB
 FIELDS = {"<B": (4, 5), "<H": (6,), "<I": (24, 28, 32)}  # where the header has numbers, by their type
 EXTREMES = (0, 1, 2, 3, 127, 128, 255, (1 << 14) + 1, 1 << 15, 1 << 16, (1 << 16) + 1, 1 << 24, (1 << 31) - 1, 1 << 31)
@@ -112,11 +115,17 @@ def _fill(draw: DrawFn, message: bytearray) -> None:
     message[start:] = (draw(st.sampled_from(PATTERNS)) * len(message))[: max(0, len(message) - start)]
 
 
+BOOK_VECTORS = np.stack([latent_of(VECTORS, WIDE, number) / (1 + number) for number in range(4)])
+BOOKS = Codebooks(BOOK_VECTORS.astype(np.float16).astype(np.float32), {})
 # Drawn from many times, so made once: making a strategy takes longer than decoding a message.
 SOUND = [
     wire.encode(latent_of(K, C, K * C), BRIDGE, dtype)
     for K, C in itertools.product((1, 2, 8, 9), (1, 7, 8, 16))
-    for dtype in get_args(wire.DType)
+    for dtype in DTYPES
+] + [
+    wire.encode(latent_of(K, WIDE, K), BRIDGE, dtype, codebooks=BOOKS)
+    for K, dtype in itertools.product((1, 8, 9), wire.CODED)
+    if wire.CODED[dtype] <= len(BOOK_VECTORS)
 ]
 RANDOM = st.binary(max_size=160)
 SEALS = st.sampled_from([None, None, KEY, KEY, b"another key, as long"])
@@ -127,13 +136,15 @@ EXPECTED = st.fixed_dictionaries(
         "latent_dim": st.sampled_from([None, None, 8, 16]),
         "max_slots": st.sampled_from([None, 1, 8, 9]),
         "key": st.sampled_from([None, KEY]),
+        "codebooks": st.sampled_from([None, BOOKS, BOOKS]),
     }
 )
 
 
 def cap_bytes(case: Case) -> int:
     """The most memory that decoding may take: for the numbers there are, never for those a header speaks of."""
-    to_a_byte = 2 if case.message[5:6] == bytes([wire.CODES["int4"]]) else 1
+    dtype = next((name for name, code in wire.CODES.items() if case.message[5:6] == bytes([code])), "float32")
+    to_a_byte = WIDE // wire.CODED[dtype] if dtype in wire.CODED else 2 if dtype == "int4" else 1
     numbers = to_a_byte * min(len(case.message), wire.MAX_MESSAGE_BYTES)
     slots, width = case.expected.get("max_slots"), case.expected.get("latent_dim")
     if slots is not None and width is not None:
@@ -188,7 +199,7 @@ def main(count: int = 100_000) -> None:
     seen, started = Seen(), time.perf_counter()
     fuzz(count, seen)
     seconds, sound = time.perf_counter() - started, Seen()
-    for dtype in get_args(wire.DType):
+    for dtype in DTYPES:
         decode(largest(dtype), sound)
     record(
         "fuzz",

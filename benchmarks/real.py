@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,17 @@ from rich.table import Table
 
 from benchmarks.record import RESULTS, record
 from latentwire.bridge import engine
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.evaluation.conditions import CONDITIONS, soft_tokens
 from latentwire.bridge.evaluation.context import EvaluationContext, open_context
 from latentwire.bridge.evaluation.evaluate import progress_bar
 from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.prompt import collate
+from latentwire.bridge.wire import DType
 from latentwire.training.controls import train_controls
 from latentwire.training.journal import LOG, read_jsonl
 from latentwire.training.objectives import answer_mask
+from latentwire.training.quantise import fit_codebooks
 
 Row = dict[str, Any]
 console = Console()
@@ -106,6 +109,8 @@ TINY = (
     "--encoder perceiver --num-latents 8 --layer 0 --layer 3 --max-steps 600 --batch-size 32 "
     "--matrix-learning-rate 0.005 --first-token-weight 1 --reconstruction-weight 0"
 )
+DTYPES: tuple[DType, ...] = ("int8", "int4", "rq8", "rq4", "rq2")
+CODED_EXAMPLES = 1000  # training sources that codebooks are fitted to
 MEASURED = ("bridge", "direct", "same_budget", "none", "mismatched", "noise")
 
 
@@ -170,6 +175,28 @@ def nats_per_token(context: EvaluationContext) -> dict[str, dict[str, Any]]:
     return found
 
 
+def by_dtype(context: EvaluationContext, task: str, unquantised: float) -> list[Row]:
+    """What the bridge scores where its latents travel in fewer bytes, with codebooks fitted to training sources."""
+    bridge = Bridge.load(context.checkpoint, precision="fp32")
+    with progress_bar(console) as progress:
+        books, left = fit_codebooks(bridge, task, count=8, examples=CODED_EXAMPLES, progress=progress)
+    bridge.unload()
+    coded, rows = replace(context, bridge=replace(context.bridge, codebooks=books)), []
+    for dtype in DTYPES:
+        report = measure(replace(coded, dtype=dtype), conditions=("bridge",))
+        score, sizes = report["conditions"]["bridge"], report["bytes"]
+        rows.append(
+            {
+                "dtype": dtype,
+                "bytes": sizes["latent"],
+                "bytes_per_source_byte": sizes["latent"] / sizes["source"],
+                "score": score,
+                "kept": score["value"] / unquantised if unquantised else None,
+            }
+        )
+    return [{"codebooks_left": left, "codebooks_examples": CODED_EXAMPLES}, *rows]
+
+
 def run_once(
     pair: tuple[Path, Path],
     name: str,
@@ -204,6 +231,7 @@ def run_once(
             trained = train_controls(context, console, controls) if controls else {}
             with progress_bar(console) as progress:
                 report = measure(context, conditions=MEASURED, trained=trained, progress=progress)
+            report["by_dtype"] = by_dtype(context, file, report["conditions"]["bridge"]["value"])
         events = read_jsonl(folder / "bridge" / "events.jsonl")
         alarms = [line["message"] for line in events if line["event"] == "alarm"]
     made_by = {"typed": command, "alarms": alarms, "report": {**report, "checkpoint": f"{folder}/bridge"}}

@@ -89,14 +89,14 @@ class Bridge(OpenBridge):
 
         Args:
             texts: One text or several.
-            dtype: What the numbers travel in: float16, int8, int4 or float32.
+            dtype: What the numbers travel in: float16, int8, int4 or float32; with codebooks rq2, rq4 or rq8.
             truncate: Cut a text that is longer than the bridge reads, instead of refusing it.
 
         Raises:
             InvalidRequest: A text is empty or too long.
             LatentWireError: The sender cannot be loaded, or is not the one the bridge was trained with.
         """
-        kind, each = wire.as_dtype(dtype), each_of(texts, (str,), "text", "a text, or several")
+        kind, each = wire.sendable(dtype, self.model.codebooks), each_of(texts, (str,), "text", "a text, or several")
         sources = [self.tokenize(text, truncate=truncate) for text in each]
         encoded: list[engine.Encoded] = []
         with self.lend(self.sender) as sender:

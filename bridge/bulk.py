@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latentwire.bridge import engine, wire
+from latentwire.bridge import engine
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.corpus import Corpus, CorpusWriter, Document, Record, digest_of, discard
 from latentwire.bridge.errors import InvalidRequest, shorten
 from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.wire import codebooks_id, sendable
 
 WINDOW = 1024  # documents among which those of like length are found
 BATCH_ROWS, BATCH_TOKENS = 32, 8192  # padding included
@@ -63,7 +64,7 @@ def encode_corpus(
         bridge: Whose sender reads.
         documents: Texts by id, or ``Source``s with metadata; they are gone through twice.
         out: The file.
-        dtype: What the numbers are kept in: float16, int8, int4 or float32.
+        dtype: What the numbers are kept in: float16, int8, int4 or float32; with codebooks rq2, rq4 or rq8.
         truncate: Cut texts that are longer than the bridge reads, instead of refusing them.
         keep_text: Keep the texts beside their latents.
         overwrite: Begin anew where there is such a file, or the beginning of one.
@@ -73,7 +74,7 @@ def encode_corpus(
         InvalidRequest: A document is empty, too long or has the id of another, the file is there or cannot be written.
         LatentWireError: The sender cannot be loaded, or is not the one the bridge was trained with.
     """
-    path, kind = Path(out), wire.as_dtype(dtype)
+    path, kind = Path(out), sendable(dtype, bridge.model.codebooks)
     if isinstance(documents, Mapping):
         documents = [Source(id, text) for id, text in documents.items()]
     sources = list(documents) if isinstance(documents, Iterator) else documents
@@ -83,6 +84,8 @@ def encode_corpus(
     elif path.exists():
         raise InvalidRequest(f"corpus {path}: there is such a file; say --overwrite to replace it", param="out")
     about = {"bridge_id": bridge.manifest.bridge_id, "sender": bridge.sender, "dtype": kind, "texts": str(keep_text)}
+    if codebooks := codebooks_id(kind, bridge.model.codebooks):
+        about["codebooks"] = codebooks
     with CorpusWriter(path, about) as writer, bridge.lend(bridge.sender) as sender:
         read = 0
         if any(row >= total for row in writer.done):

@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from latentwire.bridge.codebooks import CODEBOOKS, Codebooks, load_codebooks, save_codebooks
 from latentwire.bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
 from latentwire.bridge.devices import default_device
 from latentwire.bridge.encoder import Encoder, encoder_class, make_encoder
@@ -34,11 +35,12 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class BridgeModel:
-    """An encoder and its heads, by receiver name."""
+    """An encoder and its heads, by receiver name; codebooks of its latents, where some were made."""
 
     config: BridgeConfig
     encoder: Encoder
     heads: nn.ModuleDict
+    codebooks: Codebooks | None = None
 
     @property
     def default_receiver(self) -> str:
@@ -84,13 +86,19 @@ def folder_of_checkpoint(name: str | Path) -> Path:
 
 
 def save_bridge(folder: Path, bridge: BridgeModel) -> Manifest:
-    """Write a checkpoint; atomic, and safe to repeat into the same folder. A gate there was of the old weights."""
+    """Write a checkpoint; atomic, and safe to repeat into the same folder.
+
+    A gate there was of the old weights, and so were codebooks, unless the bridge brings its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     encoder = write_part(folder, "encoder", bridge.encoder.state_dict())
     heads = {name: write_part(folder, "head", bridge.head(name).state_dict()) for name in bridge.config.heads}
     manifest = Manifest(1, _bridge_id(bridge.config, encoder), bridge.config, encoder, heads)
-    (folder / GATE).unlink(missing_ok=True)
+    for old in (GATE, CODEBOOKS):
+        (folder / old).unlink(missing_ok=True)
     replace_file(folder / CONFIG, dump_manifest(manifest))
+    if bridge.codebooks is not None and bridge.codebooks.about["bridge_id"] == manifest.bridge_id:
+        save_codebooks(folder, bridge.codebooks)
     remove_stale_parts(folder, "encoder", {encoder.file})
     remove_stale_parts(folder, "head", {part.file for part in heads.values()})
     return manifest
@@ -130,7 +138,8 @@ def load_bridge(name: str | Path, *, device: torch.device | None = None) -> tupl
     if manifest.heads.keys() != manifest.bridge.heads.keys():
         have, want = list(manifest.heads), list(manifest.bridge.heads)
         raise CorruptCheckpoint(f"{folder / CONFIG}: heads: weights of {have}, expected of {want}")
-    bridge = make_bridge(manifest.bridge)
+    codebooks = load_codebooks(folder, manifest.bridge_id, manifest.bridge.encoder.latent_dim)
+    bridge = replace(make_bridge(manifest.bridge), codebooks=codebooks)
     _load_into(bridge.encoder, folder, manifest.encoder)
     for receiver, part in manifest.heads.items():
         _load_into(bridge.head(receiver), folder, part)

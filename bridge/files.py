@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from latentwire.bridge.errors import InvalidRequest
+
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` so that a reader, or a crash, sees the old file or the new one."""
@@ -17,6 +19,16 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def writable_folder(checkpoint: str, saved: str) -> Path:
+    """The checkpoint folder that something is saved in: ``saved`` says what, as in "a gate is" (InvalidRequest)."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise InvalidRequest(f"{checkpoint!r} is no folder; {saved} saved in the checkpoint's own", param="checkpoint")
+    if not os.access(folder, os.W_OK):
+        raise InvalidRequest(f"{folder} cannot be written; {saved} saved in the checkpoint's own folder")
+    return folder
 
 
 def sync_folder(folder: Path) -> None:

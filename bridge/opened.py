@@ -77,7 +77,7 @@ class OpenBridge:
 
     def message(self, latent: NDArray[np.float32], dtype: wire.DType = "float16") -> bytes:
         """A latent (K, C) of this bridge as it crosses the wire."""
-        return wire.encode(latent, self.manifest.bridge_id, dtype, key=self.signing_key)
+        return wire.encode(latent, self.manifest.bridge_id, dtype, key=self.signing_key, codebooks=self.model.codebooks)
 
     def decode(self, message: bytes) -> NDArray[np.float32]:
         """The latent (K, C) of a message, checked (InvalidMessage, IncompatibleBridge, Forbidden)."""
@@ -88,6 +88,7 @@ class OpenBridge:
             latent_dim=config.encoder.latent_dim,
             max_slots=slots_of(config.encoder, config.max_source_tokens),
             key=self.signing_key,
+            codebooks=self.model.codebooks,
         ).latent
 
     def tokenize(self, text: str, *, truncate: bool = False) -> SourceTokens:

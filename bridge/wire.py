@@ -5,7 +5,7 @@ A message, little-endian:
     offset  size  field
     0       4     magic ``LWIR``
     4       1     version (1)
-    5       1     dtype: 0 float32, 1 float16, 2 int8, 3 int4
+    5       1     dtype: 0 float32, 1 float16, 2 int8, 3 int4, 4 rq2, 5 rq4, 6 rq8
     6       2     flags: 1 signed; no other is known
     8       16    bridge id: which latent space this is
     24      4     K, slots
@@ -13,6 +13,7 @@ A message, little-endian:
     32      4     CRC-32 of header and data with this field zero
     36      …     int8: K float32 scales; int4: a float16 scale for each 32 numbers of a slot; then K×C numbers, row by
                   row, of int4 two to a byte, the first in the low half, each row from a byte of its own
+                  rq2, rq4, rq8: CRC-32 of the bridge's codebooks, then as many codes of a byte for each slot
     end-32  32    signed: HMAC-SHA256 of everything before it
 
 The checksum finds accidents: anyone can make one. The signature finds forgeries: only who holds the key can.
@@ -31,13 +32,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from latentwire.bridge.codebooks import Codebooks
 from latentwire.bridge.errors import Forbidden, IncompatibleBridge, InvalidMessage, InvalidRequest
 
 Latent = NDArray[np.float32]
-DType = Literal["float32", "float16", "int8", "int4"]
+DType = Literal["float32", "float16", "int8", "int4", "rq2", "rq4", "rq8"]
 MAGIC, VERSION = b"LWIR", 1
 HEADER = struct.Struct("<4sBBH16sIII")
-CODES: dict[DType, int] = {"float32": 0, "float16": 1, "int8": 2, "int4": 3}
+CODES: dict[DType, int] = {"float32": 0, "float16": 1, "int8": 2, "int4": 3, "rq2": 4, "rq4": 5, "rq8": 6}
+CODED: dict[DType, int] = {"rq2": 2, "rq4": 4, "rq8": 8}
+"""Bytes of a slot in the dtypes whose numbers are only in the bridge's codebooks."""
+CODEBOOKS_ID = struct.Struct("<I")
 NUMPY: dict[DType, Any] = {"float32": "<f4", "float16": "<f2"}
 GROUP = 32  # numbers that share a scale in int4
 MAX_SLOTS, MAX_WIDTH = 1 << 16, 1 << 14
@@ -58,25 +63,32 @@ class Message:
     dtype: DType
 
 
-def encode(latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16", *, key: bytes | None = None) -> bytes:
+def encode(
+    latent: NDArray[np.float32], bridge_id: str, dtype: DType = "float16", *, key: bytes | None = None,
+    codebooks: Codebooks | None = None,
+) -> bytes:  # fmt: skip
     """Pack a latent (K, C), and sign it when there is a key.
 
     float16 has a relative error of 2⁻¹¹; int8, with a scale per slot, errs by at most 1/254 of a slot's largest number;
-    int4, with a scale for each 32 numbers, by 1/14 of the largest of these, and takes 4.5 bits a number.
+    int4, with a scale for each 32 numbers, by 1/14 of the largest of these, and takes 4.5 bits a number. rq2, rq4 and
+    rq8 take 2, 4 and 8 bytes a slot, however wide it is, and err by what the bridge's codebooks leave over.
 
     Args:
         latent: Slots of RMS 1.
         bridge_id: 32 hex digits.
         dtype: What the numbers travel in.
         key: What ``as_key`` gave; None leaves the message unsigned.
+        codebooks: The bridge's; rq2, rq4 and rq8 need them.
 
     Raises:
+        InvalidRequest: The codebooks that the dtype needs are not there.
         InvalidMessage: The latent could not be decoded again: not finite, empty or over the limits.
     """
+    check_codebooks(dtype, codebooks)
     K, C = latent.shape
     _check_shape(K, C, CODES[dtype], message_bytes(K, C, dtype))
     _check_numbers(latent)
-    data = _numbers(latent, dtype)
+    data = _numbers(latent, dtype, codebooks)
     return _packed((MAGIC, VERSION, CODES[dtype], 0, bytes.fromhex(bridge_id), K, C), data, key)
 
 
@@ -100,11 +112,12 @@ def decode(
     latent_dim: int | None = None,
     max_slots: int | None = None,
     key: bytes | None = None,
+    codebooks: Codebooks | None = None,
 ) -> Message:
     """Unpack a message, trusting nothing: signature before anything, sizes before memory, checksum before numbers.
 
     A receiver that once read NaN answers later, normal requests wrongly, so nothing unchecked may reach one. The memory
-    taken is ``NUMBER_BYTES`` for each number that is there, whatever the header says.
+    taken is ``NUMBER_BYTES`` for each number that is there, whatever the header says; of codes, for each of a slot's C.
 
     Args:
         message: The bytes.
@@ -112,11 +125,12 @@ def decode(
         latent_dim: The width C expected; None accepts any up to ``MAX_WIDTH``.
         max_slots: The most slots this caller takes.
         key: Take only what was signed with it. None takes signed and unsigned messages alike.
+        codebooks: The bridge's; without them nobody reads what travels as rq2, rq4 or rq8.
 
     Raises:
         Forbidden: There is a key, and the message is not signed with it or was altered since.
         InvalidMessage: Truncated, altered, of an unknown version, not finite or out of bounds.
-        IncompatibleBridge: Intact, but of another bridge or width.
+        IncompatibleBridge: Intact, but of another bridge or width, or its codes are of other codebooks.
     """
     if key is not None:
         _check_signature(message, key)
@@ -140,7 +154,9 @@ def decode(
         raise IncompatibleBridge(f"the latent is {C} wide; this bridge reads {latent_dim}")
     if max_slots is not None and max_slots < K:
         raise InvalidMessage(f"the latent has {K} slots; this bridge sends at most {max_slots}")
-    latent = _read_numbers(dtype, data, K, C)
+    if dtype in CODED:
+        _check_coded(dtype, data, sender_id.hex(), C, codebooks)
+    latent = _read_numbers(dtype, data, K, C, codebooks)
     _check_numbers(latent)
     return Message(latent, sender_id.hex(), dtype)
 
@@ -173,6 +189,28 @@ def as_dtype(name: str) -> DType:
     raise InvalidRequest(f"dtype {name!r} is unknown; expected one of {', '.join(CODES)}", param="dtype")
 
 
+def sendable(name: str, codebooks: Codebooks | None) -> DType:
+    """A dtype by name that a bridge with these codebooks can send (InvalidRequest)."""
+    dtype = as_dtype(name)
+    check_codebooks(dtype, codebooks)
+    return dtype
+
+
+def codebooks_id(dtype: DType, codebooks: Codebooks | None) -> str:
+    """By which codebooks messages of a dtype are read: their digest in hex; empty where none are needed."""
+    return "" if codebooks is None or dtype not in CODED else f"{codebooks.digest:08x}"
+
+
+def check_codebooks(dtype: DType, codebooks: Codebooks | None) -> None:
+    """Refuse a dtype for which a bridge has no codebooks, or too few (InvalidRequest)."""
+    have = 0 if codebooks is None else len(codebooks.vectors)
+    if (need := CODED.get(dtype, 0)) > have:
+        which = "the bridge has none" if have == 0 else f"the bridge has {have}"
+        raise InvalidRequest(
+            f"dtype {dtype!r} needs {need} codebooks and {which}; latentwire quantise makes them", param="dtype"
+        )
+
+
 def as_key(text: str) -> bytes:
     """A signing key from its text (InvalidRequest, which does not repeat it, when it is too short to keep a secret)."""
     key = text.encode()
@@ -183,6 +221,8 @@ def as_key(text: str) -> bytes:
 
 def message_bytes(slots: int, latent_dim: int, dtype: DType) -> int:
     """Length of a message in bytes, without its signature."""
+    if dtype in CODED:
+        return HEADER.size + CODEBOOKS_ID.size + slots * CODED[dtype]
     if dtype == "int8":
         row = 4 + latent_dim
     elif dtype == "int4":
@@ -220,6 +260,24 @@ def _check_shape(K: int, C: int, code: int, length: int) -> DType:
     return names[code]
 
 
+def _check_coded(dtype: DType, data: memoryview, bridge_id: str, C: int, codebooks: Codebooks | None) -> None:
+    """Refuse codes that these codebooks do not read (IncompatibleBridge)."""
+    if codebooks is None:
+        raise IncompatibleBridge(
+            f"the message holds codes ({dtype}): only with the codebooks of bridge {bridge_id} are they numbers"
+        )
+    (made_by,) = CODEBOOKS_ID.unpack_from(data)
+    count, _, width = codebooks.vectors.shape
+    if made_by != codebooks.digest:
+        raise IncompatibleBridge(
+            f"the message's codes are of codebooks {made_by:08x}; this bridge's are {codebooks.digest:08x}"
+        )
+    if width != C or count < CODED[dtype]:
+        raise IncompatibleBridge(
+            f"the message is {dtype} of width {C}; this bridge has {count} codebooks of width {width}"
+        )
+
+
 def _check_numbers(latent: NDArray[np.float32]) -> None:
     squares = np.einsum("kc,kc->k", latent, latent, dtype=np.float64)  # no copy of the latent in float64
     rms = math.sqrt(squares.max(initial=0.0) / latent.shape[1])  # of float32 numbers: finite where all of them are
@@ -229,8 +287,10 @@ def _check_numbers(latent: NDArray[np.float32]) -> None:
         raise InvalidMessage(f"a slot of the latent has RMS {rms:.3g}; encoders send 1 and at most {MAX_RMS} is taken")
 
 
-def _numbers(latent: Latent, dtype: DType) -> bytes:
-    """Scales, where there are any, and numbers, as they stand in a message."""
+def _numbers(latent: Latent, dtype: DType, codebooks: Codebooks | None) -> bytes:
+    """Scales, where there are any, and numbers, as they stand in a message; or codes."""
+    if dtype in CODED and codebooks is not None:
+        return CODEBOOKS_ID.pack(codebooks.digest) + codebooks.codes(latent, CODED[dtype]).tobytes()
     if dtype in NUMPY:
         return bytes(np.ascontiguousarray(latent, dtype=NUMPY[dtype]).tobytes())
     if dtype == "int8":
@@ -246,7 +306,9 @@ def _numbers(latent: Latent, dtype: DType) -> bytes:
     return bytes(scale.tobytes() + (halves[:, ::2] | halves[:, 1::2] << 4).tobytes())
 
 
-def _read_numbers(dtype: DType, data: memoryview, K: int, C: int) -> Latent:
+def _read_numbers(dtype: DType, data: memoryview, K: int, C: int, codebooks: Codebooks | None) -> Latent:
+    if dtype in CODED and codebooks is not None:
+        return codebooks.latent(np.frombuffer(data, np.uint8, offset=CODEBOOKS_ID.size).reshape(K, -1))
     if dtype in NUMPY:
         return np.frombuffer(data, NUMPY[dtype]).reshape(K, C).astype(np.float32)
     latent: Latent

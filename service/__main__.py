@@ -29,6 +29,7 @@ from latentwire.service.health import SHARED_MEMORY
 from latentwire.training.calibrate import calibrate
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.flags import flags_of
+from latentwire.training.quantise import quantise
 from latentwire.training.slurm import app as slurm
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def evaluate(
         Path | None,
         typer.Option("--out", help="The report: JSON, or a page (.html). Of several checkpoints, a folder for them."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="What latents travel in: float16, int8, int4 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="What latents travel in, as of 'encode'.")] = "float16",
     receiver: Receiver = None,
     device: Annotated[
         str | None, typer.Option(help=r"Where models compute; as in 'train'. \[default: the best there is]")
@@ -242,6 +243,7 @@ def evaluate(
 
 
 app.command()(calibrate)
+app.command()(quantise)
 app.command()(report)
 app.command()(encode)
 app.command()(generate)

@@ -3,14 +3,13 @@
 Importing this module needs no torch.
 """
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge
+from latentwire.bridge.files import writable_folder
 
 
 def calibrate(
@@ -38,13 +37,7 @@ def calibrate(
     from latentwire.bridge.gate import GATE, load_gates, save_gates
     from latentwire.training.calibration import calibrate as run
 
-    out, folder = Console(), Path(checkpoint)
-    if not folder.is_dir():
-        raise InvalidRequest(
-            f"{checkpoint!r} is no folder; a gate is saved in the checkpoint's own", param="checkpoint"
-        )
-    if not os.access(folder, os.W_OK):
-        raise InvalidRequest(f"{folder} cannot be written; a gate is saved in the checkpoint's own folder")
+    out, folder = Console(), writable_folder(checkpoint, "a gate is")
     bridge = Bridge.load(folder, device=device, precision=precision)
     with progress_bar(out) as progress:
         made = run(

@@ -142,8 +142,9 @@ class EvaluationContext(PredictionContext):
         sources = self.sources(chosen)
         with self.lender.lend(self.sender) as sender:
             sent = engine.encode(self.bridge, sender, sources)
-        messages = [wire.encode(row.latent, self.bridge_id, self.dtype) for row in sent]
-        latents = [wire.decode(message, bridge_id=self.bridge_id).latent for message in messages]
+        books = self.bridge.codebooks
+        messages = [wire.encode(row.latent, self.bridge_id, self.dtype, codebooks=books) for row in sent]
+        latents = [wire.decode(message, bridge_id=self.bridge_id, codebooks=books).latent for message in messages]
         self.known.update(zip(chosen, latents, strict=True))
         return latents
 
@@ -273,6 +274,7 @@ def open_bridge(
     manifest, bridge = load_bridge(checkpoint, device=placed)
     name = receiver or bridge.default_receiver
     bridge.head(name)
+    wire.check_codebooks(dtype, bridge.codebooks)
     check_role(manifest.bridge.sender.name, "sender")
     check_role(name, "receiver")
     sender, lm = load_model(manifest.bridge.sender.name, **where), load_model(name, **where)

@@ -135,7 +135,7 @@ def evaluate(
         limit: Use the first so many test examples; all of them, unless given.
         conditions: What the receiver gets to see; every condition, unless given.
         receiver: Which receiver answers; the first one, unless given.
-        dtype: What latents travel in: float16, int8, int4 or float32.
+        dtype: What latents travel in: float16, int8, int4 or float32; with codebooks rq2, rq4 or rq8.
         on_progress: Called with the condition, the examples done and those in all.
 
     Raises:
@@ -150,7 +150,14 @@ def evaluate(
     if unknown := [name for name in conditions or () if name not in CONDITIONS]:
         raise InvalidRequest(f"no condition is called {unknown[0]!r}; there are {known}", param="conditions")
     bridge = bridge if isinstance(bridge, Bridge) else Bridge.load(bridge)
-    context = context_of(bridge, load_task(str(task)), BridgeLender(bridge), receiver, limit, wire.as_dtype(dtype))
+    context = context_of(
+        bridge,
+        load_task(str(task)),
+        BridgeLender(bridge),
+        receiver,
+        limit,
+        wire.sendable(dtype, bridge.model.codebooks),
+    )
     flags = {"task": task, "limit": limit, "receiver": receiver, "dtype": dtype}
     given = (f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
     asked: dict[str, Any] = {

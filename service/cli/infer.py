@@ -33,7 +33,7 @@ def encode(
     input_: Annotated[
         Path | None, typer.Option("--input", help="A .jsonl[.gz] file of documents, for a corpus: an object each line.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16, int8, int4 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="float16, int8, int4, float32; quantised: rq2, rq4, rq8.")] = "float16",
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
     text_field: Annotated[str, typer.Option(help="With --input: the field that holds a text.")] = "text",
     id_field: Annotated[

@@ -9,7 +9,7 @@ Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpo
 
 
 def inspect(checkpoint: Checkpoint) -> None:
-    """Show what a checkpoint is: its models, fingerprints, sizes and gates; and whether the models are still those."""
+    """Show what a checkpoint is: models, fingerprints, sizes, gates, codebooks; and whether the models are those."""
     from latentwire.bridge.checkpoint import check_models, folder_of_checkpoint, load_bridge
     from latentwire.bridge.config import dump_manifest
     from latentwire.bridge.gate import load_gates
@@ -22,5 +22,7 @@ def inspect(checkpoint: Checkpoint) -> None:
     typer.echo(f"{weights:,} weights, {size:,} bytes; every file matches its digest")
     for receiver, gate in gates.items():
         typer.echo(f"gate of {receiver!r}: {gate}")
+    if (books := bridge.codebooks) is not None:
+        typer.echo(f"{len(books.vectors)} codebooks of {books.about['task']!r}, fitted to {books.about['slots']} slots")
     check_models(manifest.bridge)
     typer.echo("sender and receivers are the models it was trained with")

@@ -65,7 +65,9 @@ class RequestHandler:
         ``usage`` counts the tokens that the sender read, also where an error is raised; at the end, those of all texts.
         """
         bridge, bridge_id = self.bridge, self.bridge.manifest.bridge_id
-        keys = [encode_key(bridge_id, dtype, row.truncate, row.text, self.tenant) for row in texts]
+        books = bridge.model.codebooks
+        format = wire.sendable(dtype, books) + wire.codebooks_id(dtype, books)
+        keys = [encode_key(bridge_id, format, row.truncate, row.text, self.tenant) for row in texts]
         cached = await self._cached(keys)
         missing: dict[str, Text] = {}
         for key, text, hit in zip(keys, texts, cached, strict=True):

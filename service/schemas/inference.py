@@ -11,6 +11,7 @@ from latentwire.bridge import results
 from latentwire.bridge.config import Prompt, Role, Turn
 from latentwire.bridge.diversity import Diversity
 from latentwire.bridge.errors import InvalidMessage
+from latentwire.bridge.wire import DType
 
 Condition = Literal["bridge", "direct", "none"]
 
@@ -54,7 +55,7 @@ class EncodeRequest(Strict):
 
     bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
     inputs: Annotated[list[str], FAIL_FAST] = Field(min_length=1, description="Texts, each read by the sender alone.")
-    dtype: Literal["float16", "int8", "int4", "float32"] = Field("float16", description="What the numbers travel in.")
+    dtype: DType = Field("float16", description="What the numbers travel in.")
     store: bool = Field(False, description="Keep the latents and return their ids.")
     timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")

@@ -24,9 +24,7 @@ class KeepRequest(Strict):
 
     bridge: str | None = Field(None, description="Name of the bridge; the first one served when absent.")
     inputs: Annotated[list[KeepInput], FAIL_FAST] = Field(min_length=1)
-    dtype: Literal["float16", "int8", "int4", "float32"] = Field(
-        "float16", description="What latents of texts are kept in."
-    )
+    dtype: wire.DType = Field("float16", description="What latents of texts are kept in.")
     ttl_seconds: Ttl | None = Field(
         None, description='How long they are kept, or "forever"; what the service keeps to (LW_STORE_TTL) when absent.'
     )

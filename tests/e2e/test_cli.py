@@ -127,10 +127,7 @@ def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[o
     ]  # fmt: skip
 
 
-HERE = (
-    "train", "plan", "plot", "export", "calibrate", "evaluate", "report", "encode", "generate", "score", "read",
-    "inspect",
-)  # fmt: skip
+HERE = "train plan plot export calibrate quantise evaluate report encode generate score read inspect".split()
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in HERE)])

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,22 @@ def test_the_data_is_a_message_of_this_bridge_in_the_dtype_asked_for(client: Tes
     assert decoded.dtype == latent["dtype"] == dtype
     exact = wire.decode(base64.b64decode(encode(client, TEXT, dtype="float32")["latents"][0]["data"])).latent
     assert np.abs(decoded.latent - exact).max() < np.abs(exact).max() / 100
+
+
+def test_codes_are_kept_and_asked_like_numbers_and_refused_where_a_bridge_has_no_codebooks(
+    start: Start, checkpoint: Path
+) -> None:
+    client = start(None, {"world": "builtin", "tiny": str(checkpoint)})
+    source, prompt = "Ben lives in Rome. Mara wants a cup of tea.", "Question: Where does Ben live?\nAnswer:"
+    latent = encode(client, source, bridge="world", dtype="rq8", store=True)["latents"][0]
+    assert (latent["dtype"], latent["bytes"]) == ("rq8", 36 + 4 + 8 * latent["shape"][0])
+    body = {"bridge": "world", "prompt": prompt, "max_tokens": 16}
+    for given in ({"latent": latent["data"]}, {"latent_id": latent["id"]}):
+        answer = client.post("/generate", json={**body, "inputs": [given]})
+        assert answer.json()["outputs"][0]["text"] == " Ben lives in Rome.", answer.text
+    refused = client.post("/encode", json={"inputs": [TEXT], "bridge": "tiny", "dtype": "rq8"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "dtype")
+    assert "'rq8' needs 8 codebooks and the bridge has none" in refused.json()["error"]["message"]
 
 
 def test_a_text_has_the_same_latent_alone_and_among_others(start: Start) -> None:
