@@ -1,8 +1,8 @@
 """When a run goes wrong without stopping, say so: which number, which limit, what to try.
 
 Each condition is judged on means, because a single batch lies: a small one has few answers, and any one can be odd.
-Answers are judged only after the warm-up and once a window of steps has passed: an untrained bridge makes every
-receiver say the same thing.
+Answers are judged only after the warm-up and once a window of steps has passed, by the window and by its last steps:
+an untrained bridge makes every receiver say the same thing, and one that learns leaves that behind.
 
 Two limits follow the task, since a perfect receiver looks like a collapsed one where every answer is "yes": with two
 labels the *wanted* answers have at most ln 2 = 0.69 nat. The limit of the entropy is half of theirs where that is less
@@ -110,6 +110,10 @@ class History:
         full = all(len(self.values[name]) == LENGTHS[name] for name in names)
         return [fmean(self.values[name]) if full else math.nan for name in names]
 
+    def recent(self, name: str) -> float:
+        """Mean of the last steps of the window: a run that is leaving a state is not stuck in it."""
+        return fmean(list(self.values[name])[-RECENT:] or [math.nan])
+
 
 Judged = tuple[bool, str]
 """Whether a condition holds, and what was measured."""
@@ -129,7 +133,7 @@ def _gradient_norm(history: History) -> Judged:
 
 def _first_token(history: History) -> Judged:
     (share,) = history.means("first_token_top1")
-    return share < FIRST_TOKEN_TOP1, (
+    return share < FIRST_TOKEN_TOP1 and history.recent("first_token_top1") < FIRST_TOKEN_TOP1, (
         f"the first token of only {share:.1%} of the answers is the likeliest (mean of {WINDOW} steps), "
         f"below {FIRST_TOKEN_TOP1:.0%}"
     )
@@ -138,7 +142,7 @@ def _first_token(history: History) -> Judged:
 def _low_entropy(history: History) -> Judged:
     entropy, wanted = history.means("entropy_nats", "wanted_entropy_nats")
     limit = min(ENTROPY_NATS, WANTED_ENTROPY_PART * wanted)
-    return history.rows >= LEAST_ROWS and entropy < limit, (
+    return history.rows >= LEAST_ROWS and entropy < limit and history.recent("entropy_nats") < limit, (
         f"the entropy of the first answer token is {entropy:.2f} nat (mean of {WINDOW} steps), below {limit:.2f} "
         f"(the wanted answers have {wanted:.2f})"
     )
@@ -148,7 +152,7 @@ def _one_output(history: History) -> Judged:
     share, wanted = history.means("top_share", "wanted_top_share")
     # Where nearly every answer is the same, saying it as often as it is wanted is right.
     limit = max(TOP_SHARE, min(MOST_TOP_SHARE, WANTED_SHARE_TIMES * wanted), wanted)
-    return history.rows >= LEAST_ROWS and share > limit, (
+    return history.rows >= LEAST_ROWS and share > limit and history.recent("top_share") > limit, (
         f"{share:.1%} of a batch get the same output (mean of {WINDOW} steps), above {limit:.1%} "
         f"(the commonest answer has {wanted:.1%})"
     )

@@ -186,6 +186,20 @@ def test_the_warm_start_and_the_warm_up_are_not_judged() -> None:
     assert begun([*dead(1, WARM_UP), *steps(500, WARM_UP + 1)]) == []
 
 
+@pytest.mark.parametrize(
+    "name, stuck",
+    [
+        ("first_token", {"first_token_top1": 0.0}),
+        ("low_entropy", {"entropy_nats": 0.0}),
+        ("one_output", {"top_share": 1.0}),
+    ],
+)
+def test_a_run_that_is_leaving_collapse_behind_is_not_stuck_in_it(name: str, stuck: dict[str, float]) -> None:
+    leaving = [*steps(JUDGED - RECENT, **stuck), *steps(300, JUDGED - RECENT + 1)]
+    assert begun(leaving) == []
+    assert begun([*steps(JUDGED, **stuck), *steps(300, JUDGED + 1)]) == [(JUDGED, name)]
+
+
 def test_probes_are_counted_where_they_were_made() -> None:
     probed = (
         replace(record, delta_nats=0.0 if record.step % 20 == 0 else None)
