@@ -140,6 +140,8 @@ class Head:
         provenance: Set where the head was added later to an encoder that was frozen by then.
         hidden_dim: Width inside the head; None, as in every old head, is twice the receiver's.
         gain: Whether soft tokens have a learned gain over ``embedding_rms``; an old head has none.
+        repeat: Prompt at which the receiver was taught to repeat a source; None where it was not, or in an old head
+            (``bridge.readback.taught``).
     """
 
     receiver: ModelRef
@@ -148,6 +150,7 @@ class Head:
     provenance: Provenance | None = None
     hidden_dim: int | None = None
     gain: bool = False
+    repeat: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

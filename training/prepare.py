@@ -158,16 +158,34 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
                 raise InvalidRequest(message, param="receiver")
             sides[name] = lm.reader
             layout = layout_for(lm, task.template, chat=config.template == "chat", system=config.system)
-            heads[name] = head_of(config, lm, layout, lm.embedding_rms(), added)
+            heads[name] = head_of(config, lm, layout, lm.embedding_rms(), added, repeat=task.reconstruction)
     return sides, with_heads(described, heads)
 
 
-def head_of(config: TrainConfig, lm: FrozenLM, layout: Layout, rms: float, added: Provenance | None = None) -> Head:
+def head_of(
+    config: TrainConfig,
+    lm: FrozenLM,
+    layout: Layout,
+    rms: float,
+    added: Provenance | None = None,
+    *,
+    repeat: str | None = None,
+) -> Head:
     """The head that ``config`` asks for; ``added`` is its provenance where it extends a bridge.
+
+    ``repeat`` is the prompt of the reconstruction objective, kept where that is on.
 
     Twice a width of 4,096 would make heads of 38 M weights, and their Muon step a minute on a CPU core.
     """
-    return Head(lm.ref, layout, rms, added, config.head_dim or min(2 * lm.width, 1024), config.gain)
+    return Head(
+        lm.ref,
+        layout,
+        rms,
+        added,
+        config.head_dim or min(2 * lm.width, 1024),
+        config.gain,
+        repeat if config.reconstruction_weight > 0 else None,
+    )
 
 
 def with_heads(described: BridgeConfig, heads: dict[str, Head]) -> BridgeConfig:
