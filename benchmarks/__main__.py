@@ -1,6 +1,20 @@
 """Run every benchmark: ``python -m benchmarks``."""
 
-from benchmarks import ablation, bytes, fuzz, memory, real, residency, serve, service, texts, training, world
+from benchmarks import (
+    ablation,
+    bytes,
+    fuzz,
+    gate,
+    memory,
+    readback,
+    real,
+    residency,
+    serve,
+    service,
+    texts,
+    training,
+    world,
+)
 
 world.main()
 service.main()
@@ -11,6 +25,7 @@ residency.main()
 training.main()
 memory.main()
 gate.main()
+readback.main()
 real.main()
 bytes.main()
 ablation.main()

@@ -14,6 +14,8 @@ from latentwire.bridge.results import Latent
 Input = str | bytes | bytearray | memoryview | Latent
 """A text, which the sender reads; or a latent: a message of this bridge, alone or as ``encode`` returned it."""
 
+PARAMS = {"prompt": "prompt", "choice": "choices", "original": "against"}  # what is at fault, by what it is called
+
 
 def prompts_of(prompt: str | Sequence[str] | Sequence[Mapping[str, Any]], count: int) -> list[Prompt]:
     """A prompt for each of so many inputs (InvalidRequest: another number of them, or no messages)."""
@@ -27,13 +29,25 @@ def prompts_of(prompt: str | Sequence[str] | Sequence[Mapping[str, Any]], count:
     return each
 
 
+def originals_of(against: str | Sequence[str] | None, count: int) -> list[str]:
+    """A text for each of so many inputs; none where none is given (InvalidRequest: another number, or an empty one)."""
+    if against is None:
+        return []
+    each: list[str] = each_of(against, (str,), "original", "a text for each input")
+    if len(each) != count:
+        raise InvalidRequest(f"{len(each)} originals for {count} inputs; give one for each", param="against")
+    if "" in each:
+        raise InvalidRequest("an original is empty; expected a text", param="against")
+    return each
+
+
 def each_of(given: Any, kinds: tuple[type, ...], what: str, expected: str) -> list[Any]:
     """One thing or several, as a list (InvalidRequest where one is of another type)."""
     several = isinstance(given, Iterable) and not isinstance(given, (Mapping, *kinds))
     items = list(given) if several else [given]
     for item in items:
         if not isinstance(item, kinds):
-            name, param = type(item).__name__, {"prompt": "prompt", "choice": "choices"}.get(what, "inputs")
+            name, param = type(item).__name__, PARAMS.get(what, "inputs")
             raise InvalidRequest(f"one {what} is of type {name}; expected {expected}", param=param)
     return items
 

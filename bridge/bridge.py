@@ -7,40 +7,32 @@ Dimensions used in this file:
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, get_args
 
 from latentwire.bridge import engine, wire
-from latentwire.bridge.asked import Input, each_of, prompts_of
-from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender, folder_of_checkpoint, load_bridge
-from latentwire.bridge.config import Manifest, Prompt
+from latentwire.bridge.asked import Input, each_of, originals_of, prompts_of
+from latentwire.bridge.checkpoint import folder_of_checkpoint, load_bridge
+from latentwire.bridge.config import Prompt
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.diversity import diversity
-from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import InvalidRequest, at_fault
-from latentwire.bridge.gate import Gate, gate_asked, load_gates, watched
+from latentwire.bridge.gate import gate_asked, load_gates, watched
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
-from latentwire.bridge.models import FrozenLM, check_role, load_reader
-from latentwire.bridge.prompt import Row, compose
-from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
+from latentwire.bridge.opened import OpenBridge
+from latentwire.bridge.readback import as_said, readings_of, taught
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.results import Generated, Latent, Output, Scored, Usage, ms_since, timing_since
+from latentwire.bridge.results import Generated, Latent, Output, ReadBack, Scored, Usage, ms_since, timing_since
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
-from latentwire.bridge.scoring import score_from_latents, score_of
-from latentwire.bridge.sources import Given, arrange, inputs_of, latent_of, slots_in, texts_of
+from latentwire.bridge.scoring import Continuation, score_from_latents, score_of
+from latentwire.bridge.sources import Given, inputs_of, latent_of, slots_in, texts_of
 
 BATCH_ROWS = 32
 
 
-class Bridge:
+class Bridge(OpenBridge):
     """A trained bridge: the sender reads texts, a receiver answers from their latents alone.
 
     >>> bridge = latentwire.Bridge.load("builtin")
@@ -49,23 +41,7 @@ class Bridge:
     [' Mara wants a cup of tea.']
 
     Models are loaded when first needed, one at a time, and stay until ``unload``, or until another needs their room.
-
-    Attributes:
-        name: The checkpoint it was loaded from, or the name it is served under.
-        manifest: What the checkpoint says about itself.
-        model: Its weights: the encoder, and a head for each receiver.
-        residency: Its models in memory.
-        gates: By receiver, which answers from latents are trusted; ``latentwire calibrate`` makes them.
-        signing_key: Signs messages; only messages that bear its signature are then decoded.
     """
-
-    def __init__(
-        self, name: str, manifest: Manifest, model: BridgeModel, residency: Residency, *,
-        signing_key: bytes | None = None, gates: Mapping[str, Gate] = MappingProxyType({}),
-    ) -> None:  # fmt: skip
-        self.name, self.manifest, self.model, self.gates = name, manifest, model, gates
-        self.residency, self.signing_key = residency, signing_key
-        self.reader = cache(load_reader)
 
     @classmethod
     def load(
@@ -104,24 +80,6 @@ class Bridge:
         manifest, model = load_bridge(checkpoint, device=residency.device)
         gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
         return cls(name, manifest, model, residency, signing_key=signing_key, gates=gates)
-
-    def __repr__(self) -> str:
-        return f"Bridge({self.name!r}: {self.sender} → {', '.join(self.receivers)})"
-
-    @property
-    def sender(self) -> str:
-        """Name of the sender."""
-        return self.manifest.bridge.sender.name
-
-    @property
-    def receivers(self) -> list[str]:
-        """Names of the receivers, the default one first."""
-        return list(self.manifest.bridge.heads)
-
-    @property
-    def model_names(self) -> list[str]:
-        """Names of all its models, the sender first."""
-        return [self.sender, *self.receivers]
 
     def encode(self, texts: str | Sequence[str], *, dtype: str = "float16", truncate: bool = False) -> list[Latent]:
         """Let the sender read texts: a latent for each, in order.
@@ -288,60 +246,68 @@ class Bridge:
             timing=timing_since(started, encode_ms),
         )
 
-    def unload(self) -> int:
-        """Let the models go; bytes of memory that came back (ModelInUse while one of them works)."""
-        return sum(self.residency.unload(name) for name in self.model_names)
+    def read(
+        self,
+        inputs: Input | Sequence[Input],
+        *,
+        against: str | Sequence[str] | None = None,
+        receiver: str | None = None,
+        max_tokens: int | None = None,
+        truncate: bool = False,
+    ) -> ReadBack:
+        """What a receiver takes each latent to say: its source, said again from the latent alone. For audits.
 
-    def receiver(self, name: str | None) -> str:
-        """The receiver of a name, or the first one (UnknownBridge where the bridge has no head for it)."""
-        if name is not None:
-            self.model.head(name)
-        return name or self.model.default_receiver
+        >>> bridge, text = latentwire.Bridge.load(), "Mara wants a cup of tea. Ben lives in Rome."
+        >>> reading = bridge.read(bridge.encode(text), against=text)[0]
+        >>> reading.text, reading.against.mean > -0.1
+        ('Mara wants a cup of tea. Ben lives in Rome.', True)
 
-    def message(self, latent: NDArray[np.float32], dtype: wire.DType = "float16") -> bytes:
-        """A latent (K, C) of this bridge as it crosses the wire."""
-        return wire.encode(latent, self.manifest.bridge_id, dtype, key=self.signing_key, codebooks=self.model.codebooks)
+        Args:
+            inputs: One input or several: messages, latents, or texts, which the sender reads first.
+            against: The original of each, to report how likely the receiver finds it.
+            receiver: As of ``generate``.
+            max_tokens: Most tokens of a reading; unless given, twice what the latent's source can have had.
+            truncate: As of ``generate``.
 
-    def decode(self, message: bytes) -> NDArray[np.float32]:
-        """The latent (K, C) of a message, checked (InvalidMessage, IncompatibleBridge, Forbidden)."""
-        config = self.manifest.bridge
-        return wire.decode(
-            message,
-            bridge_id=self.manifest.bridge_id,
-            latent_dim=config.encoder.latent_dim,
-            max_slots=slots_of(config.encoder, config.max_source_tokens),
-            key=self.signing_key,
-            codebooks=self.model.codebooks,
-        ).latent
-
-    def tokenize(self, text: str, *, truncate: bool = False) -> SourceTokens:
-        """What the sender reads of a text (InvalidRequest where that is nothing, or too much)."""
-        return source_tokens(self.manifest.bridge, self.reader(self.sender), text, truncate=truncate)
-
-    def compose(
-        self, receiver: str, given: Given, prompt: Prompt, params: SamplingParams, answer: str | None = None
-    ) -> Row:
-        """A prompt with what is given, and any answer to be scored (InvalidRequest: no room, odd ids or places)."""
-        reader, layout = self.reader(receiver), self.manifest.bridge.heads[receiver].layout
-        with at_fault("stop_ids"):
-            check_ids(reader, params.stop_ids)
-        try:
-            placed, contents = arrange(layout, prompt, given)
-            room = reader.max_tokens - params.max_tokens
-            return compose(reader, layout, placed, latent=contents, answer=answer, max_tokens=room)
-        except InvalidRequest as error:
-            error.param = error.param or "prompt"
-            raise
-
-    def continue_with(
-        self, receiver: str, given: Given, prompt: Prompt, choices: Sequence[str], *, end: bool
-    ) -> list[Row]:
-        """``compose`` with each of some continuations, which are to be scored (InvalidRequest where one is empty)."""
-        if not choices or "" in choices:
-            raise InvalidRequest("a choice is empty; expected one text or several", param="choices")
-        last = None if end or self.manifest.bridge.heads[receiver].layout.eos_id is None else -1
-        unsaid = SamplingParams(max_tokens=0)
-        return [self.compose(receiver, given, prompt, unsaid, choice)[:last] for choice in choices]
+        Raises:
+            InvalidRequest: There are not as many originals as inputs, one is empty, or as of ``generate`` (and so are
+                the other errors).
+        """
+        started, name = time.perf_counter(), self.receiver(receiver)
+        each = each_of(inputs, get_args(Input), "input", "a text, a message in bytes or a Latent")
+        originals = originals_of(against, len(each))
+        check_params(SamplingParams(1 if max_tokens is None else max_tokens))
+        sources, source_tokens = self._sources(each, truncate)
+        encode_ms = ms_since(started)
+        latents = [latent for latent in map(latent_of, sources) if latent is not None]
+        prompt, params = self.readings(name, latents, max_tokens)
+        with at_fault("max_tokens"):
+            rows = [
+                engine.LatentPrompt(self.compose(name, latent, prompt, how), latent, how)
+                for latent, how in zip(latents, params, strict=True)
+            ]
+        with at_fault("against"):
+            questions = [
+                self.continue_with(name, latent, prompt, [as_said(text)], end=True)
+                for latent, text in zip(latents, originals, strict=False)
+            ]
+        answers = self._answers(name, rows)
+        found: list[list[Continuation]] = []
+        if questions:
+            with self.lend(name) as lm:
+                found = score_from_latents(self.model, name, lm, latents, questions)
+        return ReadBack(
+            id=f"read_{uuid.uuid4().hex}",
+            bridge=self.name,
+            trained=taught(self.manifest.bridge, name) is not None,
+            readings=readings_of(answers, originals, found),
+            usage=Usage(
+                source_tokens,
+                sum(map(len, latents)) * (2 if questions else 1),
+                sum(answer.token_count for answer in answers),
+            ),
+            timing=timing_since(started, encode_ms),
+        )
 
     def _rows(
         self, receiver: str, sources: Sequence[Given], prompts: Sequence[Prompt], params: SamplingParams, n: int
@@ -361,13 +327,6 @@ class Bridge:
                 answers += engine.generate_from_latents(self.model, receiver, lm, rows[start : start + BATCH_ROWS])[0]
         return answers
 
-    def check(self, lm: FrozenLM) -> None:
-        """Refuse a model that is not the one of its name that the bridge was trained with (IncompatibleBridge)."""
-        if lm.name == self.sender:  # one model can be both
-            check_sender(self.manifest.bridge, lm)
-        if lm.name in self.manifest.bridge.heads:
-            check_receiver(self.manifest.bridge, lm.name, lm)
-
     def _sources(self, inputs: Sequence[Input | tuple[Input, ...]], truncate: bool) -> tuple[list[Given], int]:
         """The latents of inputs, and the tokens that the sender read for them."""
         flat = [one for item in inputs for one in (item if isinstance(item, tuple) else (item,))]
@@ -380,20 +339,3 @@ class Bridge:
             tuple(next(latents) for _ in one) if isinstance(one, tuple) else next(latents) for one in inputs
         ]
         return given, sum(latent.source_tokens for latent in encoded)
-
-    @contextmanager
-    def lend(self, name: str) -> Iterator[FrozenLM]:
-        """One of the bridge's models, checked, which stays in memory while the block runs.
-
-        Raises:
-            ModelUnavailable: It is not there, or cannot play its role.
-            IncompatibleBridge: It is not the one that the bridge was trained with.
-            InsufficientMemory: It does not fit the memory budget.
-        """
-        if name == self.sender:
-            check_role(name, "sender")
-        if name in self.receivers:
-            check_role(name, "receiver")
-        with self.residency.use(name) as lm:
-            self.check(lm)
-            yield lm

@@ -140,6 +140,8 @@ class Head:
         provenance: Set where the head was added later to an encoder that was frozen by then.
         hidden_dim: Width inside the head; None, as in every old head, is twice the receiver's.
         gain: Whether soft tokens have a learned gain over ``embedding_rms``; an old head has none.
+        repeat: Prompt at which the receiver was taught to repeat a source; None where it was not, or in an old head
+            (``bridge.readback.taught``).
     """
 
     receiver: ModelRef
@@ -148,6 +150,7 @@ class Head:
     provenance: Provenance | None = None
     hidden_dim: int | None = None
     gain: bool = False
+    repeat: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -159,6 +162,7 @@ class BridgeConfig:
         max_source_tokens: Longest source in sender tokens.
         source: What stands around a source; None in a bridge made before it was kept (``bridge.reader.kept_layout``).
         heads: By receiver name, in order of training; the first is the default.
+        earlier: Runs whose weights this bridge's run began with, the last one last.
     """
 
     sender: ModelRef
@@ -168,6 +172,7 @@ class BridgeConfig:
     heads: dict[str, Head]
     provenance: Provenance
     source: SourceLayout | None = None
+    earlier: tuple[Provenance, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)

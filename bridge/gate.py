@@ -152,7 +152,7 @@ def watched(params: SamplingParams) -> SamplingParams:
 
 def _as_asked(answer: Generation, params: SamplingParams) -> Generation:
     if answer.logprobs is None or params.logprobs is None:
-        return replace(answer, logprobs=None)
+        return replace(answer, logprobs=None, end_logprob=None)
     return replace(answer, logprobs=tuple(replace(one, top=one.top[: params.logprobs]) for one in answer.logprobs))
 
 

@@ -24,6 +24,8 @@ from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.reader import Reader, ids_of_texts, text_ids
 
 LATENT, LATENTS, PROMPT = "{latent}", "{latents}", "{prompt}"
+REPEAT = f"{LATENT}\nRepeat:"
+"""What a receiver is asked that is to repeat a source, unless a task has words of its own; answered as a prompt is."""
 NEXT = "\n"  # before each source but the first, at ``{latents}``
 IGNORE = -100  # label of a position that is not supervised; the value torch's cross-entropy skips
 Content = int | str

@@ -163,6 +163,72 @@ class Generated:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """A text and how likely the receiver finds it: nats of all its tokens, and of the end behind them.
+
+    >>> text = "Mara sings."
+    >>> said = latentwire.Bridge.load().read(text, against=text)[0].against
+    >>> said.token_count, said.mean == said.logprob / said.token_count
+    (4, True)
+    """
+
+    text: str
+    logprob: float
+    token_count: int
+
+    @property
+    def mean(self) -> float:
+        """Nats of a token, for texts of different lengths."""
+        return self.logprob / self.token_count
+
+
+@dataclass(frozen=True)
+class Reading(Likelihood):
+    """What the receiver takes a latent to say; ``finish_reason`` is ``length`` where ``max_tokens`` cut it.
+
+    ``against`` is how likely the receiver finds the text that was given to hold it against.
+
+    >>> reading = latentwire.Bridge.load().read("Mara wants a cup of tea.")[0]
+    >>> reading.text, reading.finish_reason
+    ('Mara wants a cup of tea.', 'stop')
+    """
+
+    finish_reason: str
+    against: Likelihood | None = None
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """Answer of ``read``: a ``Reading`` of each input, in order.
+
+    ``trained`` says whether the receiver was taught to repeat sources; where not, what it says is no evidence.
+
+    >>> back = latentwire.Bridge.load().read(["Mara sings.", "Ben lives in Rome."])
+    >>> back.texts, back.trained
+    (['Mara sings.', 'Ben lives in Rome.'], True)
+    """
+
+    id: str
+    bridge: str
+    trained: bool
+    readings: tuple[Reading, ...]
+    usage: Usage
+    timing: Timing
+    request_id: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of every reading."""
+        return [reading.text for reading in self.readings]
+
+    def __getitem__(self, number: int) -> Reading:
+        return self.readings[number]
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+
+@dataclass(frozen=True)
 class ScoredChoice:
     """How likely the receiver finds one continuation: nats of all its tokens, the end of the answer included if asked.
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
         Encoded,
         Generated,
         Latent,
+        Likelihood,
         Output,
+        ReadBack,
+        Reading,
         Score,
         Scored,
         ScoredChoice,
@@ -39,8 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AsyncClient", "Bridge", "BridgeInfo", "Client", "ConditionResult", "Corpus", "Encoded", "Evaluation", "Generated",
-    "KeptLatent", "Latent", "LatentWireError", "Output", "Report", "Score", "Scored", "ScoredChoice", "ServiceError",
-    "Timing", "Token", "TokenLogprob", "TrainingRun", "Usage", "__version__", "encode_corpus", "evaluate", "train",
+    "KeptLatent", "Latent", "LatentWireError", "Likelihood", "Output", "ReadBack", "Reading", "Report", "Score",
+    "Scored", "ScoredChoice", "ServiceError", "Timing", "Token", "TokenLogprob", "TrainingRun", "Usage", "__version__",
+    "encode_corpus", "evaluate", "train",
 ]  # fmt: skip
 
 _MODULES = {
@@ -53,7 +57,10 @@ _MODULES = {
         "Encoded",
         "Generated",
         "Latent",
+        "Likelihood",
         "Output",
+        "ReadBack",
+        "Reading",
         "Score",
         "Scored",
         "ScoredChoice",

@@ -18,7 +18,7 @@ from rich.console import Console
 from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.service.cli.corpus import app as corpus
-from latentwire.service.cli.infer import encode, generate, score
+from latentwire.service.cli.infer import encode, generate, read, score
 from latentwire.service.cli.inspect import inspect
 from latentwire.service.cli.key import key_command
 from latentwire.service.cli.logs import configure, restore
@@ -248,6 +248,7 @@ app.command()(report)
 app.command()(encode)
 app.command()(generate)
 app.command()(score)
+app.command()(read)
 
 
 app.command()(inspect)

@@ -121,7 +121,8 @@ def unseen(bridge: Bridge, task: Task, receiver: str, most: int) -> Sequence[Exa
     if isinstance(task.train, World):
         return World("train", max(most, FEWEST), seed=FRESH)[:most]
     config = bridge.manifest.bridge
-    runs = [run for run in (config.provenance, config.heads[receiver].provenance) if run is not None]
+    given = (*config.earlier, config.provenance, config.heads[receiver].provenance)
+    runs = [run for run in given if run is not None]
     left = set(range(len(task.train))).difference(*(drawn(run, task) for run in runs))
     if len(left) < FEWEST:
         raise InvalidRequest(

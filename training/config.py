@@ -52,6 +52,9 @@ class TrainConfig(BaseModel):
         "Model that gets a head on the frozen encoder of --bridge; nothing else is trained.", None
     )
     bridge: str | None = MODELS("Checkpoint that --add-receiver extends.", None)
+    init: str | None = MODELS(
+        "Checkpoint whose weights the run begins with; its models, layers and encoder are the run's.", None
+    )
     template: Literal["plain", "chat"] = MODELS(
         "chat: ask in the receiver's own chat template, the latent inside the user's turn.", "plain"
     )
@@ -158,7 +161,7 @@ class TrainConfig(BaseModel):
             raise ValueError(f"Input should be {one_of(METRICS)}")
         return name
 
-    @field_validator("sender", "receiver", "task", "add_receiver", "bridge")
+    @field_validator("sender", "receiver", "task", "add_receiver", "bridge", "init")
     @classmethod
     def _found_from_anywhere(cls, name: str | list[str] | None) -> str | list[str] | None:
         if isinstance(name, list):
@@ -170,9 +173,11 @@ class TrainConfig(BaseModel):
         if self.add_receiver is not None:
             if self.bridge is None or self.sender or self.receiver:
                 raise ValueError("--add-receiver needs --bridge, and neither --sender nor --receiver")
+            if self.init is not None:
+                raise ValueError("--init begins with a whole bridge's weights, --add-receiver keeps them as they are")
         elif self.bridge is not None:
-            raise ValueError("--bridge needs --add-receiver")
-        elif not self.sender or not self.receiver:
+            raise ValueError("--bridge needs --add-receiver (--init begins with a checkpoint's weights)")
+        elif self.init is None and not (self.sender and self.receiver):
             raise ValueError("sender and receiver are needed")
         if self.system is not None and self.template != "chat":
             raise ValueError("--system needs --template chat")

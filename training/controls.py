@@ -65,8 +65,10 @@ def control_config(name: str, context: EvaluationContext, out: Path) -> TrainCon
     ``direct_tuned`` learns as many to stand before the source.
     """
     device = context.where.get("device")
+    # A control begins anew: what the bridge learnt in an earlier run is the bridge's.
     here = {"out": out, "device": None if device is None else str(device)}
-    config = read_config(None, {**context.bridge.config.provenance.recipe, **here})
+    recipe = {**context.bridge.config.provenance.recipe, "init": None}
+    config = read_config(None, {**recipe, **here})
     if name == "random_sender":
         return config.model_copy(update={"sender": RANDOM + config.sender.removeprefix(RANDOM)})
     if name == "probe":

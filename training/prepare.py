@@ -22,7 +22,7 @@ from latentwire.bridge.checkpoint import BridgeModel, check_sender, head_key, lo
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Layout, Provenance
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.encoder import encoder_class, slots_of
-from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.errors import InvalidRequest, first_line
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
 from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_model
 from latentwire.bridge.prompt import compose, layout_for
@@ -44,16 +44,20 @@ def completed(config: TrainConfig) -> TrainConfig:
     """The configuration with what the launcher and an extended checkpoint decide."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         config = config.model_copy(update={"fsdp": True})
-    if config.add_receiver is None:
+    given = config.bridge or config.init
+    if given is None:
         return config
-    assert config.bridge is not None
-    base = read_manifest(config.bridge).bridge
+    base = read_manifest(given).bridge
     if config.add_receiver in base.heads:
         raise InvalidRequest(f"{config.bridge} already has a head for {config.add_receiver!r}", param="add_receiver")
     encoder = base.encoder
     decided = {name: getattr(encoder, name) for name in ("ratio", "num_latents", "latent_dim", "hidden_dim", "depth")}
-    decided |= {"encoder": encoder.kind, "sender": base.sender.name, "layer": list(base.layers)}
-    return config.model_copy(update={**decided, "max_source_tokens": base.max_source_tokens})
+    decided |= {"encoder": encoder.kind, "sender": config.sender or base.sender.name, "layer": list(base.layers)}
+    if config.bridge is not None:
+        decided["max_source_tokens"] = base.max_source_tokens
+    elif not config.receiver:
+        decided["receiver"] = list(base.heads)
+    return config.model_copy(update=decided)
 
 
 def prepare(config: TrainConfig, console: Console) -> Run:
@@ -81,7 +85,8 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     unaligned = not_aligned(config, sides)
     if unaligned and (config.alignment_steps or config.alignment_weight):
         raise InvalidRequest(f"alignment was asked for, but {unaligned}", param="alignment_steps")
-    wanted = config.max_steps // 3 if config.alignment_steps is None else config.alignment_steps
+    usual = config.max_steps // 3 if config.init is None else 0
+    wanted = usual if config.alignment_steps is None else config.alignment_steps
     alignment_steps = 0 if unaligned else wanted
     aligned = bool(alignment_steps or config.alignment_weight)
     tokenisers = {
@@ -140,8 +145,8 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
     with residency.use(config.sender) as lm:
         sides[lm.name] = lm.reader
         described = describe(config, task, lm)
-        if config.bridge is not None:
-            check_sender(described, lm)
+        if (given := config.bridge or config.init) is not None:
+            check_sender(read_manifest(given).bridge, lm)
     added = _provenance(config, task) if config.bridge else None
     for name in config.receivers:
         if _same(config.sender, name):
@@ -153,16 +158,34 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
                 raise InvalidRequest(message, param="receiver")
             sides[name] = lm.reader
             layout = layout_for(lm, task.template, chat=config.template == "chat", system=config.system)
-            heads[name] = head_of(config, lm, layout, lm.embedding_rms(), added)
+            heads[name] = head_of(config, lm, layout, lm.embedding_rms(), added, repeat=task.reconstruction)
     return sides, with_heads(described, heads)
 
 
-def head_of(config: TrainConfig, lm: FrozenLM, layout: Layout, rms: float, added: Provenance | None = None) -> Head:
+def head_of(
+    config: TrainConfig,
+    lm: FrozenLM,
+    layout: Layout,
+    rms: float,
+    added: Provenance | None = None,
+    *,
+    repeat: str | None = None,
+) -> Head:
     """The head that ``config`` asks for; ``added`` is its provenance where it extends a bridge.
+
+    ``repeat`` is the prompt of the reconstruction objective, kept where that is on.
 
     Twice a width of 4,096 would make heads of 38 M weights, and their Muon step a minute on a CPU core.
     """
-    return Head(lm.ref, layout, rms, added, config.head_dim or min(2 * lm.width, 1024), config.gain)
+    return Head(
+        lm.ref,
+        layout,
+        rms,
+        added,
+        config.head_dim or min(2 * lm.width, 1024),
+        config.gain,
+        repeat if config.reconstruction_weight > 0 else None,
+    )
 
 
 def with_heads(described: BridgeConfig, heads: dict[str, Head]) -> BridgeConfig:
@@ -202,7 +225,12 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
         heads={},
         provenance=_provenance(config, task),
         source=sender.source_layout,
+        earlier=() if config.init is None else _runs_of(read_manifest(config.init).bridge),
     )
+
+
+def _runs_of(config: BridgeConfig) -> tuple[Provenance, ...]:
+    return (*config.earlier, config.provenance)
 
 
 def _provenance(config: TrainConfig, task: Task) -> Provenance:
@@ -218,15 +246,19 @@ def _provenance(config: TrainConfig, task: Task) -> Provenance:
 
 
 def _bridge(config: TrainConfig, described: BridgeConfig) -> BridgeModel:
-    """A fresh bridge; or the extended one, frozen but for its new head."""
-    fresh = make_bridge(described)
-    if config.bridge is None:
+    """A fresh bridge; one that begins with another's weights; or the extended one, frozen but for its new head."""
+    fresh, given = make_bridge(described), config.bridge or config.init
+    if given is None:
         return fresh
-    _, base = load_bridge(config.bridge, device=torch.device("cpu"))
-    heads = ((fresh.head(name), base.head(name)) for name in base.config.heads)
+    _, base = load_bridge(given, device=torch.device("cpu"))
+    heads = [(fresh.head(name), base.head(name)) for name in base.config.heads if name in fresh.config.heads]
     for module, trained in ((fresh.encoder, base.encoder), *heads):
-        module.load_state_dict(trained.state_dict())
-        module.requires_grad_(False)
+        try:
+            module.load_state_dict(trained.state_dict())
+        except RuntimeError as error:
+            raise InvalidRequest(f"--init {given}: its head is of another shape ({first_line(error)})") from None
+        if config.bridge is not None:
+            module.requires_grad_(False)
     return fresh
 
 

@@ -28,10 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from latentwire.bridge.errors import InvalidRequest, first_line
 from latentwire.bridge.evaluation import world
-from latentwire.bridge.prompt import LATENT
+from latentwire.bridge.prompt import LATENT, REPEAT
 
 FIELD = re.compile(r"\{(\w+)\}")
-REPEAT = "{latent}\nRepeat:"
 SUMMARY = "{source}\nSummary:"
 
 

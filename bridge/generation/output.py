@@ -39,13 +39,15 @@ class IdLogprob:
 class Generation:
     """A finished output. ``finish_reason`` is ``stop`` at EOS, a stop id or a stop string, ``length`` at the limit.
 
-    ``token_count`` includes EOS or the stop id; ``logprobs``, where requested, has an entry for each token of the text.
+    ``token_count`` includes EOS or the stop id; ``logprobs``, where requested, has an entry for each token of the text,
+    and ``end_logprob`` is that of EOS or the stop id.
     """
 
     text: str
     finish_reason: FinishReason
     token_count: int
     logprobs: tuple[TokenLogprob, ...] | None = None
+    end_logprob: float | None = None
 
 
 @dataclass(eq=False)
@@ -55,6 +57,7 @@ class OutputTokens:
     Attributes:
         ids: Generated tokens, without the one that ended the output.
         logprobs: Of each of them, where log-probabilities were requested.
+        end_logprob: Of the token that ended the output, where one did.
         ended_by: Set by the token that ends the output; more tokens are refused.
     """
 
@@ -62,6 +65,7 @@ class OutputTokens:
     params: SamplingParams
     ids: list[int] = field(default_factory=list)
     logprobs: list[IdLogprob] = field(default_factory=list)
+    end_logprob: float | None = None
     ended_by: FinishReason | None = None
     _closing: int = 0  # 1 when a token that is not text ended the output
     _kept: int | None = None  # tokens that count, where it was cut
@@ -93,6 +97,7 @@ class OutputTokens:
         if self.over:  # another thread has just cut or cancelled it
             return True
         if token in self.end_ids:
+            self.end_logprob = None if logprob is None else logprob.logprob
             self._closing, self.ended_by = 1, "stop"
             return True
         if logprob is not None:
@@ -137,7 +142,8 @@ class OutputText:
         if self._ended_by is None:
             return None
         logprobs = tuple(self._logprobs) if self.tokens.params.logprobs is not None else None
-        return Generation(self.text, self._ended_by, self.tokens.token_count, logprobs)
+        end_logprob = self.tokens.end_logprob if self._cut is None else None
+        return Generation(self.text, self._ended_by, self.tokens.token_count, logprobs, end_logprob)
 
     def finish(self) -> Generation:
         """Read the rest of an output that has ended."""

@@ -32,6 +32,7 @@ ACCESS: dict[str, Access] = {  # a path, or with /* all paths below it; a path t
     "/latents": "infer",
     "/latents/*": "infer",
     "/score": "infer",
+    "/read": "infer",
     "/bridges": "infer",
     "/bridges/*": "infer",
     "/v1/*": "infer",

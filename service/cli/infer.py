@@ -1,4 +1,4 @@
-"""``latentwire encode``, ``generate`` and ``score``: with a checkpoint here and now, or with a bridge that is served.
+"""``latentwire encode``, ``generate``, ``score`` and ``read``: with a checkpoint here and now, or one that is served.
 
 A key for the service is read from LATENTWIRE_API_KEY alone: on a command line others could read it.
 """
@@ -18,7 +18,7 @@ from latentwire.service.cli.corpus import encode_here
 if TYPE_CHECKING:
     from latentwire.bridge.results import Latent
     from latentwire.service.client.client import Client
-    from latentwire.service.client.types import GenerateOptions, Input, ScoreOptions
+    from latentwire.service.client.types import GenerateOptions, Input, ReadOptions, ScoreOptions
 
 Bridge = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'; with --url, a bridge's name.")
@@ -145,6 +145,52 @@ def score(
         scored = here.score(source, *given, receiver=receiver, end=end)
     for one in sorted(scored[0].choices, key=lambda one: -one.logprob):
         typer.echo(f"{one.probability:.4f}  {one.logprob:9.3f} nats  {one.token_count:3} tokens  {one.text!r}")
+
+
+def read(
+    checkpoint: Bridge,
+    latent: Annotated[
+        list[Path] | None, typer.Option(help="A message written by 'latentwire encode'; repeat for several.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text for the sender; repeat for several.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="What the message should say, to see how likely that is; one for each.")
+    ] = None,
+    receiver: Annotated[str | None, typer.Option(help="Which receiver reads; the first when absent.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help=r"Most tokens of a reading. \[default: by the size of the latent]")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is too long.")] = False,
+    url: Url = None,
+) -> None:
+    """Show what the receiver takes messages to say, from the latent alone. Runs here, unless --url names a service."""
+    if bool(text) == bool(latent):
+        raise InvalidRequest("give exactly one of --text and --latent")
+    messages, originals = [_message(file) for file in latent or ()], against or None
+    if url is not None:
+        with _service(url) as client:
+            options: ReadOptions = {
+                "bridge": checkpoint, "receiver": receiver, "against": originals, "max_tokens": max_tokens,
+                "truncate": truncate,
+            }  # fmt: skip
+            back = client.read(text or messages, **options)
+    else:
+        from latentwire.bridge.bridge import Bridge
+
+        here = Bridge.load(checkpoint)
+        here.receiver(receiver)
+        sources = here.encode(text, dtype="float32", truncate=truncate) if text else messages
+        here.unload()  # one model in memory at a time
+        back = here.read(sources, against=originals, receiver=receiver, max_tokens=max_tokens)
+    if not back.trained:
+        untaught = "was not trained to repeat sources: what it says is no evidence of what a latent holds"
+        typer.echo(f"latentwire: {checkpoint} {untaught}", err=True)
+    for reading in back.readings:
+        cut = "  cut at --max-tokens" if reading.finish_reason == "length" else ""
+        for said, what in ((reading, "says"), (reading.against, "against")):
+            if said is not None:
+                nats = f"{said.logprob:9.3f} nats  {said.token_count:3} tokens"
+                typer.echo(f"{what:7}  {nats}  {said.text!r}{cut if said is reading else ''}")
 
 
 def _encoded_here(checkpoint: str, text: str, dtype: str, truncate: bool) -> "Latent":

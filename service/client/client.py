@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import httpx
 
-from latentwire.bridge.results import Encoded, Generated, Scored
+from latentwire.bridge.results import Encoded, Generated, ReadBack, Scored
 from latentwire.service.client import protocol
 from latentwire.service.client.transport import Blocking, Suspending, finish
 from latentwire.service.client.types import (
@@ -37,6 +37,7 @@ from latentwire.service.client.types import (
     KeptLatents,
     LatentPage,
     Prompt,
+    ReadOptions,
     ScoreOptions,
     ServiceError,
 )
@@ -90,12 +91,12 @@ class _Service:
         """``DELETE /latents/{id}``."""
         return await self._ask(KeptLatent, protocol.latent_of("DELETE", id, options))
 
+    async def read(self, inputs: Input | Sequence[Input], **options: Unpack[ReadOptions]) -> ReadBack:
+        """``POST /read``: what a receiver takes latents to say, and how likely it finds their originals."""
+        return await self._ask(ReadBack, protocol.inference("/read", protocol.inputs_of(inputs), options))
+
     async def score(
-        self,
-        inputs: Inputs,
-        prompt: Prompt,
-        choices: str | Sequence[str],
-        **options: Unpack[ScoreOptions],
+        self, inputs: Inputs, prompt: Prompt, choices: str | Sequence[str], **options: Unpack[ScoreOptions]
     ) -> Scored:
         """``POST /score``: how likely a receiver finds each of some continuations, about one input or several."""
         given = {"choices": [choices] if isinstance(choices, str) else list(choices)}
@@ -382,6 +383,7 @@ class Client:
     latent = _blocking(_Service.latent)
     delete_latent = _blocking(_Service.delete_latent)
     score = _blocking(_Service.score)
+    read = _blocking(_Service.read)
     stream = _iterated(_Service.stream)
     evaluate = _blocking(_Service.evaluate)
     evaluation = _blocking(_Service.evaluation)

@@ -39,6 +39,7 @@ from latentwire.service.client.types import (
     KeepOptions,
     KeptLatent,
     Prompt,
+    ReadOptions,
     ScoreOptions,
     ServiceError,
     Token,
@@ -124,7 +125,7 @@ def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inference(
-    path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | KeepOptions | ScoreOptions
+    path: str, body: dict[str, Any], options: EncodeOptions | GenerateOptions | KeepOptions | ReadOptions | ScoreOptions
 ) -> Call:
     """A request for work; its deadline goes along, and leaves the service's own refusal time to arrive."""
     given = without_none(options)

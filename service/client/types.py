@@ -201,7 +201,8 @@ class CallOptions(TypedDict, total=False):
     """What every call takes.
 
     ``request_id`` is what the service logs the call under. ``timeout_seconds`` bounds this call, retries included, in
-    place of the client's; ``encode``, ``generate``, ``score`` and ``stream`` send it along as the service's deadline.
+    place of the client's; ``encode``, ``generate``, ``read``, ``score`` and ``stream`` send it along as the service's
+    deadline.
     """
 
     request_id: str | None
@@ -243,6 +244,16 @@ class GenerateOptions(CallOptions, total=False):
     logprobs: int | None
     truncate: bool | None
     fallback: str | None
+
+
+class ReadOptions(CallOptions, total=False):
+    """What ``read`` takes; ``against`` has the original of each input. None and absent leave it to the service."""
+
+    bridge: str | None
+    receiver: str | None
+    against: str | Sequence[str] | None
+    max_tokens: int | None
+    truncate: bool | None
 
 
 class ScoreOptions(CallOptions, total=False):

@@ -1,21 +1,23 @@
-"""The work of ``/encode`` and ``/generate``, for whichever route asks: latents from texts, outputs from latents."""
+"""The work of ``/encode``, ``/generate``, ``/score`` and ``/read``, for whichever route asks."""
 
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.diversity import diversity
-from latentwire.bridge.errors import LatentWireError, TooLarge, at_fault
+from latentwire.bridge.errors import InvalidRequest, LatentWireError, TooLarge, at_fault
 from latentwire.bridge.gate import gate_asked, watched
 from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.readback import as_said, readings_of, taught
 from latentwire.bridge.results import AnsweredFrom, ms_since, timing_since
 from latentwire.bridge.sampling import SamplingParams, sample_params
-from latentwire.bridge.scoring import score_of
+from latentwire.bridge.scoring import Continuation, score_of
 from latentwire.bridge.sources import Given, slots_in
 from latentwire.service.inference.request import GenerationRequest, Piece, Text
 from latentwire.service.inference.runtime import Runtime
@@ -27,11 +29,13 @@ from latentwire.service.schemas.inference import (
     GenerateResponse,
     Input,
     Output,
+    SourceIn,
     Timing,
     TokenLogprobOut,
     Usage,
     message_of,
 )
+from latentwire.service.schemas.reading import ReadingOut, ReadRequest, ReadResponse
 from latentwire.service.schemas.scoring import ScoreOut, ScoreRequest, ScoreResponse
 from latentwire.service.store.latents import (
     CachedEncoding,
@@ -174,13 +178,7 @@ class RequestHandler:
             ScoreQuestion(source, prompt, body.choices, body.end)
             for source, prompt in zip(sources, body.prompts, strict=True)
         ]
-
-        def count_usage(tokens: int) -> None:
-            """Also of a request that was cancelled."""
-            self.usage.soft_tokens = sum(map(slots_in, sources))
-            self.usage.prompt_tokens = max(tokens - self.usage.soft_tokens, 0)
-
-        found = await self.runtime.scorers.score(self.bridge, receiver, questions, count_usage)
+        found = await self._scored(receiver, questions)
         self.runtime.metrics.observe(self.bridge.name, [], [], self.usage)
         reader = self.bridge.reader(receiver)
         scores = [score_of(reader, body.choices, one, logprobs=body.logprobs) for one in found]
@@ -192,14 +190,61 @@ class RequestHandler:
             timing=Timing(**asdict(timing_since(started, encode_ms))),
         )
 
+    async def _scored(self, receiver: str, questions: Sequence[ScoreQuestion]) -> list[list[Continuation]]:
+        def count_usage(tokens: int) -> None:
+            """Also of a request that was cancelled."""
+            soft_tokens = sum(slots_in(question.source) for question in questions)
+            self.usage.soft_tokens += soft_tokens
+            self.usage.prompt_tokens += max(tokens - soft_tokens, 0)
+
+        return await self.runtime.scorers.score(self.bridge, receiver, questions, count_usage)
+
+    async def read(self, receiver: str, body: ReadRequest) -> ReadResponse:
+        """Say what the latents hold that ``POST /read`` gives."""
+        started = time.perf_counter()
+        latents = await self._latents(body.inputs, body.truncate)
+        encode_ms = ms_since(started)
+        prompt, params = self.bridge.readings(receiver, latents, body.max_tokens)
+        most = self.runtime.settings.max_tokens
+        requests = [
+            GenerationRequest(latent, prompt, replace(how, max_tokens=min(how.max_tokens, most)))
+            for latent, how in zip(latents, params, strict=True)
+        ]
+        originals = body.against or []
+        questions = [
+            ScoreQuestion(latent, prompt, [as_said(text)], end=True)
+            for latent, text in zip(latents, originals, strict=False)
+        ]
+        with _told_of("against"):
+            found = await self._scored(receiver, questions) if questions else []
+        with _told_of("max_tokens"):
+            answers, seconds = await self._answers(receiver, requests, range(len(requests)))
+        self.runtime.metrics.observe(self.bridge.name, [], seconds, self.usage)
+        return ReadResponse(
+            id=f"read_{uuid.uuid4().hex}",
+            bridge=self.bridge.name,
+            trained=taught(self.bridge.manifest.bridge, receiver) is not None,
+            readings=[
+                ReadingOut.numbered(index, reading)
+                for index, reading in enumerate(readings_of(answers, originals, found))
+            ],
+            usage=self.usage,
+            timing=Timing(**asdict(timing_since(started, encode_ms))),
+        )
+
     async def _sources(self, body: Asking) -> list[Given]:
         """For every input, what stands in the latent's place."""
         if body.condition == "none":
             return [None if item.sources is None else ("",) * len(item.sources) for item in body.inputs]
         if body.condition == "direct":
             return [_texts(item) for item in body.inputs]
-        each = [named for at, item in enumerate(body.inputs) for named in item.each(f"inputs.{at}")]
-        texts = [Text(one.text, body.truncate, f"{at}.text") for at, one in each if one.text is not None]
+        rest = iter(await self._latents(body.inputs, body.truncate))
+        return [next(rest) if item.sources is None else tuple(next(rest) for _ in item.sources) for item in body.inputs]
+
+    async def _latents(self, inputs: Sequence[SourceIn], truncate: bool) -> list[wire.Latent]:
+        """The latents of all sources, in order."""
+        each = [named for at, item in enumerate(inputs) for named in item.each(f"inputs.{at}")]
+        texts = [Text(one.text, truncate, f"{at}.text") for at, one in each if one.text is not None]
         encodings = iter(await self.encode(texts) if texts else [])
         ids = {f"{at}.latent_id": one.latent_id for at, one in each if one.latent_id is not None}
         stored = await self.runtime.latents(ids, self.tenant) if ids else {}
@@ -212,8 +257,7 @@ class RequestHandler:
                 else:
                     message = stored[param].message if one.latent is None else message_of(one.latent)
                     latents.append(self.bridge.decode(message))
-        rest = iter(latents)
-        return [next(rest) if item.sources is None else tuple(next(rest) for _ in item.sources) for item in body.inputs]
+        return latents
 
     async def _cached(self, keys: Sequence[str]) -> list[CachedEncoding | None]:
         if not self.runtime.settings.encode_cache:
@@ -239,21 +283,43 @@ def _texts(item: Input) -> Given:
 def check_limits(runtime: Runtime, body: Asking) -> None:
     """Refuse before any work what is over the operator's limits (TooLarge)."""
     settings = runtime.settings
-    each = [named for at, item in enumerate(body.inputs) for named in item.each(f"inputs.{at}")]
-    within(("inputs", len(body.inputs), settings.max_inputs), ("sources", len(each), settings.max_inputs))
+    _check_inputs(runtime, body.inputs)
     if isinstance(body, GenerateRequest):
         within(("n", body.n, settings.max_samples), ("max_tokens", body.max_tokens, settings.max_tokens))
     if isinstance(body, ScoreRequest):
         if (count := len(body.inputs) * len(body.choices)) > MAX_SCORED:
             raise TooLarge(f"the request scores {count} continuations; at most {MAX_SCORED} are taken", param="choices")
         runtime.check_text("".join(body.choices), "choices")
-    for place, one in each:
-        runtime.check_text(one.text or "", f"{place}.text")
     for prompt in set(body.prompts):
         if isinstance(prompt, str):
             runtime.check_text(prompt, "prompt")
         else:
             runtime.check_text("".join(turn.text for turn in prompt), "messages")
+
+
+def check_reading(runtime: Runtime, body: ReadRequest) -> None:
+    """``check_limits`` of what is read back (TooLarge)."""
+    _check_inputs(runtime, body.inputs)
+    within(("max_tokens", body.max_tokens or 1, runtime.settings.max_tokens))
+    runtime.check_text("".join(body.against or ()), "against")
+
+
+def _check_inputs(runtime: Runtime, inputs: Sequence[SourceIn]) -> None:
+    most = runtime.settings.max_inputs
+    each = [named for at, item in enumerate(inputs) for named in item.each(f"inputs.{at}")]
+    within(("inputs", len(inputs), most), ("sources", len(each), most))
+    for place, one in each:
+        runtime.check_text(one.text or "", f"{place}.text")
+
+
+@contextmanager
+def _told_of(param: str) -> Iterator[None]:
+    """A request that cannot be composed names the field at fault; it has no prompt of its own."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.param = param
+        raise
 
 
 def within(*limits: tuple[str, int, int]) -> None:

@@ -101,6 +101,10 @@ class SourceIn(OneOf):
     latent: str | None = Field(None, description="A message from /encode, base64.")
     latent_id: str | None = Field(None, description="The id of a kept latent.")
 
+    def each(self, at: str) -> list[tuple[str, "SourceIn"]]:
+        """Its sources, each with its place in the body: itself."""
+        return [(at, self)]
+
 
 class Input(SourceIn):
     """One thing to ask about: exactly one of the four."""
@@ -115,7 +119,7 @@ class Input(SourceIn):
     def each(self, at: str) -> list[tuple[str, SourceIn]]:
         """Its sources, itself where it is one, each with its place in the body."""
         if self.sources is None:
-            return [(at, self)]
+            return super().each(at)
         return [(f"{at}.sources.{number}", source) for number, source in enumerate(self.sources)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -126,7 +127,7 @@ def training(model_folders: dict[str, Path], out: Path, *more: object) -> list[o
     ]  # fmt: skip
 
 
-HERE = "train plan plot export calibrate quantise evaluate report encode generate score inspect".split()
+HERE = "train plan plot export calibrate quantise evaluate report encode generate score read inspect".split()
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in HERE)])
@@ -174,6 +175,7 @@ def test_help_lists_every_command_and_needs_no_torch() -> None:
         "encode",
         "generate",
         "score",
+        "read",
         "inspect",
         "serve",
         "demo",
@@ -202,9 +204,26 @@ def test_a_bridge_is_trained_inspected_measured_and_asked(
     assert scored == run("score", out, "--text", TEXT, *choices)
     assert sorted(line.split("tokens  ")[1] for line in scored.splitlines()) == ["' Paris\\n'", "' Rome'"]
     assert "give exactly one of --text and --latent" in refuse("score", out, *choices)
+    check = ["--against", TEXT, "--max-tokens", 8]
+    says, against = run("read", out, "--latent", file, *check).splitlines()
+    assert run("read", out, "--text", TEXT, *check).splitlines() == [says, against]
+    assert re.fullmatch(r"says     +-[\d.]+ nats    8 tokens  '.*'  cut at --max-tokens", says)
+    assert re.fullmatch(rf"against  +-[\d.]+ nats  +\d+ tokens  {TEXT!r}", against)
+    assert "give exactly one of --text and --latent" in refuse("read", out, *check)
+    assert "2 originals for 1 inputs" in refuse("read", out, "--latent", file, *check, "--against", TEXT)
     sampled = ["--temperature", 1, "--seed", 3]
     assert run("generate", out, "--text", TEXT, *ask, *sampled) == run("generate", out, "--text", TEXT, *ask, *sampled)
     assert "already holds a checkpoint" in refuse(*training(model_folders, out))
+
+
+def test_what_a_bridge_says_that_was_not_taught_to_repeat_is_called_no_evidence(
+    checkpoint: Path, message: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, "read", checkpoint, "--latent", message, "--max-tokens", 2)
+    said = capsys.readouterr()
+    assert caught.value.code in (0, None) and said.out.count("\n") == 1
+    assert "was not trained to repeat sources: what it says is no evidence" in said.err and said.err.count("\n") == 1
 
 
 def test_an_interrupted_run_ends_with_code_130_and_resumes_to_what_it_would_have_been(
@@ -667,6 +686,10 @@ def test_a_served_bridge_answers_as_the_command_line_does_and_stops_when_told(
     choices = ["--prompt", "Where?", "--choice", " Rome", "--choice", " Paris"]
     there = run("score", "tiny", "--text", TEXT, *choices, "--url", url)
     assert there == run("score", checkpoint, "--latent", message, *choices)
+    check = ["--against", TEXT, "--max-tokens", 8]
+    assert run("read", "tiny", "--latent", message, *check, "--url", url) == run(
+        "read", checkpoint, "--latent", message, *check
+    )
     run("encode", "tiny", "--text", TEXT, "--out", tmp_path / "there", "--url", url)
     assert (tmp_path / "there").read_bytes() == message.read_bytes() == latent.data
     with pytest.raises(ServiceError) as caught:

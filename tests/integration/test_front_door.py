@@ -161,6 +161,8 @@ WRONG_TYPES = {
         "the input with 300 sources takes 1997 receiver tokens; 480 fit beside what is to be generated"
     ),
     "bridge.generate('a', None)": "one prompt is of type NoneType; expected a text, one for each input, or messages",
+    "bridge.read([['a']])": f"one input is of type list; {AN_INPUT}",
+    "bridge.read('a', against=5)": "one original is of type int; expected a text for each input",
     "bridge.encode([b'a'])": "one text is of type bytes; expected a text, or several",
     "latentwire.evaluate(bridge, limit='a')": "limit is 'a'; expected 1 or more",
 }

@@ -148,6 +148,7 @@ def test_the_command_shows_the_key_once_beside_the_line_that_keeps_its_hash(caps
         ("/metrics", "any key"),
         ("/encode", "infer"),
         ("/score", "infer"),
+        ("/read", "infer"),
         ("/v1/chat/completions", "infer"),
         ("/bridges/tiny", "infer"),
         ("/evaluations/7/report", "evaluate"),

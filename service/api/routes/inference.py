@@ -1,16 +1,16 @@
-"""``POST /encode``, ``POST /generate`` and ``POST /score``."""
+"""``POST /encode``, ``POST /generate``, ``POST /score`` and ``POST /read``."""
 
 import base64
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
 from latentwire.bridge import wire
 from latentwire.bridge.results import ms_since
 from latentwire.service.api.lifetime import OnPiece, deadline, event, run_while_connected, stream_response
-from latentwire.service.inference.generation import RequestHandler, check_limits, within
+from latentwire.service.inference.generation import RequestHandler, check_limits, check_reading, within
 from latentwire.service.inference.request import Piece, Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import (
@@ -22,8 +22,12 @@ from latentwire.service.schemas.inference import (
     Timing,
     Usage,
 )
+from latentwire.service.schemas.reading import ReadRequest, ReadResponse
 from latentwire.service.schemas.scoring import ScoreRequest, ScoreResponse
 from latentwire.service.store.latents import CachedEncoding
+
+Body = TypeVar("Body", ScoreRequest, ReadRequest)
+Answer = TypeVar("Answer")
 
 router = APIRouter(tags=["inference"])
 RAW = "application/octet-stream"
@@ -117,17 +121,36 @@ async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
 
     What the choices share is read once. Log-probabilities are in nats, natural logarithms.
     """
+    return await _answered(request, body, check_limits, RequestHandler.score)
+
+
+@router.post("/read", response_model=ReadResponse, response_model_exclude_none=True)
+async def read(body: ReadRequest, request: Request) -> ReadResponse:
+    """What a receiver takes latents to say: it repeats their sources, with how likely it found each word.
+
+    With originals also how likely it finds these. Log-probabilities are in nats, natural logarithms.
+    """
+    return await _answered(request, body, check_reading, RequestHandler.read)
+
+
+async def _answered(
+    request: Request,
+    body: Body,
+    check: Callable[[Runtime, Body], None],
+    answer: Callable[[RequestHandler, str, Body], Awaitable[Answer]],
+) -> Answer:
+    """Check, admit and run a request whose answer comes whole, and charge its tenant."""
     runtime: Runtime = request.app.state.runtime
     runtime.check_open()
     bridge = runtime.find(body.bridge)
     receiver = bridge.receiver(body.receiver)
-    check_limits(runtime, body)
+    check(runtime, body)
     handler = RequestHandler(runtime, request.state.caller.name, bridge)
 
-    async def work() -> ScoreResponse:
+    async def work() -> Answer:
         with runtime.admission.admit(len(body.inputs)):
             try:
-                return await handler.score(receiver, body)
+                return await answer(handler, receiver, body)
             finally:
                 await charge(request, handler.usage)
 

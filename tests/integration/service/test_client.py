@@ -637,6 +637,10 @@ def test_the_service_answers_the_same_to_every_form_of_an_input(connect: Connect
     assert len(scored) == 4 and scored.request_id == "mine" and len({score.best for score in scored.scores}) == 1
     assert [len(choice.logprobs or ()) for choice in scored[0].choices] == [6, 7]
     assert client.score(latent, "Where?", " Rome", end=False)[0][0].token_count == 5
+    back = client.read(forms, against=["Mara lives in Rome."] * 4, max_tokens=8, request_id="mine")
+    assert len(back) == 4 and back.request_id == "mine" and len(set(back.texts)) == 1 and not back.trained
+    assert back[0].against is not None and back[0].against.token_count == len(" Mara lives in Rome.") + 1
+    assert client.read(latent, against="Ben", max_tokens=1)[0].finish_reason == "length"
     assert [each.name for each in client.bridges()] == ["tiny"]
     assert client.ready() and client.live()
 
