@@ -185,9 +185,6 @@ def test_several_are_read_in_the_order_in_which_they_were_chosen_and_marked(open
     assert read is not None and int(read[1]) > 12
     tokens = [16 + 17 + 26 + int(read[1]), 14 + int(read[1])]
     expect(page.locator("#cost-bars b")).to_have_text([*(f"{n} tokens" for n in tokens), "135 bytes", "3,692 bytes"])
-    expect(page.locator("#beyond")).to_have_text(
-        "This bridge was trained for 1 document in one prompt and reads 3 here, so its answer is less to be relied on."
-    )
 
 
 def test_what_does_not_fit_the_receiver_is_said_in_the_services_words(open_page: Open) -> None:
@@ -478,6 +475,13 @@ def test_documents_of_another_bridge_are_not_asked_and_each_knows_how_many_it_wa
     expect(page.locator("#chosen li")).to_have_count(0)
     expect(page.get_by_label("Zoe 0", exact=True)).to_be_disabled()
     expect(rows(page).first).to_contain_text("of bridge four")
+    for i in range(2):
+        add(page, text=f"Mia has {i} pens.", title=f"Mia {i}", line="1 kept.")
+    choose(page, "Mia 0", "Mia 1")
+    answer(page, "Where?")
+    expect(page.locator("#beyond")).to_have_text(
+        "This bridge was trained for 1 document in one prompt and reads 2 here, so its answer is less to be relied on."
+    )
     page.close()
 
 
