@@ -219,8 +219,9 @@ def evaluate(
     from latentwire.bridge.evaluation.conditions import TRAINED
     from latentwire.bridge.evaluation.debug import shown
     from latentwire.bridge.evaluation.html import save
-    from latentwire.training.controls import train_controls
+    from latentwire.training.controls import check_controls, train_controls
 
+    check_controls(control or ())
     configure("debug" if debug else log_level, console=errors)
     files = report_files(checkpoints, out_)
     for planned in filter(None, files.values()):

@@ -24,6 +24,13 @@ from latentwire.training.prepare import prepare
 MOST_PROBED = 4096  # training examples whose states a probe is fitted to
 
 
+def check_controls(names: Collection[str]) -> None:
+    """Refuse a name that is none of ``TRAINED`` (InvalidRequest)."""
+    if unknown := next((name for name in names if name not in TRAINED), None):
+        known = ", ".join(TRAINED)
+        raise InvalidRequest(f"no control is called {unknown!r}; there are {known}", param="control")
+
+
 def train_controls(
     context: EvaluationContext, console: Console, names: Collection[str] = tuple(TRAINED)
 ) -> dict[str, EvaluationContext]:
@@ -34,9 +41,7 @@ def train_controls(
     Raises:
         InvalidRequest: A name is none of ``TRAINED``.
     """
-    if unknown := next((name for name in names if name not in TRAINED), None):
-        known = ", ".join(TRAINED)
-        raise InvalidRequest(f"no control is called {unknown!r}; there are {known}", param="control")
+    check_controls(names)
     contexts: dict[str, EvaluationContext] = {}
     for name in (name for name in TRAINED if name in names):
         console.print(f"control {name!r}:", highlight=False)

@@ -8,9 +8,10 @@ from statistics import median
 from rich.console import Console
 from rich.progress import Progress
 
+from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig
 from latentwire.training.monitor import StepRecord
-from latentwire.training.prepare import completed, prepare, sampler_of
+from latentwire.training.prepare import prepare, sampler_of
 from latentwire.training.run import Phase, Run
 from latentwire.training.step import take_step
 

@@ -19,9 +19,10 @@ from rich.progress import Progress
 
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.files import replace_file
+from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig
 from latentwire.training.curves import BLUE, GREEN, RED, STYLE
-from latentwire.training.prepare import completed, prepare, sampler_of
+from latentwire.training.prepare import prepare, sampler_of
 from latentwire.training.run import Run
 from latentwire.training.step import take_step
 

@@ -13,12 +13,13 @@ from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import InvalidRequest, TrainingFailed
 from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.training.alarms import Alarm, Alarms
+from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Prefetch
 from latentwire.training.duration import Pace
 from latentwire.training.machine import graphs, stop_requests
 from latentwire.training.monitor import Monitor, StepRecord, open_trackers, records_of, watch
-from latentwire.training.prepare import completed, prepare, sampler_of
+from latentwire.training.prepare import prepare, sampler_of
 from latentwire.training.run import Run
 from latentwire.training.state import load_state, save_state, states_in
 from latentwire.training.step import take_step

@@ -1,6 +1,5 @@
 """Before the first step: load the task and both models, make the bridge, and refuse what would stop a later step."""
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -18,16 +17,17 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
-from latentwire.bridge.checkpoint import BridgeModel, check_sender, head_key, load_bridge, make_bridge, read_manifest
+from latentwire.bridge.checkpoint import BridgeModel, check_sender, head_key, read_manifest
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Layout, Provenance
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.encoder import encoder_class, slots_of
-from latentwire.bridge.errors import InvalidRequest, first_line
+from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
 from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_model
 from latentwire.bridge.prompt import compose, layout_for
 from latentwire.bridge.reader import Reader, source_tokens
 from latentwire.bridge.residency import Residency
+from latentwire.training.base import bridge_of, earlier_runs
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Sampler, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
@@ -38,26 +38,6 @@ from latentwire.training.run import Run
 from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
 
 CHECKED = 2000  # examples of a generated task that are looked at before the first step
-
-
-def completed(config: TrainConfig) -> TrainConfig:
-    """The configuration with what the launcher and an extended checkpoint decide."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        config = config.model_copy(update={"fsdp": True})
-    given = config.bridge or config.init
-    if given is None:
-        return config
-    base = read_manifest(given).bridge
-    if config.add_receiver in base.heads:
-        raise InvalidRequest(f"{config.bridge} already has a head for {config.add_receiver!r}", param="add_receiver")
-    encoder = base.encoder
-    decided = {name: getattr(encoder, name) for name in ("ratio", "num_latents", "latent_dim", "hidden_dim", "depth")}
-    decided |= {"encoder": encoder.kind, "sender": config.sender or base.sender.name, "layer": list(base.layers)}
-    if config.bridge is not None:
-        decided["max_source_tokens"] = base.max_source_tokens
-    elif not config.receiver:
-        decided["receiver"] = list(base.heads)
-    return config.model_copy(update=decided)
 
 
 def prepare(config: TrainConfig, console: Console) -> Run:
@@ -75,7 +55,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     residency = Residency(config.memory_budget, device, dtype, partial(_load, config))
     sides, described = _meet(config, task, residency)
     torch.manual_seed(config.seed)
-    bridge = _bridge(config, described)
+    bridge = bridge_of(config, described)
     bridge.encoder.to(device)
     bridge.heads.to(device)
     modes = learned_modes(config, bridge, device)
@@ -225,12 +205,8 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
         heads={},
         provenance=_provenance(config, task),
         source=sender.source_layout,
-        earlier=() if config.init is None else _runs_of(read_manifest(config.init).bridge),
+        earlier=earlier_runs(config),
     )
-
-
-def _runs_of(config: BridgeConfig) -> tuple[Provenance, ...]:
-    return (*config.earlier, config.provenance)
 
 
 def _provenance(config: TrainConfig, task: Task) -> Provenance:
@@ -243,23 +219,6 @@ def _provenance(config: TrainConfig, task: Task) -> Provenance:
         recipe=config.model_dump(mode="json", exclude={"out", "cache", "device"}),
         processes=processes(),
     )
-
-
-def _bridge(config: TrainConfig, described: BridgeConfig) -> BridgeModel:
-    """A fresh bridge; one that begins with another's weights; or the extended one, frozen but for its new head."""
-    fresh, given = make_bridge(described), config.bridge or config.init
-    if given is None:
-        return fresh
-    _, base = load_bridge(given, device=torch.device("cpu"))
-    heads = [(fresh.head(name), base.head(name)) for name in base.config.heads if name in fresh.config.heads]
-    for module, trained in ((fresh.encoder, base.encoder), *heads):
-        try:
-            module.load_state_dict(trained.state_dict())
-        except RuntimeError as error:
-            raise InvalidRequest(f"--init {given}: its head is of another shape ({first_line(error)})") from None
-        if config.bridge is not None:
-            module.requires_grad_(False)
-    return fresh
 
 
 def learned_modes(config: TrainConfig, bridge: BridgeModel, device: torch.device) -> nn.ParameterDict:

@@ -31,10 +31,11 @@ from latentwire.bridge.prompt import IGNORE, TEXT, Row, layout_for
 from latentwire.bridge.quantised import dequantised
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
+from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks, gradient_checkpointing
-from latentwire.training.prepare import completed, describe, head_of, learned_modes, optimisers, with_heads
+from latentwire.training.prepare import describe, head_of, learned_modes, optimisers, with_heads
 from latentwire.training.run import Run
 from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens

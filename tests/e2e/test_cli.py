@@ -393,6 +393,11 @@ def test_every_command_refuses_a_checkpoint_it_cannot_trust(
     assert ("damaged:" in said) == (kind == "damaged")
 
 
+def test_an_unknown_control_is_refused_before_anything_is_looked_for(refuse: Refuse, tmp_path: Path) -> None:
+    said = refuse("evaluate", tmp_path / "absent", "--task", "world", "--control", "lora")
+    assert "no control is called 'lora'; there are direct_tuned, receiver_lora" in said
+
+
 def test_a_damaged_config_is_refused(refuse: Refuse, checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     text = (copy / "config.json").read_text()

@@ -11,11 +11,11 @@ from latentwire.bridge.checkpoint import load_bridge, read_manifest
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest, UnknownBridge
 from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.evaluation.tasks import load_task
+from latentwire.training.base import completed
 from latentwire.training.calibration import drawn, unseen
 from latentwire.training.config import TrainConfig
 from latentwire.training.controls import control_config
 from latentwire.training.loop import train
-from latentwire.training.prepare import completed
 from tests.integration.runs import prepared, quiet
 from tests.integration.test_calibration import task_of
 

@@ -14,9 +14,9 @@ from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest
 from latentwire.bridge.evaluation.conditions import predict
 from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import predicted_bytes
+from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.loop import train
-from latentwire.training.prepare import completed
 from latentwire.training.run import Run
 from tests.conftest import write_model
 from tests.integration.conftest import MakeConfig

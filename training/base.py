@@ -1,0 +1,59 @@
+"""What a run takes over from a checkpoint: the one that it extends (``--bridge``), or begins with (``--init``)."""
+
+import os
+
+import torch
+
+from latentwire.bridge.checkpoint import BridgeModel, load_bridge, make_bridge, read_manifest
+from latentwire.bridge.config import BridgeConfig, Provenance
+from latentwire.bridge.errors import InvalidRequest, first_line
+from latentwire.training.config import TrainConfig
+
+
+def completed(config: TrainConfig) -> TrainConfig:
+    """The configuration with what the launcher and an extended checkpoint decide."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        config = config.model_copy(update={"fsdp": True})
+    given = config.bridge or config.init
+    if given is None:
+        return config
+    base = read_manifest(given).bridge
+    if config.add_receiver in base.heads:
+        raise InvalidRequest(f"{config.bridge} already has a head for {config.add_receiver!r}", param="add_receiver")
+    encoder = base.encoder
+    decided = {name: getattr(encoder, name) for name in ("ratio", "num_latents", "latent_dim", "hidden_dim", "depth")}
+    decided |= {"encoder": encoder.kind, "sender": config.sender or base.sender.name, "layer": list(base.layers)}
+    if config.bridge is not None:
+        decided["max_source_tokens"] = base.max_source_tokens
+    elif not config.receiver:
+        decided["receiver"] = list(base.heads)
+    return config.model_copy(update=decided)
+
+
+def earlier_runs(config: TrainConfig) -> tuple[Provenance, ...]:
+    """The runs whose weights this one begins with, the last one last."""
+    if config.init is None:
+        return ()
+    base = read_manifest(config.init).bridge
+    return (*base.earlier, base.provenance)
+
+
+def bridge_of(config: TrainConfig, described: BridgeConfig) -> BridgeModel:
+    """A fresh bridge; one that begins with another's weights; or the extended one, frozen but for its new head.
+
+    Raises:
+        InvalidRequest: A head of the checkpoint is of another shape.
+    """
+    fresh, given = make_bridge(described), config.bridge or config.init
+    if given is None:
+        return fresh
+    _, base = load_bridge(given, device=torch.device("cpu"))
+    heads = [(fresh.head(name), base.head(name)) for name in base.config.heads if name in fresh.config.heads]
+    for module, trained in ((fresh.encoder, base.encoder), *heads):
+        try:
+            module.load_state_dict(trained.state_dict())
+        except RuntimeError as error:
+            raise InvalidRequest(f"--init {given}: its head is of another shape ({first_line(error)})") from None
+        if config.bridge is not None:
+            module.requires_grad_(False)
+    return fresh
