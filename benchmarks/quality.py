@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.real import typed
 from benchmarks.record import RESULTS, record
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.evaluation import world
@@ -60,7 +61,7 @@ def at_ratio(folder: Path, ratio: int, steps: int, limit: int) -> Figures:
     trained = train_controls(context, console, CONTROLS if ratio == RATIOS[0] else CONTROLS[:1])
     with progress_bar(console) as progress:
         report = measure(context, conditions=MEASURED, trained=trained, progress=progress)
-    return {"ratio": ratio, "report": {**report, "checkpoint": "runs/bridge"}}
+    return {"ratio": ratio, "steps": steps, "report": {**report, "checkpoint": "runs/bridge"}}
 
 
 def several(folder: Path, steps: int, limit: int) -> Figures:
@@ -68,7 +69,8 @@ def several(folder: Path, steps: int, limit: int) -> Figures:
     goes_on = {"init": "builtin", "alignment_steps": 0, "reconstruction_weight": 0.0}
     train(recipe(folder / "bridge", steps, sources_per_example=max(SOURCES), **goes_on), console)
     bridges = {"trained_for_it": Bridge.load(folder / "bridge"), "shipped": Bridge.load("builtin")}
-    return {name: [among(bridge, count, limit) for count in SOURCES] for name, bridge in bridges.items()}
+    asked = {name: [among(bridge, count, limit) for count in SOURCES] for name, bridge in bridges.items()}
+    return {"steps": steps, **asked}
 
 
 def among(bridge: Bridge, count: int, limit: int) -> Figures:
@@ -114,14 +116,18 @@ def mixed(sources: Sequence[str], question: str, own: int, count: int) -> list[i
 
 
 def new_receiver(folder: Path, steps: int, limit: int) -> Figures:
-    """A head of another family on the frozen encoder of the built-in bridge."""
-    base = {"sender": None, "receiver": None, "add_receiver": "builtin:neox", "bridge": "builtin"}
-    values = {**tomllib.loads(RECIPE.read_text()), "out": folder / "bridge", "max_steps": steps, "validate_every": 0}
-    train(read_config(None, {name: value for name, value in {**values, **base}.items() if value is not None}), console)
-    context = open_context(folder / "bridge", "world", limit=limit, dtype="float16", receiver="builtin:neox")
+    """A head for a model that the built-in bridge has never met, a Llama of another seed, on the frozen encoder."""
+    receiver = folder / "llama"
+    typed(f"latentwire.training.builtin llama --out {receiver} --seed 1")
+    values = tomllib.loads(RECIPE.read_text())
+    extended = {"add_receiver": str(receiver), "bridge": "builtin", "max_steps": steps, "out": folder / "bridge"}
+    kept = {name: value for name, value in values.items() if name not in ("sender", "receiver")}
+    train(read_config(None, {**kept, **extended, "validate_every": 0}), console)
+    context = open_context(folder / "bridge", "world", limit=limit, dtype="float16", receiver=str(receiver))
     with progress_bar(console) as progress:
         report = measure(context, conditions=MEASURED, progress=progress)
-    return {"receiver": "builtin:neox", "report": {**report, "checkpoint": "runs/bridge"}}
+    report = json.loads(json.dumps({**report, "checkpoint": "runs/bridge"}).replace(str(folder), "runs"))
+    return {"receiver": "the built-in Llama from seed 1", "steps": steps, "report": report}
 
 
 def main(steps: int = 2400, limit: int = 300, part: list[str] | None = None) -> None:
@@ -139,7 +145,7 @@ def main(steps: int = 2400, limit: int = 300, part: list[str] | None = None) -> 
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             made = parts[name](Path(folder))
-        done[name] = {**made, "steps": steps, "seconds": round(time.perf_counter() - began, 1)}
+        done[name] = {**made, "seconds": round(time.perf_counter() - began, 1)}
         record("quality", f"python -m benchmarks.quality --steps {steps} --limit {limit}", {"parts": done})
     console.print(table(done))
 
