@@ -228,16 +228,17 @@ class CorpusWriter:
 
     def append(self, records: Sequence[Record]) -> None:
         """Write documents; they are on the disk when this returns (InvalidRequest: no room)."""
-        entries, data, end = [], b"", self._end
+        entries, data, end = [], list[bytes](), self._end
         for record in records:
             document = {name: value for name, value in vars(record.document).items() if value is not None}
             facts = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
             ends = [end, end + len(record.message), end + len(record.message) + len(facts)]
             checksums = [zlib.crc32(record.message), zlib.crc32(facts)]
             entries.append([record.row, key_of(record.document.id), record.fingerprint, *ends, *checksums])
-            data, end = data + record.message + facts, ends[-1]
+            data += record.message, facts
+            end = ends[-1]
         with self._written():
-            self._file.write(data)
+            self._file.write(b"".join(data))
             _flush(self._file)
             self._journal.write(_line(entries))
             _flush(self._journal)

@@ -74,11 +74,11 @@ class _Service:
         call = protocol.inference("/latents", protocol.inputs_of(inputs), options)
         return list((await self._ask(KeptLatents, call)).latents)
 
-    async def latents(self, **options: Unpack[CallOptions]) -> AsyncGenerator[KeptLatent, None]:
-        """``GET /latents``: all that is kept, without the numbers; each page is one call."""
+    async def latents(self, containing: str = "", **options: Unpack[CallOptions]) -> AsyncGenerator[KeptLatent, None]:
+        """``GET /latents``: all that is kept (with these words), without the numbers; each page is one call."""
         after: str | None = ""
         while after is not None:
-            page = await self._ask(LatentPage, protocol.page_of_latents(after, options))
+            page = await self._ask(LatentPage, protocol.page_of_latents(after, containing, options))
             for latent in page.latents:
                 yield latent
             after = page.next

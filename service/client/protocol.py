@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent
@@ -151,9 +151,9 @@ def admin(bridge: str, action: str, options: CallOptions) -> Call:
     return Call("POST", f"/admin/bridges/{quote(bridge, '')}/{action}", **options)
 
 
-def page_of_latents(after: str, options: CallOptions) -> Call:
-    """A request for the latents whose ids follow one."""
-    return Call("GET", f"/latents?after={quote(after, '')}", **options)
+def page_of_latents(after: str, containing: str, options: CallOptions) -> Call:
+    """A request for the latents whose ids follow one, and that have these words."""
+    return Call("GET", f"/latents?{urlencode({'after': after, 'containing': containing})}", **options)
 
 
 def latent_of(method: str, id: str, options: CallOptions) -> Call:

@@ -231,6 +231,7 @@ def test_the_client_keeps_lists_asks_and_deletes(checkpoint: Path) -> None:
             kept = client.keep([*TEXTS, client.encode("Ben").latents[0]], ttl_seconds="forever", dtype="float32")
             assert all(isinstance(one, KeptLatent) for one in kept)
             assert {one.id for one in client.latents()} == {one.id for one in kept}
+            assert [one.id for one in client.latents(containing=kept[0].id[8:20])] == [kept[0].id]
             assert (
                 client.generate(kept, "Where?", max_tokens=4).texts
                 == client.generate([*TEXTS, "Ben"], "Where?", max_tokens=4).texts
