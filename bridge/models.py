@@ -239,7 +239,8 @@ def load_model(
         raise ModelUnavailable(f"model {name!r} cannot be loaded: its weights lack {holes[0]}")
     model = (model if device_map else cast(Any, model).to(device)).eval().requires_grad_(False)
     if (head := model.get_output_embeddings()) is not None:
-        head.register_forward_pre_hook(_in_one_piece)
+        # States of the last columns only, copied: torch would copy the output matrix instead, once for each row.
+        head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(), *states[1:]))
     # Its own defaults (penalties, sampling) would change every answer.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     lm = FrozenLM(name, reader.tokenizer, model.config, reader.end_ids, model, fingerprint)
@@ -248,11 +249,6 @@ def load_model(
             f"model {name!r} cannot be used: its embedding has {lm.rows} rows, its config.json says {reader.rows}"
         )
     return lm
-
-
-def _in_one_piece(head: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """States of the last columns only, copied: torch would copy the output matrix instead, once for each row."""
-    return states[0].contiguous(), *states[1:]
 
 
 def load_reader(name: str) -> Reader:

@@ -19,7 +19,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from latentwire.bridge import bridge, engine
+from latentwire.bridge import engine
+from latentwire.bridge import opened as opening
 from latentwire.bridge.generation import continuous
 from latentwire.bridge.generation import output as answer
 from latentwire.service.app import create_app
@@ -236,12 +237,12 @@ def test_a_body_that_never_comes_to_its_end_is_told_so_and_let_go(checkpoint: Pa
 
 SHOW = "show a token"  # which only streams do
 STAGES: dict[str, tuple[Any, str]] = {
-    "tokenise": (bridge, "source_tokens"),
+    "tokenise": (opening, "source_tokens"),
     "encode": (engine, "encode"),
-    "make a message": (bridge.wire, "encode"),
-    "read a message": (bridge.wire, "decode"),
-    "compose": (bridge, "compose"),
-    "check the receiver": (bridge, "check_receiver"),
+    "make a message": (opening.wire, "encode"),
+    "read a message": (opening.wire, "decode"),
+    "compose": (opening, "compose"),
+    "check the receiver": (opening, "check_receiver"),
     "soften": (in_flight, "soften"),
     "submit": (continuous.ContinuousEngine, "_begin"),
     "take a token": (answer.OutputTokens, "add"),
