@@ -24,6 +24,7 @@ from latentwire.bridge.files import replace_file
 
 CODEBOOKS = "codebooks.safetensors"
 VECTORS = 256  # of a codebook: what a byte can name
+REMEDY = "(delete it, and quantise)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +81,9 @@ def load_codebooks(folder: Path, bridge_id: str, latent_dim: int) -> Codebooks |
         with cast(Any, safe_open(path, "np")) as file:
             about, vectors = file.metadata() or {}, file.get_tensor("vectors")
     except (SafetensorError, OSError) as error:
-        raise CorruptCheckpoint(f"{path} is no whole safetensors file of codebooks: {error}") from None
+        raise CorruptCheckpoint(f"{path} is no whole safetensors file of codebooks: {error} {REMEDY}") from None
     if (of := about.get("bridge_id")) != bridge_id:
-        raise IncompatibleBridge(f"{path} is of bridge {of}; this one is {bridge_id} (delete it, and quantise)")
+        raise IncompatibleBridge(f"{path} is of bridge {of}; this one is {bridge_id} {REMEDY}")
     if vectors.dtype != np.float16 or vectors.ndim != 3 or vectors.shape[1:] != (VECTORS, latent_dim):
         raise CorruptCheckpoint(
             f"{path}: vectors are {vectors.dtype} {vectors.shape}; expected float16 (any, {VECTORS}, {latent_dim})"
@@ -90,7 +91,7 @@ def load_codebooks(folder: Path, bridge_id: str, latent_dim: int) -> Codebooks |
     found = Codebooks(vectors.astype(np.float32), about)
     if not np.isfinite(found.vectors).all() or about.get("crc32") != f"{found.digest:08x}":
         raise CorruptCheckpoint(
-            f"{path}: its vectors are damaged: checksum {found.digest:08x}, not {about.get('crc32')}"
+            f"{path}: its vectors are damaged: checksum {found.digest:08x}, not {about.get('crc32')} {REMEDY}"
         )
     return found
 
