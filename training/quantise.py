@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TENTH = 10  # one in so many examples is not fitted to: on it the error is measured
 FEWEST = 10  # slots for each vector of a codebook
 ROWS = 32
+SEEDS = 1 << 32  # that scikit-learn knows
 
 
 def quantise(
@@ -30,7 +31,7 @@ def quantise(
     task: Annotated[str, typer.Option(help="'world' or a task file (.toml): its training sources are read.")],
     codebooks: Annotated[int, typer.Option(min=2, max=8, help="How many: 2 for rq2, 4 for rq4 too, 8 for all.")] = 4,
     examples: Annotated[int, typer.Option(min=1, help="Most training examples to read.")] = 4000,
-    seed: Annotated[int, typer.Option(help="Of the examples, and where the fit begins.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the examples, and where the fit begins.")] = 0,
     device: Annotated[
         str | None, typer.Option(help=r"Where models compute; as in 'train'. \[default: the best there is]")
     ] = None,
@@ -109,7 +110,7 @@ def fit_codebooks(
         "slots": str(slots),
     }  # fmt: skip
     for number in range(count):
-        means = KMeans(VECTORS, n_init=1, max_iter=60, random_state=seed + number)
+        means = KMeans(VECTORS, n_init=1, max_iter=60, random_state=(seed + number) % SEEDS)
         # Rounded as they are saved, so that the next one is fitted to what a reader will have left over.
         vector = means.fit(left).cluster_centers_.astype(np.float16).astype(np.float32)[None]
         one = Codebooks(vector, about)

@@ -129,3 +129,10 @@ def test_the_built_in_bridge_answers_from_fewer_bytes_than_its_texts_have() -> N
     assert report["bytes"]["latent"] < report["bytes"]["source"]
     assert report["conditions"]["bridge"]["value"] > 0.85
     assert "--dtype rq8" in json.dumps(report["about"])
+
+
+def test_any_seed_from_0_fits_codebooks_and_one_below_is_refused(own: Path) -> None:
+    said = CliRunner().invoke(app, f"quantise {own} --task world --seed -1")
+    assert said.exit_code == 2 and "--seed" in said.output
+    made, _ = fit_codebooks(Bridge.load(own), "world", count=2, examples=300, seed=(1 << 32) - 1)
+    assert len(made.vectors) == 2
