@@ -9,9 +9,15 @@ from latentwire.bridge.config import BridgeConfig, Provenance
 from latentwire.bridge.errors import InvalidRequest, first_line
 from latentwire.training.config import TrainConfig
 
+NOTHING = (None, "", [])  # what a setting has that is left to the checkpoint
+
 
 def completed(config: TrainConfig) -> TrainConfig:
-    """The configuration with what the launcher and an extended checkpoint decide."""
+    """The configuration with what the launcher and an extended checkpoint decide.
+
+    Raises:
+        InvalidRequest: A setting asks for another shape than the checkpoint has; it is named.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         config = config.model_copy(update={"fsdp": True})
     given = config.bridge or config.init
@@ -27,6 +33,13 @@ def completed(config: TrainConfig) -> TrainConfig:
         decided["max_source_tokens"] = base.max_source_tokens
     elif not config.receiver:
         decided["receiver"] = list(base.heads)
+    asked = config.model_dump(include=config.model_fields_set & decided.keys())
+    for name, value in asked.items():
+        if value not in NOTHING and value != decided[name]:
+            message = (
+                f"{name} {value!r}: the bridge at {given} has {decided[name]!r}, which a run with its weights keeps"
+            )
+            raise InvalidRequest(message, param=name)
     return config.model_copy(update=decided)
 
 

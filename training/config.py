@@ -190,6 +190,12 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _keeps_its_beginning(self) -> "TrainConfig":
+        if self.init is not None and Path(self.init).resolve() in (self.out.resolve(), (self.out / "best").resolve()):
+            raise ValueError(f"--out {self.out} would replace the weights of --init {self.init}; give another --out")
+        return self
+
+    @model_validator(mode="after")
     def _several_sources(self) -> "TrainConfig":
         if self.sources_per_example > 1 and self.source_text:
             raise ValueError("--sources-per-example puts other examples' latents into a prompt, --source-text none")

@@ -260,13 +260,14 @@ def optimisers(bridge: BridgeModel, modes: nn.ParameterDict, config: TrainConfig
 
 def identity_of(config: TrainConfig, described: BridgeConfig, task: Task, ranks: Ranks) -> dict[str, Any]:
     """Everything that decides the result: the settings, and what the models and the data were."""
+    given = config.bridge or config.init
     return {
         **config.model_dump(mode="json"),
         "sender_fingerprint": str(described.sender.fingerprint),
         "receiver_fingerprint": ", ".join(str(described.heads[r].receiver.fingerprint) for r in config.receivers),
         "data_sha256": task.data_sha256,
         "processes": ranks.count,
-        "bridge_extended": read_manifest(config.bridge).bridge_id if config.bridge else None,
+        "bridge_extended": read_manifest(given).bridge_id if given else None,
     }
 
 

@@ -83,5 +83,25 @@ def test_what_does_not_go_together_is_one_sentence(
         prepared(completed(then(first, head_dim=96)))
     with pytest.raises(ValueError, match="--init begins with a whole bridge's weights, --add-receiver keeps them"):
         then(first, add_receiver="builtin:llama", bridge="builtin")
+    for changes, message in (
+        ({"ratio": 8}, "ratio 8: the bridge at .* has 3"),
+        ({"layer": [1]}, r"layer \[1\]: the bridge at .* has \["),
+        ({"encoder": "perceiver"}, "encoder 'perceiver': the bridge at .* has 'pooling'"),
+        ({"depth": 0}, "depth 0: the bridge at .* has 1"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            completed(then(first, **changes))
+    assert completed(then(first, ratio=3, encoder="pooling")).ratio == 3
+    for folder in (first.out, first.out / "best"):
+        with pytest.raises(ValueError, match=r"--out .* would replace the weights of --init .*; give another --out"):
+            then(first, init=str(folder), out=first.out)
     with pytest.raises(ValueError, match="sender and receiver are needed"):
         then(first, init=None)
+
+
+def test_a_run_goes_on_from_the_weights_it_began_with_and_from_no_others(first: TrainConfig) -> None:
+    second = then(first, max_steps=3)
+    train(second, quiet())
+    train(first.model_copy(update={"seed": 1}), quiet(), overwrite=True)
+    with pytest.raises(InvalidRequest, match=r"--resume: bridge_extended was '[0-9a-f]{32}', now '[0-9a-f]{32}'"):
+        train(second, quiet(), resume=True)
