@@ -9,7 +9,7 @@ from latentwire.bridge.config import BridgeConfig, Provenance
 from latentwire.bridge.errors import InvalidRequest, first_line
 from latentwire.training.config import TrainConfig
 
-NOTHING = (None, "", [])  # what a setting has that is left to the checkpoint
+NOTHING: tuple[object, ...] = (None, "", [])  # what a setting has that is left to the checkpoint
 
 
 def completed(config: TrainConfig) -> TrainConfig:
