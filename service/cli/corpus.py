@@ -1,5 +1,6 @@
 """Commands about corpora: ``encode --input``, ``corpus export`` and ``corpus check``."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,11 +60,13 @@ def export(
 def check(corpus: File) -> None:
     """Read every latent of a corpus, and say what it is; one that is damaged is named."""
     from latentwire.bridge.corpus import Corpus
+    from latentwire.bridge.wire import CODED
 
     found, tokens, numbers = Corpus(corpus), 0, 0
     with _bar("documents") as bar:
         for latent in bar.track(found.values(), total=len(found)):
-            numbers += latent.array.size  # which checks the message
+            # Decoding checks a message; codes, which only their bridge decodes, had their checksum when they were read.
+            numbers += math.prod(latent.shape) if found.dtype in CODED else latent.array.size
             tokens += latent.source_tokens
     typer.echo(
         f"{corpus}: {len(found):,} documents of {tokens:,} sender tokens, {numbers:,} numbers in {found.dtype}, "

@@ -87,6 +87,8 @@ def test_a_corpus_of_codes_is_asked_like_any_other_and_goes_on_with_its_own_code
     bridge = Bridge.load(own)
     corpus = encode_corpus(bridge, {"ben": SOURCE}, tmp_path / "coded.lw", dtype="rq2")
     assert (corpus.dtype, corpus["ben"].dtype) == ("rq2", "rq2")
+    checked = CliRunner().invoke(app, ["corpus", "check", str(corpus.path)])
+    assert checked.exit_code == 0 and "in rq2" in checked.output and "as it was written" in checked.output
     (coded,) = bridge.encode(SOURCE, dtype="rq2")
     np.testing.assert_array_equal(bridge.decode(corpus["ben"].data), bridge.decode(coded.data))
     journal = tmp_path / "begun.lw.part.journal"
