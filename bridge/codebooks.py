@@ -86,7 +86,8 @@ def load_codebooks(folder: Path, bridge_id: str, latent_dim: int) -> Codebooks |
         raise IncompatibleBridge(f"{path} is of bridge {of}; this one is {bridge_id} {REMEDY}")
     if vectors.dtype != np.float16 or vectors.ndim != 3 or vectors.shape[1:] != (VECTORS, latent_dim):
         raise CorruptCheckpoint(
-            f"{path}: vectors are {vectors.dtype} {vectors.shape}; expected float16 (any, {VECTORS}, {latent_dim})"
+            f"{path}: vectors are {vectors.dtype} {vectors.shape}; "
+            f"expected float16 (any, {VECTORS}, {latent_dim}) {REMEDY}"
         )
     found = Codebooks(vectors.astype(np.float32), about)
     if not np.isfinite(found.vectors).all() or about.get("crc32") != f"{found.digest:08x}":

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page
 
 from latentwire.service.__main__ import main
 from latentwire.service.cli.report import COMPARISON
-from tests.e2e.conftest import chromium, opened_browser, sideways
+from tests.e2e.conftest import sideways
 from tests.reports import document, written
 
 Call = Callable[..., tuple[int, str, str]]
@@ -113,14 +113,6 @@ def test_a_report_that_is_not_there_or_named_twice_is_one_line_and_code_2(call: 
     code, _, problem = call("report", tmp_path / "nowhere.json")
     assert code == 2 and "nowhere.json" in problem and "No such file" in problem
     assert call("report", file, file)[2] == "latentwire: a report is named twice\n"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if chromium() is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    with opened_browser() as browser:
-        yield browser
 
 
 @pytest.fixture
