@@ -61,14 +61,12 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "hybrid, 2 global slots": {"encoder": "hybrid", "num_latents": 2},
     "layers 1 to 4 mixed": {"layer": EVERY, "layer_mix": True},
     "layers 1 to 4 side by side": {"layer": EVERY},
-    "layer 2": {"layer": [2]},
     "layer 4": {"layer": [4]},
+    "pooled-perceiver": {"encoder": "pooled-perceiver", **FIXED},
     "head of 128": {"head_dim": 128},
     "head of 512": {"head_dim": 512},
-    "gain": {"gain": True},
-    "pooled-perceiver": {"encoder": "pooled-perceiver", **FIXED},
     "perceiver": {"encoder": "perceiver", **FIXED},
-    "pooling, no alignment": {"alignment_steps": 0},
+    "gain": {"gain": True},
 }
 SHAPE = {"encoder", "num_latents", "layer", "layer_mix", "head_dim", "gain"}
 

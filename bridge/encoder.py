@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         if self.layer_mix is None:
             states = self.norm(states)
         else:
-            states = self.layer_mix(self.norm(states.unflatten(-1, (self.config.mixed_layers, -1))))
+            states = self.layer_mix(self.norm(states.reshape(*mask.shape, self.config.mixed_layers, -1)))
         slots, slot_mask = self.slots(states * mask[..., None], mask)
         for block in self.mix:
             slots = block(slots, slots, slot_mask)

@@ -55,7 +55,7 @@ class Watched(Ledger):
     ("family", "settings"),
     [
         ("llama", {"gradient_checkpointing": True}),
-        ("gpt2", {}),
+        ("gpt2", {"encoder": "hybrid", "layer": [1, 3], "layer_mix": True, "alignment_weight": 1.0}),
         ("mistral", {"kd_weight": 1.0, "margin_weight": 1.0}),
     ],
 )
