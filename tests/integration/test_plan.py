@@ -95,6 +95,16 @@ def test_few_blocks_stand_exactly_for_many(tmp_path: Path, monkeypatch: pytest.M
     assert [short.peak_bytes(rows) for rows in (1, 4, 64)] == [whole.peak_bytes(rows) for rows in (1, 4, 64)]
 
 
+def test_a_mix_of_layers_is_planned_from_kept_states_and_weighs_less_than_all_of_them(tmp_path: Path) -> None:
+    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
+    several = LEAN | {"layer": [1, 3], "cache_features": True}
+    beside, mixed = (
+        plan(config_of(sender, receiver, tmp_path, **several, layer_mix=mix), **LENGTHS) for mix in (False, True)
+    )
+    less = beside.fullest(4)[simulate.TRAINED][0] - mixed.fullest(4)[simulate.TRAINED][0]
+    assert less == 4 * (64 * (4 * 64 + 2) - 3)  # what reads 4 states and what normalises one, half as wide; the mix
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan with its alternatives."""
