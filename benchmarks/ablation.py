@@ -1,8 +1,8 @@
 """Which objectives earn their place: each one added to (or taken from) the same base, several seeds, two tasks.
 
 ``encoders`` changes the encoder, the layers it reads and the head instead; ``first-k`` sweeps how many of an answer's
-tokens are supervised. A run is short, so the numbers compare recipes; they
-are not what a bridge reaches. Runs that are in the results file already are not made again.
+tokens are supervised. A run is short, so the numbers compare recipes; they are not what a bridge reaches. Runs that are
+in the results file already are not made again.
 """
 
 import json

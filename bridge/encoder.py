@@ -174,7 +174,10 @@ class Perceiver(Encoder):
 
 
 class PooledPerceiver(Pooling, Perceiver):
-    """A fixed number of learned queries that read the slots of ``Pooling`` instead of every token: ours."""
+    """A fixed number of learned queries that read the slots of ``Pooling`` instead of every token: ours.
+
+    ``Pooling`` stands first, so ``read`` is that of windows.
+    """
 
     kind = "pooled-perceiver"
     windowed = False
