@@ -81,6 +81,8 @@ def test_a_reading_has_room_for_its_source_and_never_more_than_the_receiver_has(
     assert reading_params(config, 4, 7, 500).max_tokens == 7
     perceiver = bridge_config(lms["neox"], lms["llama"], kind="perceiver")
     assert reading_params(perceiver, 6, None, 500).max_tokens == 2 * perceiver.max_source_tokens + SPARE
+    hybrid = bridge_config(lms["neox"], lms["llama"], kind="hybrid")  # six slots cover no tokens
+    assert reading_params(hybrid, 6 + 3, None, 500).max_tokens == 2 * 3 * hybrid.encoder.ratio + SPARE
     latents = [np.zeros((K, config.encoder.latent_dim), np.float32) for K in (1, 103)]
     prompt, params = bridge.readings(name, latents, None)
     for latent, how in zip(latents, params, strict=True):
