@@ -113,10 +113,17 @@ class OpenBridge:
     def readings(
         self, receiver: str, latents: Sequence[NDArray[np.float32]], max_tokens: int | None
     ) -> tuple[str, list[SamplingParams]]:
-        """The prompt at which a receiver says what latents hold, and how each is answered."""
+        """The prompt at which a receiver says what latents hold, and how each is answered (InvalidRequest: no room)."""
         prompt = taught(self.manifest.bridge, receiver) or REPEAT
         around = len(self.compose(receiver, np.zeros((1, 1), np.float32), prompt, SamplingParams(max_tokens=0))) - 1
         room = self.reader(receiver).max_tokens - around
+        for slots in map(len, latents):
+            if max_tokens is not None and max_tokens > room - slots:
+                raise InvalidRequest(
+                    f"max_tokens is {max_tokens}; beside a latent of {slots} slots {receiver!r} has room for "
+                    f"{max(room - slots, 0)}",
+                    param="max_tokens",
+                )
         return prompt, [reading_params(self.manifest.bridge, len(latent), max_tokens, room) for latent in latents]
 
     def continue_with(

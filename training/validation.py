@@ -74,8 +74,7 @@ def _score(run: Run, metric: Metric, context: PredictionContext, readings: Seque
     texts: list[str] = []
     for chosen in chunks(range(len(readings)), run.micro_batch):
         texts += predict(context, chosen, [readings[i] for i in chosen])
-    wanted = [example.answer for example in context.examples]
-    return statistics.fmean(metric.scores(texts, wanted))
+    return statistics.fmean(metric.scores(texts, [example.right for example in context.examples]))
 
 
 def _loss(run: Run, context: PredictionContext, readings: Sequence[Reading]) -> float:
