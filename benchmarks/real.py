@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import RESULTS, record
+from benchmarks.several import SOURCES, among
 from latentwire.bridge import engine
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.evaluation.conditions import CONDITIONS, soft_tokens
@@ -52,7 +54,7 @@ class RealTask:
 
     Attributes:
         data: Stem of its files; None for the built-in world.
-        fields: Of its task file, but name and splits.
+        fields: Of its task file, but name and splits; empty ``labels`` are those of the training rows.
         recipe: Flags of ``latentwire train`` between pretrained models, on a few hundred steps of one core.
         row: Makes a row of the task from one of the data, or leaves it out; the data's own, unless given.
         nats: Whether the answer is measured as nats per token, being one of many that would do.
@@ -84,6 +86,12 @@ def _halves(row: Row) -> Row:
     }
 
 
+def _named(row: Row) -> Row:
+    """Labels as one writes them."""
+    return {**row, "label": row["label"].replace("_", " ").strip(" ?").lower()}
+
+
+BRIEF = "--max-steps 320 --batch-size 32 --alignment-steps 0 --reconstruction-weight 0 --hidden-dim 320"
 SHORT = "--max-steps 160 --batch-size 8 --alignment-steps 0 --reconstruction-weight 0 --hidden-dim 320"
 LONG = "--max-steps 160 --batch-size 8 --alignment-steps 60 --reconstruction-weight 0 --hidden-dim 320"
 TASKS = {
@@ -91,7 +99,7 @@ TASKS = {
     "agnews": RealTask(
         "agnews_small", _labelled("News", "Topic", ["world", "sports", "business", "technology"]), SHORT
     ),
-    "banking77": RealTask("banking77", _answered("{text}", "Query: {latent}\nIntent:", "{label}", 16), SHORT),
+    "banking77": RealTask("banking77", _labelled("Query", "Intent", []), BRIEF, _named),
     "squad": RealTask(
         "squad2_devhalf",
         _answered("{context}", "Text: {latent}\nQuestion: {question}\nAnswer:", "{answer}", 24),
@@ -125,6 +133,9 @@ def task_file(name: str, material: Path, folder: Path) -> str:
             rows = map(task.row, map(json.loads, gzip.open(file, "rt", encoding="utf-8")))
             files[split] = folder / f"{name}.{split}.jsonl"
             files[split].write_text("".join(json.dumps(row) + "\n" for row in rows if row), encoding="utf-8")
+    if task.fields.get("labels") == []:
+        named = {json.loads(line)["label"] for line in files["train"].read_text(encoding="utf-8").splitlines()}
+        task = replace(task, fields={**task.fields, "labels": sorted(named)})
     fields = {"name": name, **{split: str(path) for split, path in files.items()}, **task.fields}
     toml = folder / f"{name}.toml"
     toml.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items()), encoding="utf-8")
@@ -207,11 +218,14 @@ def run_once(
     limit: int,
     controls: list[str],
     extra: str,
+    keep: Path | None,
 ) -> dict[str, Any]:
-    """Train a bridge on one task, and measure it."""
+    """Train a bridge on one task, and measure it; its checkpoint stays where there is a folder to KEEP it in."""
     sender, receiver = pair
-    with tempfile.TemporaryDirectory() as made:
+    kept = keep and keep / f"{sender.name}-{receiver.name}-{name}-{ratio}-{seed}"
+    with nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory() as made:
         folder = Path(made)
+        folder.mkdir(parents=True, exist_ok=True)
         file = task_file(name, material, folder)
         command = (
             f"latentwire train --sender {sender} --receiver {receiver} --task {file} --out {folder}/bridge "
@@ -231,6 +245,11 @@ def run_once(
             trained = train_controls(context, console, controls) if controls else {}
             with progress_bar(console) as progress:
                 report = measure(context, conditions=MEASURED, trained=trained, progress=progress)
+            most = context.bridge.config.provenance.recipe["sources_per_example"]
+            if name == "facts" and most > 1:
+                asked = Bridge.load(folder / "bridge", precision="fp32")
+                report["several"] = [among(asked, count, limit // 2) for count in SOURCES if count <= most]
+                asked.unload()
             report["by_dtype"] = by_dtype(context, file, report["conditions"]["bridge"]["value"])
         events = read_jsonl(folder / "bridge" / "events.jsonl")
         alarms = [line["message"] for line in events if line["event"] == "alarm"]
@@ -273,7 +292,7 @@ def table(runs: list[Row]) -> Table:
 
 def between_models(
     models: Path, material: Path, limit: int, names: list[str], ratios: list[int], seeds: int, senders: list[str],
-    controls: list[str], extra: str,
+    controls: list[str], extra: str, keep: Path | None,
 ) -> None:  # fmt: skip
     """Every pair, task, ratio and seed that is not in the newest results file; each is recorded once it is done."""
     folders = sorted(path.parent for path in models.resolve().glob("*/config.json"))
@@ -288,7 +307,9 @@ def between_models(
             continue
         console.print(f"run {number} of {len(wanted)}: {key}", markup=False, highlight=False, soft_wrap=True)
         try:
-            made = run_once(pair, name, ratio, seed, material=material, limit=limit, controls=controls, extra=extra)
+            made = run_once(
+                pair, name, ratio, seed, material=material, limit=limit, controls=controls, extra=extra, keep=keep
+            )
         except subprocess.CalledProcessError:  # it has said why: a task need not fit every model
             console.print("left out")
             continue
@@ -307,18 +328,19 @@ def main(
     sender: list[str] | None = None,
     control: list[str] | None = None,
     extra: str = "",
+    keep: Path | None = None,
 ) -> None:
     """Train and measure bridges on each TASK: between tiny models, or between all those in the folder MODELS.
 
     With MODELS: at each RATIO (4), for so many SEEDS, from the SENDERs named (all), with EXTRA flags of training.
-    CONTROLs are those of ``latentwire evaluate``, trained beside each bridge (none).
+    CONTROLs are those of ``latentwire evaluate``, trained beside each bridge (none). Checkpoints stay in KEEP.
     """
     if models is None:
         for name in task or ("sst2", "agnews"):
             tiny_pair(material, limit, name)
         return
     between_models(
-        models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], control or [], extra
+        models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], control or [], extra, keep
     )
 
 
