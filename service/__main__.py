@@ -54,7 +54,7 @@ out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
 EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "pretrain", "plan", "plot", "export"), "train")}
 
-Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers, where there are any.")]
 LogLevel = Annotated[str, typer.Option(help="Least that is logged: debug, info, warning or error.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
 
