@@ -34,7 +34,9 @@ from latentwire.training.features import CachedStates, LiveStates, build, featur
 from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, processes, shard
 from latentwire.training.muon import Muon
 from latentwire.training.objectives import OBJECTIVES, weights_of
+from latentwire.training.pretrain import PretrainConfig
 from latentwire.training.run import Run
+from latentwire.training.text import cut, text_task
 from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
 
 CHECKED = 2000  # examples of a generated task that are looked at before the first step
@@ -47,13 +49,16 @@ def prepare(config: TrainConfig, console: Console) -> Run:
         InvalidRequest: A model cannot play its part, or an example does not fit.
     """
     device = device_named(config.device)
-    ranks, task, dtype = join_ranks(device), load_task(config.task), dtype_named(config.precision, device)
+    ranks, dtype = join_ranks(device), dtype_named(config.precision, device)
     console = console if ranks.first else Console(quiet=True)
+    task = text_task(config, console) if isinstance(config, PretrainConfig) else load_task(config.task)
     check_writable(config.out)
     for name in (config.sender, *config.receivers):
         check_role(name, "sender" if name == config.sender else "receiver")
     residency = Residency(config.memory_budget, device, dtype, partial(_load, config))
     sides, described = _meet(config, task, residency)
+    if isinstance(config, PretrainConfig):
+        task = cut(task, described, sides[config.sender], console)
     torch.manual_seed(config.seed)
     bridge = bridge_of(config, described)
     bridge.encoder.to(device)

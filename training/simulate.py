@@ -36,6 +36,7 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks, gradient_checkpointing
 from latentwire.training.prepare import describe, head_of, learned_modes, optimisers, with_heads
+from latentwire.training.pretrain import PretrainConfig
 from latentwire.training.run import Run
 from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
@@ -367,7 +368,8 @@ MARK_TOKENS = 4  # before each of several sources
 def tokens_of(run: Run, lengths: Lengths, index: int) -> Tokens:
     """The longest example; every second one is a token shorter, since batches without padding spare their mask."""
     config, described = run.config, run.bridge.config
-    S, P, A = max(lengths.source - index % 2, 1), lengths.prompt, lengths.answer
+    S, P = max(lengths.source - index % 2, 1), lengths.prompt
+    A = S if isinstance(config, PretrainConfig) else lengths.answer
     half, M = max(S // 2, 1), config.mode_tokens
     K, H = slots_of(described.encoder, S), slots_of(described.encoder, half)
     aligned = config.alignment_weight > 0 and encoder_class(config.encoder).windowed
