@@ -3,6 +3,7 @@
 Frozen dataclasses, read back through pydantic so that a damaged or unknown field is named. No torch.
 """
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -98,12 +99,13 @@ class EncoderConfig:
 
     Attributes:
         kind: One of ``bridge.encoder.KINDS``.
-        sender_width: Width of the hidden states read, summed over the layers.
+        sender_width: Width of the states that slots are made of: summed over the layers read, or of each if mixed.
         latent_dim: Width C of the latent that crosses the wire.
         hidden_dim: Width inside the encoder.
         depth: Transformer blocks over the slots.
-        ratio: Sender tokens per slot, of kinds whose slots cover windows of the source.
-        num_latents: Slots, of the other kinds.
+        ratio: Sender tokens per window, of kinds that read windows of the source.
+        num_latents: Slots, of the other kinds; of ``hybrid``, those before the windows'.
+        mixed_layers: Layers that a learned mix makes one of; 1, as in every old encoder: all are read side by side.
     """
 
     kind: str
@@ -113,6 +115,7 @@ class EncoderConfig:
     depth: int
     ratio: int
     num_latents: int
+    mixed_layers: int = field(default=1, repr=False)  # ids of old bridges are made from the repr
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -64,8 +64,13 @@ class TrainConfig(BaseModel):
     encoder: str = BRIDGE(
         "Encoder kind; mean and linear are baselines, prompt is a control without a sender.", "pooling"
     )
-    ratio: int = BRIDGE("Sender tokens per slot (pooling, linear).", 4, ge=1)
-    num_latents: int = BRIDGE("Slots (perceiver, mean, prompt).", 16, ge=1, le=MAX_SLOTS)
+    ratio: int = BRIDGE("Sender tokens per window (pooling, pooled-perceiver, hybrid, linear).", 4, ge=1)
+    num_latents: int = BRIDGE(
+        "Slots (perceiver, pooled-perceiver, mean, prompt), or those before the windows' (hybrid).",
+        16,
+        ge=1,
+        le=MAX_SLOTS,
+    )
     latent_dim: int | None = BRIDGE(
         "Width C of the latent that crosses the wire. [the receiver's, at most 512]", None, ge=1, le=MAX_WIDTH
     )
@@ -76,6 +81,7 @@ class TrainConfig(BaseModel):
     gain: bool = BRIDGE("Learn a gain of the soft tokens, 1 to 256 times the embeddings' RMS.", False)
     depth: int = BRIDGE("Transformer blocks over the slots.", 2, ge=0)
     layer: list[int] | None = BRIDGE("Sender layer to read, from 1; repeat to read several. [two thirds up]", None)
+    layer_mix: bool = BRIDGE("Read a learned mix of several layers instead of all of them side by side.", False)
 
     max_steps: int = STEPS("Optimiser steps.", 1000, ge=1)
     batch_size: int = STEPS("Examples per forward pass, in each process.", 32, ge=1)
@@ -92,7 +98,7 @@ class TrainConfig(BaseModel):
     first_k: int = OBJECTIVES("Answer tokens that the first-k objective looks at.", 4, ge=1)
     first_k_weight: float = OBJECTIVES("Weight of the cross-entropy of the first k answer tokens.", 0.0, ge=0)
     alignment_steps: int | None = OBJECTIVES(
-        "First steps, in which soft tokens learn the words they cover. [a third; pooling, linear]", None, ge=0
+        "First steps, in which soft tokens learn the words they cover. [a third; pooling, hybrid, linear]", None, ge=0
     )
     alignment_weight: float = OBJECTIVES("Weight of that objective after the first steps.", 0.0, ge=0)
     reconstruction_weight: float = OBJECTIVES("Weight of repeating the source.", 1.0, ge=0)

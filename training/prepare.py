@@ -194,18 +194,23 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
     layers = tuple(config.layer or (round(sender.layers * 2 / 3),))
     if bad := [layer for layer in layers if not 0 <= layer <= sender.layers]:
         raise InvalidRequest(f"--layer {bad[0]}: {sender.name!r} has layers 0 to {sender.layers}", param="layer")
+    widths = [sender.state_width(layer) for layer in layers]
+    if config.layer_mix and (len(layers) < 2 or len(set(widths)) > 1):
+        message = f"--layer-mix needs several layers of one width; layers {list(layers)} have the widths {widths}"
+        raise InvalidRequest(message, param="layer_mix")
     return BridgeConfig(
         sender=sender.ref,
         layers=layers,
         max_source_tokens=min(config.max_source_tokens, sender.max_tokens),
         encoder=EncoderConfig(
             kind=config.encoder,
-            sender_width=sum(sender.state_width(layer) for layer in layers),
+            sender_width=widths[0] if config.layer_mix else sum(widths),
             latent_dim=config.latent_dim or 0,  # decided by the receiver, which is not loaded yet
             hidden_dim=config.hidden_dim or min(max(sender.width // 32 * 32, 64), 1024),
             depth=config.depth,
             ratio=config.ratio,
             num_latents=config.num_latents,
+            mixed_layers=len(layers) if config.layer_mix else 1,
         ),
         heads={},
         provenance=_provenance(config, task),

@@ -297,7 +297,8 @@ def _prepare(
     _charge(ledger, bridge, sender)
     # One receiver and one probe in every step, and the teacher's rows in one pass, as they are at the fullest.
     update = {"receiver": [receiver.name], "add_receiver": None, "bridge": None, "kd_chunk": None, "probe_every": 1}
-    kept = _Kept(mode, described.encoder.sender_width, sender.model.dtype)
+    width = described.encoder.sender_width * described.encoder.mixed_layers
+    kept = _Kept(mode, width, sender.model.dtype)
     residency = _Given(load={**lms, config.sender: sender, receiver.name: receiver}.__getitem__)
     run = Run(
         config=config.model_copy(update=update if config.probe_every else {**update, "probe_every": 0}),
@@ -375,7 +376,7 @@ def tokens_of(run: Run, lengths: Lengths, index: int) -> Tokens:
     return Tokens(
         source=SourceTokens([index] * S, S),
         half=half,
-        words=[(token // config.ratio, 0) for token in range(S)] if aligned else [],
+        words=[(slots_of(described.encoder, 0) + token // config.ratio, 0) for token in range(S)] if aligned else [],
         answer=_row(P + (config.sources_per_example - 1) * (K + MARK_TOKENS), K, A),
         reconstruction=_row(TEMPLATE_TOKENS, K + M, S) if config.reconstruction_weight else None,
         continuation=_row(1, H + M, max(S - half, 1)) if config.continuation_weight else None,

@@ -151,11 +151,11 @@ class Tokeniser:
 
     def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
         """The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned."""
-        bos = self._opening
+        bos, first = self._opening, slots_of(self.bridge.encoder, 0)  # slots that cover no words stand before
         ends = np.asarray([end for _, end in text_offsets(self.sender, text)][: source_tokens - bos])
         theirs = zip(text_ids(self.receiver, text), text_offsets(self.receiver, text), strict=True)
         return [
-            ((int(np.searchsorted(ends, end)) + bos) // self.config.ratio, token)
+            (first + (int(np.searchsorted(ends, end)) + bos) // self.config.ratio, token)
             for token, (_, end) in theirs
             if len(ends) and end <= ends[-1]
         ]
