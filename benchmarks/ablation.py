@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 K = (2, 3, 4, 6, 8, 12, 16)
 GAIN: dict[str, dict[str, Any]] = {"base": {}, "gain": {"gain": True}}
+SENDER_LORA: dict[str, dict[str, Any]] = {"base": {}, "rank 8": {"sender_lora": 8, "cache_features": False}}
 
 
 def steps_of(run: Run, start: int, stop: int) -> list[StepRecord]:
@@ -79,7 +80,7 @@ class Warm:
         steps = run.alignment_steps
         if not steps:
             return 0
-        if self.key != (key := (run.task.name, run.config.seed, steps, run.config.gain)):
+        if self.key != (key := (run.task.name, run.config.seed, steps, run.config.gain, run.config.sender_lora)):
             fresh = prepare(run.config.model_copy(update=BASE), Console(quiet=True))
             steps_of(fresh, 0, steps)
             self.key, self.kept = key, copy_of(fresh)
@@ -125,9 +126,9 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
 def main(
     material: Path = MATERIAL, seeds: int = 3, limit: int = 200, threads: int = 1, only: list[str] | None = None
 ) -> None:
-    """Run every variant with SEEDS seeds on the world and on SST-2, the sweep over k and the gain on the world.
+    """Run every variant with SEEDS seeds on the world and on SST-2, sweep over k, gain, sender LoRA on the world.
 
-    ONLY names some of the series: ablation-world, ablation-sst2, first-k, gain.
+    ONLY names some of the series: ablation-world, ablation-sst2, first-k, gain, sender-lora.
     """
     torch.set_num_threads(threads)
     warm = Warm()
@@ -144,6 +145,7 @@ def main(
             ("ablation-sst2", "sst2", real, {name: v for name, v in VARIANTS.items() if name != "no alignment"}),
             ("first-k", "world", WORLD, sweep),
             ("gain", "world", WORLD, GAIN),
+            ("sender-lora", "world", WORLD, SENDER_LORA),
         ]
         for seed in range(seeds):  # a run that is cut short has whole seeds of everything
             for name, task, base, variants in (one for one in series if one[0] in (only or [one[0]])):

@@ -3,6 +3,7 @@
 Frozen dataclasses, read back through pydantic so that a damaged or unknown field is named. No torch.
 """
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -93,6 +94,19 @@ class Layout:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LoraShape:
+    """Shape of the additions to a sender's linear layers.
+
+    Attributes:
+        rank: Of each.
+        layers: Outputs and inputs of each layer by its name among the blocks, as in ``0.attention.dense``.
+    """
+
+    rank: int
+    layers: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, config=STRICT)
 class EncoderConfig:
     """Shape of the encoder.
 
@@ -104,6 +118,8 @@ class EncoderConfig:
         depth: Transformer blocks over the slots.
         ratio: Sender tokens per slot, of kinds whose slots cover windows of the source.
         num_latents: Slots, of the other kinds.
+        lora: What is added to the sender's layers while this encoder's states are read; None, as in every old one:
+            nothing.
     """
 
     kind: str
@@ -113,6 +129,7 @@ class EncoderConfig:
     depth: int
     ratio: int
     num_latents: int
+    lora: LoraShape | None = field(default=None, repr=False)  # ids of old bridges are made from the repr
 
 
 @dataclass(frozen=True, config=STRICT)

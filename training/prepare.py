@@ -27,7 +27,7 @@ from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_
 from latentwire.bridge.prompt import compose, layout_for
 from latentwire.bridge.reader import Reader, source_tokens
 from latentwire.bridge.residency import Residency
-from latentwire.training.base import bridge_of, earlier_runs
+from latentwire.training.base import adapted, bridge_of, check_adapted, earlier_runs
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Sampler, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
@@ -46,6 +46,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     Raises:
         InvalidRequest: A model cannot play its part, or an example does not fit.
     """
+    check_adapted(config)
     device = device_named(config.device)
     ranks, task, dtype = join_ranks(device), load_task(config.task), dtype_named(config.precision, device)
     console = console if ranks.first else Console(quiet=True)
@@ -83,7 +84,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
         validation=validation,
         bridge=bridge,
         modes=modes,
-        states=LiveStates(residency, config.sender, described.layers),
+        states=LiveStates(residency, config.sender, described.layers, bridge.encoder.lora),
         residency=residency,
         tokenisers=tokenisers,
         sample=sample,
@@ -201,6 +202,7 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
             depth=config.depth,
             ratio=config.ratio,
             num_latents=config.num_latents,
+            lora=adapted(config, sender, layers),
         ),
         heads={},
         provenance=_provenance(config, task),
