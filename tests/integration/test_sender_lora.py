@@ -158,11 +158,11 @@ def test_padding_changes_no_row(two: tuple[BridgeModel, BridgeModel], lm: Frozen
     torch.testing.assert_close(states[0][mask[0]], alone[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["neox", "gpt2"])
+@pytest.mark.parametrize(("family", "precision"), [("neox", "fp32"), ("neox", "bf16"), ("gpt2", "fp32")])
 def test_it_learns_with_the_bridge_and_the_sender_stays_bit_for_bit(
-    make: MakeConfig, model_folders: dict[str, Path], family: str
+    make: MakeConfig, model_folders: dict[str, Path], family: str, precision: str
 ) -> None:
-    run = prepared(make(sender=str(model_folders[family]), sender_lora=RANK))
+    run = prepared(make(sender=str(model_folders[family]), sender_lora=RANK, precision=precision))
     lora = run.bridge.encoder.lora
     assert lora is not None and {id(p) for p in lora.parameters()} < {id(p) for p in run.parameters}
     with run.residency.use(run.config.sender) as sender:
