@@ -17,13 +17,14 @@ from latentwire.bridge.config import LoraShape
 from latentwire.bridge.engine import encode
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.context import open_context
+from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.lora import Lora, lora_shape
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources, stack_of
 from latentwire.bridge.reader import SourceTokens, tokenize_source
 from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig
 from latentwire.training.controls import control_config
-from latentwire.training.duration import measure
+from latentwire.training.duration import measure as take_steps
 from latentwire.training.loop import train
 from latentwire.training.plan import plan
 from tests.conftest import bridge_config
@@ -228,10 +229,11 @@ def test_runs_after_it_keep_it_and_learn_it_on_or_leave_it(
         prepared(completed(TrainConfig.model_validate({**added, "cache_features": True})))
 
 
-def test_a_control_adapts_an_untrained_sender_as_well_and_one_that_reads_none_adapts_nothing(
+def test_an_evaluation_names_it_and_its_controls_adapt_an_untrained_sender_or_none(
     first: TrainConfig, tmp_path: Path
 ) -> None:
     context = open_context(first.out, first.task, limit=2, dtype="float16", receiver=None)
+    assert measure(context, conditions=["bridge"])["about"]["encoder"]["lora"] == RANK
     random = control_config("random_sender", context, tmp_path / "random")
     assert random.sender_lora == RANK and train(random, quiet()).bridge.encoder.lora == first_shape(first)
     for name in ("prompt", "direct_tuned", "receiver_lora"):
@@ -267,7 +269,7 @@ def test_a_plan_follows_it_and_offers_no_cache(make: MakeConfig) -> None:
     tokens = {"source_tokens": 40, "prompt_tokens": 5, "answer_tokens": 5}
     made = plan(make(sender_lora=RANK, depth=0, layer=[1]), **tokens, compare=True)
     assert list(made.others) == ["with --gradient-checkpointing", "with distillation"]
-    assert measure(make(sender_lora=RANK, max_steps=1, alignment_steps=0), quiet()).seconds > 0
+    assert take_steps(make(sender_lora=RANK, max_steps=1, alignment_steps=0), quiet()).seconds > 0
 
 
 def test_a_bridge_from_before_has_none(checkpoint: Path) -> None:
