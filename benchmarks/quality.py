@@ -57,7 +57,7 @@ def at_ratio(folder: Path, ratio: int, steps: int, limit: int) -> Figures:
 def several(limit: int) -> Figures:
     """Ask the shipped bridge of an example's own source among others."""
     bridge = Bridge.load("builtin")
-    return {"bridge_id": bridge.id, "shipped": [among(bridge, count, limit) for count in SOURCES]}
+    return {"bridge_id": bridge.manifest.bridge_id, "shipped": [among(bridge, count, limit) for count in SOURCES]}
 
 
 def new_receiver(folder: Path, steps: int, limit: int) -> Figures:

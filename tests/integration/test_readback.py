@@ -21,7 +21,7 @@ from tests.conftest import bridge_config
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import prepared
 
-TEXTS = ["Mara wants a cup of tea. Ben lives in Rome.", "Zara sings."]
+TEXTS = ["Ben lives in Rome. Mara wants a cup of tea.", "Zara sings."]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_a_latent_says_its_source_as_likely_as_a_score_finds_it(bridge: latentwi
 
 def test_a_reading_that_was_cut_says_so_and_has_no_end_among_its_nats(bridge: latentwire.Bridge) -> None:
     (reading,) = bridge.read(TEXTS[0], max_tokens=3).readings
-    assert (reading.text, reading.finish_reason, reading.token_count) == ("Mara wants a", "length", 3)
-    begun = bridge.score(TEXTS[0], REPEAT, " Mara wants a", end=False)[0][0]
+    assert (reading.text, reading.finish_reason, reading.token_count) == ("Ben lives in", "length", 3)
+    begun = bridge.score(TEXTS[0], REPEAT, " Ben lives in", end=False)[0][0]
     assert reading.logprob == pytest.approx(begun.logprob, abs=1e-3)
 
 
