@@ -1,7 +1,8 @@
 """Which objectives earn their place: each one added to (or taken from) the same base, several seeds, two tasks.
 
-``first-k`` sweeps how many of an answer's tokens are supervised. A run is short, so the numbers compare recipes; they
-are not what a bridge reaches. Runs that are in the results file already are not made again.
+``encoders`` changes the encoder, the layers it reads and the head instead; ``first-k`` sweeps how many of an answer's
+tokens are supervised. A run is short, so the numbers compare recipes; they are not what a bridge reaches. Runs that are
+in the results file already are not made again.
 """
 
 import json
@@ -53,6 +54,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 K = (2, 3, 4, 6, 8, 12, 16)
 GAIN: dict[str, dict[str, Any]] = {"base": {}, "gain": {"gain": True}}
+FIXED = {"num_latents": 14, "alignment_steps": 0}  # as many slots as windows in the mean; no words to align
+EVERY = [1, 2, 3, 4]
+ENCODERS: dict[str, dict[str, Any]] = {
+    "base: pooling, layer 3, head of 256": {},
+    "hybrid, 2 global slots": {"encoder": "hybrid", "num_latents": 2},
+    "layers 1 to 4 mixed": {"layer": EVERY, "layer_mix": True},
+    "layers 1 to 4 side by side": {"layer": EVERY},
+    "layer 4": {"layer": [4]},
+    "pooled-perceiver": {"encoder": "pooled-perceiver", **FIXED},
+    "head of 128": {"head_dim": 128},
+    "head of 512": {"head_dim": 512},
+    "perceiver": {"encoder": "perceiver", **FIXED},
+    "gain": {"gain": True},
+}
+SHAPE = {"encoder", "num_latents", "layer", "layer_mix", "head_dim", "gain", "sender_lora"}
 SENDER_LORA: dict[str, dict[str, Any]] = {"base": {}, "rank 8": {"sender_lora": 8, "cache_features": False}}
 
 
@@ -80,7 +96,8 @@ class Warm:
         steps = run.alignment_steps
         if not steps:
             return 0
-        if self.key != (key := (run.task.name, run.config.seed, steps, run.config.gain, run.config.sender_lora)):
+        key = (run.task.name, run.config.seed, steps, run.config.model_dump_json(include=SHAPE))
+        if self.key != key:
             fresh = prepare(run.config.model_copy(update=BASE), Console(quiet=True))
             steps_of(fresh, 0, steps)
             self.key, self.kept = key, copy_of(fresh)
@@ -126,9 +143,9 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
 def main(
     material: Path = MATERIAL, seeds: int = 3, limit: int = 200, threads: int = 1, only: list[str] | None = None
 ) -> None:
-    """Run every variant with SEEDS seeds on the world and on SST-2, sweep over k, gain, sender LoRA on the world.
+    """Run every variant with SEEDS seeds on the world and on SST-2; the sweep over k and shapes on the world.
 
-    ONLY names some of the series: ablation-world, ablation-sst2, first-k, gain, sender-lora.
+    ONLY names some of the series: ablation-world, ablation-sst2, first-k, gain, encoders, sender-lora.
     """
     torch.set_num_threads(threads)
     warm = Warm()
@@ -145,6 +162,7 @@ def main(
             ("ablation-sst2", "sst2", real, {name: v for name, v in VARIANTS.items() if name != "no alignment"}),
             ("first-k", "world", WORLD, sweep),
             ("gain", "world", WORLD, GAIN),
+            ("encoders", "world", WORLD, ENCODERS),
             ("sender-lora", "world", WORLD, SENDER_LORA),
         ]
         for seed in range(seeds):  # a run that is cut short has whole seeds of everything

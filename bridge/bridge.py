@@ -18,7 +18,7 @@ from latentwire.bridge.config import Prompt
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.diversity import diversity
 from latentwire.bridge.errors import InvalidRequest, at_fault
-from latentwire.bridge.gate import gate_asked, load_gates, watched
+from latentwire.bridge.gate import as_asked, gate_asked, load_gates, watched
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.opened import OpenBridge
@@ -185,7 +185,7 @@ class Bridge(OpenBridge):
             verdicts = judged = gate.judge(answers)
             instead = self._answers(name, [texts[number] for number in judged.refused])
             generated_tokens += sum(answer.token_count for answer in instead)
-            answers = judged.given(answers, instead, params)
+            answers = judged.given([as_asked(answer, params) for answer in answers], instead)
         outputs = tuple(
             Output(index, answer.text, answer.finish_reason, answer.token_count, answer.logprobs, *verdict)
             for index, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
@@ -209,6 +209,7 @@ class Bridge(OpenBridge):
         end: bool = True,
         logprobs: bool = False,
         truncate: bool = False,
+        fallback: str | None = None,
     ) -> Scored:
         """How likely a receiver finds each of some continuations of a prompt about each input.
 
@@ -225,24 +226,40 @@ class Bridge(OpenBridge):
             end: The end of the answer counts as a token of each: exactly this is said. Off, this is how it begins.
             logprobs: Report the log-probability of each token.
             truncate: As of ``generate``.
+            fallback: ``text`` scores from the text itself where the bridge's gate does not trust what the receiver
+                answers from the latent; that answer, as long as the longest choice, is generated for it.
 
         Raises:
             InvalidRequest: A choice is empty, or as of ``generate`` (and so are the other errors).
         """
         started, name = time.perf_counter(), self.receiver(receiver)
         texts = each_of(choices, (str,), "choice", "a text, or several")
-        each = inputs_of(inputs)
+        gate, each = gate_asked(self.gates, self.name, name, fallback), inputs_of(inputs)
         prompts = prompts_of(prompt, len(each))
+        how = self.judging(name, texts, end=end)
+        instead = texts_of(each) if gate else []
+        self._rows(name, instead, prompts if gate else [], how, 1)  # one without room is refused before any work
         sources, source_tokens = self._sources(each, truncate)
         encode_ms = ms_since(started)
+        slots, generated_tokens = sum(map(slots_in, sources)), 0
+        verdicts: Iterable[Any] = [()] * len(each)
+        if gate:
+            answers = self._answers(name, self._rows(name, sources, prompts, how, 1))
+            generated_tokens = sum(answer.token_count for answer in answers)
+            verdicts = judged = gate.judge(answers)
+            sources = judged.given(sources, [instead[number] for number in judged.refused])
+            slots += sum(map(slots_in, sources))
         questions = [self.continue_with(name, *both, texts, end=end) for both in zip(sources, prompts, strict=True)]
         with self.lend(name) as lm:
             found = score_from_latents(self.model, name, lm, [latent_of(given) for given in sources], questions)
         return Scored(
             id=f"score_{uuid.uuid4().hex}",
             bridge=self.name,
-            scores=tuple(score_of(self.reader(name), texts, one, logprobs=logprobs) for one in found),
-            usage=Usage(source_tokens, sum(map(slots_in, sources))),
+            scores=tuple(
+                score_of(self.reader(name), texts, one, *verdict, logprobs=logprobs)
+                for one, verdict in zip(found, verdicts, strict=True)
+            ),
+            usage=Usage(source_tokens, slots, generated_tokens),
             timing=timing_since(started, encode_ms),
         )
 

@@ -159,12 +159,14 @@ class JsonLines:
         text_field: The field that holds a text.
         id_field: The field that holds an id; without one the id of a document is the number of its line, from 1.
         keep: Fields that are kept as metadata, where a line has them.
+        flag: What named the file, for errors.
     """
 
     path: Path
     text_field: str = "text"
     id_field: str | None = None
     keep: tuple[str, ...] = ()
+    flag: str = "input"
 
     def __iter__(self) -> Iterator[Source]:
         """The documents; empty lines are left out (InvalidRequest: a line that holds none)."""
@@ -176,20 +178,22 @@ class JsonLines:
                         yield self._source(line, number)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InvalidRequest(f"--input {self.path}: {reason}", param="input") from None
+            raise InvalidRequest(f"--{self.flag} {self.path}: {reason}", param=self.flag) from None
 
     def _source(self, line: str, number: int) -> Source:
-        where = f"--input {self.path}, line {number}"
+        where = f"--{self.flag} {self.path}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{where}: it is not JSON: {error}", param="input") from None
+            raise InvalidRequest(f"{where}: it is not JSON: {error}", param=self.flag) from None
         if not isinstance(row, dict):
-            raise InvalidRequest(f"{where}: it is {shorten(repr(row), 80)}; expected an object", param="input")
+            raise InvalidRequest(f"{where}: it is {shorten(repr(row), 80)}; expected an object", param=self.flag)
         for name, kinds in ((self.text_field, str), (self.id_field, str | int)):
-            if name is not None and (not isinstance(row.get(name), kinds) or row[name] == ""):
+            if name is not None and (
+                not isinstance(row.get(name), kinds) or (row[name] == "" and name == self.id_field)
+            ):
                 has = shorten(repr(row[name]), 80) if name in row else f"missing; it has {', '.join(row) or 'no field'}"
-                raise InvalidRequest(f"{where}: the field {name!r} is {has}; expected a text", param="input")
+                raise InvalidRequest(f"{where}: the field {name!r} is {has}; expected a text", param=self.flag)
         id = str(number if self.id_field is None else row[self.id_field])
         return Source(id, row[self.text_field], {name: row[name] for name in self.keep if name in row})
 

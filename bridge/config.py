@@ -112,12 +112,13 @@ class EncoderConfig:
 
     Attributes:
         kind: One of ``bridge.encoder.KINDS``.
-        sender_width: Width of the hidden states read, summed over the layers.
+        sender_width: Width of the states that slots are made of: summed over the layers read, or of each if mixed.
         latent_dim: Width C of the latent that crosses the wire.
         hidden_dim: Width inside the encoder.
         depth: Transformer blocks over the slots.
-        ratio: Sender tokens per slot, of kinds whose slots cover windows of the source.
-        num_latents: Slots, of the other kinds.
+        ratio: Sender tokens per window, of kinds that read windows of the source.
+        num_latents: Slots, of the other kinds; of ``hybrid``, those before the windows'.
+        mixed_layers: Layers that a learned mix makes one of; 1, as in every old encoder: all are read side by side.
         lora: What is added to the sender's layers while this encoder's states are read; None, as in every old one:
             nothing.
     """
@@ -129,6 +130,7 @@ class EncoderConfig:
     depth: int
     ratio: int
     num_latents: int
+    mixed_layers: int = field(default=1, repr=False)  # ids of old bridges are made from the repr
     lora: LoraShape | None = field(default=None, repr=False)  # ids of old bridges are made from the repr
 
 

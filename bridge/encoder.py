@@ -1,8 +1,8 @@
 """Hidden states of the sender → latent.
 
 Dimensions used in this file:
-    B batch    S sender tokens    N sender width (all layers read)    K slots    R tokens per window
-    H width inside the encoder    C latent width
+    B batch    S sender tokens    N sender width (all layers read, or each of them)    K slots
+    R tokens per window    H width inside the encoder    C latent width    L layers mixed
 """
 
 from typing import Any, ClassVar
@@ -33,7 +33,8 @@ class Encoder(nn.Module):
 
     Attributes:
         kind: What ``--encoder`` and a checkpoint call it. A subclass with one is known once it is defined.
-        windowed: Whether each slot covers a window of ``ratio`` sender tokens; else there are ``num_latents`` slots.
+        windowed: Whether slots cover windows of ``ratio`` sender tokens, in order, behind any that cover none (those of
+            a source of no tokens, by ``slot_count``); else there are ``num_latents`` slots.
         lora: Additions to the sender's layers, under which the states were read (``models.hidden_states``), or None.
     """
 
@@ -52,6 +53,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.norm = nn.LayerNorm(config.sender_width)
+        self.layer_mix = LayerMix(config.mixed_layers) if config.mixed_layers > 1 else None
         self.mix = nn.ModuleList(Block(config.hidden_dim) for _ in range(config.depth))
         self.out = nn.Linear(config.hidden_dim, config.latent_dim)
         self.lora = Lora(config.lora) if config.lora else None
@@ -65,23 +67,44 @@ class Encoder(nn.Module):
         """Make K slots of each row, and say which are real."""
         raise NotImplementedError(type(self).__name__)
 
-    def forward(self, states: States, mask: Mask) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
+    def forward(
+        self, states: Float[Tensor, "B S LN"], mask: Mask
+    ) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
         """Latents, right-padded with zeros, and their mask.
 
         Args:
-            states: Sender states; values at padding are ignored, NaN included.
+            states: Sender states, of layers to be mixed side by side; values at padding are ignored, NaN included.
             mask: True at real tokens. Padding may be on either side: rows are aligned to the left first.
         """
         order = (~mask).byte().argsort(dim=1, stable=True)
         mask = mask.gather(1, order)
         states = states.gather(1, order[..., None].expand_as(states))
         states = states.masked_fill(~mask[..., None], 0.0).to(self.norm.weight.dtype)
-        slots, slot_mask = self.slots(self.norm(states) * mask[..., None], mask)
+        if self.layer_mix is None:
+            states = self.norm(states)
+        else:
+            states = self.layer_mix(self.norm(states.reshape(*mask.shape, self.config.mixed_layers, -1)))
+        slots, slot_mask = self.slots(states * mask[..., None], mask)
         for block in self.mix:
             slots = block(slots, slots, slot_mask)
         latent = self.out(slots)
         latent = F.rms_norm(latent, latent.shape[-1:])
         return latent.masked_fill(~slot_mask[..., None], 0.0), slot_mask
+
+
+class LayerMix(nn.Module):
+    """Several layers as one: a weighted mean with learned weights (a softmax), times one learned scale.
+
+    Source: ELMo, Peters et al. 2018, arXiv:1802.05365 §3.2. It takes layers that were normalised, each by itself.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(layers))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, states: Float[Tensor, "B S L N"]) -> States:
+        return self.scale * torch.einsum("bsln,l->bsn", states, self.logits.softmax(dim=0))
 
 
 class Block(nn.Module):
@@ -145,8 +168,40 @@ class Perceiver(Encoder):
         self.attend = Block(config.hidden_dim)
 
     def slots(self, states: States, mask: Mask) -> Slots:
-        queries = self.queries.expand(len(states), -1, -1)
-        return self.attend(queries, self.read(states), mask), _all_or_none(mask, self.config.num_latents)
+        return self.ask(self.read(states), mask)
+
+    def ask(self, context: Float[Tensor, "B M H"], mask: Bool[Tensor, "B M"]) -> Slots:
+        """What the queries find in a context; a row without any has no slots."""
+        queries = self.queries.expand(len(context), -1, -1)
+        return self.attend(queries, context, mask), _all_or_none(mask, self.config.num_latents)
+
+
+class PooledPerceiver(Pooling, Perceiver):
+    """A fixed number of learned queries that read the slots of ``Pooling`` instead of every token: ours.
+
+    ``Pooling`` stands first, so ``read`` is that of windows.
+    """
+
+    kind = "pooled-perceiver"
+    windowed = False
+
+    def slots(self, states: States, mask: Mask) -> Slots:
+        return self.ask(*Pooling.slots(self, states, mask))
+
+
+class Hybrid(Pooling, Perceiver):
+    """The slots of ``Pooling``, behind ``num_latents`` global ones from learned queries that read them: ours."""
+
+    kind = "hybrid"
+
+    @classmethod
+    def slot_count(cls, config: EncoderConfig, tokens: int) -> int:
+        return config.num_latents + super().slot_count(config, tokens)
+
+    def slots(self, states: States, mask: Mask) -> Slots:
+        windows, real = Pooling.slots(self, states, mask)
+        found, there = self.ask(windows, real)
+        return torch.cat([found, windows], dim=1), torch.cat([there, real], dim=1)
 
 
 class Mean(Encoder):
@@ -194,7 +249,7 @@ class LearnedPrompt(Encoder):
         return self.prompt.expand(len(states), -1, -1), _all_or_none(mask, self.config.num_latents)
 
 
-def _all_or_none(mask: Bool[Tensor, "B S"], slots: int) -> Bool[Tensor, "B K"]:
+def _all_or_none(mask: Bool[Tensor, "B M"], slots: int) -> Bool[Tensor, "B K"]:
     return mask.any(dim=1, keepdim=True).expand(-1, slots)
 
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from latentwire.bridge.errors import InvalidRequest
@@ -29,6 +30,17 @@ def writable_folder(checkpoint: str, saved: str) -> Path:
     if not os.access(folder, os.W_OK):
         raise InvalidRequest(f"{folder} cannot be written; {saved} saved in the checkpoint's own folder")
     return folder
+
+
+def check_writable_file(file: Path) -> None:
+    """Refuse before the work an ``--out`` that could not be written after it (InvalidRequest)."""
+    if file.is_dir():
+        raise InvalidRequest(f"--out {file}: is a folder; expected a file", param="out")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise InvalidRequest(f"--out {file}: {error.strerror}", param="out") from None
 
 
 def sync_folder(folder: Path) -> None:

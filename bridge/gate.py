@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,6 +20,7 @@ from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.results import AnsweredFrom, TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
 
+T = TypeVar("T")
 GATE = "gate.json"
 TOP = 5
 """Likeliest first tokens whose log-probabilities an answer has to report."""
@@ -125,12 +126,10 @@ class Judged:
     def __iter__(self) -> Iterator[tuple[AnsweredFrom, float]]:
         return iter([("text" if trust < self.least else "latent", trust) for trust in self.trusts])
 
-    def given(
-        self, answers: Sequence[Generation], instead: Sequence[Generation], params: SamplingParams
-    ) -> list[Generation]:
-        """The answers, with those of the text in the place of the refused ones; log-probabilities as asked for."""
+    def given(self, ours: Sequence[T], instead: Sequence[T]) -> list[T]:
+        """What belongs to the latents, with that of the text in the place of the refused ones."""
         texts = dict(zip(self.refused, instead, strict=True))
-        return [texts.get(number) or _as_asked(answer, params) for number, answer in enumerate(answers)]
+        return [texts.get(number, one) for number, one in enumerate(ours)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -150,7 +149,8 @@ def watched(params: SamplingParams) -> SamplingParams:
     return replace(params, logprobs=max(params.logprobs or 0, TOP))
 
 
-def _as_asked(answer: Generation, params: SamplingParams) -> Generation:
+def as_asked(answer: Generation, params: SamplingParams) -> Generation:
+    """A ``watched`` answer with the log-probabilities that were asked for."""
     if answer.logprobs is None or params.logprobs is None:
         return replace(answer, logprobs=None, end_logprob=None)
     return replace(answer, logprobs=tuple(replace(one, top=one.top[: params.logprobs]) for one in answer.logprobs))

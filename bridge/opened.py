@@ -17,11 +17,11 @@ from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_send
 from latentwire.bridge.config import Manifest, Prompt
 from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import InvalidRequest, at_fault
-from latentwire.bridge.gate import Gate
+from latentwire.bridge.gate import Gate, watched
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import REPEAT, Row, compose
 from latentwire.bridge.readback import reading_params, taught
-from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
+from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens, text_ids
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.bridge.sources import Given, arrange
@@ -113,10 +113,17 @@ class OpenBridge:
     def readings(
         self, receiver: str, latents: Sequence[NDArray[np.float32]], max_tokens: int | None
     ) -> tuple[str, list[SamplingParams]]:
-        """The prompt at which a receiver says what latents hold, and how each is answered."""
+        """The prompt at which a receiver says what latents hold, and how each is answered (InvalidRequest: no room)."""
         prompt = taught(self.manifest.bridge, receiver) or REPEAT
         around = len(self.compose(receiver, np.zeros((1, 1), np.float32), prompt, SamplingParams(max_tokens=0))) - 1
         room = self.reader(receiver).max_tokens - around
+        for slots in map(len, latents):
+            if max_tokens is not None and max_tokens > room - slots:
+                raise InvalidRequest(
+                    f"max_tokens is {max_tokens}; beside a latent of {slots} slots {receiver!r} has room for "
+                    f"{max(room - slots, 0)}",
+                    param="max_tokens",
+                )
         return prompt, [reading_params(self.manifest.bridge, len(latent), max_tokens, room) for latent in latents]
 
     def continue_with(
@@ -128,6 +135,14 @@ class OpenBridge:
         last = None if end or self.manifest.bridge.heads[receiver].layout.eos_id is None else -1
         unsaid = SamplingParams(max_tokens=0)
         return [self.compose(receiver, given, prompt, unsaid, choice)[:last] for choice in choices]
+
+    def judging(self, receiver: str, choices: Sequence[str], *, end: bool) -> SamplingParams:
+        """How a prompt is answered where a gate is to say whether to score choices from the latent.
+
+        A gate knows answers that the receiver gives itself; this one may be as long as the longest choice.
+        """
+        longest = max(len(text_ids(self.reader(receiver), choice)) for choice in choices)
+        return watched(SamplingParams(max_tokens=max(longest + end, 1)))
 
     def check(self, lm: FrozenLM) -> None:
         """Refuse a model that is not the one of its name that the bridge was trained with (IncompatibleBridge)."""

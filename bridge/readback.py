@@ -7,7 +7,7 @@ both. Source: the autoencoding of ICAE, arXiv:2307.06945 §2.2.
 from collections.abc import Sequence
 
 from latentwire.bridge.config import BridgeConfig
-from latentwire.bridge.encoder import encoder_class
+from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.prompt import REPEAT
 from latentwire.bridge.results import Likelihood, Reading
@@ -36,7 +36,8 @@ def reading_params(config: BridgeConfig, slots: int, max_tokens: int | None, roo
     as far as the receiver's ``room`` beside the prompt goes: it ends by itself, and only one gone astray is cut.
     """
     encoder = config.encoder
-    source = slots * encoder.ratio if encoder_class(encoder.kind).windowed else config.max_source_tokens
+    covering = slots - slots_of(encoder, 0)
+    source = covering * encoder.ratio if encoder_class(encoder.kind).windowed else config.max_source_tokens
     most = min(2 * source + SPARE, max(room - slots, 1))
     return SamplingParams(most if max_tokens is None else max_tokens, logprobs=0)
 

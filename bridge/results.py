@@ -255,6 +255,9 @@ class ScoredChoice:
 class Score:
     """The choices about one input, in their order, and the number of the likeliest.
 
+    Where a fallback was asked for, ``answered_from`` says from which they were scored, and ``trust`` is that in what
+    the receiver answers from the latent.
+
     >>> score = latentwire.Bridge.load().score("Ben lives in Rome.", "Question: Where does Ben live?\\nAnswer:",
     ...     [" Ben lives in Paris.", " Ben lives in Rome."])[0]
     >>> score.best, score.choices[score.best].text
@@ -263,6 +266,8 @@ class Score:
 
     choices: tuple[ScoredChoice, ...]
     best: int
+    answered_from: AnsweredFrom | None = None
+    trust: float | None = None
 
     def __getitem__(self, number: int) -> ScoredChoice:
         return self.choices[number]

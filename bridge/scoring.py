@@ -26,7 +26,7 @@ from latentwire.bridge.engine import answer_logits, soften
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
 from latentwire.bridge.reader import Reader
-from latentwire.bridge.results import Score, ScoredChoice, TokenLogprob
+from latentwire.bridge.results import AnsweredFrom, Score, ScoredChoice, TokenLogprob
 
 Judged = tuple[int, float, bool]
 """A token, its log-probability in nats, and whether it was the likeliest."""
@@ -122,7 +122,15 @@ def score_from_latents(
     return found
 
 
-def score_of(lm: Reader, choices: Sequence[str], found: Sequence[Continuation], *, logprobs: bool) -> Score:
+def score_of(
+    lm: Reader,
+    choices: Sequence[str],
+    found: Sequence[Continuation],
+    answered_from: AnsweredFrom | None = None,
+    trust: float | None = None,
+    *,
+    logprobs: bool,
+) -> Score:
     """Continuations as a caller sees them: beside each other, with the texts of their tokens."""
     nats = np.maximum([one.logprob for one in found], IMPOSSIBLE)
     shares = np.exp(nats - nats.max())
@@ -135,7 +143,7 @@ def score_of(lm: Reader, choices: Sequence[str], found: Sequence[Continuation], 
         ScoredChoice(text, float(nat), len(one.ids), float(share), tokens if logprobs else None)
         for text, one, nat, share, tokens in zip(choices, found, nats, shares, told, strict=True)
     )
-    return Score(made, int(nats.argmax()))
+    return Score(made, int(nats.argmax()), answered_from, trust)
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from latentwire import __version__, missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
+from latentwire.bridge.files import check_writable_file
 from latentwire.service.cli.corpus import app as corpus
 from latentwire.service.cli.infer import encode, generate, read, score
 from latentwire.service.cli.inspect import inspect
@@ -27,8 +29,9 @@ from latentwire.service.cli.serve import serve
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import SHARED_MEMORY
 from latentwire.training.calibrate import calibrate
-from latentwire.training.config import TrainConfig, read_config
+from latentwire.training.config import TrainConfig, read_config, read_toml
 from latentwire.training.flags import flags_of
+from latentwire.training.pretrain import ANSWERING, PretrainConfig
 from latentwire.training.quantise import quantise
 from latentwire.training.slurm import app as slurm
 
@@ -49,9 +52,9 @@ app.add_typer(slurm, name="slurm")
 app.add_typer(corpus, name="corpus")
 out, errors = Console(), Console(stderr=True)
 # What a command needs beside the client; any other needs ``eval``.
-EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "plan", "plot", "export"), "train")}
+EXTRAS = {"serve": "serve", "demo": "all", **dict.fromkeys(("train", "pretrain", "plan", "plot", "export"), "train")}
 
-Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers and first tokens.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything; print some answers, where there are any.")]
 LogLevel = Annotated[str, typer.Option(help="Least that is logged: debug, info, warning or error.")]
 Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the checkpoint's first when absent.")]
 
@@ -72,31 +75,42 @@ def _start(
     context.call_on_close(restore)
 
 
-@app.command()
-@flags_of(TrainConfig)
-def train(
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out, if there is one.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
-    find_lr: Annotated[
-        bool, typer.Option("--find-lr", help="Train nothing: try growing learning rates, and suggest some.")
-    ] = False,
-    debug: Debug = False,
-    log_level: LogLevel = "warning",
-    **flags: Any,
-) -> None:
-    """Train a bridge between two frozen models."""
-    from latentwire.training.loop import train as run
+def _training(kind: type[TrainConfig], without: Collection[str] = ()) -> Callable[..., None]:
+    """The command of a run of a kind."""
 
-    file = flags.pop("config", None)
-    settings = read_config(file, ({"debug_print_first": 3, "debug_topk": 5} if debug else {}) | _given(flags))
-    started, level = time.monotonic(), "debug" if debug else log_level
-    configure(level, console=errors)
-    if find_lr:
-        _find_lr(settings, resume=resume, overwrite=overwrite)
-        return
-    keep_log = partial(configure, level, file=settings.out / "run.log", console=errors)
-    manifest = run(settings, out, resume=resume, overwrite=overwrite, ready=keep_log)
-    _say(f"{settings.out} holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
+    @flags_of(kind, without)
+    def command(
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on from the state in --out, if there is one.")
+        ] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
+        find_lr: Annotated[
+            bool, typer.Option("--find-lr", help="Train nothing: try growing learning rates, and suggest some.")
+        ] = False,
+        debug: Debug = False,
+        log_level: LogLevel = "warning",
+        **flags: Any,
+    ) -> None:
+        from latentwire.training.loop import train as run
+
+        shown = {"debug_print_first": 3, "debug_topk": 5} if debug and kind is TrainConfig else {}
+        settings = read_config(flags.pop("config", None), shown | _given(flags), kind)
+        started, level = time.monotonic(), "debug" if debug else log_level
+        configure(level, console=errors)
+        if find_lr:
+            _find_lr(settings, resume=resume, overwrite=overwrite)
+            return
+        keep_log = partial(configure, level, file=settings.out / "run.log", console=errors)
+        manifest = run(settings, out, resume=resume, overwrite=overwrite, ready=keep_log)
+        _say(f"{settings.out} holds bridge {manifest.bridge_id}, {time.monotonic() - started:.0f} s")
+
+    return command
+
+
+train = app.command("train", help="Train a bridge between two frozen models.")(_training(TrainConfig))
+pretrain = app.command("pretrain", help="Train a bridge on plain text, before 'train --init' trains it for a task.")(
+    _training(PretrainConfig, ANSWERING)
+)
 
 
 def _find_lr(settings: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -107,7 +121,7 @@ def _find_lr(settings: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     if resume or overwrite:
         given = "--resume" if resume else "--overwrite"
         raise InvalidRequest(f"--find-lr begins nothing and continues nothing; give it without {given}")
-    _check_writable(beside(settings.out, ".json"))
+    check_writable_file(beside(settings.out, ".json"))
     found = test(settings, out)
     ends = f"{found.matrix_learning_rates[0]:.1g} to {found.matrix_learning_rates[-1]:.2g}"
     how = "where the loss blew up" if found.blown_up else "the highest tried"
@@ -139,7 +153,8 @@ def plan(
     from latentwire.training.plan import table
 
     file = flags.pop("config", None)
-    settings = read_config(file, ({} if file else {"task": "world", "out": Path("unused")}) | _given(flags))
+    kind = PretrainConfig if "text" in read_toml(file) else TrainConfig
+    settings = read_config(file, ({} if file else {"task": "world", "out": Path("unused")}) | _given(flags), kind)
     device = _bytes(device_memory) if device_memory else memory_of(device_named(settings.device)).device_bytes
     source = source_tokens or settings.max_source_tokens
     with out.status("simulating a step, and what would change it"):
@@ -225,7 +240,7 @@ def evaluate(
     configure("debug" if debug else log_level, console=errors)
     files = report_files(checkpoints, out_)
     for planned in filter(None, files.values()):
-        _check_writable(planned)
+        check_writable_file(planned)
     for checkpoint in checkpoints:  # one that is not there is named before the first is measured
         read_manifest(checkpoint)
     first, topk = debug_print_first or 3 * debug, debug_topk or 5 * debug
@@ -323,17 +338,6 @@ def _settle_temporary_folder() -> None:
                 "no temporary folder can be written; mount one at /tmp or name one in TMPDIR"
             ) from None
         tempfile.tempdir = os.environ["TMPDIR"] = str(SHARED_MEMORY)
-
-
-def _check_writable(file: Path) -> None:
-    """Refuse before the work what could not be written after it."""
-    if file.is_dir():
-        raise InvalidRequest(f"--out {file}: is a folder; expected a file", param="out")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        raise InvalidRequest(f"--out {file}: {error.strerror}", param="out") from None
 
 
 def _open(

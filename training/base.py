@@ -32,6 +32,7 @@ def completed(config: TrainConfig) -> TrainConfig:
     encoder = base.encoder
     decided = {name: getattr(encoder, name) for name in ("ratio", "num_latents", "latent_dim", "hidden_dim", "depth")}
     decided |= {"encoder": encoder.kind, "sender": config.sender or base.sender.name, "layer": list(base.layers)}
+    decided["layer_mix"] = encoder.mixed_layers > 1
     decided["sender_lora"] = encoder.lora.rank if encoder.lora else 0
     if config.bridge is not None:
         decided["max_source_tokens"] = base.max_source_tokens

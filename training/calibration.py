@@ -259,8 +259,8 @@ def _scores(context: EvaluationContext, metric: str, texts: Sequence[str]) -> Sc
     task = context.task
     if task.labels:
         texts = [_label_in(text, task.labels) for text in texts]
-    wanted = [example.answer.strip() if task.labels else example.answer for example in context.examples]
-    return np.array(METRICS[metric].scores(texts, wanted))
+    right = [(e.answer.strip(),) if task.labels else e.right for e in context.examples]
+    return np.array(METRICS[metric].scores(texts, right))
 
 
 def _label_in(text: str, labels: Sequence[str]) -> str:

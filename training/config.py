@@ -6,7 +6,7 @@ Importing this module needs no torch: the command line makes its flags from it.
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -43,6 +43,7 @@ class TrainConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    needed: ClassVar[tuple[str, ...]] = ("answer_weight", "first_k_weight", "kd_weight")  # one of them is above 0
 
     sender: str = MODELS("Model that reads the source: builtin:…, a folder, or a Hub name.", "")
     receiver: list[str] = MODELS("Model that answers, named the same way; repeat for several.", [])
@@ -63,8 +64,13 @@ class TrainConfig(BaseModel):
     encoder: str = BRIDGE(
         "Encoder kind; mean and linear are baselines, prompt is a control without a sender.", "pooling"
     )
-    ratio: int = BRIDGE("Sender tokens per slot (pooling, linear).", 4, ge=1)
-    num_latents: int = BRIDGE("Slots (perceiver, mean, prompt).", 16, ge=1, le=MAX_SLOTS)
+    ratio: int = BRIDGE("Sender tokens per window (pooling, pooled-perceiver, hybrid, linear).", 4, ge=1)
+    num_latents: int = BRIDGE(
+        "Slots (perceiver, pooled-perceiver, mean, prompt), or those before the windows' (hybrid).",
+        16,
+        ge=1,
+        le=MAX_SLOTS,
+    )
     latent_dim: int | None = BRIDGE(
         "Width C of the latent that crosses the wire. [the receiver's, at most 512]", None, ge=1, le=MAX_WIDTH
     )
@@ -75,6 +81,7 @@ class TrainConfig(BaseModel):
     gain: bool = BRIDGE("Learn a gain of the soft tokens, 1 to 256 times the embeddings' RMS.", False)
     depth: int = BRIDGE("Transformer blocks over the slots.", 2, ge=0)
     layer: list[int] | None = BRIDGE("Sender layer to read, from 1; repeat to read several. [two thirds up]", None)
+    layer_mix: bool = BRIDGE("Read a learned mix of several layers instead of all of them side by side.", False)
     sender_lora: int = BRIDGE("Rank of LoRA on the sender's layers up to the one read, for this bridge alone.", 0, ge=0)
 
     max_steps: int = STEPS("Optimiser steps.", 1000, ge=1)
@@ -92,7 +99,7 @@ class TrainConfig(BaseModel):
     first_k: int = OBJECTIVES("Answer tokens that the first-k objective looks at.", 4, ge=1)
     first_k_weight: float = OBJECTIVES("Weight of the cross-entropy of the first k answer tokens.", 0.0, ge=0)
     alignment_steps: int | None = OBJECTIVES(
-        "First steps, in which soft tokens learn the words they cover. [a third; pooling, linear]", None, ge=0
+        "First steps, in which soft tokens learn the words they cover. [a third; pooling, hybrid, linear]", None, ge=0
     )
     alignment_weight: float = OBJECTIVES("Weight of that objective after the first steps.", 0.0, ge=0)
     reconstruction_weight: float = OBJECTIVES("Weight of repeating the source.", 1.0, ge=0)
@@ -166,8 +173,8 @@ class TrainConfig(BaseModel):
     @classmethod
     def _found_from_anywhere(cls, name: str | list[str] | None) -> str | list[str] | None:
         if isinstance(name, list):
-            return [_absolute(each) for each in name]
-        return name if name in (None, "", "world", "builtin") else _absolute(name)
+            return [absolute(each) for each in name]
+        return name if name in (None, "", "world", "builtin") else absolute(name)
 
     @model_validator(mode="after")
     def _whole(self) -> "TrainConfig":
@@ -184,8 +191,9 @@ class TrainConfig(BaseModel):
             raise ValueError("--system needs --template chat")
         if len(set(self.receiver)) < len(self.receiver):
             raise ValueError(f"receivers must differ, got {self.receiver}")
-        if not any((self.answer_weight, self.first_k_weight, self.kd_weight)):
-            raise ValueError("one of answer_weight, first_k_weight and kd_weight must be above 0")
+        if not any(getattr(self, name) for name in self.needed):
+            *others, last = self.needed
+            raise ValueError(f"one of {', '.join(others)} and {last} must be above 0")
         if self.batch_size < 2 and (self.margin_weight or self.diversity_weight):
             raise ValueError("margin_weight and diversity_weight compare examples: batch_size must be 2 or more")
         return self
@@ -210,7 +218,7 @@ class TrainConfig(BaseModel):
         return self.receiver if self.add_receiver is None else [self.add_receiver]
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A local path made independent of the working directory; any other name as it is."""
     prefix, rest = (RANDOM, name.removeprefix(RANDOM)) if name.startswith(RANDOM) else ("", name)
     return prefix + (str(Path(rest).resolve()) if Path(rest).exists() else rest)
@@ -228,23 +236,25 @@ def demo_config(out: Path, max_steps: int | None = None) -> TrainConfig:
     return TrainConfig.model_validate({**pair, "out": out, "max_steps": steps, **quick})
 
 
-def read_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
-    """A configuration from a TOML file, with flags (those not None) over it.
+def read_config(file: Path | None, flags: dict[str, Any], kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
+    """A configuration of a kind from a TOML file, with flags (those not None) over it.
 
     Raises:
         InvalidRequest: The file is no TOML, or a key is missing, unknown or of the wrong type; it is named.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text())
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"--config {file}: {error}", param="config") from None
-    values |= {name: value for name, value in flags.items() if value is not None}
+    values = {**read_toml(file), **{name: value for name, value in flags.items() if value is not None}}
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise in_one_sentence(error) from None
+
+
+def read_toml(file: Path | None) -> dict[str, Any]:
+    """What stands in a file; nothing where none is given (InvalidRequest: it is no TOML)."""
+    try:
+        return {} if file is None else tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--config {file}: {error}", param="config") from None
 
 
 def in_one_sentence(error: ValidationError) -> InvalidRequest:

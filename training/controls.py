@@ -69,10 +69,16 @@ def control_config(name: str, context: EvaluationContext, out: Path) -> TrainCon
     understanding. ``prompt`` learns as many soft tokens as the bridge sends on average, and reads nothing;
     ``direct_tuned`` learns as many to stand before the source.
     """
-    device = context.where.get("device")
+    device, made = context.where.get("device"), context.bridge.config.provenance
+    if "text" in made.recipe:
+        raise InvalidRequest(
+            f"the bridge at {context.checkpoint} was pretrained on {made.task} and trained for no task: "
+            f"by its recipe no control can be; train it for one with --init",
+            param="control",
+        )
     # A control begins anew: what the bridge learnt in an earlier run is the bridge's.
     here = {"out": out, "device": None if device is None else str(device)}
-    recipe = {**context.bridge.config.provenance.recipe, "init": None}
+    recipe = {**made.recipe, "init": None}
     config = read_config(None, {**recipe, **here})
     if name == "random_sender":
         return config.model_copy(update={"sender": RANDOM + config.sender.removeprefix(RANDOM)})

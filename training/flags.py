@@ -3,7 +3,7 @@
 typer makes an option of each parameter in a command's signature, so a command gets a parameter for each field.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,15 +19,16 @@ CONFIG = Annotated[Path | None, typer.Option(help="TOML file with these flags as
 CONVERTED = (bool, int, float, Path)  # by typer; everything else reaches the model as it was typed
 
 
-def flags_of(model: type[BaseModel]) -> Callable[[Command], Command]:
-    """Give a command, in place of its ``**flags``, ``--config`` and a flag for each field of a model.
+def flags_of(model: type[BaseModel], without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Give a command, in place of its ``**flags``, ``--config`` and a flag for each field of a model but ``without``.
 
     Flags that are not typed reach it as None. Limits are left to the model, whose message names the value.
 
     Raises:
         TypeError: A field does not say in which panel of ``--help`` its flag stands.
     """
-    options = {"config": CONFIG, **{name: _option(name, field) for name, field in model.model_fields.items()}}
+    fields = {name: field for name, field in model.model_fields.items() if name not in without}
+    options = {"config": CONFIG, **{name: _option(name, field) for name, field in fields.items()}}
     flags = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in options.items()]
 
     def decorate(command: Command) -> Command:

@@ -34,7 +34,9 @@ from latentwire.training.features import CachedStates, LiveStates, build, featur
 from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, processes, shard
 from latentwire.training.muon import Muon
 from latentwire.training.objectives import OBJECTIVES, weights_of
+from latentwire.training.pretrain import PretrainConfig
 from latentwire.training.run import Run
+from latentwire.training.text import cut, text_task
 from latentwire.training.tokens import Tokeniser, Tokens, tokenise, unflatten
 
 CHECKED = 2000  # examples of a generated task that are looked at before the first step
@@ -48,13 +50,16 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     """
     check_adapted(config)
     device = device_named(config.device)
-    ranks, task, dtype = join_ranks(device), load_task(config.task), dtype_named(config.precision, device)
+    ranks, dtype = join_ranks(device), dtype_named(config.precision, device)
     console = console if ranks.first else Console(quiet=True)
+    task = text_task(config, console) if isinstance(config, PretrainConfig) else load_task(config.task)
     check_writable(config.out)
     for name in (config.sender, *config.receivers):
         check_role(name, "sender" if name == config.sender else "receiver")
     residency = Residency(config.memory_budget, device, dtype, partial(_load, config))
     sides, described = _meet(config, task, residency)
+    if isinstance(config, PretrainConfig):
+        task = cut(task, described, sides[config.sender], console)
     torch.manual_seed(config.seed)
     bridge = bridge_of(config, described)
     bridge.encoder.to(device)
@@ -190,18 +195,23 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
     layers = tuple(config.layer or (round(sender.layers * 2 / 3),))
     if bad := [layer for layer in layers if not 0 <= layer <= sender.layers]:
         raise InvalidRequest(f"--layer {bad[0]}: {sender.name!r} has layers 0 to {sender.layers}", param="layer")
+    widths = [sender.state_width(layer) for layer in layers]
+    if config.layer_mix and (len(layers) < 2 or len(set(widths)) > 1):
+        message = f"--layer-mix needs several layers of one width; layers {list(layers)} have the widths {widths}"
+        raise InvalidRequest(message, param="layer_mix")
     return BridgeConfig(
         sender=sender.ref,
         layers=layers,
         max_source_tokens=min(config.max_source_tokens, sender.max_tokens),
         encoder=EncoderConfig(
             kind=config.encoder,
-            sender_width=sum(sender.state_width(layer) for layer in layers),
+            sender_width=widths[0] if config.layer_mix else sum(widths),
             latent_dim=config.latent_dim or 0,  # decided by the receiver, which is not loaded yet
             hidden_dim=config.hidden_dim or min(max(sender.width // 32 * 32, 64), 1024),
             depth=config.depth,
             ratio=config.ratio,
             num_latents=config.num_latents,
+            mixed_layers=len(layers) if config.layer_mix else 1,
             lora=adapted(config, sender, layers),
         ),
         heads={},

@@ -35,6 +35,7 @@ from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks, gradient_checkpointing
 from latentwire.training.prepare import describe, head_of, learned_modes, optimisers, with_heads
+from latentwire.training.pretrain import PretrainConfig
 from latentwire.training.run import Run
 from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
@@ -294,7 +295,8 @@ def _prepare(
     _charge(ledger, bridge, sender)
     # One receiver and one probe in every step, and the teacher's rows in one pass, as they are at the fullest.
     update = {"receiver": [receiver.name], "add_receiver": None, "bridge": None, "kd_chunk": None, "probe_every": 1}
-    kept = _Kept(mode, described.encoder.sender_width, sender.model.dtype)
+    width = described.encoder.sender_width * described.encoder.mixed_layers
+    kept = _Kept(mode, width, sender.model.dtype)
     residency = _Given(load={**lms, config.sender: sender, receiver.name: receiver}.__getitem__)
     lora, layers = bridge.encoder.lora, described.layers
     live = LiveStates(residency, config.sender, layers if lora else _nearer(layers), lora)
@@ -366,14 +368,15 @@ MARK_TOKENS = 4  # before each of several sources
 def tokens_of(run: Run, lengths: Lengths, index: int) -> Tokens:
     """The longest example; every second one is a token shorter, since batches without padding spare their mask."""
     config, described = run.config, run.bridge.config
-    S, P, A = max(lengths.source - index % 2, 1), lengths.prompt, lengths.answer
+    S, P = max(lengths.source - index % 2, 1), lengths.prompt
+    A = S if isinstance(config, PretrainConfig) else lengths.answer
     half, M = max(S // 2, 1), config.mode_tokens
     K, H = slots_of(described.encoder, S), slots_of(described.encoder, half)
     aligned = config.alignment_weight > 0 and encoder_class(config.encoder).windowed
     return Tokens(
         source=SourceTokens([index] * S, S),
         half=half,
-        words=[(token // config.ratio, 0) for token in range(S)] if aligned else [],
+        words=[(slots_of(described.encoder, 0) + token // config.ratio, 0) for token in range(S)] if aligned else [],
         answer=_row(P + (config.sources_per_example - 1) * (K + MARK_TOKENS), K, A),
         reconstruction=_row(TEMPLATE_TOKENS, K + M, S) if config.reconstruction_weight else None,
         continuation=_row(1, H + M, max(S - half, 1)) if config.continuation_weight else None,

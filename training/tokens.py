@@ -23,6 +23,7 @@ from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import IGNORE, LATENT, LATENTS, TEXT, Row, compose, expand, fit
 from latentwire.bridge.reader import Reader, SourceTokens, kept_layout, source_tokens, text_ids, text_offsets
 from latentwire.training.config import TrainConfig
+from latentwire.training.pretrain import PretrainConfig
 
 SPARE = 8  # receiver tokens left free beside a repeated source, whose tokens can join otherwise than counted
 
@@ -77,7 +78,8 @@ class Tokeniser:
         """Raises InvalidRequest when the prompt and answer do not fit the receiver beside the soft tokens."""
         config, source = self.config, source_tokens(self.bridge, self.sender, example.source, truncate=True)
         slots = slots_of(self.bridge.encoder, len(source.ids))
-        answer = self._compose(example.prompt, slots, example.answer)
+        said = self._spoken if isinstance(config, PretrainConfig) else self._compose
+        answer = said(example.prompt, slots, example.answer)
         if config.source_text:
             answer = self._reading(example, answer, soft=slots)
         half, rest = self._halves(example.source, source)
@@ -149,11 +151,11 @@ class Tokeniser:
 
     def _words(self, text: str, source_tokens: int) -> list[tuple[int, int]]:
         """The two tokenizers meet at character offsets, so any pair of fast tokenizers can be aligned."""
-        bos = self._opening
+        bos, first = self._opening, slots_of(self.bridge.encoder, 0)  # slots that cover no words stand before
         ends = np.asarray([end for _, end in text_offsets(self.sender, text)][: source_tokens - bos])
         theirs = zip(text_ids(self.receiver, text), text_offsets(self.receiver, text), strict=True)
         return [
-            ((int(np.searchsorted(ends, end)) + bos) // self.config.ratio, token)
+            (first + (int(np.searchsorted(ends, end)) + bos) // self.config.ratio, token)
             for token, (_, end) in theirs
             if len(ends) and end <= ends[-1]
         ]

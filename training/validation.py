@@ -15,8 +15,9 @@ from latentwire.bridge.evaluation.metrics import METRICS, Metric, metrics_of
 from latentwire.bridge.prompt import collate
 from latentwire.bridge.reader import source_tokens
 from latentwire.training.data import chunks
-from latentwire.training.objectives import answer_loss
-from latentwire.training.run import Run
+from latentwire.training.objectives import OBJECTIVES, answer_loss, weights_of
+from latentwire.training.pretrain import PretrainConfig
+from latentwire.training.run import Forward, Run
 
 
 def metric_of(run: Run) -> str:
@@ -26,7 +27,12 @@ def metric_of(run: Run) -> str:
 
 @torch.inference_mode()
 def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
-    """Name and value of the validation metric, averaged over receivers; prints generations when asked to."""
+    """Name and value of the validation metric, averaged over receivers; prints generations when asked to.
+
+    In a pretraining that is the loss of repeating, in nats per token (of going on, where that alone is on).
+    """
+    if isinstance(run.config, PretrainConfig):
+        return "loss", statistics.fmean(_repeating(run, name) for name in run.config.receivers)
     metric, latents, values = METRICS[metric_of(run)], _latents(run), []
     readings: list[Reading] = [*latents]
     if run.config.source_text:
@@ -43,6 +49,17 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
     return metric.name, statistics.fmean(values)
 
 
+def _repeating(run: Run, receiver_name: str) -> float:
+    """Mean loss of the first objective that is on, with its mode tokens, as a step computes it."""
+    objective = OBJECTIVES[next(iter(weights_of(run.config, "answer")))]
+    losses: list[float] = []
+    with run.residency.use(receiver_name) as receiver:
+        for part in chunks(list(run.validation), run.micro_batch):
+            rows = [run.tokenisers[receiver_name](example) for example in part]
+            losses += objective.loss(Forward(run, receiver, rows, lambda *_: None)).tolist()
+    return statistics.fmean(losses)
+
+
 def _latents(run: Run) -> list[NDArray[np.float32]]:
     config, side = run.bridge.config, run.tokenisers[run.config.receivers[0]].sender
     found: list[NDArray[np.float32]] = []
@@ -57,8 +74,7 @@ def _score(run: Run, metric: Metric, context: PredictionContext, readings: Seque
     texts: list[str] = []
     for chosen in chunks(range(len(readings)), run.micro_batch):
         texts += predict(context, chosen, [readings[i] for i in chosen])
-    wanted = [example.answer for example in context.examples]
-    return statistics.fmean(metric.scores(texts, wanted))
+    return statistics.fmean(metric.scores(texts, [example.right for example in context.examples]))
 
 
 def _loss(run: Run, context: PredictionContext, readings: Sequence[Reading]) -> float:

@@ -114,11 +114,12 @@ def _similarity(one: str, other: str) -> float:
 
 
 def is_visible(task: Task, example: Example) -> bool:
-    """Whether the prompt alone gives the answer away: it holds it, and none of the other labels."""
+    """Whether the prompt alone gives a right answer away: it holds it, and none of the other labels."""
     shown = f" {normalise(example.prompt.replace(LATENT, ' '))} "
-    if not (wanted := normalise(example.answer)) or f" {wanted} " not in shown:
+    right = {normalise(answer) for answer in example.right} - {""}
+    if not any(f" {answer} " in shown for answer in right):
         return False
-    others = {normalise(label) for label in task.labels} - {wanted, ""}
+    others = {normalise(label) for label in task.labels} - right - {""}
     return not any(f" {other} " in shown for other in others)
 
 

@@ -49,7 +49,8 @@ def check_answers(
     """
     count, rows = min(CHECKED, len(said)), context.lender.batch_rows or CHECKED
     task = replace(context.task, labels=context.task.labels[::-1])
-    other = replace(context, task=task, examples=[replace(e, answer=" ?", label=None) for e in context.examples])
+    unlike = [replace(e, answer=" ?", label=None, also=()) for e in context.examples]
+    other = replace(context, task=task, examples=unlike)
     for start in range(0, count, rows):
         chosen = range(start, min(start + rows, count))
         for i, again in zip(chosen, condition.answer(other, chosen, readings[start : chosen.stop]), strict=True):

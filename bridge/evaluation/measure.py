@@ -93,7 +93,15 @@ def measure(
     measured: dict[str, dict[str, Any]] = {}
     scores: dict[str, list[float]] = {}
     examples: list[dict[str, Any]] = [
-        {"source": e.source, "prompt": e.prompt, "wanted": e.answer, "said": {}, "scores": {}} for e in context.examples
+        {
+            "source": e.source,
+            "prompt": e.prompt,
+            "wanted": e.answer,
+            **({"also": list(e.also)} if e.also else {}),
+            "said": {},
+            "scores": {},
+        }
+        for e in context.examples
     ]
     report: dict[str, Any] = {
         "checkpoint": context.checkpoint,
@@ -194,9 +202,9 @@ def _measure(name: str, read: _Read, progress: Progress) -> tuple[dict[str, Any]
     for chosen in _batches(context):
         texts += read.condition.answer(context, chosen, read.readings[chosen.start : chosen.stop])
         progress(name, len(texts), len(context.examples))
-    wanted = [example.answer for example in context.examples]
+    right = [example.right for example in context.examples]
     metric, *others = metrics_of(context.task.kind)
-    scores = metric.scores(texts, wanted)
+    scores = metric.scores(texts, right)
     low, high = interval(scores) or (None, None)
     row = {
         "metric": metric.name,
@@ -204,7 +212,7 @@ def _measure(name: str, read: _Read, progress: Progress) -> tuple[dict[str, Any]
         "low": low,
         "high": high,
         "ttft_ms": _first_token_ms(context, read.timed) if read.timed else None,
-        **{other.name: statistics.fmean(other.scores(texts, wanted)) for other in others},
+        **{other.name: statistics.fmean(other.scores(texts, right)) for other in others},
     }
     return row, texts, scores
 

@@ -48,10 +48,10 @@ class Metric:
     tasks: tuple[str, ...] = ()
     smaller_is_better: bool = False
 
-    def scores(self, texts: Sequence[str], wanted: Sequence[str]) -> list[float]:
-        """The score of each text."""
+    def scores(self, texts: Sequence[str], right: Sequence[Sequence[str]]) -> list[float]:
+        """The score of each text: of several right answers the one that it is nearest to (SQuAD, as ``normalise``)."""
         assert self.score is not None, f"{self.name} is no score of a text"
-        return [self.score(have, want) for have, want in zip(texts, wanted, strict=True)]
+        return [max(self.score(have, want) for want in wanted) for have, wanted in zip(texts, right, strict=True)]
 
     def is_better(self, value: float, than: float) -> bool:
         """Whether ``value`` beats ``than``."""

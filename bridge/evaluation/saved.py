@@ -71,6 +71,7 @@ class _Example(_Part):
     source: str
     prompt: str
     wanted: str
+    also: list[str] = []
     said: dict[str, str]
     scores: dict[str, FiniteFloat]
 

@@ -10,7 +10,7 @@ A task is ``world`` (generated, ships with the product) or a TOML file:
     prompt = "Review: {latent}\\nSentiment:"     # {latent} marks where the soft tokens stand
     label = "label"                             # classification: the row's field, an index or a name …
     labels = ["negative", "positive"]           # … into these
-    # answer = "{answer}"                       # generation: template over a row's fields
+    # answer = "{answer}"                       # generation: template over a row's fields; one may hold a list
 """
 
 import gzip
@@ -43,12 +43,19 @@ class Example:
         prompt: The receiver's template, ``{latent}`` where the soft tokens stand.
         answer: What the receiver should say, with the space that leads it.
         label: Index into the task's labels, in a classification.
+        also: Other answers that are as right: no one trains on them, and they count where an answer is scored.
     """
 
     source: str
     prompt: str
     answer: str
     label: int | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """Every right answer."""
+        return (self.answer, *self.also)
 
 
 @dataclass(frozen=True)
@@ -246,13 +253,25 @@ def _example(spec: TaskFile, row: dict[str, Any], where: str) -> Example:
     if not source.strip():
         raise InvalidRequest(f"{where}: the source is empty; expected a text", param="task")
     if spec.answer is not None:
-        answer = _fill(spec.answer, row, where)
-        if not answer.strip():
-            raise InvalidRequest(f"{where}: the answer is empty; expected a text", param="task")
-        return Example(source, prompt, answer_text(prompt, answer))
+        answer, *also = dict.fromkeys(answer_text(prompt, one) for one in _answers(spec.answer, row, where))
+        return Example(source, prompt, answer, also=tuple(also))
     assert spec.label is not None
     index = _label(spec, _field(row, spec.label, where), where)
     return Example(source, prompt, answer_text(prompt, spec.labels[index]), index)
+
+
+def _answers(template: str, row: dict[str, Any], where: str) -> list[str]:
+    """The template filled once, or once for each value of a field that holds a list (InvalidRequest: one is empty)."""
+    lists = [name for name in FIELD.findall(template) if isinstance(row.get(name), list)]
+    if len(set(lists)) > 1:
+        raise InvalidRequest(f"{where}: fields {' and '.join(lists)} hold lists; expected one at most", param="task")
+    each = [row] if not lists else [{**row, lists[0]: value} for value in row[lists[0]]]
+    answers = [_fill(template, one, where) for one in each]
+    if not answers:
+        raise InvalidRequest(f"{where}: field {lists[0]!r} is []; expected at least one text", param="task")
+    if not all(answer.strip() for answer in answers):
+        raise InvalidRequest(f"{where}: the answer is empty; expected a text", param="task")
+    return answers
 
 
 def _label(spec: TaskFile, value: Any, where: str) -> int:

@@ -265,3 +265,4 @@ class ScoreOptions(CallOptions, total=False):
     end: bool | None
     logprobs: bool | None
     truncate: bool | None
+    fallback: str | None

@@ -1,5 +1,6 @@
 """The work of ``/encode``, ``/generate``, ``/score`` and ``/read``, for whichever route asks."""
 
+import asyncio
 import secrets
 import time
 import uuid
@@ -12,7 +13,7 @@ from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.diversity import diversity
 from latentwire.bridge.errors import InvalidRequest, LatentWireError, TooLarge, at_fault
-from latentwire.bridge.gate import gate_asked, watched
+from latentwire.bridge.gate import as_asked, gate_asked, watched
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.readback import as_said, readings_of, taught
 from latentwire.bridge.results import AnsweredFrom, ms_since, timing_since
@@ -133,7 +134,8 @@ class RequestHandler:
             refused = judged.refused
             asked, of = [instead[number] for number in refused], [numbers[number] for number in refused]
             told, later = await self._answers(receiver, asked, of)
-            answers, seconds = judged.given(answers, told, params), [*seconds, *later]
+            ours = [as_asked(answer, params) for answer in answers]
+            answers, seconds = judged.given(ours, told), [*seconds, *later]
         texts = [answer.text for answer in answers]
         self.runtime.metrics.observe(self.bridge.name, texts, seconds, self.usage)
         return GenerateResponse(
@@ -172,8 +174,21 @@ class RequestHandler:
     async def score(self, receiver: str, body: ScoreRequest) -> ScoreResponse:
         """Score the choices that ``POST /score`` gives."""
         started = time.perf_counter()
+        gate = gate_asked(self.bridge.gates, self.bridge.name, receiver, body.fallback)
+        how = await asyncio.to_thread(self.bridge.judging, receiver, body.choices, end=body.end)
+        if gate:  # a text for which the receiver has no room is refused before any work
+            asked = zip(map(_texts, body.inputs), body.prompts, strict=True)
+            await self.runtime.compose(self.bridge, receiver, [GenerationRequest(*both, how) for both in asked])
         sources = await self._sources(body)
         encode_ms = ms_since(started)
+        verdicts: Iterable[Any] = [()] * len(sources)
+        if gate:
+            asked = zip(sources, body.prompts, strict=True)
+            requests = [GenerationRequest(*both, how) for both in asked]
+            answers, _ = await self._answers(receiver, requests, range(len(requests)))
+            verdicts = judged = gate.judge(answers)
+            self.runtime.metrics.observe_gate(self.bridge.name, judged)
+            sources = judged.given(sources, [_texts(body.inputs[number]) for number in judged.refused])
         questions = [
             ScoreQuestion(source, prompt, body.choices, body.end)
             for source, prompt in zip(sources, body.prompts, strict=True)
@@ -181,7 +196,10 @@ class RequestHandler:
         found = await self._scored(receiver, questions)
         self.runtime.metrics.observe(self.bridge.name, [], [], self.usage)
         reader = self.bridge.reader(receiver)
-        scores = [score_of(reader, body.choices, one, logprobs=body.logprobs) for one in found]
+        scores = [
+            score_of(reader, body.choices, one, *verdict, logprobs=body.logprobs)
+            for one, verdict in zip(found, verdicts, strict=True)
+        ]
         return ScoreResponse(
             id=f"score_{uuid.uuid4().hex}",
             bridge=self.bridge.name,

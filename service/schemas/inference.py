@@ -166,6 +166,11 @@ class Asking(Strict):
     )
     timeout_seconds: Deadline = None
     truncate: bool = Field(False, description="Cut a text over the bridge's limit instead of refusing it.")
+    fallback: Literal["text"] | None = Field(
+        None,
+        description="Let the receiver read the text itself where the bridge's gate does not trust the answer from the "
+        "latent. Every input is a text then; nothing can be streamed, as an answer is judged whole.",
+    )
 
     @model_validator(mode="after")
     def _asks_one_thing(self) -> Self:
@@ -182,9 +187,13 @@ class Asking(Strict):
         return self
 
     @model_validator(mode="after")
-    def _direct_needs_texts(self) -> Self:
-        if self.condition == "direct" and any(one.text is None for item in self.inputs for _, one in item.each("")):
-            raise ValueError("condition direct lets the receiver read the source; give every input as text")
+    def _receivers_read_texts(self) -> Self:
+        if self.fallback is not None and self.condition != "bridge":
+            raise ValueError(f"a fallback cannot be given with condition {self.condition}: a latent's answer is judged")
+        why = "with fallback text the receiver may" if self.fallback else "condition direct lets the receiver"
+        reads = self.fallback is not None or self.condition == "direct"
+        if reads and any(one.text is None for item in self.inputs for _, one in item.each("")):
+            raise ValueError(f"{why} read the source; give every input as text")
         return self
 
     @property
@@ -213,21 +222,11 @@ class GenerateRequest(Asking):
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Report each token's log-probability and those of so many likeliest."
     )
-    fallback: Literal["text"] | None = Field(
-        None,
-        description="Let the receiver read the text itself where the bridge's gate does not trust the answer from the "
-        "latent. Every input is a text then; nothing can be streamed, as an answer is judged whole.",
-    )
 
     @model_validator(mode="after")
-    def _falls_back_on_texts(self) -> Self:
-        if self.fallback is None:
-            return self
-        if self.stream or self.condition != "bridge":
-            other = "stream" if self.stream else f"condition {self.condition}"
-            raise ValueError(f"a fallback cannot be given with {other}: the latent's answer is judged when it is whole")
-        if any(one.text is None for item in self.inputs for _, one in item.each("")):
-            raise ValueError("with fallback text the receiver may read the source; give every input as text")
+    def _judged_whole(self) -> Self:
+        if self.fallback is not None and self.stream:
+            raise ValueError("a fallback cannot be given with stream: the latent's answer is judged when it is whole")
         return self
 
 
@@ -289,7 +288,16 @@ class TokenLogprobOut(BaseModel):
         return cls(token=token.token, logprob=token.logprob, top=list(token.top))
 
 
-class Output(BaseModel):
+class Judged(BaseModel):
+    """What a gate says where a fallback was asked for."""
+
+    answered_from: results.AnsweredFrom | None = Field(None, description="With a fallback: what the answer is from.")
+    trust: float | None = Field(
+        None, description="With a fallback: how likely the latent's answer was to be as good as the text's."
+    )
+
+
+class Output(Judged):
     """One answer. Outputs follow the inputs, n for each."""
 
     index: int
@@ -297,10 +305,6 @@ class Output(BaseModel):
     finish_reason: Literal["stop", "length"]
     token_count: int
     logprobs: list[TokenLogprobOut] | None = None
-    answered_from: results.AnsweredFrom | None = Field(None, description="With a fallback: what the answer is from.")
-    trust: float | None = Field(
-        None, description="With a fallback: how likely the latent's answer was to be as good as the text's."
-    )
 
 
 @dataclass(frozen=True)

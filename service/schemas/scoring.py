@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, Field
 
 from latentwire.bridge import results
-from latentwire.service.schemas.inference import FAIL_FAST, Asking, LogProb, Timing, TokenLogprobOut, Usage
+from latentwire.service.schemas.inference import FAIL_FAST, Asking, Judged, LogProb, Timing, TokenLogprobOut, Usage
 
 MAX_CHOICES = 256
 Choice = Annotated[str, Field(min_length=1)]
@@ -36,7 +36,7 @@ class ChoiceOut(BaseModel):
     logprobs: list[TokenLogprobOut] | None = None
 
 
-class ScoreOut(BaseModel):
+class ScoreOut(Judged):
     """The choices about one input, in their order."""
 
     index: int
@@ -49,6 +49,8 @@ class ScoreOut(BaseModel):
         return cls(
             index=index,
             best=score.best,
+            answered_from=score.answered_from,
+            trust=score.trust,
             choices=[
                 ChoiceOut(
                     text=choice.text,

@@ -32,7 +32,8 @@ from tests.documents import PAGES, ROOT, blocks, commands
 from tests.ports import free_port
 
 QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--limit", "4"]}
-SMALL = {**QUICK, "train": [*QUICK["train"], "--validation-examples", "2", "--max-source-tokens", "64", "--cache", "c"]}
+A_RUN = [*QUICK["train"], "--validation-examples", "2", "--max-source-tokens", "64", "--cache", "c"]
+SMALL = {**QUICK, "train": A_RUN, "pretrain": A_RUN}
 TRAINING = ROOT / "docs" / "training.md"
 PROGRAMS = {"curl", "docker", "latentwire", "latentwire-lm-eval", "make", "sbatch", "torchrun"} | {
     f".venv/bin/{name}" for name in ("pytest", "python", "ruff")
@@ -115,7 +116,7 @@ def test_the_block_about_corpora_works_from_top_to_bottom(tmp_path: Path, monkey
     assert list(Corpus(served)) == ["Ben", "Mara"] and (tmp_path / "facts.parquet").is_file()
 
 
-@pytest.mark.parametrize("part", ["--sender Qwen", "latentwire plan"])
+@pytest.mark.parametrize("part", ["latentwire serve --bridge news", "latentwire plan", "latentwire pretrain"])
 def test_the_blocks_about_a_task_of_ones_own_work_from_top_to_bottom(
     news: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

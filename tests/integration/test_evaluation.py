@@ -146,6 +146,17 @@ def test_scores_are_means_over_the_examples_and_their_interval_is_resampled(
 
 
 @pytest.mark.usefixtures("invented")
+def test_an_answer_counts_that_is_right_in_other_words(
+    context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [replace(example, answer=" the capital", also=(" in Rome",)) for example in context.examples]
+    monkeypatch.setattr(conditions, "predict", lambda made, chosen, readings: ["In Rome!"] * len(chosen))
+    made = measure(replace(context, examples=examples), conditions=["bridge"], keep_examples=True)
+    assert made["conditions"]["bridge"]["value"] == made["conditions"]["bridge"]["token_f1"] == 1.0
+    assert made["examples"][0]["wanted"] == " the capital" and made["examples"][0]["also"] == [" in Rome"]
+
+
+@pytest.mark.usefixtures("invented")
 def test_a_set_larger_than_a_batch_is_answered_in_order(
     context: EvaluationContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

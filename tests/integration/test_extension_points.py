@@ -85,7 +85,7 @@ def test_an_encoder_that_makes_other_slots_than_it_counts_is_refused(make: MakeC
 
 
 def test_a_kind_that_nobody_defined_is_refused_with_those_there_are(make: MakeConfig, own_kind: type[Encoder]) -> None:
-    known = "Input should be 'pooling', 'perceiver', 'mean', 'linear', 'prompt' or 'last'"
+    known = "Input should be 'pooling', 'perceiver', 'pooled-perceiver', 'hybrid', 'mean', 'linear', 'prompt' or 'last'"
     keys: dict[str, Any] = {"sender": "a", "receiver": "b", "task": "world", "out": "c"}
     with pytest.raises(InvalidRequest, match=rf"^encoder: {known}, got 'vq'$"):
         read_config(None, {**keys, "encoder": "vq"})

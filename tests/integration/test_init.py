@@ -88,6 +88,7 @@ def test_what_does_not_go_together_is_one_sentence(
         ({"layer": [1]}, r"layer \[1\]: the bridge at .* has \["),
         ({"encoder": "perceiver"}, "encoder 'perceiver': the bridge at .* has 'pooling'"),
         ({"depth": 0}, "depth 0: the bridge at .* has 1"),
+        ({"layer_mix": True}, "layer_mix True: the bridge at .* has False"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             completed(then(first, **changes))

@@ -351,16 +351,16 @@ def test_a_source_has_the_states_of_a_full_pass_alone_in_any_company_behind_any_
 @few(max_examples=60)
 @given(
     shape=shapes, lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4), side=sides, extra=st.integers(1, 20),
-    seed=seeds,
+    mixed=st.integers(1, 3), seed=seeds,
 )  # fmt: skip
 def test_an_encoder_gives_a_row_the_latent_and_gradients_it_has_alone(
-    shape: dict[str, Any], lengths: list[int], side: Side, extra: int, seed: int
+    shape: dict[str, Any], lengths: list[int], side: Side, extra: int, mixed: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    encoder = make_encoder(EncoderConfig(**shape, sender_width=6)).double()
-    rows = [torch.randn(1, n, 6, dtype=torch.float64) for n in lengths]
+    encoder = make_encoder(EncoderConfig(**shape, sender_width=6, mixed_layers=mixed)).double()
+    rows = [torch.randn(1, n, 6 * mixed, dtype=torch.float64) for n in lengths]
     _, mask = padded_ids([SourceTokens([5] * n, n) for n in lengths], side, extra, filler=0)
-    states = torch.full((*mask.shape, 6), float("nan"), dtype=torch.float64)
+    states = torch.full((*mask.shape, 6 * mixed), float("nan"), dtype=torch.float64)
     states[mask] = torch.cat(rows, dim=1)[0]
     latents, slots = encoder(states, mask)
     alone = [encoder(row, torch.ones(row.shape[:2]).bool())[0][0] if row.numel() else latents[:0, 0] for row in rows]

@@ -55,7 +55,7 @@ class Watched(Ledger):
     ("family", "settings"),
     [
         ("llama", {"gradient_checkpointing": True}),
-        ("gpt2", {}),
+        ("gpt2", {"encoder": "hybrid", "layer": [1, 3], "layer_mix": True, "alignment_weight": 1.0}),
         ("gpt2", {"sender_lora": 3, "layer": [1, 3]}),
         ("mistral", {"kd_weight": 1.0, "margin_weight": 1.0}),
     ],
@@ -94,6 +94,16 @@ def test_few_blocks_stand_exactly_for_many(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(simulate, "DEPTHS", (99, 99))  # deeper than the model: every block runs
     whole = plan(config, **LENGTHS)
     assert [short.peak_bytes(rows) for rows in (1, 4, 64)] == [whole.peak_bytes(rows) for rows in (1, 4, 64)]
+
+
+def test_a_mix_of_layers_is_planned_from_kept_states_and_weighs_less_than_all_of_them(tmp_path: Path) -> None:
+    sender, receiver = write_llama(tmp_path / "a"), write_llama(tmp_path / "b", vocab_size=700)
+    several = LEAN | {"layer": [1, 3], "cache_features": True}
+    beside, mixed = (
+        plan(config_of(sender, receiver, tmp_path, **several, layer_mix=mix), **LENGTHS) for mix in (False, True)
+    )
+    less = beside.fullest(4)[simulate.TRAINED][0] - mixed.fullest(4)[simulate.TRAINED][0]
+    assert less == 4 * (64 * (4 * 64 + 2) - 3)  # what reads 4 states and what normalises one, half as wide; the mix
 
 
 @pytest.fixture(scope="module")

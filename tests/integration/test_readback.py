@@ -81,6 +81,8 @@ def test_a_reading_has_room_for_its_source_and_never_more_than_the_receiver_has(
     assert reading_params(config, 4, 7, 500).max_tokens == 7
     perceiver = bridge_config(lms["neox"], lms["llama"], kind="perceiver")
     assert reading_params(perceiver, 6, None, 500).max_tokens == 2 * perceiver.max_source_tokens + SPARE
+    hybrid = bridge_config(lms["neox"], lms["llama"], kind="hybrid")  # six slots cover no tokens
+    assert reading_params(hybrid, 6 + 3, None, 500).max_tokens == 2 * 3 * hybrid.encoder.ratio + SPARE
     latents = [np.zeros((K, config.encoder.latent_dim), np.float32) for K in (1, 103)]
     prompt, params = bridge.readings(name, latents, None)
     for latent, how in zip(latents, params, strict=True):
@@ -138,7 +140,7 @@ def test_a_run_keeps_the_prompt_at_which_it_teaches_to_repeat(make: MakeConfig) 
         ({"against": ""}, "against", "an original is empty; expected a text"),
         ({"against": " a" * 600}, "against", "takes [0-9]+ receiver tokens; 512 fit"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; expected greater than or equal to 1"),
-        ({"max_tokens": 600}, "max_tokens", "takes [0-9]+ receiver tokens; 0 fit"),
+        ({"max_tokens": 600}, "max_tokens", "max_tokens is 600; beside a latent of 2 slots .* has room for [0-9]+"),
         ({"inputs": " "}, None, "empty"),
     ],
 )

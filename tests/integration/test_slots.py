@@ -61,6 +61,13 @@ def test_any_kind_can_be_asked_and_one_that_reads_nothing_says_so(opened: Opened
     assert (shares(opened("Mara sings.", kind="prompt")) == 0).all()
 
 
+def test_global_slots_are_shown_before_the_windows_of_the_tokens_shown(opened: Opened) -> None:
+    found = shares(opened("x" * 100, kind="hybrid", ratio=8, num_latents=2, depth=0))
+    window = np.arange(SHOWN_TOKENS) // 8 == np.arange(SHOWN_TOKENS // 8)[:, None]
+    assert found.shape == (2 + len(window), SHOWN_TOKENS) and found[:2].min() > 0
+    assert (found[2:][~window] == 0).all() and found[2:][window].min() > 0
+
+
 def test_tokens_are_as_the_sender_reads_them_and_long_sources_are_shown_from_their_start(opened: Opened) -> None:
     context = opened("Né", "x" * 100, kind="linear", ratio=2)
     short, long = reads(context, 0), reads(context, 1)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentwire.bridge.checkpoint import load_bridge, save_bridge
+from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.models import FrozenLM, hidden_states
 from latentwire.training import features
 from latentwire.training.monitor import StepRecord
@@ -60,6 +62,27 @@ def test_several_layers_are_read_side_by_side(make: MakeConfig) -> None:
     run = prepared(make(layer=[1, 3]))
     assert run.bridge.config.layers == (1, 3) and run.bridge.config.encoder.sender_width == 64
     step_of(run, 5)
+
+
+def test_several_layers_can_be_mixed_and_the_mix_learns_and_is_kept(make: MakeConfig) -> None:
+    run = prepared(make(layer=[1, 3], layer_mix=True))
+    encoder = run.bridge.config.encoder
+    assert run.bridge.config.layers == (1, 3) and (encoder.sender_width, encoder.mixed_layers) == (32, 2)
+    mix = run.bridge.encoder.layer_mix
+    assert mix is not None
+    for step in range(4):
+        step_of(run, step)
+    assert mix.logits[0] != mix.logits[1] and mix.scale != 1
+    save_bridge(run.config.out, run.bridge)
+    manifest, back = load_bridge(run.config.out)
+    assert manifest.bridge.encoder == encoder and back.encoder.layer_mix is not None
+    assert torch.equal(back.encoder.layer_mix.logits, mix.logits)
+
+
+@pytest.mark.parametrize("layer", [None, [3]])
+def test_a_mix_of_one_layer_is_refused(make: MakeConfig, layer: list[int] | None) -> None:
+    with pytest.raises(InvalidRequest, match=r"^--layer-mix needs several layers .*; layers \[\d\] have .* \[32\]$"):
+        prepared(make(layer=layer, layer_mix=True))
 
 
 @pytest.mark.parametrize("weights", [{"answer": 1.0, "reconstruction": 0.5}, {**WEIGHTS, "margin": 0, "diversity": 0}])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from latentwire.bridge.checkpoint import load_bridge, read_manifest
+from latentwire.bridge.encoder import KINDS
 from latentwire.bridge.errors import InvalidRequest, LatentWireError, TrainingFailed
 from latentwire.bridge.evaluation.tasks import load_task
 from latentwire.bridge.models import FrozenLM, fingerprint_of, load_model
@@ -55,7 +56,7 @@ def labelled(folder: Path, *labels: int) -> str:
     return str(folder / "task.toml")
 
 
-@pytest.mark.parametrize("encoder", ["pooling", "linear", "perceiver", "mean", "prompt"])
+@pytest.mark.parametrize("encoder", list(KINDS))
 def test_every_kind_of_encoder_trains_and_loads(make: MakeConfig, encoder: str) -> None:
     config = make(encoder=encoder, max_steps=2, num_latents=3, alignment_steps=None)
     manifest = train(config, quiet())
@@ -130,10 +131,10 @@ def test_a_record_is_written_as_it_was_measured(make: MakeConfig) -> None:
     assert len(lines) == 3 and all(set(json.loads(line)) == names for line in lines)
 
 
-@pytest.mark.parametrize("kind, steps", [("pooling", 2), ("linear", 2), ("perceiver", 0), ("mean", 0), ("prompt", 0)])
-def test_encoders_with_windows_are_aligned_for_a_third_of_the_steps_unless_told(
-    make: MakeConfig, kind: str, steps: int
-) -> None:
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_encoders_with_windows_are_aligned_for_a_third_of_the_steps_unless_told(make: MakeConfig, kind: str) -> None:
+    steps = 2 if kind in ("pooling", "hybrid", "linear") else 0
+
     def aligned(**told: Any) -> list[str]:
         run = prepared(make(encoder=kind, **told))
         return [run.phase(step) for step in range(6)]
@@ -144,7 +145,7 @@ def test_encoders_with_windows_are_aligned_for_a_third_of_the_steps_unless_told(
         assert aligned(alignment_steps=5) == ["align"] * 5 + ["answer"]
 
 
-@pytest.mark.parametrize("kind", ["perceiver", "mean", "prompt"])
+@pytest.mark.parametrize("kind", ["perceiver", "pooled-perceiver", "mean", "prompt"])
 @pytest.mark.parametrize("asked", [{"alignment_steps": 1}, {"alignment_steps": None, "alignment_weight": 0.5}])
 def test_alignment_asked_for_where_slots_cover_no_words_is_refused(
     make: MakeConfig, kind: str, asked: dict[str, Any]
@@ -209,7 +210,7 @@ def test_the_slots_of_the_longest_source_are_counted_before_the_first_step(make:
         prepared(make(task=task, max_source_tokens=56))
 
 
-@pytest.mark.parametrize("encoder", ["perceiver", "mean", "prompt"])
+@pytest.mark.parametrize("encoder", ["perceiver", "hybrid", "mean", "prompt"])
 def test_more_slots_than_the_receiver_reads_are_refused_before_the_first_step(
     make: MakeConfig, monkeypatch: pytest.MonkeyPatch, encoder: str
 ) -> None:

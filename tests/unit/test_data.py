@@ -178,11 +178,11 @@ def test_no_thread_is_left_when_the_run_fails_elsewhere() -> None:
     assert not prefetching()
 
 
-def tokeniser(lms: dict[str, FrozenLM], *, ratio: int, max_source_tokens: int) -> Tokeniser:
+def tokeniser(lms: dict[str, FrozenLM], *, ratio: int, max_source_tokens: int, **encoder: object) -> Tokeniser:
     """From the tiny NeoX to the tiny Llama, with windows of ``ratio`` tokens."""
     sender, receiver = lms["neox"], lms["llama"]
     config = read_config(None, {"sender": "a", "receiver": "b", "task": "world", "out": "c", "ratio": ratio})
-    described = bridge_config(sender, receiver, ratio=ratio)
+    described = bridge_config(sender, receiver, ratio=ratio, **encoder)
     bridge = BridgeConfig(**{**vars(described), "max_source_tokens": max_source_tokens})
     reads, answers = (lm.reader for lm in (sender, receiver))
     return Tokeniser(config, bridge, "{latent}\nRepeat:", reads, answers, aligned=True)
@@ -197,6 +197,14 @@ def test_windows_cover_the_words_whose_tokens_end_in_them(lms: dict[str, FrozenL
     for row, slot, held in [(0, 0, "abc"), (0, 1, "defg"), (0, 2, "h"), (1, 0, "xy")]:
         torch.testing.assert_close(words[row, slot], torch.stack([byte[c] for c in held]).sum(dim=0))
     assert covered.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_global_slots_cover_no_words_and_windows_behind_them_cover_the_same(lms: dict[str, FrozenLM]) -> None:
+    example = Example("abcdefgh", "{latent} Q:", " a")
+    plain = tokeniser(lms, ratio=4, max_source_tokens=48)(example)
+    made = tokeniser(lms, ratio=4, max_source_tokens=48, kind="hybrid", num_latents=2)(example)
+    assert made.words == [(2 + window, token) for window, token in plain.words]
+    assert max(made.answer.slots) == max(plain.answer.slots) + 2
 
 
 def test_words_beyond_the_cut_are_no_target(lms: dict[str, FrozenLM]) -> None:

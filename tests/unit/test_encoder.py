@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latentwire.bridge.config import EncoderConfig
-from latentwire.bridge.encoder import KINDS, Encoder, make_encoder
+from latentwire.bridge.encoder import KINDS, Encoder, LayerMix, make_encoder
 
 N, C = 12, 8
 READING = tuple(kind for kind in KINDS if kind != "prompt")
-FIXED = ("perceiver", "mean", "prompt")
+FIXED = ("perceiver", "pooled-perceiver", "mean", "prompt")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def encoder_of(kind: str, *, ratio: int = 4, num_latents: int = 3, depth: int = 2) -> Encoder:
+def encoder_of(kind: str, *, ratio: int = 4, num_latents: int = 3, depth: int = 2, mixed_layers: int = 1) -> Encoder:
     torch.manual_seed(0)
-    return make_encoder(EncoderConfig(kind, N, C, 32, depth, ratio, num_latents))
+    return make_encoder(EncoderConfig(kind, N, C, 32, depth, ratio, num_latents, mixed_layers))
 
 
 def states_of(length: int, seed: int = 0) -> Tensor:
@@ -43,6 +43,16 @@ def alone(encoder: Encoder, row: Tensor) -> Tensor:
 @pytest.mark.parametrize("length, ratio, slots", [(1, 4, 1), (4, 4, 1), (5, 4, 2), (16, 4, 4), (16, 1, 16), (3, 8, 1)])
 def test_slots_grow_with_the_source(kind: str, length: int, ratio: int, slots: int) -> None:
     assert alone(encoder_of(kind, ratio=ratio), states_of(length)).shape == (slots, C)
+
+
+def test_hybrid_slots_are_global_ones_and_then_those_of_the_windows() -> None:
+    hybrid, row = encoder_of("hybrid", num_latents=2, depth=0), states_of(9)
+    assert [hybrid.slot_count(hybrid.config, tokens) for tokens in (0, 1, 8, 9)] == [2, 3, 4, 5]
+    for kind, at in (("pooled-perceiver", slice(0, 2)), ("pooling", slice(2, 5))):
+        alike = encoder_of(kind, num_latents=2, depth=0)
+        weights = {name: hybrid.state_dict()[name] for name in alike.state_dict()}
+        alike.load_state_dict(weights)
+        torch.testing.assert_close(alone(alike, row), alone(hybrid, row)[at])
 
 
 @pytest.mark.parametrize("kind", FIXED)
@@ -112,7 +122,9 @@ def test_the_learned_prompt_ignores_the_source() -> None:
     assert torch.equal(alone(encoder, states_of(3, 0)), alone(encoder, states_of(9, 1)))
 
 
-@pytest.mark.parametrize("kind, ordered", [("pooling", True), ("linear", False), ("mean", False)])
+@pytest.mark.parametrize(
+    "kind, ordered", [("pooling", True), ("pooled-perceiver", True), ("linear", False), ("mean", False)]
+)
 def test_pooling_reads_the_tokens_of_a_window_in_order(kind: str, ordered: bool) -> None:
     encoder, row = encoder_of(kind), states_of(4)
     same = torch.allclose(alone(encoder, row), alone(encoder, row.flip(0)), atol=1e-3)
@@ -134,3 +146,33 @@ def test_pooled_slots_are_mixed_by_depth_only() -> None:
     for depth in (0, 1):
         encoder = encoder_of("pooling", depth=depth)
         assert torch.allclose(alone(encoder, row)[0], alone(encoder, changed)[0], atol=1e-4) is (depth == 0)
+
+
+@pytest.mark.parametrize("kind", READING)
+def test_layers_that_are_mixed_are_read_as_one_in_which_each_counts_whatever_its_norm(kind: str) -> None:
+    plain, mixed = encoder_of(kind), encoder_of(kind, mixed_layers=2)
+    assert mixed.layer_mix is not None and plain.layer_mix is None
+    mixed.load_state_dict(plain.state_dict(), strict=False)
+    first, second = states_of(8, 1), states_of(8, 2)
+
+    def latent(loud: float = 1.0, logits: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+        assert mixed.layer_mix is not None
+        mixed.layer_mix.logits.data = torch.tensor(logits)
+        states, mask = torch.cat([first, loud * second], dim=-1)[None], torch.ones(1, 8, dtype=torch.bool)
+        return mixed(states, mask)[0][0].detach()  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(latent(loud=100.0), latent(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(latent(logits=(99.0, 0.0)), alone(plain, first))
+    torch.testing.assert_close(latent(logits=(0.0, 99.0)), alone(plain, second))
+    assert not torch.allclose(latent(), alone(plain, first), atol=0.1)
+
+
+def test_a_layer_mix_begins_as_the_mean_and_learns_weights_and_a_scale() -> None:
+    mix, states = LayerMix(3), torch.randn(2, 5, 3, N)
+    torch.testing.assert_close(mix(states), states.mean(dim=2))
+    mix.logits.data, mix.scale.data = torch.tensor([0.0, 1.0, 0.0]).log(), torch.tensor(2.0)
+    torch.testing.assert_close(mix(states), 2 * states[:, :, 1])
+    mix.logits.data.zero_()
+    mix(states).square().sum().backward()
+    assert mix.logits.grad is not None and mix.scale.grad is not None
+    assert bool((mix.logits.grad != 0).all()) and mix.scale.grad > 0

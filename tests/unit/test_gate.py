@@ -16,7 +16,7 @@ from latentwire.bridge.gate import (
     GATE,
     SIGNALS,
     Gate,
-    Judged,
+    as_asked,
     load_gates,
     save_gates,
     signals_of,
@@ -82,16 +82,15 @@ def test_answers_below_the_least_trust_are_those_of_the_text() -> None:
     judged = made.judge([said("sure", 0.5), said("unsure", 0.4), Generation("", "stop", 1, ())])
     assert judged.refused == [1, 2] and [source for source, _ in judged] == ["latent", "text", "text"]
     assert [trust for _, trust in judged] == [made.reached.trust, made.trust(answer(0.4)), 0.0]
-    given = judged.given([said("sure", 0.5)] * 3, [said("text 1", 0.9), said("text 2", 0.9)], SamplingParams())
+    given = judged.given([said("sure", 0.5)] * 3, [said("text 1", 0.9), said("text 2", 0.9)])
     assert [one.text for one in given] == ["sure", "text 1", "text 2"]
 
 
 def test_an_answer_is_watched_whatever_its_caller_asked_for_and_shown_as_asked() -> None:
-    judged = Judged((1.0,), 0.5)
     for asked, seen in ((None, 5), (2, 5), (9, 9)):
         params = SamplingParams(logprobs=asked)
         assert watched(params).logprobs == seen
-        (given,) = judged.given([said("a", 0.4, 0.3, 0.2)], [], params)
+        given = as_asked(said("a", 0.4, 0.3, 0.2), params)
         assert [len(one.top) for one in given.logprobs or ()] == ([] if asked is None else [min(asked, 3)])
         assert (given.logprobs is None) == (asked is None)
 

@@ -69,6 +69,12 @@ def test_labels_that_the_prompt_lists_give_nothing_away(prompt: str, labels: tup
     assert is_visible(task_of([], [example], labels), example) is seen
 
 
+def test_any_right_answer_in_the_prompt_gives_it_away() -> None:
+    example = Example("text", "{latent}\nDoes the rain fall?", " a shower", also=(" Rain",))
+    assert is_visible(task_of([], [example]), example)
+    assert not is_visible(task_of([], [example]), Example("text", example.prompt, " a shower"))
+
+
 def test_where_nothing_is_left_the_reason_is_said() -> None:
     with pytest.raises(InvalidRequest, match=r"task 'few': no test example is left \(2 duplicate\)"):
         held_out(task_of([asked("a"), asked("b")], [asked("a"), asked("B")]), None)

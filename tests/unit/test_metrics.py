@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentwire.bridge.evaluation.metrics import exact_match, normalise, token_f1
+from latentwire.bridge.evaluation.metrics import METRICS, exact_match, normalise, token_f1
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,9 @@ def test_exact_match_wants_the_whole_answer() -> None:
 def test_f1_is_the_harmonic_mean_of_word_precision_and_recall(said: str, wanted: str, score: float) -> None:
     assert token_f1(said, wanted) == pytest.approx(score)
     assert token_f1(wanted, said) == pytest.approx(score)
+
+
+def test_of_several_right_answers_the_nearest_one_counts() -> None:
+    right = [(" in Rome", " Rome", " the city of Rome"), (" Oslo",)]
+    assert METRICS["em"].scores(["Rome.", "Rome"], right) == [1.0, 0.0]
+    assert METRICS["token_f1"].scores(["old Rome", "Oslo"], right) == pytest.approx([2 / 3, 1.0])

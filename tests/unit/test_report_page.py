@@ -129,6 +129,12 @@ def test_of_many_that_differ_the_first_are_shown_and_long_sources_are_cut_at_a_w
     assert "they score the same on each of the 4 examples" in shown(document(bridge=[1] * 4, direct=[1] * 4))
 
 
+def test_every_right_answer_of_an_example_is_shown() -> None:
+    whole = document(bridge=[0] * 2, direct=[1] * 2)
+    whole["examples"] = [{**example, "wanted": " in Rome", "also": [" Rome"]} for example in whole["examples"]]
+    assert "<dt>wanted</dt><dd>in Rome · Rome</dd>" in shown(whole)
+
+
 def test_the_page_says_what_it_takes_to_have_it_again() -> None:
     text = words(shown(document()))
     for part in (

@@ -65,6 +65,27 @@ def test_a_generation_fills_every_template(tmp_path: Path) -> None:
     assert (task.name, task.labels, task.max_answer_tokens) == ("qa", (), 32)
 
 
+def test_a_field_may_hold_several_right_answers_of_which_the_first_is_trained_on(tmp_path: Path) -> None:
+    rows = [{**FACTS[0], "answer": ["in Rome", "Rome", "in Rome"]}]
+    (example,) = task_in(tmp_path, QA, rows).test
+    assert (example.answer, example.also) == (" in Rome", (" Rome",))
+    assert example.right == (" in Rome", " Rome")
+    assert task_in(tmp_path, QA, FACTS).test[0].right == (" A",)
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ([], ["row 1", "'answer' is []", "expected at least one text"]),
+        (["Rome", " "], ["row 1", "the answer is empty"]),
+        (["Rome", None], ["row 1", "'answer' is None; expected a text"]),
+        ([["Rome"]], ["row 1", "['Rome']; expected a text"]),
+    ],
+)
+def test_a_list_of_answers_holds_texts(tmp_path: Path, answers: list[Any], words: list[str]) -> None:
+    refused(tmp_path, QA, [{**FACTS[0], "answer": answers}], *words)
+
+
 def test_an_answer_has_one_space_before_it_wherever_the_task_wrote_it(tmp_path: Path) -> None:
     spaced = QA.replace('answer = "{answer}"', 'answer = " {answer}"')
     assert task_in(tmp_path, spaced, FACTS).test[0].answer == " A"

@@ -68,6 +68,11 @@ class OpenAIRequest(Lenient):
         description="What stands in the latent's place: the latent, the source text itself (direct), or nothing "
         "(none), which needs no source.",
     )
+    fallback: Literal["text"] | None = Field(
+        None,
+        description="Let the receiver read the source itself where the bridge's gate does not trust the answer from "
+        "the latent. The source is a text then, and nothing is streamed. Not OpenAI's.",
+    )
     stream: bool = Field(False, description="Send the text as it comes, as server-sent events.")
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(
@@ -148,10 +153,37 @@ class OpenAIRequest(Lenient):
             )
         return self
 
+    @model_validator(mode="after")
+    def _judged_whole(self) -> Self:
+        if self.fallback is None:
+            return self
+        if self.stream or self.condition != "bridge":
+            raise PydanticCustomError(
+                "fallback",
+                "a fallback cannot be given with {other}: the latent's answer is judged when it is whole",
+                {"other": "stream" if self.stream else f"condition {self.condition}"},
+            )
+        if self.sources[0].field != "text":
+            raise PydanticCustomError(
+                "source", "with fallback text the receiver may read the source; give it as text, not as a latent"
+            )
+        return self
+
     def to_generate_request(self, bridge: str, receiver: str | None) -> GenerateRequest:
         """The equal request to ``/generate``."""
-        same = ("condition", "temperature", "top_p", "top_k", "seed", "n", "stop", "timeout_seconds", "truncate")
-        fields: dict[str, Any] = {name: getattr(self, name) for name in same}
+        same = (
+            "condition",
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "n",
+            "stop",
+            "timeout_seconds",
+            "truncate",
+            "fallback",
+        )
+        fields: dict[str, Any] = {name: getattr(self, name) for name in (*same, "fallback")}
         if self.token_limit is not None:
             fields["max_tokens"] = self.token_limit
         source = Input.model_validate({one.field: one.value for one in self.sources} or {"text": ""})

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from latentwire.bridge.results import AnsweredFrom
 from latentwire.service.api.openai.requests import OpenAIRequest
 from latentwire.service.inference.request import Piece
 from latentwire.service.schemas.inference import GenerateResponse, Output, TokenLogprobOut, Usage
@@ -33,6 +34,16 @@ class CompletionUsage(BaseModel):
     completion_tokens: int
     total_tokens: int
     latentwire: LatentUsage
+
+
+class Verdict(BaseModel):
+    """What only a bridge with a gate has: what an answer is from, and how far the latent's was trusted, 0 to 1."""
+
+    answered_from: AnsweredFrom
+    trust: float
+
+
+VERDICT: Any = Field(None, description="Only with a fallback.", exclude_if=lambda verdict: verdict is None)
 
 
 class Head(BaseModel):
@@ -60,6 +71,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None
+    latentwire: Verdict | None = VERDICT
 
 
 class Completion(Head):
@@ -106,6 +118,7 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
+    latentwire: Verdict | None = VERDICT
 
 
 class ChatCompletion(Head):
@@ -254,16 +267,20 @@ class CompletionReply(Reply[Completion, CompletionChoice]):
     def whole(self, response: GenerateResponse) -> Completion:
         """The whole response."""
         choices = [
-            self.choice(output.index, output.text, output.finish_reason, logprobs=self.logprobs_of(output))
+            self.choice(
+                output.index,
+                output.text,
+                output.finish_reason,
+                logprobs=self.logprobs_of(output),
+                latentwire=verdict_of(output),
+            )
             for output in response.outputs
         ]
         return self.chunk(choices, usage=usage_of(response.usage))
 
-    def choice(
-        self, index: int, text: str | None, finish_reason: FinishReason | None, **logprobs: Any
-    ) -> CompletionChoice:
+    def choice(self, index: int, text: str | None, finish_reason: FinishReason | None, **rest: Any) -> CompletionChoice:
         """A choice of a chunk, or of the whole."""
-        return CompletionChoice(index=index, text=text or "", finish_reason=finish_reason, **logprobs)
+        return CompletionChoice(index=index, text=text or "", finish_reason=finish_reason, **rest)
 
     def logprobs(self, tokens: Sequence[TokenLogprobOut], before: int = 0) -> Logprobs:
         """In four lists."""
@@ -292,6 +309,7 @@ class ChatReply(Reply[ChatCompletion, ChatChunkChoice]):
                 message=ChatMessage(role="assistant", content=output.text),
                 logprobs=self.logprobs_of(output),
                 finish_reason=output.finish_reason,
+                latentwire=verdict_of(output),
             )
             for output in response.outputs
         ]
@@ -335,6 +353,13 @@ def usage_of(usage: Usage) -> CompletionUsage:
         total_tokens=given + usage.generated_tokens,
         latentwire=LatentUsage(source_tokens=usage.source_tokens, soft_tokens=usage.soft_tokens),
     )
+
+
+def verdict_of(output: Output) -> Verdict | None:
+    """What the gate said of an answer, where it was asked."""
+    if output.answered_from is None or output.trust is None:
+        return None
+    return Verdict(answered_from=output.answered_from, trust=output.trust)
 
 
 def error_type(status: int) -> str:

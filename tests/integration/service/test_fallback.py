@@ -107,6 +107,92 @@ def test_a_client_reads_where_an_answer_is_from(start: Start, folder: Path) -> N
     assert {output.answered_from for output in read_json(Generated, raw).outputs} == {"latent", "text"}
 
 
+SCORED = {"inputs": ASKED["inputs"], "prompt": "Where?", "choices": [" Rome.", " the sea"], "fallback": "text"}
+
+
+@pytest.fixture(scope="module")
+def least_scored(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """A trust that two of the four latents reach by what the receiver answers in as many tokens as a choice has."""
+    bridge = Bridge.load(gated(checkpoint, tmp_path_factory.mktemp("scored") / "tiny", 0.0))
+    trusts = sorted(
+        one.trust or 0.0 for one in bridge.score(TEXTS, "Where?", SCORED["choices"], fallback="text").scores
+    )
+    assert trusts[1] < trusts[2]
+    return (trusts[1] + trusts[2]) / 2
+
+
+def test_choices_are_scored_from_the_latent_where_that_is_trusted_and_else_from_the_text(
+    start: Start, checkpoint: Path, tmp_path: Path, least_scored: float, samples: Any
+) -> None:
+    folder = gated(checkpoint, tmp_path / "tiny", least_scored)
+    client = start(checkpoints={"tiny": str(folder)})
+    answer = client.post("/score", json=SCORED).json()
+    plain = {
+        condition: client.post("/score", json={**SCORED, "fallback": None, "condition": condition}).json()
+        for condition in ("bridge", "direct")
+    }
+    assert sorted(score["answered_from"] for score in answer["scores"]) == ["latent"] * 2 + ["text"] * 2
+    for index, score in enumerate(answer["scores"]):
+        same = plain["bridge" if score["answered_from"] == "latent" else "direct"]["scores"][index]
+        assert [one["logprob"] for one in score["choices"]] == pytest.approx(
+            [one["logprob"] for one in same["choices"]], abs=1e-3
+        )
+        assert (score["trust"] >= least_scored) == (score["answered_from"] == "latent")
+        assert "answered_from" not in same and "trust" not in same
+    assert 0 < answer["usage"]["generated_tokens"] <= 4 * 9
+    seen = samples(client)
+    assert seen["latentwire_gated_answers_total", "latent", "tiny"] == 2
+    assert seen["latentwire_gated_answers_total", "text", "tiny"] == 2
+    here = Bridge.load(folder).score(TEXTS, "Where?", SCORED["choices"], fallback="text")
+    assert [score.answered_from for score in here.scores] == [score["answered_from"] for score in answer["scores"]]
+    assert [score.best for score in here.scores] == [score["best"] for score in answer["scores"]]
+    assert here.usage.generated_tokens == answer["usage"]["generated_tokens"]
+
+
+def test_scores_fall_back_on_texts_alone_and_only_with_a_gate(refused: Any, start: Start, folder: Path) -> None:
+    assert refused("/score", 422, json=SCORED)["param"] == "fallback"
+    client = start(checkpoints={"tiny": str(folder)})
+    latents = {**SCORED, "inputs": [{"latent_id": "a"}]}
+    assert "give every input as text" in refused("/score", 422, on=client, json=latents)["message"]
+    long = {**SCORED, "inputs": [{"text": "long " * 20}], "prompt": "why " * 40}
+    assert client.post("/score", json={**long, "fallback": None}).status_code == 200
+    assert "fit" in refused("/score", 422, on=client, json=long)["message"]
+    assert client.get("/metrics").text.count("latentwire_gated_answers_total{") == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_answer_in_openais_format_says_what_it_is_from(start: Start, folder: Path, path: str, samples: Any) -> None:
+    client = start(checkpoints={"tiny": str(folder)})
+    expected = client.post("/generate", json=ASKED).json()["outputs"]
+    asked = {"prompt": "Where?"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Where?"}]}
+    asked |= {"model": "tiny", "max_tokens": 6, "temperature": 0}
+    for text, output in zip(TEXTS, expected, strict=True):
+        (choice,) = client.post(path, json={**asked, "source": text, "fallback": "text"}).json()["choices"]
+        assert (choice["text"] if "text" in choice else choice["message"]["content"]) == output["text"]
+        assert choice["latentwire"]["answered_from"] == output["answered_from"]
+        assert choice["latentwire"]["trust"] == pytest.approx(output["trust"], abs=1e-4)
+        (choice,) = client.post(path, json={**asked, "source": text}).json()["choices"]
+        assert "latentwire" not in choice
+    assert samples(client)["latentwire_gated_answers_total", "text", "tiny"] == 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stream": True}, "a fallback cannot be given with stream"),
+        ({"condition": "direct"}, "a fallback cannot be given with condition direct"),
+        ({"source": None, "latent_id": "a"}, "give it as text, not as a latent"),
+        ({"fallback": "luck"}, "'text'"),
+    ],
+)
+def test_what_cannot_fall_back_is_refused_in_openais_format(
+    client: TestClient, change: dict[str, Any], message: str
+) -> None:
+    asked = {"model": "tiny", "prompt": "Where?", "source": "Ben sings.", "fallback": "text", **change}
+    response = client.post("/v1/completions", json=asked)
+    assert 400 <= response.status_code < 500 and message in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
