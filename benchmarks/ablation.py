@@ -68,7 +68,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "perceiver": {"encoder": "perceiver", **FIXED},
     "gain": {"gain": True},
 }
-SHAPE = {"encoder", "num_latents", "layer", "layer_mix", "head_dim", "gain"}
+SHAPE = {"encoder", "num_latents", "layer", "layer_mix", "head_dim", "gain", "sender_lora"}
+SENDER_LORA: dict[str, dict[str, Any]] = {"base": {}, "rank 8": {"sender_lora": 8, "cache_features": False}}
 
 
 def steps_of(run: Run, start: int, stop: int) -> list[StepRecord]:
@@ -142,9 +143,9 @@ def run_once(settings: dict[str, Any], limit: int, warm: Warm) -> dict[str, floa
 def main(
     material: Path = MATERIAL, seeds: int = 3, limit: int = 200, threads: int = 1, only: list[str] | None = None
 ) -> None:
-    """Run every variant with SEEDS seeds on the world and on SST-2; the sweep over k, gain and encoders on the world.
+    """Run every variant with SEEDS seeds on the world and on SST-2; the sweep over k and shapes on the world.
 
-    ONLY names some of the series: ablation-world, ablation-sst2, first-k, gain, encoders.
+    ONLY names some of the series: ablation-world, ablation-sst2, first-k, gain, encoders, sender-lora.
     """
     torch.set_num_threads(threads)
     warm = Warm()
@@ -162,6 +163,7 @@ def main(
             ("first-k", "world", WORLD, sweep),
             ("gain", "world", WORLD, GAIN),
             ("encoders", "world", WORLD, ENCODERS),
+            ("sender-lora", "world", WORLD, SENDER_LORA),
         ]
         for seed in range(seeds):  # a run that is cut short has whole seeds of everything
             for name, task, base, variants in (one for one in series if one[0] in (only or [one[0]])):

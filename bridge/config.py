@@ -94,6 +94,19 @@ class Layout:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LoraShape:
+    """Shape of the additions to a sender's linear layers.
+
+    Attributes:
+        rank: Of each.
+        layers: Outputs and inputs of each layer by its name among the blocks, as in ``0.attention.dense``.
+    """
+
+    rank: int
+    layers: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, config=STRICT)
 class EncoderConfig:
     """Shape of the encoder.
 
@@ -106,6 +119,8 @@ class EncoderConfig:
         ratio: Sender tokens per window, of kinds that read windows of the source.
         num_latents: Slots, of the other kinds; of ``hybrid``, those before the windows'.
         mixed_layers: Layers that a learned mix makes one of; 1, as in every old encoder: all are read side by side.
+        lora: What is added to the sender's layers while this encoder's states are read; None, as in every old one:
+            nothing.
     """
 
     kind: str
@@ -116,6 +131,7 @@ class EncoderConfig:
     ratio: int
     num_latents: int
     mixed_layers: int = field(default=1, repr=False)  # ids of old bridges are made from the repr
+    lora: LoraShape | None = field(default=None, repr=False)  # ids of old bridges are made from the repr
 
 
 @dataclass(frozen=True, config=STRICT)

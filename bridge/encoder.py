@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentwire.bridge.config import EncoderConfig
 from latentwire.bridge.errors import one_of
+from latentwire.bridge.lora import Lora
 
 HEAD_WIDTH = 32  # attention head width inside the encoder
 States = Float[Tensor, "B S N"]
@@ -34,6 +35,7 @@ class Encoder(nn.Module):
         kind: What ``--encoder`` and a checkpoint call it. A subclass with one is known once it is defined.
         windowed: Whether slots cover windows of ``ratio`` sender tokens, in order, behind any that cover none (those of
             a source of no tokens, by ``slot_count``); else there are ``num_latents`` slots.
+        lora: Additions to the sender's layers, under which the states were read (``models.hidden_states``), or None.
     """
 
     kind: ClassVar[str]
@@ -54,6 +56,7 @@ class Encoder(nn.Module):
         self.layer_mix = LayerMix(config.mixed_layers) if config.mixed_layers > 1 else None
         self.mix = nn.ModuleList(Block(config.hidden_dim) for _ in range(config.depth))
         self.out = nn.Linear(config.hidden_dim, config.latent_dim)
+        self.lora = Lora(config.lora) if config.lora else None
 
     @classmethod
     def slot_count(cls, config: EncoderConfig, tokens: int) -> int:

@@ -47,7 +47,8 @@ def encode(bridge: BridgeModel, sender: FrozenLM, sources: Sequence[SourceTokens
     several threads split by rows. The same batch gives the same bits each time.
     """
     ids, mask = pad_sources(sender, sources)
-    latents, slots = bridge.encoder(hidden_states(sender, ids, mask, bridge.config.layers), mask)
+    states = hidden_states(sender, ids, mask, bridge.config.layers, bridge.encoder.lora)
+    latents, slots = bridge.encoder(states, mask)
     rows = [latent[real].cpu().numpy() for latent, real in zip(latents.float(), slots, strict=True)]
     return [
         Encoded(row, len(source.ids), source.full_length > len(source.ids))

@@ -31,6 +31,7 @@ from latentwire.bridge.devices import default_device, default_dtype
 from latentwire.bridge.errors import IncompatibleBridge, ModelUnavailable, first_line
 from latentwire.bridge.families import Role, check_usable
 from latentwire.bridge.loading import bytes_of, pretrained, untrained
+from latentwire.bridge.lora import Lora
 from latentwire.bridge.quantised import refuse_gguf
 from latentwire.bridge.reader import Reader, SourceTokens, end_ids_of
 
@@ -278,9 +279,8 @@ class _Reached(Exception):
     """The last layer wanted has run: the rest of the forward pass is not needed."""
 
 
-@torch.no_grad()
 def hidden_states(
-    lm: FrozenLM, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"], layers: Sequence[int]
+    lm: FrozenLM, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"], layers: Sequence[int], lora: Lora | None = None
 ) -> Float[Tensor, "B S ND"]:
     """Outputs of the given blocks, side by side, for any decoder family.
 
@@ -292,6 +292,7 @@ def hidden_states(
         ids: Token ids; anything at padding.
         mask: True at real tokens.
         layers: Blocks counted from 1 (0 is the embedding); a block's raw output, without the final norm.
+        lora: Added to this pass alone. Gradients are kept for it, and without it for nothing.
 
     Raises:
         IncompatibleBridge: A layer the model does not have.
@@ -317,7 +318,9 @@ def hidden_states(
     modules = [lm.model.get_input_embeddings(), *blocks_of(lm)]
     # A row of padding only (an empty slot of a batch) still needs one position to attend to.
     seen = mask | ((~mask).all(dim=1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
-    with ExitStack() as hooks, suppress(_Reached):
+    with ExitStack() as hooks, torch.set_grad_enabled(lora is not None and torch.is_grad_enabled()), suppress(_Reached):
+        if lora is not None:
+            hooks.enter_context(lora.applied(stack_of(lm)))
         for layer in set(layers):
             hooks.callback(modules[layer].register_forward_hook(keep(layer)).remove)
         lm.model.base_model(

@@ -1,12 +1,15 @@
 """What a run takes over from a checkpoint: the one that it extends (``--bridge``), or begins with (``--init``)."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 
 from latentwire.bridge.checkpoint import BridgeModel, load_bridge, make_bridge, read_manifest
-from latentwire.bridge.config import BridgeConfig, Provenance
+from latentwire.bridge.config import BridgeConfig, LoraShape, Provenance
 from latentwire.bridge.errors import InvalidRequest, first_line
+from latentwire.bridge.lora import lora_shape
+from latentwire.bridge.models import FrozenLM, stack_of
 from latentwire.training.config import TrainConfig
 
 NOTHING: tuple[object, ...] = (None, "", [])  # what a setting has that is left to the checkpoint
@@ -30,6 +33,7 @@ def completed(config: TrainConfig) -> TrainConfig:
     decided = {name: getattr(encoder, name) for name in ("ratio", "num_latents", "latent_dim", "hidden_dim", "depth")}
     decided |= {"encoder": encoder.kind, "sender": config.sender or base.sender.name, "layer": list(base.layers)}
     decided["layer_mix"] = encoder.mixed_layers > 1
+    decided["sender_lora"] = encoder.lora.rank if encoder.lora else 0
     if config.bridge is not None:
         decided["max_source_tokens"] = base.max_source_tokens
     elif not config.receiver:
@@ -42,6 +46,26 @@ def completed(config: TrainConfig) -> TrainConfig:
             )
             raise InvalidRequest(message, param=name)
     return config.model_copy(update=decided)
+
+
+def adapted(config: TrainConfig, sender: FrozenLM, layers: Sequence[int]) -> LoraShape | None:
+    """The LoRA that a run asks for (InvalidRequest: there is nothing below ``layers`` that it could be added to)."""
+    shape = lora_shape(stack_of(sender), config.sender_lora, max(layers))
+    if config.sender_lora and shape is None:
+        message = f"--sender-lora {config.sender_lora}: {sender.name!r} has no linear layer below layer {max(layers)}"
+        raise InvalidRequest(message, param="sender_lora")
+    return shape
+
+
+def check_adapted(config: TrainConfig) -> None:
+    """Refuse, beside LoRA on the sender, what could not follow it (InvalidRequest)."""
+    for flag, on, why in (
+        ("--cache-features", config.cache_features, "keeps the states of the sender as it is"),
+        ("--fsdp", config.fsdp, "spreads the sender's layers over processes"),
+    ):
+        if on and config.sender_lora:
+            message = f"{flag} {why}, and this bridge reads it with LoRA of rank {config.sender_lora} (--sender-lora)"
+            raise InvalidRequest(message, param="sender_lora")
 
 
 def earlier_runs(config: TrainConfig) -> tuple[Provenance, ...]:

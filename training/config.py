@@ -82,6 +82,7 @@ class TrainConfig(BaseModel):
     depth: int = BRIDGE("Transformer blocks over the slots.", 2, ge=0)
     layer: list[int] | None = BRIDGE("Sender layer to read, from 1; repeat to read several. [two thirds up]", None)
     layer_mix: bool = BRIDGE("Read a learned mix of several layers instead of all of them side by side.", False)
+    sender_lora: int = BRIDGE("Rank of LoRA on the sender's layers up to the one read, for this bridge alone.", 0, ge=0)
 
     max_steps: int = STEPS("Optimiser steps.", 1000, ge=1)
     batch_size: int = STEPS("Examples per forward pass, in each process.", 32, ge=1)

@@ -85,8 +85,9 @@ def control_config(name: str, context: EvaluationContext, out: Path) -> TrainCon
     if name == "probe":
         return config
     slots = [len(latent) for latent in context.recall(range(min(64, len(context.examples))))]
-    # There are no words to learn, and no other example's latent to hold its own against.
+    # There are no words to learn, no other example's latent to hold its own against, and no sender that is read.
     without = {"alignment_steps": None, "alignment_weight": 0.0, "probe_every": 0, "sources_per_example": 1}
+    without |= {"sender_lora": 0}
     count = max(1, round(sum(slots) / len(slots)))
     learnt = config.model_copy(update={"encoder": "prompt", "num_latents": count, **without})
     alone = {"reconstruction_weight": 0.0, "continuation_weight": 0.0}  # nor a text to repeat that is there to be read

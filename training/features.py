@@ -25,6 +25,7 @@ from latentwire.bridge.checkpoint import read_part, write_part
 from latentwire.bridge.config import Part
 from latentwire.bridge.errors import CorruptCheckpoint
 from latentwire.bridge.files import replace_file
+from latentwire.bridge.lora import Lora
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
@@ -45,12 +46,13 @@ class LiveStates:
     residency: Residency
     sender: str
     layers: tuple[int, ...]
+    lora: Lora | None = None
 
     def read(self, sources: Sequence[SourceTokens], *, multiple: int = 1) -> States:
         """States and mask of a batch, right-padded."""
         with self.residency.use(self.sender) as lm:
             ids, mask = pad_sources(lm, sources, multiple=multiple)
-            return hidden_states(lm, ids, mask, self.layers), mask
+            return hidden_states(lm, ids, mask, self.layers, self.lora), mask
 
 
 @dataclass

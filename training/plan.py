@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
+from latentwire.training.base import check_adapted, completed
 from latentwire.training.config import TrainConfig
 from latentwire.training.simulate import PARTS, Cost, Lengths, moments_of, total
 
@@ -78,7 +79,8 @@ def plan(
         ModelUnavailable: No such model, or no causal language model.
         InvalidRequest: A layer the sender does not have.
     """
-    lengths = Lengths(source_tokens, prompt_tokens, answer_tokens)
+    lengths, config = Lengths(source_tokens, prompt_tokens, answer_tokens), completed(config)
+    check_adapted(config)
     others = {
         name: Plan(config.batch_size, moments_of(config.model_copy(update=update), lengths), device_bytes)
         for name, update in (_changes(config) if compare else {}).items()
@@ -95,7 +97,9 @@ def _changes(config: TrainConfig) -> dict[str, dict[str, bool | float]]:
         f"{told[cached]} --cache-features": {"cache_features": not cached},
         f"{told[taught]} distillation": {"kd_weight": 0.0 if taught else 1.0},
     }
-    if not (recomputed or cached):
+    if config.sender_lora:  # no cache holds what it changes
+        del changes[f"{told[cached]} --cache-features"]
+    elif not (recomputed or cached):
         changes["with both of the first two"] = {"gradient_checkpointing": True, "cache_features": True}
     return changes
 

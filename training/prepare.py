@@ -27,7 +27,7 @@ from latentwire.bridge.models import FrozenLM, check_role, fingerprint_of, load_
 from latentwire.bridge.prompt import compose, layout_for
 from latentwire.bridge.reader import Reader, source_tokens
 from latentwire.bridge.residency import Residency
-from latentwire.training.base import bridge_of, earlier_runs
+from latentwire.training.base import adapted, bridge_of, check_adapted, earlier_runs
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Sampler, split_off
 from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
@@ -48,6 +48,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     Raises:
         InvalidRequest: A model cannot play its part, or an example does not fit.
     """
+    check_adapted(config)
     device = device_named(config.device)
     ranks, dtype = join_ranks(device), dtype_named(config.precision, device)
     console = console if ranks.first else Console(quiet=True)
@@ -88,7 +89,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
         validation=validation,
         bridge=bridge,
         modes=modes,
-        states=LiveStates(residency, config.sender, described.layers),
+        states=LiveStates(residency, config.sender, described.layers, bridge.encoder.lora),
         residency=residency,
         tokenisers=tokenisers,
         sample=sample,
@@ -211,6 +212,7 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
             ratio=config.ratio,
             num_latents=config.num_latents,
             mixed_layers=len(layers) if config.layer_mix else 1,
+            lora=adapted(config, sender, layers),
         ),
         heads={},
         provenance=_provenance(config, task),

@@ -31,7 +31,6 @@ from latentwire.bridge.prompt import IGNORE, TEXT, Row, layout_for
 from latentwire.bridge.quantised import dequantised
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
-from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks, gradient_checkpointing
@@ -125,7 +124,6 @@ def total(cost: Cost) -> tuple[int, int]:
 
 
 def moments_of(config: TrainConfig, lengths: Lengths) -> tuple[Cost, ...]:
-    config = completed(config)
     found = [cost for name in config.receivers for cost in _simulate(config, name, lengths)]
     fixed, row = np.array([total(cost) for cost in found]).T
     peaks = {int((fixed + rows * row).argmax()) for rows in range(1, 4097)}
@@ -300,6 +298,8 @@ def _prepare(
     width = described.encoder.sender_width * described.encoder.mixed_layers
     kept = _Kept(mode, width, sender.model.dtype)
     residency = _Given(load={**lms, config.sender: sender, receiver.name: receiver}.__getitem__)
+    lora, layers = bridge.encoder.lora, described.layers
+    live = LiveStates(residency, config.sender, layers if lora else _nearer(layers), lora)
     run = Run(
         config=config.model_copy(update=update if config.probe_every else {**update, "probe_every": 0}),
         task=task,
@@ -307,7 +307,7 @@ def _prepare(
         validation=[],
         bridge=bridge,
         modes=modes,
-        states=kept if config.cache_features else LiveStates(residency, config.sender, _nearer(described.layers)),
+        states=kept if config.cache_features else live,
         residency=residency,
         tokenisers={},
         sample=lambda _name, index: tokens_of(run, lengths, index),

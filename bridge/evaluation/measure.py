@@ -169,7 +169,7 @@ def _about(context: EvaluationContext, command: str | None) -> dict[str, Any]:
             "name": context.receiver_name,
             "fingerprint": str(config.heads[context.receiver_name].receiver.fingerprint),
         },
-        "encoder": asdict(config.encoder),
+        "encoder": {**asdict(config.encoder), "lora": config.encoder.lora.rank if config.encoder.lora else None},
         "provenance": asdict(config.provenance),
     }
 

@@ -53,7 +53,7 @@ def reads(context: EvaluationContext, example: int) -> dict[str, Any]:
     shown = min(SHOWN_TOKENS, len(source.ids))
     with context.lender.lend(context.sender) as sender:
         ids, mask = pad_sources(sender, [source])
-        states = hidden_states(sender, ids, mask, config.layers)
+        states = hidden_states(sender, ids, mask, config.layers, encoder.lora)
         whole = encoder(states, mask)[0]
         parts = []
         for part in torch.split(torch.arange(shown, device=states.device), max(1, TOKENS_AT_ONCE // len(source.ids))):

@@ -56,6 +56,7 @@ class Watched(Ledger):
     [
         ("llama", {"gradient_checkpointing": True}),
         ("gpt2", {"encoder": "hybrid", "layer": [1, 3], "layer_mix": True, "alignment_weight": 1.0}),
+        ("gpt2", {"sender_lora": 3, "layer": [1, 3]}),
         ("mistral", {"kd_weight": 1.0, "margin_weight": 1.0}),
     ],
 )

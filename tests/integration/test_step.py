@@ -47,9 +47,9 @@ def test_the_layers_configured_are_the_layers_read(
 ) -> None:
     read: list[list[int]] = []
 
-    def spying(lm: FrozenLM, ids: Tensor, mask: Tensor, layers: Any) -> Tensor:
+    def spying(lm: FrozenLM, ids: Tensor, mask: Tensor, layers: Any, *more: Any) -> Tensor:
         read.append(list(layers))
-        return hidden_states(lm, ids, mask, layers)
+        return hidden_states(lm, ids, mask, layers, *more)
 
     monkeypatch.setattr(features, "hidden_states", spying)
     run = prepared(make(layer=layer))
