@@ -102,9 +102,9 @@ TASKS = {
     "banking77": RealTask("banking77", _labelled("Query", "Intent", []), BRIEF, _named),
     "squad": RealTask(
         "squad2_devhalf",
-        _answered("{context}", "Text: {latent}\nQuestion: {question}\nAnswer:", "{answer}", 24),
+        _answered("{context}", "Text: {latent}\nQuestion: {question}\nAnswer:", "{answers}", 24),
         LONG,
-        lambda row: {**row, "answer": row["answers"][0]} if row["answers"] else None,
+        lambda row: row if row["answers"] else None,
     ),
     "tinystories": RealTask(
         "tinystories_1k", _answered("{begun}", "{latent}\nGo on:", "{next}", 64), LONG, _halves, nats=True
