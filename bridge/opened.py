@@ -141,7 +141,7 @@ class OpenBridge:
 
         A gate knows answers that the receiver gives itself; this one may be as long as the longest choice.
         """
-        longest = max(len(text_ids(self.reader(receiver), choice)) for choice in choices)
+        longest = max((len(text_ids(self.reader(receiver), choice)) for choice in choices), default=0)
         return watched(SamplingParams(max_tokens=max(longest + end, 1)))
 
     def check(self, lm: FrozenLM) -> None:
