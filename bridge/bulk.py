@@ -18,7 +18,7 @@ from latentwire.bridge import engine
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.corpus import Corpus, CorpusWriter, Document, Record, digest_of, discard
 from latentwire.bridge.errors import InvalidRequest, shorten
-from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.reader import SourceTokens, check_unicode
 from latentwire.bridge.wire import codebooks_id, sendable
 
 WINDOW = 1024  # documents among which those of like length are found
@@ -172,13 +172,12 @@ class JsonLines:
         """The documents; empty lines are left out (InvalidRequest: a line that holds none)."""
         opened = gzip.open if self.path.suffix == ".gz" else open
         try:
-            with opened(self.path, "rt", encoding="utf-8") as file:
+            with opened(self.path, "rt", encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield self._source(line, number)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InvalidRequest(f"--{self.flag} {self.path}: {reason}", param=self.flag) from None
+            raise InvalidRequest(f"--{self.flag} {self.path}: {reason_of(error)}", param=self.flag) from None
 
     def _source(self, line: str, number: int) -> Source:
         where = f"--{self.flag} {self.path}, line {number}"
@@ -194,8 +193,19 @@ class JsonLines:
             ):
                 has = shorten(repr(row[name]), 80) if name in row else f"missing; it has {', '.join(row) or 'no field'}"
                 raise InvalidRequest(f"{where}: the field {name!r} is {has}; expected a text", param=self.flag)
+        try:
+            check_unicode(row[self.text_field])
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{where}: {error}", param=self.flag) from None
         id = str(number if self.id_field is None else row[self.id_field])
         return Source(id, row[self.text_field], {name: row[name] for name in self.keep if name in row})
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file of text could not be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error.reason} at byte {error.start:,})"
+    return getattr(error, "strerror", None) or str(error)
 
 
 Row = tuple[int, Source, SourceTokens]

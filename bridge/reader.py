@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from latentwire.bridge.config import BridgeConfig, SourceLayout
-from latentwire.bridge.errors import InvalidRequest, ModelUnavailable
+from latentwire.bridge.errors import InvalidRequest, ModelUnavailable, shorten
 from latentwire.bridge.families import context_tokens
 
 _NONCE = secrets.token_hex(16)  # names of pieces that no text may hold: nobody can guess them
@@ -255,7 +255,7 @@ def tokenize_source(
     """Sender tokens of a text in its ``kept_layout`` (InvalidRequest: empty, or too long where ``truncate`` is off)."""
     layout, ids, max_tokens = kept_layout(kept, lm), text_ids(lm, text), min(max_tokens, lm.max_tokens)
     if not ids or not text.strip():
-        raise InvalidRequest(f"the text {text!r} is empty; expected at least one word", param="inputs")
+        raise InvalidRequest(f"the text {shorten(repr(text), 80)} is empty; expected at least one word", param="inputs")
     opening, closing = ([] if i is None else [i] for i in (layout.bos_id, layout.eos_id))
     full = len(opening) + len(ids) + len(closing)
     if full > max_tokens and not truncate:

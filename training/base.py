@@ -49,7 +49,13 @@ def completed(config: TrainConfig) -> TrainConfig:
 
 
 def adapted(config: TrainConfig, sender: FrozenLM, layers: Sequence[int]) -> LoraShape | None:
-    """The LoRA that a run asks for (InvalidRequest: there is nothing below ``layers`` that it could be added to)."""
+    """The LoRA that a run asks for (InvalidRequest: nothing that it could adapt)."""
+    if config.sender_lora and config.encoder == "prompt":
+        message = f"--sender-lora {config.sender_lora}: the encoder 'prompt' never sees the sender"
+        raise InvalidRequest(message, param="sender_lora")
+    if config.sender_lora > sender.width:
+        message = f"--sender-lora {config.sender_lora}: {sender.name!r} is {sender.width} wide; expected a smaller rank"
+        raise InvalidRequest(message, param="sender_lora")
     shape = lora_shape(stack_of(sender), config.sender_lora, max(layers))
     if config.sender_lora and shape is None:
         message = f"--sender-lora {config.sender_lora}: {sender.name!r} has no linear layer below layer {max(layers)}"

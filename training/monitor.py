@@ -146,11 +146,12 @@ class Monitor:
         loss, accuracy = (SMOOTHING * o + (1 - SMOOTHING) * n for o, n in zip(old, new, strict=True))
         if not record.refused:
             self._smooth, self._phase = (loss, accuracy), record.phase
-        self._view.show(record, loss, accuracy)
+        right = "–" if record.accuracy is None else f"{accuracy:.3f}"
+        self._view.show(record, loss, right)
         every = max(1, self._total // PLAIN_LINES)
         if not self._view.console.is_terminal and (record.step % every == 0 or record.step == self._total):
             self._view.console.print(
-                f"step {record.step}/{self._total}  {record.phase:6}  loss {loss:.3f}  answers right {accuracy:.3f}  "
+                f"step {record.step}/{self._total}  {record.phase:6}  loss {loss:.3f}  answers right {right}  "
                 f"gradient {record.gradient_norm:.2f}  {record.seconds * 1000:.0f} ms/step",
                 soft_wrap=True,
             )
@@ -181,19 +182,19 @@ class View:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("answers right {task.fields[accuracy]:.3f}"),
+            TextColumn("answers right {task.fields[right]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
         )
-        shown: dict[str, Any] = {"phase": "", "loss": math.nan, "accuracy": 0.0}
+        shown: dict[str, Any] = {"phase": "", "loss": math.nan, "right": "–"}
         self._bar = self._progress.add_task("training", total=total, completed=start, **shown)
         self._delta: float | None = None
         self.live = Live(self._progress, console=console, refresh_per_second=4, transient=False)
 
-    def show(self, record: StepRecord, loss: float, accuracy: float) -> None:
+    def show(self, record: StepRecord, loss: float, right: str) -> None:
         """Bring the view to a step."""
-        self._progress.update(self._bar, completed=record.step, phase=record.phase, loss=loss, accuracy=accuracy)
+        self._progress.update(self._bar, completed=record.step, phase=record.phase, loss=loss, right=right)
         self._delta = self._delta if record.delta_nats is None else record.delta_nats
         if self.console.is_terminal:
             self.live.update(Group(self._progress, self._numbers(record)))

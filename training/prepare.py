@@ -196,7 +196,7 @@ def describe(config: TrainConfig, task: Task, sender: FrozenLM) -> BridgeConfig:
     if bad := [layer for layer in layers if not 0 <= layer <= sender.layers]:
         raise InvalidRequest(f"--layer {bad[0]}: {sender.name!r} has layers 0 to {sender.layers}", param="layer")
     widths = [sender.state_width(layer) for layer in layers]
-    if config.layer_mix and (len(layers) < 2 or len(set(widths)) > 1):
+    if config.layer_mix and (len(set(layers)) < 2 or len(set(widths)) > 1):
         message = f"--layer-mix needs several layers of one width; layers {list(layers)} have the widths {widths}"
         raise InvalidRequest(message, param="layer_mix")
     return BridgeConfig(

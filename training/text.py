@@ -7,6 +7,7 @@ for a source becomes several, cut between words; nothing of it is lost.
 import hashlib
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from latentwire.bridge.bulk import JsonLines
+from latentwire.bridge.bulk import JsonLines, reason_of
 from latentwire.bridge.config import BridgeConfig
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task
@@ -30,21 +31,22 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 
 
 def text_task(config: PretrainConfig, console: Console) -> Task:
-    """The texts of a run's files, whole; ``cut`` makes sources of them.
+    """The texts of a run's files, whole, each once: none held out is trained on. ``cut`` makes sources of them.
 
     Raises:
         InvalidRequest: A file cannot be read, a line has no text, or there is no text at all.
     """
-    digest, texts, blank = hashlib.sha256(), list[str](), 0
+    digest, texts, left = hashlib.sha256(), dict[str, None](), Counter[str]()
     for name in config.text:
-        for text in _texts(Path(name), config.text_field):
-            if not text.strip():
-                blank += 1
+        for text in map(str.strip, _texts(Path(name), config.text_field)):
+            if not text or text in texts:
+                left["repeated" if text else "blank"] += 1
                 continue
-            texts.append(text)
-            digest.update(f"{text}\0".encode(errors="surrogatepass"))
+            texts[text] = None
+            digest.update(f"{text}\0".encode())
     names = ", ".join(Path(name).name for name in config.text)
-    left_out = f" ({blank:,} blank ones left out)" if blank else ""
+    left_out = ", ".join(f"{count:,} {why} ones left out" for why, count in left.items())
+    left_out = f" ({left_out})" if left_out else ""
     if not texts:
         raise InvalidRequest(f"--text: there is no text in {names}{left_out}; expected at least one", param="text")
     console.print(f"{len(texts):,} texts{left_out}", highlight=False)
@@ -74,9 +76,8 @@ def _texts(path: Path, field: str) -> Iterator[str]:
     try:
         written = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"--text {path}: {reason}", param="text") from None
-    yield from filter(None, (text.strip() for text in PARAGRAPH.split(written)))
+        raise InvalidRequest(f"--text {path}: {reason_of(error)}", param="text") from None
+    yield from filter(None, map(str.strip, PARAGRAPH.split(written)))
 
 
 def cut(task: Task, described: BridgeConfig, sender: Reader, console: Console) -> Task:

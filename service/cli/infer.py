@@ -183,7 +183,7 @@ def read(
         here.unload()  # one model in memory at a time
         back = here.read(sources, against=originals, receiver=receiver, max_tokens=max_tokens)
     if not back.trained:
-        untaught = "was not trained to repeat sources: what it says is no evidence of what a latent holds"
+        untaught = "was not trained to repeat without mode tokens: what it says is no evidence of what a latent holds"
         typer.echo(f"latentwire: {checkpoint} {untaught}", err=True)
     for reading in back.readings:
         cut = "  cut at --max-tokens" if reading.finish_reason == "length" else ""

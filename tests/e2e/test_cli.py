@@ -223,7 +223,10 @@ def test_what_a_bridge_says_that_was_not_taught_to_repeat_is_called_no_evidence(
         run_main(monkeypatch, "read", checkpoint, "--latent", message, "--max-tokens", 2)
     said = capsys.readouterr()
     assert caught.value.code in (0, None) and said.out.count("\n") == 1
-    assert "was not trained to repeat sources: what it says is no evidence" in said.err and said.err.count("\n") == 1
+    assert (
+        "was not trained to repeat without mode tokens: what it says is no evidence" in said.err
+        and said.err.count("\n") == 1
+    )
 
 
 def test_an_interrupted_run_ends_with_code_130_and_resumes_to_what_it_would_have_been(

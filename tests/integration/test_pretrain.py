@@ -31,7 +31,7 @@ from latentwire.training.validation import validate
 from tests.integration.runs import prepared, quiet, said, step_of
 
 WORDS = "The red boat of Mara sails to the far island in the early morning light".split()
-PARAGRAPHS = [" ".join(WORDS[i % 7 : 4 + i % 9]) or "Rain." for i in range(24)]
+PARAGRAPHS = [f"{i} boats: " + " ".join(WORDS[i % 7 : 4 + i % 9]) for i in range(24)]
 Pretraining = Callable[..., PretrainConfig]
 
 
@@ -72,6 +72,32 @@ def test_files_of_every_kind_become_sources_and_blank_texts_are_counted(
     assert [sources[0], *sources[-2:]] == ["One two.", "Three\nfour.", "Five."]
     assert " ".join(sources[1:-2]) == " ".join(WORDS)
     assert run.task.name == "a.jsonl, b.jsonl.gz, c.txt"
+
+
+def test_a_text_is_read_once_without_the_blanks_around_it_and_with_a_byte_order_mark(
+    pretraining: Pretraining, tmp_path: Path
+) -> None:
+    line = json.dumps({"text": " " * 9000 + "Rain."})
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\n{line}\n" + '{"text": "Snow."}\n')
+    run = prepare(pretraining(text=[str(tmp_path / "a.jsonl")] * 2, validation_examples=1), console := quiet())
+    assert "2 texts (4 repeated ones left out)" in said(console)
+    assert sorted(example.source for example in run.task.train) == ["Rain.", "Snow."]
+
+
+@pytest.mark.parametrize(
+    "name, data, named",
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "Mara \\ud83d"}\n', r"a\.jsonl, line 2: the text holds '\\ud83d' at"),
+        ("a.jsonl", b'{"text": "No\xebl"}\n', r"a\.jsonl: it is not UTF-8 \(invalid continuation byte at byte 12\)"),
+        ("a.txt", b"No\xebl", r"a\.txt: it is not UTF-8 \(invalid continuation byte at byte 2\)"),
+    ],
+)
+def test_what_is_no_unicode_is_named_with_its_place(
+    pretraining: Pretraining, tmp_path: Path, name: str, data: bytes, named: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InvalidRequest, match=named):
+        prepare(pretraining(text=str(tmp_path / name)), quiet())
 
 
 def test_it_learns_to_repeat_and_to_go_on_and_nothing_else(pretraining: Pretraining) -> None:
@@ -154,7 +180,7 @@ def test_a_stopped_one_goes_on_to_the_same_weights_and_only_on_the_same_text(
     [
         ("a.txt", b" \n\n \n", "--text: there is no text in a.txt; expected at least one"),
         ("a.jsonl", b'{"text": " "}', r"there is no text in a.jsonl \(1 blank ones left out\); expected at least one"),
-        ("a.txt", b"\xff\xfe\x00", "--text .*a.txt: 'utf-8' codec can't decode"),
+        ("a.txt", b"\xff\xfe\x00", "--text .*a.txt: it is not UTF-8"),
         ("a.txt", b"One text.", "1 training example is too few to hold one out; --validate-every 0 does without"),
         ("a.txt", None, "--text .*a.txt: No such file or directory"),
         ("folder.txt", "folder", "--text .*folder.txt is a folder; expected a file"),

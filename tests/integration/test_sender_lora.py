@@ -253,11 +253,13 @@ def first_shape(config: TrainConfig) -> LoraShape | None:
         ),
         ({"fsdp": True}, "--fsdp spreads the sender's layers over processes, and this bridge reads it with LoRA"),
         ({"layer": [0]}, "--sender-lora 3: .* has no linear layer below layer 0"),
+        ({"encoder": "prompt", "alignment_steps": 0}, "--sender-lora 3: the encoder 'prompt' never sees the sender"),
+        ({"sender_lora": 5000}, "--sender-lora 5000: .* is [0-9]+ wide; expected a smaller rank"),
     ],
-    ids=["cached", "sharded", "embedding"],
+    ids=["cached", "sharded", "embedding", "prompt", "rank"],
 )
 def test_what_does_not_go_with_it_is_one_sentence(make: MakeConfig, changes: dict[str, bool], message: str) -> None:
-    config = make(sender_lora=RANK, **changes)
+    config = make(**{"sender_lora": RANK, **changes})
     with pytest.raises(InvalidRequest, match=message):
         train(config, quiet())
     assert not config.out.exists()
