@@ -31,7 +31,7 @@ from latentwire.training.validation import validate
 from tests.integration.runs import prepared, quiet, said, step_of
 
 WORDS = "The red boat of Mara sails to the far island in the early morning light".split()
-PARAGRAPHS = [f"{i} boats: " + " ".join(WORDS[i % 7 : 4 + i % 9]) for i in range(24)]
+PARAGRAPHS = [f"{i} " + " ".join(WORDS[i % 7 : 3 + i % 9]) for i in range(24)]
 Pretraining = Callable[..., PretrainConfig]
 
 

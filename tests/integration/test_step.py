@@ -81,7 +81,7 @@ def test_several_layers_can_be_mixed_and_the_mix_learns_and_is_kept(make: MakeCo
 
 @pytest.mark.parametrize("layer", [None, [3], [2, 2]])
 def test_a_mix_of_one_layer_is_refused(make: MakeConfig, layer: list[int] | None) -> None:
-    with pytest.raises(InvalidRequest, match=r"^--layer-mix needs several layers .*; layers \[[\d, ]+\] have .* \[[\d, ]+\]$"):
+    with pytest.raises(InvalidRequest, match=r"^--layer-mix needs several layers .*; layers \[[\d, ]+\] have "):
         prepared(make(layer=layer, layer_mix=True))
 
 
