@@ -75,7 +75,7 @@ def by_network(train: Codes, test: Codes, epochs: int) -> float:
     """Bits of a code in the mean, under a recurrent network that has read all before it."""
     torch.manual_seed(0)
     n = train[0].shape[1]
-    embed, net, out = torch.nn.Embedding(n * VECTORS + 1, 64), torch.nn.GRU(64, 192, batch_first=True), None
+    embed, net = torch.nn.Embedding(n * VECTORS + 1, 64), torch.nn.GRU(64, 192, batch_first=True)
     out = torch.nn.ModuleList(torch.nn.Linear(192, VECTORS) for _ in range(n))
     weights = [*embed.parameters(), *net.parameters(), *out.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=3e-3)

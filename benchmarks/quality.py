@@ -32,7 +32,6 @@ from latentwire.training.loop import train
 
 RECIPE = Path(__file__).resolve().parents[1] / "training" / "builtin" / "bridge.toml"
 RATIOS = (4, 8, 16)
-WARM_START_SHARE = 33  # per cent of the steps; the sixteenth that is enough at 5 left 8 at .19
 MEASURED = ("bridge", "direct", "none", "mismatched", "noise", "same_budget")
 CONTROLS = ("random_sender",)  # direct is 1.00 here: learning the task first could add nothing to it
 Figures = dict[str, Any]
@@ -47,7 +46,7 @@ def recipe(out: Path, steps: int, **changes: Any) -> TrainConfig:
 
 def at_ratio(folder: Path, ratio: int, steps: int, limit: int) -> Figures:
     """Train at a ratio, and measure; at the first one beside a bridge trained as long on an untrained sender."""
-    train(recipe(folder / "bridge", steps, ratio=ratio, alignment_steps=WARM_START_SHARE * steps // 100), console)
+    train(recipe(folder / "bridge", steps, ratio=ratio, alignment_steps=None), console)  # a third of the steps
     context = open_context(folder / "bridge", "world", limit=limit, dtype="float16", receiver=None)
     trained = train_controls(context, console, CONTROLS) if ratio == RATIOS[0] else {}
     with progress_bar(console) as progress:

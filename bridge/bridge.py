@@ -236,9 +236,9 @@ class Bridge(OpenBridge):
         texts = each_of(choices, (str,), "choice", "a text, or several")
         gate, each = gate_asked(self.gates, self.name, name, fallback), inputs_of(inputs)
         prompts = prompts_of(prompt, len(each))
-        how = self.judging(name, texts, end=end)
-        instead = texts_of(each) if gate else []
-        self._rows(name, instead, prompts if gate else [], how, 1)  # one without room is refused before any work
+        if gate:
+            how, instead = self.judging(name, texts, end=end), texts_of(each)
+            self._rows(name, instead, prompts, how, 1)  # one without room is refused before any work
         sources, source_tokens = self._sources(each, truncate)
         encode_ms = ms_since(started)
         slots, generated_tokens = sum(map(slots_in, sources)), 0

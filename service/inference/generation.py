@@ -175,8 +175,8 @@ class RequestHandler:
         """Score the choices that ``POST /score`` gives."""
         started = time.perf_counter()
         gate = gate_asked(self.bridge.gates, self.bridge.name, receiver, body.fallback)
-        how = await asyncio.to_thread(self.bridge.judging, receiver, body.choices, end=body.end)
         if gate:  # a text for which the receiver has no room is refused before any work
+            how = await asyncio.to_thread(self.bridge.judging, receiver, body.choices, end=body.end)
             asked = zip(map(_texts, body.inputs), body.prompts, strict=True)
             await self.runtime.compose(self.bridge, receiver, [GenerationRequest(*both, how) for both in asked])
         sources = await self._sources(body)

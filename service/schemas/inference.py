@@ -288,16 +288,12 @@ class TokenLogprobOut(BaseModel):
         return cls(token=token.token, logprob=token.logprob, top=list(token.top))
 
 
-class Judged(BaseModel):
-    """What a gate says where a fallback was asked for."""
-
-    answered_from: results.AnsweredFrom | None = Field(None, description="With a fallback: what the answer is from.")
-    trust: float | None = Field(
-        None, description="With a fallback: how likely the latent's answer was to be as good as the text's."
-    )
+# What a gate says where a fallback was asked for. Not fields of a base class: they would come first in every answer.
+ANSWERED_FROM: Any = Field(None, description="With a fallback: what the answer is from.")
+TRUST: Any = Field(None, description="With a fallback: how likely the latent's answer was to be as good as the text's.")
 
 
-class Output(Judged):
+class Output(BaseModel):
     """One answer. Outputs follow the inputs, n for each."""
 
     index: int
@@ -305,6 +301,8 @@ class Output(Judged):
     finish_reason: Literal["stop", "length"]
     token_count: int
     logprobs: list[TokenLogprobOut] | None = None
+    answered_from: results.AnsweredFrom | None = ANSWERED_FROM
+    trust: float | None = TRUST
 
 
 @dataclass(frozen=True)

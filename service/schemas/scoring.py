@@ -5,7 +5,16 @@ from typing import Annotated, Self
 from pydantic import BaseModel, Field
 
 from latentwire.bridge import results
-from latentwire.service.schemas.inference import FAIL_FAST, Asking, Judged, LogProb, Timing, TokenLogprobOut, Usage
+from latentwire.service.schemas.inference import (
+    ANSWERED_FROM,
+    FAIL_FAST,
+    TRUST,
+    Asking,
+    LogProb,
+    Timing,
+    TokenLogprobOut,
+    Usage,
+)
 
 MAX_CHOICES = 256
 Choice = Annotated[str, Field(min_length=1)]
@@ -36,12 +45,14 @@ class ChoiceOut(BaseModel):
     logprobs: list[TokenLogprobOut] | None = None
 
 
-class ScoreOut(Judged):
+class ScoreOut(BaseModel):
     """The choices about one input, in their order."""
 
     index: int
     best: int = Field(description="Number of the likeliest choice.")
     choices: list[ChoiceOut]
+    answered_from: results.AnsweredFrom | None = ANSWERED_FROM
+    trust: float | None = TRUST
 
     @classmethod
     def of(cls, index: int, score: results.Score) -> Self:

@@ -171,18 +171,7 @@ class OpenAIRequest(Lenient):
 
     def to_generate_request(self, bridge: str, receiver: str | None) -> GenerateRequest:
         """The equal request to ``/generate``."""
-        same = (
-            "condition",
-            "temperature",
-            "top_p",
-            "top_k",
-            "seed",
-            "n",
-            "stop",
-            "timeout_seconds",
-            "truncate",
-            "fallback",
-        )
+        same = ("condition", "temperature", "top_p", "top_k", "seed", "n", "stop", "timeout_seconds", "truncate")
         fields: dict[str, Any] = {name: getattr(self, name) for name in (*same, "fallback")}
         if self.token_limit is not None:
             fields["max_tokens"] = self.token_limit
