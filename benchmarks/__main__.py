@@ -1,5 +1,7 @@
 """Run every benchmark: ``python -m benchmarks``."""
 
+import sys
+
 from benchmarks import (
     ablation,
     bytes,
@@ -16,6 +18,8 @@ from benchmarks import (
     world,
 )
 
+if sys.argv[1:]:  # they would be read by the first one, hours before anybody sees it
+    sys.exit(f"python -m benchmarks runs them all; for one: python -m benchmarks.{sys.argv[1]} --help")
 world.main()
 service.main()
 serve.main()
