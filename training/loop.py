@@ -1,5 +1,7 @@
 """A run from its first line to its last: prepare, check, step by step, validate, save, stop when asked."""
 
+import fcntl
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +45,9 @@ def train(
     ``ready`` is called once nothing is refused any more and the folder is there, in the process that writes.
 
     Raises:
-        InvalidRequest: ``out`` already holds a checkpoint and neither ``resume`` nor ``overwrite`` is given, the
-            state to resume is missing or of another configuration, or an example does not fit the receiver.
+        InvalidRequest: ``out`` already holds a checkpoint and neither ``resume`` nor ``overwrite`` is given, another
+            run writes there, the state to resume is missing or of another configuration, or an example does not fit
+            the receiver.
         TrainingFailed: The run cannot go on, or an alarm stopped it; the last saved checkpoint is kept.
         SystemExit: SIGTERM or SIGUSR1 came; the state was saved, and the code is 0 so that a scheduler can requeue.
     """
@@ -52,6 +55,8 @@ def train(
     with stop_requests() as asked, disk_errors(config.out), ExitStack() as stack:
         run = prepare(completed(config), console)
         stack.callback(run.ranks.leave)
+        if run.ranks.first:
+            stack.enter_context(_only_run(config.out))
         start = _begin(run, ready, resume=resume, overwrite=overwrite)
         console = console if run.ranks.first else Console(quiet=True)
         console.print(headline(run, start), markup=False, soft_wrap=True)
@@ -85,7 +90,6 @@ def train(
 
 def _begin(run: Run, ready: Callable[[], None], *, resume: bool, overwrite: bool) -> int:
     """Take possession of the run's folder, and return the steps that were done in it."""
-    run.config.out.mkdir(parents=True, exist_ok=True)
     if run.ranks.first:
         ready()
         if overwrite:  # nothing of the run that is replaced must ever be taken for this one's
@@ -99,6 +103,20 @@ def _begin(run: Run, ready: Callable[[], None], *, resume: bool, overwrite: bool
             setattr(run, name, numbers.get(name, getattr(run, name)))
     run.ranks.barrier()
     return start
+
+
+@contextmanager
+def _only_run(out: Path) -> Iterator[None]:
+    """Hold the run's folder: a second run there would mix its states with this one's (InvalidRequest)."""
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        folder = os.open(out, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidRequest(f"{out}: another run is writing there; give another --out", param="out") from None
+        yield
 
 
 @contextmanager

@@ -279,6 +279,19 @@ def test_a_folder_with_a_checkpoint_is_not_written_over_unasked(make: MakeConfig
     assert parts(second) != parts(first) and len(log_of(config.out)) == 1
 
 
+def test_a_folder_that_another_run_is_writing_is_refused_until_that_one_has_ended(make: MakeConfig) -> None:
+    config = make(max_steps=1)
+
+    def second_run() -> None:
+        with pytest.raises(InvalidRequest, match=f"{config.out}: another run is writing there; give another --out"):
+            train(config, quiet(), overwrite=True)
+        assert not files_of(config.out)
+
+    first = train(config, quiet(), ready=second_run)
+    assert read_manifest(config.out) == first
+    assert parts(train(config, quiet(), overwrite=True)) == parts(first)
+
+
 def test_overwriting_leaves_no_state_of_the_run_before(make: MakeConfig) -> None:
     train(make(save_every=2, max_steps=6, keep_last=3), quiet())
     config = make(max_steps=1, seed=1)
