@@ -77,7 +77,7 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
         template=config.heads[bridge.receiver(None)].layout.template,
         chat=config.heads[bridge.receiver(None)].layout.chat is not None,
         task=config.provenance.task,
-        steps=config.provenance.steps,
+        steps=sum(run.steps for run in (*config.earlier, config.provenance)),
         loaded={name: resident.bytes for name, resident in residents.items() if resident is not None},
         engines={name: runtime.engines.kind(name) for name in config.heads},
         sources_per_example={name: _most_sources(head.provenance or config.provenance) for name, head in heads},

@@ -223,6 +223,16 @@ def test_a_bridge_says_for_how_many_sources_in_one_prompt_each_receiver_was_trai
         assert said == most  # a recipe from before there were several says nothing: one
 
 
+def test_a_bridge_says_the_steps_of_every_run_that_made_it(start: Start) -> None:
+    def with_two_earlier_runs(app: FastAPI) -> None:
+        manifest = app.state.runtime.bridges["tiny"].manifest
+        runs = [replace(manifest.bridge.provenance, steps=steps) for steps in (20, 300, 4000)]
+        made = replace(manifest.bridge, earlier=tuple(runs[:2]), provenance=runs[2])
+        app.state.runtime.bridges["tiny"].manifest = replace(manifest, bridge=made)
+
+    assert start(before=with_two_earlier_runs).get("/bridges/tiny").json()["steps"] == 4320
+
+
 def test_the_client_keeps_lists_asks_and_deletes(checkpoint: Path) -> None:
     with listening(create_app(Settings(), {"tiny": str(checkpoint)})) as port:
         with Client(f"http://127.0.0.1:{port}") as client:
