@@ -12,6 +12,7 @@ from latentwire.bridge.lora import lora_shape
 from latentwire.bridge.models import FrozenLM, stack_of
 from latentwire.training.config import TrainConfig
 
+OF_HEADS = ("template", "system", "gain", "head_dim")  # settings of a run that its heads are made by
 NOTHING: tuple[object, ...] = (None, "", [])  # what a setting has that is left to the checkpoint
 
 
@@ -36,8 +37,12 @@ def completed(config: TrainConfig) -> TrainConfig:
     decided["sender_lora"] = encoder.lora.rank if encoder.lora else 0
     if config.bridge is not None:
         decided["max_source_tokens"] = base.max_source_tokens
-    elif not config.receiver:
-        decided["receiver"] = list(base.heads)
+    else:
+        kept = ("max_source_tokens",) if config.receiver else ("max_source_tokens", *OF_HEADS)
+        recipe = base.provenance.recipe
+        decided |= {name: recipe[name] for name in kept if name in recipe and name not in config.model_fields_set}
+        if not config.receiver:
+            decided["receiver"] = list(base.heads)
     asked = config.model_dump(include=config.model_fields_set & decided.keys())
     for name, value in asked.items():
         if value not in NOTHING and value != decided[name]:

@@ -48,6 +48,18 @@ def test_a_run_begins_with_the_weights_models_and_shape_of_its_checkpoint(first:
         torch.testing.assert_close(one.detach().cpu(), other, rtol=0, atol=0)
 
 
+def test_what_its_heads_are_made_by_and_the_longest_source_stay_unless_the_run_says(make: Any, tmp_path: Path) -> None:
+    settings = {"max_source_tokens": 48, "gain": True, "head_dim": 24}
+    first: TrainConfig = make(task=str(task_of(tmp_path, 200)), out=tmp_path / "first", max_steps=1, **settings)
+    train(first, quiet())
+    went_on = completed(then(first, max_source_tokens=64))
+    assert went_on.max_source_tokens == 64 and completed(then(first)).max_source_tokens == 48
+    (head,) = prepared(went_on).bridge.config.heads.values()
+    assert head.gain and head.hidden_dim == 24
+    elsewhere = completed(then(first, receiver=["builtin:llama"]))
+    assert (elsewhere.max_source_tokens, elsewhere.gain, elsewhere.head_dim) == (48, False, None)
+
+
 def test_a_checkpoint_remembers_every_run_whose_weights_it_has_and_no_gate_is_made_from_their_examples(
     first: TrainConfig,
 ) -> None:
