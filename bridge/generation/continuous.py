@@ -38,7 +38,7 @@ from latentwire.bridge.sampling import choose
 log = logging.getLogger(__name__)
 
 PAGE_TOKENS = 16  # a latent is a few dozen soft tokens: larger pages would share none of them
-KEPT_SOFT_TOKENS = 4096  # of latents nobody asks right now
+KEPT_SOFT_TOKENS = 4096  # room for latents nobody asks right now, beside those of a full cache
 SMALLEST_STEP_TOKENS = 32
 POLL_SECONDS = 0.25  # how often a thread that died without a word is looked for
 
@@ -71,7 +71,7 @@ class ContinuousEngine(Engine):
         """
         super().__init__(lm, max_rows=max_rows, on_death=on_death)
         self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
-        self.soft_ids = SoftIds(lm.model.get_input_embeddings(), kept_tokens=KEPT_SOFT_TOKENS)
+        self.soft_ids = SoftIds(lm.model.get_input_embeddings(), rows=kv_tokens + KEPT_SOFT_TOKENS)
         self._let_go = _exclusive(lm)
         self._logprobs: dict[str, IdLogprob | None] = {}
         self._trouble = threading.Event()
@@ -144,10 +144,10 @@ class ContinuousEngine(Engine):
     def _prepare(self, running: Running) -> None:
         if running.soft is None:
             return
-        if self.soft_ids.hold(running.soft.key, running.soft.make) is None:
+        if not self.soft_ids.hold(running.soft.key, running.soft.make):
             log.info("soft ids are used up: beginning again with an empty cache")
             self._trouble.set()
-            while self.soft_ids.hold(running.soft.key, running.soft.make) is None:
+            while not self.soft_ids.hold(running.soft.key, running.soft.make):
                 self._check_alive()
                 time.sleep(POLL_SECONDS / 10)
 

@@ -1,139 +1,136 @@
 """Soft tokens under ids of their own, below zero, for engines that take ids and no embeddings.
 
-They are rows of a table of their own, and the sign says which table an id is of: the vocabulary's begin at 0 and go up
-(a tokenizer has no other), the soft tokens' begin at -1 and go down. So no text can name one, whatever its tokenizer.
+They are rows of a table of their own on the model's device, and the sign says which table an id is of: the vocabulary's
+begin at 0 and go up (a tokenizer has no other), the soft tokens' begin at -1 and go down. So no text can name one,
+whatever its tokenizer. Which row it is is arithmetic on the device: a step runs no Python for it and waits for nothing.
 
-An engine that shares cached blocks between requests finds them by their ids. So ids are handed out in order and not
-again, lest a block be found for another soft token. A latent asked again keeps its ids, and so shares its blocks.
+An engine that shares cached blocks between requests finds them by their ids. So an id is never given to a second soft
+token, lest a block be found for it: a row that is used again has the next of its ids. A latent asked again keeps its
+ids, and so shares its blocks.
 
 Dimensions used in this file:
-    K soft tokens    D model width    T tokens
+    K soft tokens    D model width    R rows of the table
 """
 
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-ROWS = 1 << 31  # engines keep ids in 32 bits
+from latentwire.bridge.errors import Overloaded
+
+IDS = 1 << 31  # engines keep ids in 32 bits
+WAIT_SECONDS = 30.0
 
 
 @dataclass(eq=False)
 class _Held:
-    first: int  # row in the table
-    soft: Float[Tensor, "K D"]
-    users: int
+    rows: list[int]
+    users: int = 1
 
 
 class SoftIds:
     """Gives soft tokens ids that ``embedding`` then understands; transparent to everybody else's ids.
 
-    Soft tokens nobody uses are kept, least recently used first out, up to ``kept_tokens`` of them.
+    Soft tokens nobody uses stay while their rows are not needed; least recently used, first out.
     """
 
-    def __init__(self, embedding: nn.Module, *, kept_tokens: int) -> None:
-        self._kept_tokens = kept_tokens
+    def __init__(self, embedding: nn.Module, *, rows: int) -> None:
         self._embedding, self._embed = embedding, embedding.forward
-        self.tokens = 0  # soft tokens held
-        self._next = 0
+        weight = cast(Tensor, embedding.weight)
+        self._table: Float[Tensor, "R D"] = weight.new_zeros(rows, weight.shape[1])
+        self._free = list(range(rows - 1, -1, -1))
+        self._uses = [0] * rows  # how often each row was given away since ids began
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
-        self._table: list[_Held] = []  # in ascending order
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         embedding.forward = self._forward
+
+    @property
+    def tokens(self) -> int:
+        """Soft tokens in the table, used or not."""
+        return len(self._table) - len(self._free)
+
+    @property
+    def users(self) -> int:
+        """How often soft tokens are held."""
+        with self._changed:
+            return sum(held.users for held in self._held.values())
 
     def close(self) -> None:
         """Leave the embedding as it was found."""
         del self._embedding.forward
 
-    def hold(self, key: Hashable, make: Callable[[], Float[Tensor, "K D"]]) -> range | None:
-        """The ids of the soft tokens of ``key``, made where they are not there yet; they stay until released.
+    def hold(self, key: Hashable, make: Callable[[], Float[Tensor, "K D"]]) -> bool:
+        """Have the soft tokens of ``key`` in the table, made where they are not there, until they are released.
 
-        None when no ids are left: see ``renumber``.
+        False when a row has no id left: see ``renumber``.
+
+        Raises:
+            Overloaded: Others' soft tokens took all rows for ``WAIT_SECONDS``.
         """
-        with self._lock:
-            held = self._held.get(key)
-        soft = make() if held is None else held.soft
-        with self._lock:
-            held = self._held.get(key)
-            if held is None:
-                if self._next + len(soft) > ROWS:
-                    return None
-                held = self._held[key] = self._number(soft)
-            held.users += 1
-            self._held.move_to_end(key)
-            return _ids(held)
+        with self._changed:
+            if self._use(key):
+                return True
+        soft = make()
+        with self._changed:
+            if self._use(key):  # made by another meanwhile
+                return True
+            if not self._changed.wait_for(lambda: self._make_room(len(soft)), WAIT_SECONDS):
+                message = f"the engine has room for {len(self._table)} soft tokens, and others' took it all"
+                raise Overloaded(f"{message} for {WAIT_SECONDS:g} s", retry_after_seconds=1.0)
+            rows = self._free[-len(soft) :]
+            if any(self._id(row) < -IDS for row in rows):
+                return False
+            del self._free[-len(soft) :]
+            self._table[rows] = soft.to(self._table)
+            self._held[key] = _Held(rows)
+            return True
 
-    def ids(self, key: Hashable) -> range:
+    def ids(self, key: Hashable) -> list[int]:
         """The ids now of soft tokens that are held."""
-        with self._lock:
-            return _ids(self._held[key])
+        with self._changed:
+            return [self._id(row) for row in self._held[key].rows]
 
     def release(self, key: Hashable) -> None:
         """One user less; what nobody uses may be dropped from now on."""
-        with self._lock:
+        with self._changed:
             self._held[key].users -= 1
-            if self.tokens > self._kept_tokens:
-                for idle in [key for key, held in self._held.items() if held.users == 0]:
-                    if self.tokens > self._kept_tokens:
-                        self._drop(idle)
+            self._changed.notify_all()
 
     def renumber(self) -> None:
-        """Begin again with the first id; only when no block made with the old ids is left anywhere."""
-        with self._lock:
-            for key in [key for key, held in self._held.items() if held.users == 0]:
-                self._drop(key)
-            self._table, self._next, self.tokens = [], 0, 0
-            for key, held in self._held.items():
-                self._held[key] = self._number(held.soft, held.users)
+        """Begin again with the first ids; only when no block made with the old ones is left anywhere."""
+        with self._changed:
+            self._uses = [0] * len(self._uses)
+            self._changed.notify_all()
 
-    def _number(self, soft: Float[Tensor, "K D"], users: int = 0) -> _Held:
-        held = _Held(self._next, soft, users)
-        self._next += len(soft)
-        self.tokens += len(soft)
-        self._table.append(held)
-        return held
+    def _id(self, row: int) -> int:
+        return -1 - row - len(self._table) * self._uses[row]
 
-    def _drop(self, key: Hashable) -> None:
-        held = self._held.pop(key)
-        self.tokens -= len(held.soft)
-        self._table.remove(held)
+    def _use(self, key: Hashable) -> bool:
+        held = self._held.get(key)
+        if held is None:
+            return False
+        held.users += 1
+        self._held.move_to_end(key)
+        return True
+
+    def _make_room(self, count: int) -> bool:
+        """Whether ``count`` rows are free, once what nobody uses was dropped as far as needed."""
+        idle = [key for key, held in self._held.items() if held.users == 0]
+        while len(self._free) < count and idle:
+            # A step under way may still read them for a request that has ended: nobody reads its result.
+            rows = self._held.pop(idle.pop(0)).rows
+            for row in rows:
+                self._uses[row] += 1
+            self._free += rows
+        return len(self._free) >= count
 
     def _forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
-        soft = ids < 0
-        if not bool(soft.any()):
-            plain: Tensor = self._embed(ids)
-            return plain
-        embeds: Tensor = self._embed(ids.masked_fill(soft, 0)).clone()
-        embeds[soft] = self._rows((-1 - ids[soft]).tolist(), embeds)
-        return embeds
-
-    def _rows(self, rows: list[int], like: Float[Tensor, "*shape D"]) -> Float[Tensor, "T D"]:
-        """Soft tokens by their rows in the table, run by run."""
-        runs: list[Tensor] = []
-        at = 0
-        with self._lock:
-            while at < len(rows):
-                place = bisect_right(self._table, rows[at], key=lambda held: held.first) - 1
-                held = self._table[place] if place >= 0 else None
-                start = rows[at] - held.first if held else 0
-                if held is None or start >= len(held.soft):
-                    # Dropped between a request's end and the step that was already under way: nobody reads the result.
-                    runs.append(like.new_zeros(1, like.shape[-1]))
-                    at += 1
-                    continue
-                most, count = min(len(held.soft) - start, len(rows) - at), 1
-                while count < most and rows[at + count] == rows[at] + count:
-                    count += 1
-                runs.append(held.soft[start : start + count].to(like.dtype))
-                at += count
-        return torch.cat(runs)
-
-
-def _ids(held: _Held) -> range:
-    """Row n of the table has the id -1 - n."""
-    return range(-1 - held.first, -1 - held.first - len(held.soft), -1)
+        plain: Tensor = self._embed(ids.clamp(min=0))
+        soft = self._table[(-1 - ids) % len(self._table)].to(plain)
+        return torch.where((ids < 0)[..., None], soft, plain)

@@ -71,7 +71,6 @@ def held(app: FastAPI) -> dict[str, int]:
     """What requests hold while they are answered; all zero when nobody is there."""
     runtime = app.state.runtime
     states = [runtime.residency.find(name) for served in runtime.bridges.values() for name in served.model_names]
-    soft = [one for engine in runtime.engines.all() for one in engine.soft_ids._held.values()]
     server = getattr(app.state, "server", None)
     return {
         "requests": 0 if server is None else len(server.server_state.tasks),
@@ -79,7 +78,7 @@ def held(app: FastAPI) -> dict[str, int]:
         "waiting": runtime.admission.waiting + runtime.admission.running,
         "running": sum(engine.running for engine in runtime.engines.all()),
         "blocks": sum(engine.blocks_in_use for engine in runtime.engines.all()),
-        "soft": sum(one.users for one in soft),
+        "soft": sum(engine.soft_ids.users for engine in runtime.engines.all()),
         "loans": sum(state.users for state in states if state is not None),
     }
 
