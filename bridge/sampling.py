@@ -12,12 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from latentwire.bridge.errors import InvalidRequest, shorten
 
+MASK = 0xFFFFFFFF
+GOLDEN = -0x61C88647
+"""2^32 over the golden ratio as a signed number: its multiples are spread evenly."""
+CACHED = 1 << 16
+"""Scores at once on a CPU: what is made of more leaves its cache, and takes twice as long."""
 MAX_LOGPROBS, MAX_SAMPLES = 20, 1024
 COLDEST = 1e-6
 """Lowest temperature divided by: beyond it float32 overflows, and the likeliest token was certain long before."""
@@ -87,32 +92,62 @@ def choose(
 ) -> Float[Tensor, "B V"]:
     """Scores whose argmax is each row's choice at its position (tokens it has generated so far).
 
-    Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise is seeded by (seed, position), so
-    batch-mates and order of arrival cannot change it. Top-k applies before top-p, both after temperature.
+    Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise is a hash of seed, position and
+    token, so batch-mates and order of arrival cannot change it, and every device draws from the same integers.
+    Top-k applies before top-p, both after temperature.
 
-    Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; counter-based noise: ours.
+    Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; noise from a counter: Salmon et al. 2011,
+    "Parallel Random Numbers: As Easy as 1, 2, 3"; the hash: MurmurHash3's last mix, Appleby 2011.
     """
-    scores = logits.float().clone()
-    for row, (p, position) in enumerate(zip(params, positions, strict=True)):
-        if p.temperature > 0:
-            kept = _filter((scores[row] - scores[row].max()) / max(p.temperature, COLDEST), p)
-            noise = torch.empty_like(kept).exponential_(generator=_generator(p.seed, position, kept.device))
-            scores[row] = kept - noise.log()
-    return scores
+    if all(one.temperature == 0 for one in params):
+        return logits.float()
+    rows = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = (slice(start, start + rows) for start in range(0, len(logits), rows))
+    return torch.cat([_chosen(logits[part].float(), params[part], positions[part]) for part in parts])
 
 
-def _filter(scores: Float[Tensor, " V"], params: SamplingParams) -> Float[Tensor, " V"]:
-    if 0 < params.top_k < len(scores):
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], float("-inf"))
-    if params.top_p < 1:
-        ordered, order = scores.sort(descending=True)
-        probability = ordered.softmax(dim=-1)
-        beyond = probability.cumsum(dim=-1) - probability >= params.top_p
-        beyond[0] = False
-        scores = scores.index_fill(0, order[beyond], float("-inf"))
-    return scores
+def _chosen(
+    scores: Float[Tensor, "B V"], params: Sequence[SamplingParams], positions: Sequence[int]
+) -> Float[Tensor, "B V"]:
+    device, V = scores.device, scores.shape[1]
+    temperature, top_p = torch.tensor([(one.temperature, one.top_p) for one in params], device=device).T[..., None]
+    kept = (scores - scores.amax(dim=1, keepdim=True)) / temperature.clamp(min=COLDEST)
+    if most := max(one.top_k for one in params):
+        top_k = torch.tensor([[min(one.top_k or V, V)] for one in params], device=device)
+        most = V if any(one.top_k == 0 for one in params) else min(most, V)
+        kept = kept.masked_fill(kept < kept.topk(most).values.gather(1, top_k - 1), float("-inf"))
+    if any(one.top_p < 1 for one in params):
+        kept = _nucleus(kept, top_p)
+    seeds = torch.tensor([[one.seed & MASK, one.seed >> 32] for one in params], device=device)
+    noise = _gumbel(seeds, torch.tensor(positions, device=device), V)
+    return torch.where(temperature > 0, kept + noise, scores)
 
 
-def _generator(seed: int, position: int, device: torch.device) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{position}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def _nucleus(scores: Float[Tensor, "B V"], top_p: Float[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
+    """Scores with -inf behind the smallest set of tokens whose probability reaches ``top_p``."""
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    probability = ordered.softmax(dim=1)
+    beyond = (probability.cumsum(dim=1) - probability >= top_p) & (top_p < 1)
+    beyond[:, 0] = False
+    return torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(beyond, float("-inf")))
+
+
+def _gumbel(seeds: Int[Tensor, "B 2"], positions: Int[Tensor, " B"], tokens: int) -> Float[Tensor, "B V"]:
+    """Noise for each token at each row's position: -log of an exponential draw, of 31 bits of a hash.
+
+    They are read as a number just above 0, where float32 is finest: there the exponential is smallest, and the token
+    likeliest to be chosen.
+    """
+    low, high = (seeds + positions[:, None] * GOLDEN).to(torch.int32).T[..., None]
+    high = _hash(_hash(low) ^ high)
+    numbers = torch.arange(1, tokens + 1, device=seeds.device, dtype=torch.int32) * GOLDEN
+    bits = _hash(_hash(numbers + _hash(low)) ^ high) & 0x7FFFFFFF
+    uniform = ((bits.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
+    return -(-torch.log1p(-uniform)).log()
+
+
+def _hash(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """32 bits from 32, one to one. Products wrap around, as the hash wants; shifts must not bring in the sign."""
+    for shift, factor in ((16, -0x7A143595), (13, -0x3D4D51CB)):
+        numbers = (numbers ^ (numbers >> shift & (1 << 32 - shift) - 1)) * factor
+    return numbers ^ (numbers >> 16 & 0xFFFF)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare, kstest
 from torch import Tensor
 
-from latentwire.bridge.sampling import SamplingParams, choose
+from latentwire.bridge.sampling import MASK, SamplingParams, _gumbel, _hash, choose
 
 LOGITS = torch.tensor([0.2, 2.0, 1.0, -1.0, 1.9])
 
@@ -95,6 +96,31 @@ def test_batch_mates_and_their_order_change_no_draw(order: list[int], seed: int,
     alone = [drawn(logits[i], params[i], position) for i in order]
     together = choose(logits[list(order)], [params[i] for i in order], [position] * len(order)).argmax(dim=1).tolist()
     assert together == alone
+
+
+def test_the_hash_is_the_one_of_unsigned_numbers_whatever_a_device_does_with_signs() -> None:
+    def by_hand(number: int) -> int:
+        number = (number ^ number >> 16) * 0x85EBCA6B & MASK
+        number = (number ^ number >> 13) * 0xC2B2AE35 & MASK
+        return number ^ number >> 16
+
+    numbers = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xDEADBEEF, MASK]
+    hashed = _hash(torch.tensor(numbers).to(torch.int32)).tolist()
+    assert [number & MASK for number in hashed] == [by_hand(number) for number in numbers]
+
+
+@pytest.mark.parametrize("varied", ["seed", "position"])
+def test_the_noise_is_gumbels_and_no_row_knows_of_another(varied: str) -> None:
+    count, tokens = 4000, 50
+    numbers = torch.arange(count)
+    seeds = torch.stack([numbers if varied == "seed" else numbers * 0 + 7, numbers * 0], dim=1)
+    noise = _gumbel(seeds, numbers * 0 + 3 if varied == "seed" else numbers, tokens)
+    assert kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 0.001
+    picks = (torch.linspace(2, -2, tokens) + noise).argmax(dim=1).bincount(minlength=tokens)
+    wanted = torch.linspace(2, -2, tokens).double().softmax(dim=0) * count
+    assert chisquare(picks.double().numpy(), wanted.numpy()).pvalue > 0.001
+    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+        assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.01
 
 
 def test_the_global_generator_is_neither_read_nor_moved() -> None:
