@@ -51,7 +51,7 @@ def main(models: Path, material: Path = MATERIAL, task: str = "agnews", ratio: i
     """Measure new receivers on TASK between all models in the folder MODELS."""
     written = sorted(RESULTS.glob("receivers-20*.json"))
     done: dict[str, Row] = json.loads(written[-1].read_text())["directions"] if written else {}
-    for sender, receiver in permutations(sorted(path.parent for path in models.resolve().glob("*/config.json")), 2):
+    for sender, receiver in permutations(sorted(path.parent.resolve() for path in models.glob("*/config.json")), 2):
         direction = f"{sender.name} to {receiver.name}, then {sender.name}"
         if direction in done:
             continue
