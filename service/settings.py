@@ -7,7 +7,7 @@ makes ``LW_PORT=tcp://10.0.0.1:80`` and more. What has exactly that shape is no 
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
@@ -117,6 +117,11 @@ class Settings(BaseSettings):
     )
     step_tokens: int = Field(512, ge=1, description="Tokens per step of a receiver; longer prompts take several.")
     kv_tokens: int = Field(8192, ge=64, description="Tokens that the key/value cache of a receiver holds.")
+    require_engine: Literal["continuous"] | None = Field(
+        None,
+        description="continuous: refuse a receiver that continuous batching cannot run, instead of answering it in "
+        "padded batches.",
+    )
     max_queue: int = Field(256, ge=1, description="Rows being answered before 429.")
     request_timeout: Seconds = Field(60.0, description="Deadline of one request, seconds.")
     stall_timeout: Seconds = Field(

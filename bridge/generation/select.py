@@ -7,9 +7,9 @@ from concurrent.futures import Future
 import torch
 
 from latentwire.bridge import engine
-from latentwire.bridge.errors import InferenceFailed, LatentWireError, first_line
+from latentwire.bridge.errors import InferenceFailed, LatentWireError, ModelUnavailable, first_line
 from latentwire.bridge.families import window_tokens
-from latentwire.bridge.generation.base import Engine, Soft
+from latentwire.bridge.generation.base import Engine, Kind, Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.generation.padded import PaddedEngine
@@ -31,11 +31,13 @@ def open_engine(
     max_rows: int = 32,
     kv_tokens: int = 8192,
     step_tokens: int = 512,
+    required: Kind | None = None,
     on_death: Callable[[], None] = lambda: None,
 ) -> Engine:
     """An engine for a receiver, warm: it has answered once.
 
-    A model that the library's continuous batching refuses, or answers otherwise, gets left-padded batches.
+    A model that the library's continuous batching refuses, or answers otherwise, gets left-padded batches
+    (ModelUnavailable where ``continuous`` is required: under load they are several times slower).
     """
     made = None
     try:
@@ -48,6 +50,8 @@ def open_engine(
             made.on_death = on_death
             return made
         made.close()
+    if required == "continuous":
+        raise ModelUnavailable(f"{lm.name!r} would run on padded batches, and continuous ones are required: {trouble}")
     log.warning("%s runs on padded batches: %s", lm.name, trouble)
     return PaddedEngine(lm, max_rows=max_rows, on_death=on_death)
 

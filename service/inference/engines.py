@@ -35,12 +35,14 @@ class Engines:
         max_rows: int,
         kv_tokens: int,
         step_tokens: int,
+        required: Kind | None = None,
         load_wait: float,
         on_death: Callable[[], None],
         on_step: Callable[[int, float], None],
     ) -> None:
         self.residency = residency
-        self._max_rows, self._kv_tokens, self._step_tokens = max_rows, kv_tokens, step_tokens
+        self._kv_tokens = kv_tokens
+        self._options: dict[str, Any] = {"max_rows": max_rows, "step_tokens": step_tokens, "required": required}
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint, Engine] = {}
         self._pending: dict[str, asyncio.Task[None]] = {}
@@ -132,9 +134,7 @@ class Engines:
 
         self.residency.attach(lm.name, close, tokens * token_bytes)
         try:
-            engine = open_engine(
-                lm, max_rows=self._max_rows, kv_tokens=tokens, step_tokens=self._step_tokens, on_death=self._on_death
-            )
+            engine = open_engine(lm, kv_tokens=tokens, on_death=self._on_death, **self._options)
         except BaseException:
             self.residency.detach(lm.name, close)
             raise

@@ -85,6 +85,7 @@ class Runtime:
             max_rows=settings.max_batch,
             kv_tokens=settings.kv_tokens,
             step_tokens=settings.step_tokens,
+            required=settings.require_engine,
             load_wait=settings.load_wait,
             on_death=self._died,
             on_step=self._note_step,

@@ -23,7 +23,14 @@ from transformers.generation.continuous_batching.requests import logger
 from latentwire.bridge import detokenise
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.engine import generate
-from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, InvalidRequest, LatentWireError, NotReady
+from latentwire.bridge.errors import (
+    InferenceFailed,
+    InsufficientMemory,
+    InvalidRequest,
+    LatentWireError,
+    ModelUnavailable,
+    NotReady,
+)
 from latentwire.bridge.generation import continuous, softids
 from latentwire.bridge.generation import output as answer
 from latentwire.bridge.generation.base import Engine, Running, Soft
@@ -640,6 +647,8 @@ def test_models_that_continuous_batching_refuses_get_padded_batches(
 ) -> None:
     lm = load_model(str(model_folders["gpt2"]))
     lm.model.config._attn_implementation = "flex_attention"  # none that the library's manager knows
+    with pytest.raises(ModelUnavailable, match=r"'.*' would run on padded batches, and continuous ones are required: "):
+        open_engine(lm, required="continuous")
     made = open_engine(lm)
     lm.model.config._attn_implementation = "sdpa"
     try:

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import read_manifest
 from latentwire.bridge.errors import IncompatibleBridge, InsufficientMemory
+from latentwire.bridge.generation import select
 from latentwire.service.settings import Settings
 from tests.integration.service.conftest import READY_SECONDS, Gate, until, wait_until_ready
 
@@ -183,6 +184,16 @@ def test_a_service_that_cannot_warm_up_is_never_ready_and_says_why(
         record.getMessage() for record in caplog.records if record.name == "latentwire.service.inference.runtime"
     ]
     assert logged.startswith(f"warming up failed: {cause}")
+
+
+def test_a_receiver_that_needs_padded_batches_keeps_a_service_from_being_ready_where_continuous_ones_are_required(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "_trouble", lambda engine: "it says 'no'")
+    client = start(Settings(require_engine="continuous"), ready=False)
+    until(lambda: "still loading" not in client.get("/health/ready").text)
+    why = client.get("/health/ready").json()["error"]["message"]
+    assert "would run on padded batches, and continuous ones are required: it says 'no'" in why
 
 
 def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
