@@ -274,10 +274,10 @@ class Bridge(OpenBridge):
     ) -> ReadBack:
         """What a receiver takes each latent to say: its source, said again from the latent alone. For audits.
 
-        >>> bridge, text = latentwire.Bridge.load(), "Ben lives in Rome. Mara wants a cup of tea."
+        >>> bridge, text = latentwire.Bridge.load(), "Ben lives in Oslo. Mara wants a cup of tea."
         >>> reading = bridge.read(bridge.encode(text), against=text)[0]
         >>> reading.text, reading.against.mean > -0.1
-        ('Ben lives in Rome. Mara wants a cup of tea.', True)
+        ('Ben lives in Oslo. Mara wants a cup of tea.', True)
 
         Args:
             inputs: One input or several: messages, latents, or texts, which the sender reads first.

@@ -201,7 +201,7 @@ def test_the_curl_commands_are_answered(service: str) -> None:
     assert '"latents":' in answers[0] and '"id":' in answers[0]
     assert "Ben lives in Rome." in answers[1]
     assert answers[2].startswith("event: token") and "Mara wants a cup of tea." in answers[2].split("event: done")[1]
-    assert '"best":' in answers[3] and answers[4].count('"text":"Ben lives in Rome. Mara wants a cup of tea."') == 2
+    assert '"best":' in answers[3] and answers[4].count('"text":"Ben lives in Oslo. Mara wants a cup of tea."') == 2
     assert '"freed_bytes":' in answers[6] and '"queued"' in answers[7]
     assert '"answered_from":"latent"' in answers[8] and '"trust":0.9' in answers[8]
     assert len(answers) == 11 and answers[9].count('"expires":null') == 2 and '"next":' in answers[10]

@@ -21,7 +21,7 @@ from tests.conftest import bridge_config
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import prepared
 
-TEXTS = ["Ben lives in Rome. Mara wants a cup of tea.", "Zara sings."]
+TEXTS = ["Ben lives in Oslo. Mara wants a cup of tea.", "Mara sings."]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_latents_say_what_the_bridge_finds_in_them(client: TestClient, checkpoin
 
 def test_the_built_in_bridge_says_its_sources_with_their_ends(start: Start) -> None:
     client = start(checkpoints={"builtin": "builtin"})
-    texts = ["Ben lives in Rome. Mara wants a cup of tea.", "Zara sings."]
+    texts = ["Ben lives in Oslo. Mara wants a cup of tea.", "Mara sings."]
     kept = client.post("/encode", json={"inputs": texts, "store": True}).json()["latents"]
     inputs = [{"latent_id": kept[0]["id"]}, {"latent": kept[1]["data"]}]
     answer = read(client, *inputs, against=texts)
