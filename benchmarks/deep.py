@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +69,13 @@ class Deep:
     """Puts the first width of soft tokens in place, as ever, and the others before the layers of the pass to come."""
 
     def __init__(self) -> None:
-        self.hooked: set[int] = set()
+        self.hooked: WeakSet[nn.Module] = WeakSet()
         self.added: Tensor | None = None
 
     def embed(self, lm: FrozenLM, batch: Batch, soft_tokens: Tensor | None) -> Tensor:
         """Instead of ``bridge.prompt.embed``."""
-        if id(lm.model) not in self.hooked:
-            self.hooked.add(id(lm.model))
+        if lm.model not in self.hooked:
+            self.hooked.add(lm.model)
             for number, layer in enumerate(lm.model.model.layers, start=1):
                 layer.register_forward_pre_hook(partial(self._add, number), with_kwargs=True)
         self.added = None

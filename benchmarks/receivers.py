@@ -52,15 +52,16 @@ def main(models: Path, material: Path = MATERIAL, task: str = "agnews", ratio: i
     written = sorted(RESULTS.glob("receivers-20*.json"))
     done: dict[str, Row] = json.loads(written[-1].read_text())["directions"] if written else {}
     for sender, receiver in permutations(sorted(path.parent.resolve() for path in models.glob("*/config.json")), 2):
-        direction = f"{sender.name} to {receiver.name}, then {sender.name}"
+        direction = f"{task} at {ratio}: {sender.name} to {receiver.name}, then {sender.name}"
         if direction in done:
             continue
         console.print(direction, markup=False, highlight=False)
         with tempfile.TemporaryDirectory() as folder:
             done[direction] = with_head((sender, receiver), task, ratio, limit, material, Path(folder))
-        record("receivers", f"python -m benchmarks.receivers models --limit {limit}", {"directions": done})
+        command = f"python -m benchmarks.receivers models --task {task} --ratio {ratio} --limit {limit}"
+        record("receivers", command, {"directions": done})
         score = {name: row["value"] for name, row in done[direction]["extended"]["report"]["conditions"].items()}
-        console.print(f"{score['bridge'] / score['direct']:.3f} of its own direct (asked .85)")
+        console.print(f"bridge {score['bridge']:.3f}, of its own direct {score['direct']:.3f} (asked .85 of it)")
 
 
 if __name__ == "__main__":

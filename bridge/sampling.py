@@ -23,6 +23,8 @@ GOLDEN = -0x61C88647
 """2^32 over the golden ratio as a signed number: its multiples are spread evenly."""
 CACHED = 1 << 16
 """Scores at once on a CPU: what is made of more leaves its cache, and takes twice as long."""
+HELD = 1 << 24
+"""Scores at once on an accelerator, whose sort makes some 20 bytes of each."""
 MAX_LOGPROBS, MAX_SAMPLES = 20, 1024
 COLDEST = 1e-6
 """Lowest temperature divided by: beyond it float32 overflows, and the likeliest token was certain long before."""
@@ -99,28 +101,32 @@ def choose(
     Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; noise from a counter: Salmon et al. 2011,
     "Parallel Random Numbers: As Easy as 1, 2, 3"; the hash: MurmurHash3's last mix, Appleby 2011.
     """
-    if all(one.temperature == 0 for one in params):
-        return logits.float()
-    rows = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    parts = (slice(start, start + rows) for start in range(0, len(logits), rows))
-    return torch.cat([_chosen(logits[part].float(), params[part], positions[part]) for part in parts])
+    scores = logits.float()
+    drawn = [row for row, one in enumerate(params) if one.temperature > 0]
+    if not drawn:
+        return scores
+    rows = max(1, (CACHED if scores.device.type == "cpu" else HELD) // scores.shape[1])
+    parts = (drawn[start : start + rows] for start in range(0, len(drawn), rows))
+    made = [_drawn(scores[part], [params[row] for row in part], [positions[row] for row in part]) for part in parts]
+    return scores.index_copy(0, torch.tensor(drawn, device=scores.device), torch.cat(made))
 
 
-def _chosen(
+def _drawn(
     scores: Float[Tensor, "B V"], params: Sequence[SamplingParams], positions: Sequence[int]
 ) -> Float[Tensor, "B V"]:
     device, V = scores.device, scores.shape[1]
-    temperature, top_p = torch.tensor([(one.temperature, one.top_p) for one in params], device=device).T[..., None]
+    # Not torch's default, which is another while any thread loads a model.
+    floats = torch.tensor([(one.temperature, one.top_p) for one in params], dtype=torch.float32, device=device)
+    temperature, top_p = floats.T[..., None]
     kept = (scores - scores.amax(dim=1, keepdim=True)) / temperature.clamp(min=COLDEST)
-    if most := max(one.top_k for one in params):
-        top_k = torch.tensor([[min(one.top_k or V, V)] for one in params], device=device)
-        most = V if any(one.top_k == 0 for one in params) else min(most, V)
-        kept = kept.masked_fill(kept < kept.topk(most).values.gather(1, top_k - 1), float("-inf"))
+    if most := min(max(one.top_k for one in params), V):
+        top_k = torch.tensor([[min(one.top_k, V)] for one in params], device=device)
+        least = kept.topk(most).values.gather(1, top_k.clamp(min=1) - 1)
+        kept = kept.masked_fill((kept < least) & (top_k > 0), float("-inf"))
     if any(one.top_p < 1 for one in params):
         kept = _nucleus(kept, top_p)
     seeds = torch.tensor([[one.seed & MASK, one.seed >> 32] for one in params], device=device)
-    noise = _gumbel(seeds, torch.tensor(positions, device=device), V)
-    return torch.where(temperature > 0, kept + noise, scores)
+    return kept + _gumbel(seeds, torch.tensor(positions, device=device), V)
 
 
 def _nucleus(scores: Float[Tensor, "B V"], top_p: Float[Tensor, "B 1"]) -> Float[Tensor, "B V"]:

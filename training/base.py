@@ -38,9 +38,12 @@ def completed(config: TrainConfig) -> TrainConfig:
     if config.bridge is not None:
         decided["max_source_tokens"] = base.max_source_tokens
     else:
-        kept = ("max_source_tokens",) if config.receiver else ("max_source_tokens", *OF_HEADS)
+        known = set(config.receiver) <= base.heads.keys()
+        kept = ("max_source_tokens", *OF_HEADS) if known else ("max_source_tokens",)
         recipe = base.provenance.recipe
         decided |= {name: recipe[name] for name in kept if name in recipe and name not in config.model_fields_set}
+        if decided.get("template", config.template) != "chat":
+            decided.pop("system", None)
         if not config.receiver:
             decided["receiver"] = list(base.heads)
     asked = config.model_dump(include=config.model_fields_set & decided.keys())

@@ -1,6 +1,7 @@
 """A run from its first line to its last: prepare, check, step by step, validate, save, stop when asked."""
 
 import fcntl
+import logging
 import os
 import shutil
 import time
@@ -27,6 +28,8 @@ from latentwire.training.state import load_state, save_state, states_in
 from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
 from latentwire.training.validation import validate
+
+log = logging.getLogger(__name__)
 
 BEST = "best"  # folder of the best checkpoint so far, inside the run's
 NUMBERS = ("best", "micro_batch", "out_of_memory_count")  # attributes of a run that its state keeps
@@ -57,6 +60,7 @@ def train(
         stack.callback(run.ranks.leave)
         if run.ranks.first:
             stack.enter_context(_only_run(config.out))
+            _check_folder(config, resume=resume, overwrite=overwrite)  # again: it took long to get here
         start = _begin(run, ready, resume=resume, overwrite=overwrite)
         console = console if run.ranks.first else Console(quiet=True)
         console.print(headline(run, start), markup=False, soft_wrap=True)
@@ -107,7 +111,10 @@ def _begin(run: Run, ready: Callable[[], None], *, resume: bool, overwrite: bool
 
 @contextmanager
 def _only_run(out: Path) -> Iterator[None]:
-    """Hold the run's folder: a second run there would mix its states with this one's (InvalidRequest)."""
+    """Hold the run's folder: a second run there would mix its states with this one's (InvalidRequest).
+
+    Runs on several machines do not see each other where the folder is shared by NFS.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = os.open(out, os.O_RDONLY)
@@ -116,6 +123,10 @@ def _only_run(out: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InvalidRequest(f"{out}: another run is writing there; give another --out", param="out") from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): nothing keeps another run from writing there", out, error.strerror)
+        else:
+            stack.callback(fcntl.flock, folder, fcntl.LOCK_UN)  # a forked process may live longer than the run
         yield
 
 

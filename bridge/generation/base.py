@@ -31,10 +31,17 @@ Kind = Literal["continuous", "padded"]
 
 @dataclass(frozen=True, eq=False)
 class Soft:
-    """Soft tokens of one latent for one receiver: a key that identifies them, and how they are made."""
+    """Soft tokens of one latent for one receiver.
+
+    Attributes:
+        key: Identifies them.
+        make: Makes them.
+        wanted: Whether somebody still waits for the answer, where they must wait for room.
+    """
 
     key: Hashable
     make: Callable[[], Float[Tensor, "K D"]]
+    wanted: Callable[[], bool] = lambda: True
 
 
 @dataclass(eq=False)
@@ -70,6 +77,11 @@ class CallbackThread:
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="callbacks")
         self._thread.start()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is this thread that asks."""
+        return threading.current_thread() is self._thread
 
     def submit(self, call: Callable[[], None]) -> None:
         """Make a call after all that were submitted before."""
@@ -138,6 +150,8 @@ class Engine(ABC):
 
         Raises:
             InvalidRequest: It could never fit.
+            Overloaded: Its soft tokens found no room, which others' kept; a callback of a request finds it at once or
+                not at all, since it is callbacks that make room.
             LatentWireError: The engine is dead or closed.
         """
         if len(row) + params.max_tokens > self.capacity_tokens:

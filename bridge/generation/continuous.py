@@ -11,6 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -38,7 +40,8 @@ from latentwire.bridge.sampling import choose
 log = logging.getLogger(__name__)
 
 PAGE_TOKENS = 16  # a latent is a few dozen soft tokens: larger pages would share none of them
-KEPT_SOFT_TOKENS = 4096  # room for latents nobody asks right now, beside those of a full cache
+SOFT_ROWS = 1.5  # rows for soft tokens to each token of the cache: latents nobody asks right now are kept too
+ROOM_SECONDS = 30.0  # for which soft tokens wait for rows
 SMALLEST_STEP_TOKENS = 32
 POLL_SECONDS = 0.25  # how often a thread that died without a word is looked for
 
@@ -71,16 +74,16 @@ class ContinuousEngine(Engine):
         """
         super().__init__(lm, max_rows=max_rows, on_death=on_death)
         self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
-        self.soft_ids = SoftIds(lm.model.get_input_embeddings(), rows=kv_tokens + KEPT_SOFT_TOKENS)
-        self._let_go = _exclusive(lm)
         self._logprobs: dict[str, IdLogprob | None] = {}
         self._trouble = threading.Event()
         self._closed = False
-        try:
+        with ExitStack() as stack:  # nobody waits any more, and the model is as it was found
+            stack.callback(self._end_threads)
+            self.soft_ids = SoftIds(lm.model.get_input_embeddings(), rows=int(kv_tokens * SOFT_ROWS))
+            stack.callback(self.soft_ids.close)
+            stack.callback(_exclusive(lm))
             self._manager = self._new_manager()
-        except BaseException:
-            self._leave()
-            raise
+            self._leave = stack.pop_all().close
         self._supervisor = threading.Thread(target=self._supervise, daemon=True, name="engine-supervisor")
         self._supervisor.start()
 
@@ -105,12 +108,6 @@ class ContinuousEngine(Engine):
         self._stop_manager()
         self._die(NotReady("the service is stopping"))
         self._leave()
-
-    def _leave(self) -> None:
-        """Nobody waits any more, and the model is as it was found."""
-        self._end_threads()
-        self.soft_ids.close()
-        self._let_go()
 
     def _new_manager(self) -> ContinuousBatchingManager:
         manager = cast(Any, self.lm.model).init_continuous_batching(
@@ -144,10 +141,17 @@ class ContinuousEngine(Engine):
     def _prepare(self, running: Running) -> None:
         if running.soft is None:
             return
-        if not self.soft_ids.hold(running.soft.key, running.soft.make):
+        key, make, wanted = running.soft.key, cache(running.soft.make), running.soft.wanted
+        until = time.monotonic() + ROOM_SECONDS
+
+        def waits() -> bool:
+            self._check_alive()
+            return wanted() and time.monotonic() < until and not self._callbacks.is_current
+
+        if not self.soft_ids.hold(key, make, waits):
             log.info("soft ids are used up: beginning again with an empty cache")
             self._trouble.set()
-            while not self.soft_ids.hold(running.soft.key, running.soft.make):
+            while not self.soft_ids.hold(key, make, waits):
                 self._check_alive()
                 time.sleep(POLL_SECONDS / 10)
 
@@ -240,6 +244,11 @@ class ContinuousEngine(Engine):
         elif first is not None:
             self._end(first, InsufficientMemory(f"the request does not fit in memory ({first_line(error)})"))
         return True
+
+
+def token_bytes(lm: FrozenLM) -> int:
+    """Bytes that an engine allocates for each token of its cache: keys and values, and rows for soft tokens."""
+    return lm.kv_bytes(1) + int(SOFT_ROWS * lm.width * lm.model.dtype.itemsize)
 
 
 def _exclusive(lm: FrozenLM) -> Callable[[], None]:

@@ -7,7 +7,8 @@ from concurrent.futures import Future
 import torch
 
 from latentwire.bridge import engine
-from latentwire.bridge.errors import InferenceFailed, LatentWireError, ModelUnavailable, first_line
+from latentwire.bridge.devices import is_out_of_memory
+from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, LatentWireError, ModelUnavailable, first_line
 from latentwire.bridge.families import window_tokens
 from latentwire.bridge.generation.base import Engine, Kind, Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
@@ -37,21 +38,23 @@ def open_engine(
     """An engine for a receiver, warm: it has answered once.
 
     A model that the library's continuous batching refuses, or answers otherwise, gets left-padded batches
-    (ModelUnavailable where ``continuous`` is required: under load they are several times slower).
+    (ModelUnavailable where ``continuous`` is required: under load they are several times slower; InsufficientMemory
+    where it was memory that did not suffice).
     """
-    made = None
+    made, short = None, False
     try:
         made = ContinuousEngine(lm, max_rows=max_rows, kv_tokens=kv_tokens, step_tokens=step_tokens)
         trouble = _trouble(made)
     except Exception as error:  # whatever the library trips over in a model that it was not made for
-        trouble = first_line(error)
+        trouble, short = first_line(error), is_out_of_memory(error)
     if made is not None:
         if trouble is None:
             made.on_death = on_death
             return made
         made.close()
     if required == "continuous":
-        raise ModelUnavailable(f"{lm.name!r} would run on padded batches, and continuous ones are required: {trouble}")
+        failure = InsufficientMemory if short else ModelUnavailable
+        raise failure(f"{lm.name!r} would run on padded batches, and continuous ones are required: {trouble}")
     log.warning("%s runs on padded batches: %s", lm.name, trouble)
     return PaddedEngine(lm, max_rows=max_rows, on_death=on_death)
 

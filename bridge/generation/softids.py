@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from latentwire.bridge.errors import Overloaded
 
 IDS = 1 << 31  # engines keep ids in 32 bits
-WAIT_SECONDS = 30.0
+LOOK_SECONDS = 0.1  # how often one that waits for room looks whether it still should
 
 
 @dataclass(eq=False)
@@ -65,29 +65,36 @@ class SoftIds:
         """Leave the embedding as it was found."""
         del self._embedding.forward
 
-    def hold(self, key: Hashable, make: Callable[[], Float[Tensor, "K D"]]) -> bool:
+    def hold(
+        self, key: Hashable, make: Callable[[], Float[Tensor, "K D"]], waits: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Have the soft tokens of ``key`` in the table, made where they are not there, until they are released.
 
         False when a row has no id left: see ``renumber``.
 
         Raises:
-            Overloaded: Others' soft tokens took all rows for ``WAIT_SECONDS``.
+            Overloaded: Others' soft tokens took the rows, and ``waits`` said no.
         """
         with self._changed:
             if self._use(key):
                 return True
         soft = make()
         with self._changed:
+            while key not in self._held and not self._make_room(len(soft)):
+                if not waits():
+                    message = f"the engine has room for {len(self._table)} soft tokens, and others' took it"
+                    raise Overloaded(message, retry_after_seconds=1.0)
+                self._changed.wait(LOOK_SECONDS)
             if self._use(key):  # made by another meanwhile
                 return True
-            if not self._changed.wait_for(lambda: self._make_room(len(soft)), WAIT_SECONDS):
-                message = f"the engine has room for {len(self._table)} soft tokens, and others' took it all"
-                raise Overloaded(f"{message} for {WAIT_SECONDS:g} s", retry_after_seconds=1.0)
-            rows = self._free[-len(soft) :]
+            first = len(self._free) - len(soft)
+            rows = self._free[first:]
             if any(self._id(row) < -IDS for row in rows):
                 return False
-            del self._free[-len(soft) :]
             self._table[rows] = soft.to(self._table)
+            if self._table.is_cuda:  # steps run on a stream that does not wait for this one
+                torch.cuda.current_stream(self._table.device).synchronize()
+            del self._free[first:]
             self._held[key] = _Held(rows)
             return True
 
@@ -121,14 +128,16 @@ class SoftIds:
 
     def _make_room(self, count: int) -> bool:
         """Whether ``count`` rows are free, once what nobody uses was dropped as far as needed."""
-        idle = [key for key, held in self._held.items() if held.users == 0]
-        while len(self._free) < count and idle:
+        while len(self._free) < count:
+            idle = next((key for key, held in self._held.items() if held.users == 0), None)
+            if idle is None:
+                return False
             # A step under way may still read them for a request that has ended: nobody reads its result.
-            rows = self._held.pop(idle.pop(0)).rows
+            rows = self._held.pop(idle).rows
             for row in rows:
                 self._uses[row] += 1
             self._free += rows
-        return len(self._free) >= count
+        return True
 
     def _forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
         plain: Tensor = self._embed(ids.clamp(min=0))

@@ -15,6 +15,7 @@ from typing import Any
 from latentwire.bridge.config import Fingerprint
 from latentwire.bridge.errors import InsufficientMemory
 from latentwire.bridge.generation.base import Engine, Kind
+from latentwire.bridge.generation.continuous import token_bytes
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.residency import Residency
@@ -117,13 +118,13 @@ class Engines:
 
     def _open_on_thread(self, lm: FrozenLM) -> None:
         """On a thread: make room for the cache, then the engine."""
-        token_bytes = max(lm.kv_bytes(1), 1)
+        each = token_bytes(lm)
         room = self.residency.room(lm.name)
-        tokens = self._kv_tokens if room is None else min(self._kv_tokens, room // token_bytes)
+        tokens = self._kv_tokens if room is None else min(self._kv_tokens, room // each)
         least = min(SMALLEST_KV_TOKENS, self._kv_tokens)
         if tokens < least:
             raise InsufficientMemory(
-                f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * token_bytes}"
+                f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * each}"
             )
 
         fingerprint = lm.fingerprint  # and nothing else of the model: it must be free when what came back is measured
@@ -132,7 +133,7 @@ class Engines:
             if (engine := self._engines.pop(fingerprint, None)) is not None:
                 engine.close()
 
-        self.residency.attach(lm.name, close, tokens * token_bytes)
+        self.residency.attach(lm.name, close, tokens * each)
         try:
             engine = open_engine(lm, kv_tokens=tokens, on_death=self._on_death, **self._options)
         except BaseException:

@@ -5,7 +5,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jaxtyping import Float
@@ -111,11 +111,12 @@ class InFlightRequest:
         for index, (row, request) in enumerate(zip(self._rows, self._requests, strict=True)):
             if self._cancelled:
                 return
+            soft = soft_tokens_of(self._bridge, self._receiver, self._engine.lm, request)
             self._running.append(
                 self._engine.submit(
                     row,
                     request.params,
-                    soft_tokens_of(self._bridge, self._receiver, self._engine.lm, request),
+                    soft and replace(soft, wanted=lambda: not self._cancelled),
                     partial(self._post, self._end, self._results[index]),
                     None if self._on_piece is None else partial(self._post, self._show, index),
                 )

@@ -337,7 +337,7 @@ class BridgeOut(BaseModel):
     template: str
     chat: bool = Field(description="Whether prompts go through the receiver's own chat template.")
     task: str
-    steps: int = Field(description="Optimiser steps of all runs that made it.")
+    steps: int = Field(description="Optimiser steps of all runs that made it, those of added heads included.")
     loaded: dict[str, int] = Field(description="Models of this bridge now in memory, and their bytes.")
     engines: dict[str, Literal["continuous", "padded"] | None] = Field(
         description="How each receiver generates: it joins requests at every step, or in left-padded batches where "

@@ -209,7 +209,7 @@ def test_a_request_never_reads_the_blocks_of_another_latent(
 ) -> None:
     """The same prompt, the same number of soft tokens, hundreds of latents that come and go: ids are never re-used."""
     lm = lms["llama"]
-    monkeypatch.setattr(continuous, "KEPT_SOFT_TOKENS", 40 - 1024)  # the table forgets at once; the cache does not
+    monkeypatch.setattr(continuous, "SOFT_ROWS", 40 / 1024)  # the table forgets at once; the cache does not
     made = opened(ContinuousEngine, lm, kv_tokens=1024)
     for seed in range(40):
         row, drawn = shared_prefix(lm, seed)
@@ -279,7 +279,7 @@ def test_used_up_ids_begin_again_with_an_empty_cache(
 ) -> None:
     caplog.set_level("INFO")
     lm = lms["llama"]
-    monkeypatch.setattr(continuous, "KEPT_SOFT_TOKENS", 100 - 8192)
+    monkeypatch.setattr(continuous, "SOFT_ROWS", 100 / 8192)
     monkeypatch.setattr(softids, "IDS", 100)  # one for each row
     made = opened(ContinuousEngine, lm)
     (running,) = ask(made, [0], [SamplingParams(120, 1.0, seed=9)])
@@ -636,7 +636,7 @@ def test_models_that_continuous_batching_answers_otherwise_get_padded_batches(
     assert made.kind == "continuous"
     made.close()
     held = softids.SoftIds.hold
-    monkeypatch.setattr(softids.SoftIds, "hold", lambda self, key, make: held(self, key, lambda: make() * 3))
+    monkeypatch.setattr(softids.SoftIds, "hold", lambda self, key, make, waits: held(self, key, lambda: make() * 3))
     made = open_engine(lm)
     assert made.kind == "padded"
     made.close()

@@ -56,6 +56,7 @@ def test_what_its_heads_are_made_by_and_the_longest_source_stay_unless_the_run_s
     assert went_on.max_source_tokens == 64 and completed(then(first)).max_source_tokens == 48
     (head,) = prepared(went_on).bridge.config.heads.values()
     assert head.gain and head.hidden_dim == 24
+    assert completed(then(first, receiver=first.receiver)).head_dim == 24
     elsewhere = completed(then(first, receiver=["builtin:llama"]))
     assert (elsewhere.max_source_tokens, elsewhere.gain, elsewhere.head_dim) == (48, False, None)
 

@@ -123,6 +123,18 @@ def test_the_noise_is_gumbels_and_no_row_knows_of_another(varied: str) -> None:
         assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.01
 
 
+def test_a_model_that_is_loaded_meanwhile_changes_no_draw() -> None:
+    """Loading one sets the default type of the whole process."""
+    logits = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
+    params = [with_params(seed, temperature=0.7, top_p=0.9) for seed in range(64)]
+    before = choose(logits, params, [0] * 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(choose(logits, params, [0] * 64), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_global_generator_is_neither_read_nor_moved() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()

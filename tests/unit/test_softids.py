@@ -64,18 +64,38 @@ def test_what_nobody_uses_stays_and_the_least_recently_used_goes_first(embedding
     assert made == [0, 1, 2, 1] and soft_ids.users == 0
 
 
-def test_soft_tokens_that_do_not_fit_wait_for_room_and_are_then_refused(
-    embedding: nn.Embedding, monkeypatch: pytest.MonkeyPatch
+def test_soft_tokens_that_do_not_fit_wait_for_room_while_they_should_and_are_then_refused(
+    embedding: nn.Embedding,
 ) -> None:
     soft_ids = SoftIds(embedding, rows=ROWS)
     for key in (0, 1):
         assert soft_ids.hold(key, lambda key=key: drawn(key))  # type: ignore[misc]
     threading.Timer(0.1, soft_ids.release, [0]).start()
-    assert soft_ids.hold(2, lambda: drawn(2))
-    monkeypatch.setattr(softids, "WAIT_SECONDS", 0.05)
-    with pytest.raises(Overloaded, match=r"room for 10 soft tokens, and others' took it all for 0\.05 s"):
+    assert soft_ids.hold(2, lambda: drawn(2), lambda: True)
+    with pytest.raises(Overloaded, match="room for 10 soft tokens, and others' took it"):
         soft_ids.hold(3, lambda: drawn(3))
     assert soft_ids.tokens == 8 and soft_ids.users == 2
+
+
+def test_two_who_waited_for_room_for_one_latent_share_it(embedding: nn.Embedding) -> None:
+    soft_ids = SoftIds(embedding, rows=ROWS)
+    for key in (0, 1):
+        assert soft_ids.hold(key, lambda key=key: drawn(key))  # type: ignore[misc]
+    both = [threading.Thread(target=soft_ids.hold, args=(2, lambda: drawn(2), lambda: True)) for _ in range(2)]
+    for one in both:
+        one.start()
+    soft_ids.release(0)
+    for one in both:
+        one.join()
+    assert (soft_ids.tokens, soft_ids.users) == (8, 3)
+    assert torch.equal(embedding(torch.tensor(soft_ids.ids(2))), drawn(2))
+
+
+def test_soft_tokens_that_cannot_be_kept_take_no_rows(embedding: nn.Embedding) -> None:
+    soft_ids = SoftIds(embedding, rows=ROWS)
+    with pytest.raises(RuntimeError):
+        soft_ids.hold(0, lambda: torch.ones(4, WIDTH + 1))
+    assert soft_ids.tokens == 0 and soft_ids.hold(1, lambda: torch.ones(0, WIDTH)) and soft_ids.tokens == 0
 
 
 def test_ids_begin_again_where_they_are_used_up(embedding: nn.Embedding, monkeypatch: pytest.MonkeyPatch) -> None:

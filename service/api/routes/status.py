@@ -62,6 +62,7 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
     """A bridge as callers see it."""
     config = bridge.manifest.bridge
     heads = config.heads.items()
+    runs = [*config.earlier, config.provenance, *(head.provenance for _, head in heads if head.provenance)]
     residents = {name: runtime.residency.find(name) for name in bridge.model_names}
     return BridgeOut(
         name=bridge.name,
@@ -77,7 +78,7 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
         template=config.heads[bridge.receiver(None)].layout.template,
         chat=config.heads[bridge.receiver(None)].layout.chat is not None,
         task=config.provenance.task,
-        steps=sum(run.steps for run in (*config.earlier, config.provenance)),
+        steps=sum(run.steps for run in runs),
         loaded={name: resident.bytes for name, resident in residents.items() if resident is not None},
         engines={name: runtime.engines.kind(name) for name in config.heads},
         sources_per_example={name: _most_sources(head.provenance or config.provenance) for name, head in heads},

@@ -224,13 +224,17 @@ def test_a_bridge_says_for_how_many_sources_in_one_prompt_each_receiver_was_trai
 
 
 def test_a_bridge_says_the_steps_of_every_run_that_made_it(start: Start) -> None:
-    def with_two_earlier_runs(app: FastAPI) -> None:
+    def with_two_earlier_runs_and_a_new_head(app: FastAPI) -> None:
         manifest = app.state.runtime.bridges["tiny"].manifest
         runs = [replace(manifest.bridge.provenance, steps=steps) for steps in (20, 300, 4000)]
-        made = replace(manifest.bridge, earlier=tuple(runs[:2]), provenance=runs[2])
+        heads = {
+            name: replace(head, provenance=replace(runs[0], steps=50000))
+            for name, head in manifest.bridge.heads.items()
+        }
+        made = replace(manifest.bridge, earlier=tuple(runs[:2]), provenance=runs[2], heads=heads)
         app.state.runtime.bridges["tiny"].manifest = replace(manifest, bridge=made)
 
-    assert start(before=with_two_earlier_runs).get("/bridges/tiny").json()["steps"] == 4320
+    assert start(before=with_two_earlier_runs_and_a_new_head).get("/bridges/tiny").json()["steps"] == 54320
 
 
 def test_the_client_keeps_lists_asks_and_deletes(checkpoint: Path) -> None:
