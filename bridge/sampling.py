@@ -118,7 +118,7 @@ def _drawn(
     # Not torch's default, which is another while any thread loads a model.
     floats = torch.tensor([(one.temperature, one.top_p) for one in params], dtype=torch.float32, device=device)
     temperature, top_p = floats.T[..., None]
-    kept = (scores - scores.amax(dim=1, keepdim=True)) / temperature.clamp(min=COLDEST)
+    kept: Tensor = (scores - scores.amax(dim=1, keepdim=True)) / temperature.clamp(min=COLDEST)
     if most := min(max(one.top_k for one in params), V):
         top_k = torch.tensor([[min(one.top_k, V)] for one in params], device=device)
         least = kept.topk(most).values.gather(1, top_k.clamp(min=1) - 1)
