@@ -149,6 +149,14 @@ def test_a_receiver_added_to_a_finished_bridge_changes_nothing_that_was_there(
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(*latents, strict=True))
 
 
+def test_the_senders_own_model_may_be_the_receiver_that_is_added(extend: Any, tmp_path: Path) -> None:
+    sender = read_manifest(tmp_path / "base").bridge.sender.name
+    config = extend(add_receiver=sender)
+    assert list(train(config, quiet()).heads)[1] == sender
+    context = open_context(config.out, "world", limit=2, dtype="float16", receiver=sender)
+    assert all(predict(context, range(2), context.latents(range(2))))
+
+
 def test_a_latent_sent_before_a_receiver_was_added_is_read_by_all_receivers(
     extend: Any, names: list[str], tmp_path: Path
 ) -> None:
