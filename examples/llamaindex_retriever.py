@@ -13,7 +13,7 @@ from latentwire import Client
 
 DOCUMENTS = [
     "Mara wants a cup of tea. Mara lives in Oslo.",
-    "Ben lives in Rome. Ben sings.",
+    "Ben lives in Rome. Ben is a pilot.",
     "Otto wants a silver ring.",
 ]
 QUESTIONS = ["Where does Mara live?", "Where does Ben live?", "What does Otto want?"]

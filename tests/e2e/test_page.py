@@ -20,7 +20,7 @@ from tests.e2e.conftest import KEY, WAIT_SECONDS, Open, number, opened_browser, 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "page.png"  # the guide shows it
 RENEW = 'to take it anew: python -c "from tests.e2e.test_page import take_picture; take_picture()"'
 HOSTILE = '<img src="x" onerror="document.title = \'taken\'">'
-LONG = {"source": "Mara lives in Rome.", "temperature": "3", "max-tokens": "400", "seed": "6"}  # 294 tokens
+LONG = {"source": "Mara lives in Rome.", "temperature": "9", "max-tokens": "400", "seed": "1"}  # 400 tokens
 
 
 def pixels(page: Page) -> "np.ndarray[Any, Any]":

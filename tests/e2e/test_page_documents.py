@@ -335,7 +335,7 @@ def test_what_cannot_be_kept_is_named_and_what_came_before_is_kept(open_page: Op
 def test_escape_ends_a_question_and_the_keeping_of_files(open_page: Open) -> None:
     page = open_page()
     page.locator("#form summary").click()
-    for name, value in {"temperature": "3", "max-tokens": "400", "seed": "6"}.items():  # 294 tokens
+    for name, value in {"temperature": "9", "max-tokens": "400", "seed": "1"}.items():  # 400 tokens
         page.fill(f"#{name}", value)
     choose(page, "One fact")
     page.fill("#asked", "Where does Mara live?")

@@ -153,7 +153,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=3e-4)
 
 
 @pytest.mark.parametrize("name", ["whole", "cached", "sharded"])

@@ -19,6 +19,7 @@ from latentwire.bridge.evaluation import conditions
 from latentwire.bridge.evaluation.conditions import CONDITIONS
 from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.evaluation.measure import measure
+from latentwire.bridge.generation.continuous import token_bytes
 from latentwire.bridge.models import FrozenLM, predicted_bytes
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.evaluations import jobs
@@ -269,7 +270,7 @@ def test_in_a_budget_for_one_model_the_sender_reads_everything_before_the_receiv
 ) -> None:
     sender, receiver = lms["neox"], lms["llama"]
     larger = max(predicted_bytes(lm.name, torch.float32) for lm in (sender, receiver))
-    client = start(Settings(memory_budget=str(larger + receiver.kv_bytes(300))))
+    client = start(Settings(memory_budget=str(larger + 256 * token_bytes(receiver))))
     residency = client.app.state.runtime.residency  # type: ignore[attr-defined]
     client.post("/generate", json={"inputs": [{"text": "Mara sings."}], "prompt": "Who?", "max_tokens": 1})
     until(lambda: residency.find(receiver.name) is not None and residency.find(receiver.name).users == 0)

@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from latentwire.bridge import engine, wire
 from latentwire.bridge.checkpoint import load_bridge, make_bridge, save_bridge
+from latentwire.bridge.generation.continuous import token_bytes
 from latentwire.service.inference import request as in_flight
 from latentwire.service.settings import Settings
 
@@ -391,7 +392,7 @@ def test_models_that_do_not_fit_together_take_turns(start: Start, client: TestCl
     sizes = client.get("/bridges").json()["bridges"][0]["loaded"]
     budget = max(sizes.values())  # and a small cache
     (lm,) = (made.lm for made in client.app.state.runtime.engines.all())  # type: ignore[attr-defined]
-    small = start(Settings(memory_budget=budget + lm.kv_bytes(300)))
+    small = start(Settings(memory_budget=budget + 256 * token_bytes(lm)))
     history = small.app.state.runtime.residency.history  # type: ignore[attr-defined]
     assert texts(generate(small, {"text": TEXT})) == texts(generate(client, {"text": TEXT}))
     sender, receiver = sizes
