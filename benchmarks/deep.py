@@ -79,8 +79,8 @@ class Deep:
             for number, layer in enumerate(lm.model.model.layers, start=1):
                 layer.register_forward_pre_hook(partial(self._add, number), with_kwargs=True)
         self.added = None
-        if soft_tokens is None:
-            return prompt.embed(lm, batch, None)
+        if soft_tokens is None or soft_tokens.shape[-1] == lm.width:  # those of the base
+            return prompt.embed(lm, batch, soft_tokens)
         at = batch.slots.clamp(min=0)[..., None].expand(-1, -1, soft_tokens.shape[-1])
         self.added = soft_tokens.gather(1, at) * (batch.slots != TEXT)[..., None]
         return prompt.embed(lm, batch, soft_tokens[..., : lm.width])
