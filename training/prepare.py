@@ -135,7 +135,7 @@ def _meet(config: TrainConfig, task: Task, residency: Residency) -> tuple[dict[s
             check_sender(read_manifest(given).bridge, lm)
     added = _provenance(config, task) if config.bridge else None
     for name in config.receivers:
-        if config.add_receiver is None and _same(config.sender, name):  # a head for a third one may be the sender's
+        if config.add_receiver is None and _same(config.sender, name):  # one added later may be the sender's
             message = f"sender and receiver are the same model, {name!r}; a bridge needs two"
             raise InvalidRequest(message, param="receiver")
         with residency.use(name) as lm:

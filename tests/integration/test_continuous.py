@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from latentwire.bridge.errors import (
     LatentWireError,
     ModelUnavailable,
     NotReady,
+    Overloaded,
 )
 from latentwire.bridge.generation import continuous, softids
 from latentwire.bridge.generation import output as answer
@@ -269,6 +271,32 @@ def test_a_request_that_could_never_fit_is_refused_at_once(
     with pytest.raises(InvalidRequest, match=r"the answer up to 256; this receiver has room for 256"):
         ask(made, [0], [SamplingParams(256)])
     assert made.running == 0
+
+
+def test_soft_tokens_without_room_wait_while_their_caller_does_and_never_on_the_thread_that_makes_room(
+    lms: dict[str, FrozenLM], opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    monkeypatch.setattr(continuous, "SOFT_ROWS", 40 / 8192)  # one latent fills the table
+    made = opened(ContinuousEngine, lm)
+    row, drawn = shared_prefix(lm)
+    assert made.soft_ids.hold("another", lambda: drawn)
+    with pytest.raises(Overloaded, match="room for 40 soft tokens"):
+        Asked(made, row, SamplingParams(2), Soft("left", lambda: drawn, wanted=lambda: False))
+    refused: Future[BaseException] = Future()
+
+    def ask_again() -> None:
+        try:
+            Asked(made, row, SamplingParams(2), Soft("again", lambda: drawn))
+        except Overloaded as error:
+            refused.set_result(error)
+
+    made._callbacks.submit(ask_again)
+    assert "room for 40 soft tokens" in str(refused.result(PATIENCE))
+    assert made.running == 0
+    threading.Timer(0.2, made.soft_ids.release, ["another"]).start()
+    said = Asked(made, row, SamplingParams(6), Soft("waits", lambda: drawn)).answer()
+    assert told(said) == told(generate(lm, [row], drawn[None], [SamplingParams(6)])[0][0])
 
 
 def test_used_up_ids_begin_again_with_an_empty_cache(

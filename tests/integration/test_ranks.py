@@ -99,6 +99,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     sender, receiver = (write_model(folder / family, family) for family in ("neox", "llama"))
     base: dict[str, Any] = {
+        # AdamW gives a gradient near zero a whole step, so that weights differ by rounding times this.
+        "learning_rate": 1e-3,
         "sender": str(sender), "receiver": [str(receiver)], "task": task_of(folder, *ROWS), "batch_size": 2,
         "cache": str(folder / "cache"), "ratio": 8, "latent_dim": 16, "hidden_dim": 32, "depth": 1,
         "max_steps": STEPS, "warmup_steps": 1, "save_every": 100, "max_source_tokens": 48, "alignment_steps": 1,
@@ -153,7 +155,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=3e-4)
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["whole", "cached", "sharded"])
