@@ -6,6 +6,7 @@ makes ``LW_PORT=tcp://10.0.0.1:80`` and more. What has exactly that shape is no 
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -82,6 +83,11 @@ class Settings(BaseSettings):
     root_path: str = Field(
         "", description="Path before every address, e.g. /lw, where a proxy in front of the service leaves it in."
     )
+    frontends: int = Field(
+        int(sys.platform == "linux"), ge=0, le=1,
+        description="1: a process of its own answers HTTP, beside that of the models, which is started again where it "
+        "dies; 0: one process does both. [1 on Linux, 0 elsewhere]",
+    )  # fmt: skip
     insecure: bool = Field(False, description="Listen on other addresses than this machine's own without any keys.")
     allowed_hosts: Hosts = Field(
         (),

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from latentwire.bridge.diversity import diversity
 from latentwire.service.evaluations.jobs import Jobs
+from latentwire.service.inference.models import LocalModels
 from latentwire.service.inference.runtime import Runtime
 
 DIVERSITY = (
@@ -19,31 +20,47 @@ DIVERSITY = (
 )
 
 
-class LiveCollector(Collector):
-    """Reads a service; registered beside its counters."""
+class RequestCollector(Collector):
+    """Reads what answers requests; registered beside its counters."""
 
-    def __init__(self, runtime: Runtime, jobs: Jobs) -> None:
-        self.runtime, self.jobs = runtime, jobs
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
 
     def collect(self) -> Iterator[Metric]:
         """Every gauge, with its value now."""
         runtime = self.runtime
-        engines, admission, residency = runtime.engines.all(), runtime.admission, runtime.residency
-        yield GaugeMetricFamily("latentwire_ready", "1 once warmed up.", value=float(runtime.ready))
-        yield GaugeMetricFamily("latentwire_queue_rows", "Rows waiting.", value=admission.waiting)
-        generating = sum(engine.running for engine in engines)
-        yield GaugeMetricFamily("latentwire_running_rows", "Rows in a batch.", value=admission.running + generating)
         yield GaugeMetricFamily(
-            "latentwire_admitted_rows", "Rows accepted, not answered yet.", value=admission.admitted
+            "latentwire_admitted_rows", "Rows accepted, not answered yet.", value=runtime.admission.admitted
         )
-        oom = admission.out_of_memory + sum(engine.out_of_memory for engine in engines)
-        yield CounterMetricFamily("latentwire_out_of_memory", "Batches that memory was too small for.", value=oom)
         yield GaugeMetricFamily(
             "latentwire_store_available", "1 while the store answers.", value=float(runtime.store.available)
         )
         yield CounterMetricFamily(
             "latentwire_store_failures", "Calls the store did not answer.", value=runtime.store.failures
         )
+        measured = {bridge: diversity(list(texts)) for bridge, texts in list(runtime.metrics.latest.items())}
+        for name, attribute, meaning in DIVERSITY:
+            gauge = GaugeMetricFamily(f"latentwire_output_{name}", meaning, labels=["bridge"])
+            for bridge, values in measured.items():
+                gauge.add_metric([bridge], getattr(values, attribute))
+            yield gauge
+
+
+class ModelCollector(Collector):
+    """Reads the models of this process and what runs on them; registered beside their counters."""
+
+    def __init__(self, runtime: Runtime, models: LocalModels, jobs: Jobs) -> None:
+        self.runtime, self.models, self.jobs = runtime, models, jobs
+
+    def collect(self) -> Iterator[Metric]:
+        """Every gauge, with its value now."""
+        engines, admission, residency = self.models.engines.all(), self.runtime.admission, self.runtime.residency
+        yield GaugeMetricFamily("latentwire_ready", "1 once warmed up.", value=float(self.models.ready))
+        yield GaugeMetricFamily("latentwire_queue_rows", "Rows waiting.", value=admission.waiting)
+        generating = sum(engine.running for engine in engines)
+        yield GaugeMetricFamily("latentwire_running_rows", "Rows in a batch.", value=admission.running + generating)
+        oom = admission.out_of_memory + sum(engine.out_of_memory for engine in engines)
+        yield CounterMetricFamily("latentwire_out_of_memory", "Batches that memory was too small for.", value=oom)
         evaluations = GaugeMetricFamily("latentwire_evaluations", "Evaluations not finished yet.", labels=["state"])
         for state in ("queued", "running"):
             evaluations.add_metric([state], self.jobs.counts()[state])
@@ -61,11 +78,5 @@ class LiveCollector(Collector):
         for name, size in residency.resident().items():
             models.add_metric([name], size)
         yield models
-        measured = {bridge: diversity(list(texts)) for bridge, texts in list(runtime.metrics.latest.items())}
-        for name, attribute, meaning in DIVERSITY:
-            gauge = GaugeMetricFamily(f"latentwire_output_{name}", meaning, labels=["bridge"])
-            for bridge, values in measured.items():
-                gauge.add_metric([bridge], getattr(values, attribute))
-            yield gauge
         budget = residency.budget_bytes
         yield GaugeMetricFamily("latentwire_memory_budget_bytes", "0 when unlimited.", value=budget or 0)

@@ -204,14 +204,14 @@ def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
 
     def long_without_progress() -> bool:
         runtime.admission.last_progress = time.monotonic() - runtime.settings.stall_timeout - 1
-        return bool(runtime.stalled)
+        return bool(runtime.models.stalled)
 
     def loading(*given: Any, **named: Any) -> Any:
         seen.append(("loading", long_without_progress()))
         return load(*given, **named)
 
     def working(*given: Any) -> Any:
-        seen.append(("loaded", runtime.stalled))
+        seen.append(("loaded", runtime.models.stalled))
         seen.append(("working", long_without_progress()))
         return encode(*given)
 
@@ -220,7 +220,7 @@ def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
     empty(client)
     assert client.post("/encode", json={"inputs": ["read for the first time"]}).status_code == 200
     assert seen == [("loading", False), ("loaded", False), ("working", True)]
-    assert not runtime.stalled
+    assert not runtime.models.stalled
 
 
 def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: TestClient) -> None:
