@@ -75,7 +75,7 @@ def serve(
         if supervisor.run() == "models":
             for listener in (*listeners, *operators):
                 listener.close()
-            runtime = Runtime(settings, bridges)
+            runtime = Runtime(settings.model_copy(update={"corpus_dir": None}), bridges)
             supervisor.note("models", OPENED)
             sys.exit(answer(runtime, supervisor.listener, lambda: supervisor.note("models", READY)))
         supervisor.wait_opened()

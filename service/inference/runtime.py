@@ -67,7 +67,7 @@ class Runtime:
         self.limiter = Limiter(self.keys, redis)
         device = torch.device("cpu") if self._elsewhere else device_named(settings.device)
         budget = None if self._elsewhere else budget_bytes(settings.memory_budget, device)
-        self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
+        self.residency = Residency(budget, device, dtype_named(None if self._elsewhere else settings.dtype, device))
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.admission = Admission(settings.max_queue)
         self.draining = False

@@ -175,7 +175,7 @@ def _floats(value: Any) -> Any:
 
 def _array(_type: Any, value: Any) -> Any:
     shape, data = value
-    return np.frombuffer(data, np.float32).reshape(shape)
+    return np.frombuffer(data, np.float32).reshape(shape).copy()  # what was received cannot be written to
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_floats)

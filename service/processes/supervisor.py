@@ -81,12 +81,19 @@ class Supervisor:
 
     def _is_child(self, role: Role, handlers: Mapping[signal.Signals, object]) -> bool:
         """Fork a process of a role; True in it."""
-        if pid := os.fork():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that came now would be obeyed by the wrong handler
+        pid = os.fork()
+        if pid:
             self._running[pid] = role
+            for _ in range(self._signals if role == "http" else 0):
+                _send(pid, signal.SIGTERM)
+        else:
+            os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on
+            for number, handler in handlers.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if pid:
             return False
-        os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
         os.close(self._pipes["http"][1])
         if role == "models":
             os.close(self._pipes["models"][1])
