@@ -195,7 +195,7 @@ def _mismatches(wanted: Sequence[Answer], found: Sequence[Answer]) -> int:
 
 @dataclass
 class Encoded:
-    """How often the same was encoded while something else ran, in how long, and how far it was from what it is alone."""
+    """How often the same was encoded while something else ran, how long that took, and how far it was from alone."""
 
     count: int = 0
     milliseconds: float = 0.0
