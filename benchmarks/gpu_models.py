@@ -60,7 +60,6 @@ class Scale:
         beside_seconds: How long they do.
         trained: Rows of a training step.
         lengths: Its source, prompt and answer, in tokens.
-        oversized_tokens: Of a cache that cannot fit; None: twice what the device has room for.
     """
 
     device: str
@@ -80,7 +79,6 @@ class Scale:
     beside_seconds: float
     trained: tuple[int, ...]
     lengths: tuple[int, int, int]
-    oversized_tokens: int | None = None
 
 
 SCALES = {
@@ -93,7 +91,6 @@ SCALES = {
         device="cpu", dtype=torch.float32, receiver=TINY, sender=TINY, exact_layers=2, copied_bytes=4 << 20,
         side=128, rows=(1, 2, 8), contexts=(24, 40), soft_tokens=8, step_tokens=64, steps=8,
         sources=(2, 16), beside_rows=2, beside_seconds=0.5, trained=(2, 4), lengths=(16, 8, 4),
-        oversized_tokens=1 << 40,
     ),
 }  # fmt: skip
 

@@ -1,17 +1,19 @@
 """The parts of ``benchmarks.gpu``, and the process that runs some of them: ``python -m benchmarks.gpu_parts``."""
 
 import json
+import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -37,6 +39,7 @@ from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
 
 REPEATS = 10
+CPU_SPARE_BYTES = 256 << 20
 FP8_BLOCK, FP8_MOST = 128, 448.0
 STEPS = 3
 
@@ -146,17 +149,30 @@ def _read_as(bench: Bench, folder: Path, wanted: dict[str, torch.Tensor]) -> Fig
     return {"outcome": "right" if apart < 1e-6 else "WRONG", "largest_difference": apart}
 
 
+@contextmanager
+def limited(device: torch.device) -> Iterator[None]:
+    """On a CPU, leave this process little memory more than it has: a cache that may be made smaller until it fits would
+    otherwise take the machine's."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if device.type == "cpu":
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + CPU_SPARE_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def oversized(bench: Bench) -> Figures:
     """What becomes of an engine whose cache cannot fit, and of the memory and the next engine after it."""
     lm = bench.lm("exact")
-    tokens = bench.scale.oversized_tokens or 2 * device_bytes(bench.device) // token_bytes(lm)
-    before = held_bytes(bench.device)
+    size = 2 * device_bytes(bench.device) if bench.device.type == "cuda" else 4 * CPU_SPARE_BYTES
+    tokens, before = size // token_bytes(lm), held_bytes(bench.device)
     found: Figures = {"kv_tokens": tokens, "token_bytes": token_bytes(lm)}
     tried: dict[str, Kind | None] = {"required": "continuous", "not_required": None}
     for name, required in tried.items():
         started = time.monotonic()
         try:
-            with closing(open_engine(lm, kv_tokens=tokens, required=required)) as made:
+            with limited(bench.device), closing(open_engine(lm, kv_tokens=tokens, required=required)) as made:
                 found[name] = {"opened": made.kind, "capacity_tokens": made.capacity_tokens, "max_rows": made.max_rows}
         except (LatentWireError, RuntimeError) as error:
             found[name] = {"error": type(error).__name__, "says": first_line(error)}
