@@ -62,7 +62,7 @@ def main(
         print(f"{', '.join(group)}: {left:.0f} s left in all", file=sys.stderr, flush=True)
         found |= measured(scale, group, left)
     figures = {"scale": scale, "seconds": time.monotonic() - started, "asked": asked(found), "parts": found}
-    name = "-".join(["gpu", *["tiny"] * tiny, *only or ()])
+    name = "-".join(["gpu", *["tiny"] * tiny, *(only or ())])
     given = ["--tiny"] * tiny + [f"--only {part}" for part in only or ()]
     record(name, " ".join(["python -m benchmarks.gpu", *given]), figures, out)
     show(figures)
