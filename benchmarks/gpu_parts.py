@@ -1,22 +1,21 @@
 """The parts of ``benchmarks.gpu``, and the process that runs some of them: ``python -m benchmarks.gpu_parts``."""
 
 import json
-import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_decode import Figures, answers, ask, beside, decode, question, race
 from benchmarks.gpu_models import SCALES, Bench, copy_tokenizer, drawn_on, say, write_configurations
@@ -39,7 +38,7 @@ from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
 
 REPEATS = 10
-CPU_SPARE_BYTES = 256 << 20
+CPU_BYTES = 8 << 20
 FP8_BLOCK, FP8_MOST = 128, 448.0
 STEPS = 3
 
@@ -149,30 +148,30 @@ def _read_as(bench: Bench, folder: Path, wanted: dict[str, torch.Tensor]) -> Fig
     return {"outcome": "right" if apart < 1e-6 else "WRONG", "largest_difference": apart}
 
 
-@contextmanager
-def limited(device: torch.device) -> Iterator[None]:
-    """On a CPU, leave this process little memory more than it has: a cache that may be made smaller until it fits would
-    otherwise take the machine's."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    if device.type == "cpu":
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + CPU_SPARE_BYTES, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+class SmallMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A device of ``CPU_BYTES`` for a dry run, as far as single tensors go: a cache that is made smaller until it fits
+    would otherwise take the machine's memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() > CPU_BYTES:
+            raise torch.OutOfMemoryError(f"out of memory: a dry run has {CPU_BYTES} bytes for a tensor")
+        return result
 
 
 def oversized(bench: Bench) -> Figures:
     """What becomes of an engine whose cache cannot fit, and of the memory and the next engine after it."""
     lm = bench.lm("exact")
-    size = 2 * device_bytes(bench.device) if bench.device.type == "cuda" else 4 * CPU_SPARE_BYTES
-    tokens, before = size // token_bytes(lm), held_bytes(bench.device)
+    on_gpu, before = bench.device.type == "cuda", held_bytes(bench.device)
+    tokens = (2 * device_bytes(bench.device) if on_gpu else 8 * CPU_BYTES) // token_bytes(lm)
     found: Figures = {"kv_tokens": tokens, "token_bytes": token_bytes(lm)}
     tried: dict[str, Kind | None] = {"required": "continuous", "not_required": None}
     for name, required in tried.items():
         started = time.monotonic()
         try:
-            with limited(bench.device), closing(open_engine(lm, kv_tokens=tokens, required=required)) as made:
+            with nullcontext() if on_gpu else SmallMemory():  # type: ignore[no-untyped-call]
+                made = open_engine(lm, kv_tokens=tokens, required=required)
+            with closing(made):
                 found[name] = {"opened": made.kind, "capacity_tokens": made.capacity_tokens, "max_rows": made.max_rows}
         except (LatentWireError, RuntimeError) as error:
             found[name] = {"error": type(error).__name__, "says": first_line(error)}
