@@ -163,7 +163,7 @@ def oversized(bench: Bench) -> Figures:
     """What becomes of an engine whose cache cannot fit, and of the memory and the next engine after it."""
     lm = bench.lm("exact")
     on_gpu, before = bench.device.type == "cuda", held_bytes(bench.device)
-    tokens = (2 * device_bytes(bench.device) if on_gpu else 8 * CPU_BYTES) // token_bytes(lm)
+    tokens = (2 * device_bytes(bench.device) if on_gpu else 4 * CPU_BYTES) // token_bytes(lm)
     found: Figures = {"kv_tokens": tokens, "token_bytes": token_bytes(lm)}
     tried: dict[str, Kind | None] = {"required": "continuous", "not_required": None}
     for name, required in tried.items():

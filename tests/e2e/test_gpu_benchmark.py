@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu, gpu_parts
 from benchmarks.gpu import PARTS, asked
 from benchmarks.record import RESULTS
 from tests.documents import ROOT
@@ -68,22 +69,31 @@ def test_a_dry_run_measures_every_kind_of_step_and_compares_answers(figures: dic
     assert all(step["mfu"] > 0 and step["planned_bytes"] > 0 for step in parts["training"]["steps"])
 
 
+def test_the_parts_that_are_given_time_are_the_parts_there_are() -> None:
+    assert PARTS.keys() == gpu_parts.PARTS.keys() and sum(PARTS.values()) < gpu.TOTAL_SECONDS
+
+
 def test_what_was_not_measured_is_asked_all_the_same() -> None:
     lines = asked({name: {"error": "not run"} for name in PARTS})
     assert len(lines) == 2 and all(line["found"] is None for line in lines)
 
 
-def test_a_part_that_fails_is_recorded_with_its_error_and_the_next_one_runs(tmp_path: Path) -> None:
-    from benchmarks import gpu_parts
-
+def test_a_part_that_fails_is_recorded_with_its_error_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(_: object) -> dict[str, Any]:
         raise ValueError("as it should")
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(gpu_parts.PARTS, "decode", fails)
-        gpu_parts.main("tiny", tmp_path, {"decode": 1.0, "fp8": 10.0})
+    monkeypatch.setitem(gpu_parts.PARTS, "decode", fails)
+    gpu_parts.main("tiny", tmp_path, {"decode": 1.0, "fp8": 10.0})
     assert json.loads((tmp_path / "decode.json").read_bytes())["error"] == "ValueError: as it should"
     assert json.loads((tmp_path / "fp8.json").read_bytes())["named"]["outcome"] == "right"
+
+
+def test_a_part_that_runs_on_is_ended_and_one_without_time_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.measured("tiny", {"decode": 90.0}, 3.0) == {"decode": {"error": "not run: 3 s were left"}}
+    monkeypatch.setattr(gpu, "START_SECONDS", 0.0)
+    assert gpu.measured("tiny", {"fp8": 0.4}, 100.0) == {"fp8": {"error": "its process was ended after 0 s"}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
