@@ -116,7 +116,8 @@ def _stepped(bench: Bench, lm: FrozenLM, name: str, options: dict[str, Any], fou
             asked = [question(lm, n, longest, scale.soft_tokens) for n in numbers]
             ask(made, asked, [SamplingParams(1)] * len(numbers))
         bench.say(f"{name}: {most} contexts of {longest} tokens read")
-        for mode, context, rows in product(MODES, scale.contexts, scale.rows):
+        cases = product(scale.contexts, scale.rows, MODES)
+        for context, rows, mode in sorted(cases, key=lambda case: case[0] * case[1]):  # the longest steps last
             case = {"switch": name, "mode": mode, "context": context, "rows": rows}
             if bench.is_over:
                 found["not_run"].append({**case, "error": "no time was left"})
@@ -124,6 +125,7 @@ def _stepped(bench: Bench, lm: FrozenLM, name: str, options: dict[str, Any], fou
             params, steps = [SamplingParams(scale.steps, seed=n, **MODES[mode]) for n in range(rows)], Steps()
             ask(made, [question(lm, n, context, scale.soft_tokens) for n in range(rows)], params, steps)
             found["steps"].append({**case, **of_times(steps.milliseconds(rows))})
+            bench.keep(found)
             bench.say(f"{name}, {mode}, {context} tokens, {rows} rows: {found['steps'][-1]['median_ms']:.2f} ms a step")
 
 

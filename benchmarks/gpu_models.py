@@ -99,13 +99,14 @@ SCALES = {
 class Bench:
     """Where a part of the benchmark runs: ``folder`` holds the models' configurations, ``until`` is when it should end.
 
-    ``say`` shows what was just measured.
+    ``say`` shows what was just measured, ``keep`` records figures so far, in case the part is ended.
     """
 
     scale: Scale
     folder: Path
     until: float
     say: Callable[[str], None]
+    keep: Callable[[dict[str, Any]], None]
 
     @property
     def device(self) -> torch.device:

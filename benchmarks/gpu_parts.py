@@ -41,6 +41,7 @@ REPEATS = 10
 CPU_BYTES = 8 << 20
 FP8_BLOCK, FP8_MOST = 128, 448.0
 STEPS = 3
+UNFINISHED = {"error": "ended before it was whole"}
 
 
 def rates(bench: Bench) -> Figures:
@@ -253,24 +254,28 @@ PARTS: dict[str, Callable[[Bench], Figures]] = {
 }
 
 
-def attempt(name: str, seconds: float, scale: str, folder: Path) -> Figures:
-    """A part's figures, or how it failed."""
+def attempt(name: str, seconds: float, scale: str, folder: Path) -> None:
+    """Leave a part's figures in ``folder``, or how it failed."""
     started = time.monotonic()
-    bench = Bench(SCALES[scale], folder, started + seconds, say(name))
+
+    def keep(found: Figures) -> None:
+        replace_file(folder / f"{name}.json", json.dumps(found).encode())
+
+    bench = Bench(SCALES[scale], folder, started + seconds, say(name), lambda found: keep({**found, **UNFINISHED}))
     try:
         with drawn_on(bench.device):
             found = PARTS[name](bench)
     except Exception as error:  # of this part: the others run
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {first_line(error)}"}
-    return {**found, "part_seconds": time.monotonic() - started}
+    keep({**found, "part_seconds": time.monotonic() - started})
 
 
 def main(scale: str, folder: Path, parts: Mapping[str, float]) -> None:
     """Run parts one after the other, each with so many seconds, and leave its figures in ``folder``."""
     write_configurations(SCALES[scale], folder)
     for name, seconds in parts.items():
-        replace_file(folder / f"{name}.json", json.dumps(attempt(name, seconds, scale, folder)).encode())
+        attempt(name, seconds, scale, folder)
         free_caches()
 
 

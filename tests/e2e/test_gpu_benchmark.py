@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import gpu, gpu_parts
 from benchmarks.gpu import PARTS, asked
+from benchmarks.gpu_models import Bench
 from benchmarks.record import RESULTS
 from tests.documents import ROOT
 
@@ -81,11 +82,16 @@ def test_what_was_not_measured_is_asked_all_the_same() -> None:
 def test_a_part_that_fails_is_recorded_with_its_error_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(_: object) -> dict[str, Any]:
+    kept: list[dict[str, Any]] = []
+
+    def fails(bench: Bench) -> dict[str, Any]:
+        bench.keep({"first": 1})
+        kept.append(json.loads((tmp_path / "decode.json").read_bytes()))
         raise ValueError("as it should")
 
     monkeypatch.setitem(gpu_parts.PARTS, "decode", fails)
     gpu_parts.main("tiny", tmp_path, {"decode": 1.0, "fp8": 10.0})
+    assert kept == [{"first": 1, "error": "ended before it was whole"}]
     assert json.loads((tmp_path / "decode.json").read_bytes())["error"] == "ValueError: as it should"
     assert json.loads((tmp_path / "fp8.json").read_bytes())["named"]["outcome"] == "right"
 
