@@ -23,8 +23,8 @@ def hardware() -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, {memory:.0f} GiB{gpu}"
 
 
-def record(name: str, command: str, figures: dict[str, Any]) -> Path:
-    """Write ``figures`` to ``results/NAME-DATE.json`` and return the path."""
+def record(name: str, command: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``figures`` to ``results/NAME-DATE.json``, or into another folder, and return the path."""
     date = datetime.date.today().isoformat()
     document = {
         "benchmark": name,
@@ -35,8 +35,8 @@ def record(name: str, command: str, figures: dict[str, Any]) -> Path:
         "versions": {package: version(package) for package in ("latentwire", "torch", "transformers")},
         **figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{date}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{date}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"wrote {path.relative_to(RESULTS.parents[1])}")
+    print(f"wrote {path.relative_to(RESULTS.parents[1]) if folder == RESULTS else path}")
     return path
