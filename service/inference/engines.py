@@ -16,6 +16,7 @@ from latentwire.bridge.config import Fingerprint
 from latentwire.bridge.errors import InsufficientMemory
 from latentwire.bridge.generation.base import Engine, Kind
 from latentwire.bridge.generation.continuous import token_bytes
+from latentwire.bridge.generation.room import SMALLEST_KV_TOKENS
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.residency import Residency
@@ -23,7 +24,7 @@ from latentwire.bridge.residency import Residency
 log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 0.1  # for which a model just loaded stays lent, so that those who waited for it come before others
-SMALLEST_KV_TOKENS = 256
+KV_TOKENS = 8192
 
 
 class Engines:
@@ -34,15 +35,17 @@ class Engines:
         residency: Residency,
         *,
         max_rows: int,
-        kv_tokens: int,
+        kv_tokens: int | None,
+        cache_bytes: int = 0,
         step_tokens: int,
         required: Kind | None = None,
         load_wait: float,
         on_death: Callable[[], None],
         on_step: Callable[[int, float], None],
     ) -> None:
+        """``kv_tokens`` of a cache; or by default the usual, or where they hold more, ``cache_bytes`` for each."""
         self.residency = residency
-        self._kv_tokens = kv_tokens
+        self._kv_tokens, self._cache_bytes = kv_tokens, cache_bytes
         self._options: dict[str, Any] = {"max_rows": max_rows, "step_tokens": step_tokens, "required": required}
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint, Engine] = {}
@@ -119,14 +122,7 @@ class Engines:
     def _open_on_thread(self, lm: FrozenLM) -> None:
         """On a thread: make room for the cache, then the engine."""
         each = token_bytes(lm)
-        room = self.residency.room(lm.name)
-        tokens = self._kv_tokens if room is None else min(self._kv_tokens, room // each)
-        least = min(SMALLEST_KV_TOKENS, self._kv_tokens)
-        if tokens < least:
-            raise InsufficientMemory(
-                f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * each}"
-            )
-
+        tokens = self._tokens(lm, each)
         fingerprint = lm.fingerprint  # and nothing else of the model: it must be free when what came back is measured
 
         def close() -> None:
@@ -141,6 +137,18 @@ class Engines:
             raise
         engine.on_step = self._on_step
         self._engines[fingerprint] = engine
+
+    def _tokens(self, lm: FrozenLM, each: int) -> int:
+        """How many tokens a cache is made for: as many as are wanted, or as there is room for."""
+        wanted, room = self._kv_tokens or max(KV_TOKENS, self._cache_bytes // each), self.residency.room(lm.name)
+        least, most = min(SMALLEST_KV_TOKENS, wanted), room // each
+        if most < least:
+            raise InsufficientMemory(
+                f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * each}"
+            )
+        if self._kv_tokens is not None and most < wanted:
+            log.warning("%s: memory has room for a cache of %d tokens, not of LW_KV_TOKENS=%d", lm.name, most, wanted)
+        return min(wanted, most)
 
 
 def _engine_of(lm: FrozenLM) -> str:

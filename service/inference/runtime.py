@@ -71,7 +71,8 @@ class Runtime:
         redis = RedisStore(settings.redis_url) if settings.redis_url else None
         self.limiter = Limiter(self.keys, redis)
         device = device_named(settings.device)
-        budget = budget_bytes(settings.memory_budget, device)
+        self.sizes = settings.sizes(device)
+        budget = budget_bytes(self.sizes.memory_budget, device)
         self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.admission = Admission(settings.max_queue)
@@ -82,9 +83,10 @@ class Runtime:
         self.on_death: Callable[[], None] = lambda: None
         self.engines = Engines(
             self.residency,
-            max_rows=settings.max_batch,
+            max_rows=self.sizes.max_batch,
             kv_tokens=settings.kv_tokens,
-            step_tokens=settings.step_tokens,
+            cache_bytes=self._cache_bytes(),
+            step_tokens=self.sizes.step_tokens,
             required=settings.require_engine,
             load_wait=settings.load_wait,
             on_death=self._died,
@@ -96,7 +98,9 @@ class Runtime:
         self.corpora = Corpora(settings.corpus_dir, served, settings.message_key)
         self.metrics = Metrics()
         self._lanes = Lanes()
-        self.scorers = Scorers(self.residency, self._lanes, self.admission, self.metrics, settings)
+        self.scorers = Scorers(
+            self.residency, self._lanes, self.admission, self.metrics, self.sizes, settings.load_wait
+        )
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,13 +116,20 @@ class Runtime:
             bridge.reader(model)
         return bridge
 
+    def _cache_bytes(self) -> int:
+        """Bytes for the cache of each receiver, where the budget holds all models: its part of a share of the rest."""
+        budget, predict = self.residency.budget_bytes or 0, self.residency.predict
+        weights = sum(map(predict, {name for bridge in self.bridges.values() for name in bridge.model_names}))
+        receivers = {name for bridge in self.bridges.values() for name in bridge.receivers}
+        return max(int(self.sizes.cache_share * (budget - weights)), 0) // max(len(receivers), 1)
+
     async def start(self) -> None:
         """Start the batchers and warm up in the background; ``ready`` turns true when every bridge has answered."""
         for name, bridge in self.bridges.items():
             self._encoders[name] = Batcher(
                 partial(self._encode, bridge),
-                max_batch=self.settings.max_batch,
-                max_batch_tokens=self.settings.batch_tokens,
+                max_batch=self.sizes.max_batch,
+                max_batch_tokens=self.sizes.batch_tokens,
                 cost=lambda source: len(source.ids),
                 admission=self.admission,
                 is_out_of_memory=is_out_of_memory,

@@ -25,7 +25,7 @@ from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.batching import Batcher
 from latentwire.service.inference.lanes import Lanes
 from latentwire.service.metrics import Metrics
-from latentwire.service.settings import Settings
+from latentwire.service.settings import Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +63,10 @@ class Scorers:
     """See the module."""
 
     def __init__(
-        self, residency: Residency, lanes: Lanes, admission: Admission, metrics: Metrics, settings: Settings
+        self, residency: Residency, lanes: Lanes, admission: Admission, metrics: Metrics, sizes: Sizes, load_wait: float
     ) -> None:
         self._residency, self._lanes, self._admission = residency, lanes, admission
-        self._metrics, self._settings = metrics, settings
+        self._metrics, self._sizes, self._load_wait = metrics, sizes, load_wait
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._queues: dict[tuple[str, str], Batcher[_Item, list[Continuation]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -107,8 +107,8 @@ class Scorers:
         if key not in self._queues:
             self._queues[key] = Batcher(
                 partial(self._run, bridge, receiver),
-                max_batch=self._settings.max_batch,
-                max_batch_tokens=self._settings.batch_tokens,
+                max_batch=self._sizes.max_batch,
+                max_batch_tokens=self._sizes.batch_tokens,
                 cost=lambda item: item.tokens,
                 admission=self._admission,
                 is_out_of_memory=is_out_of_memory,
@@ -119,7 +119,7 @@ class Scorers:
 
     async def _run(self, bridge: Bridge, receiver: str, items: Sequence[_Item]) -> list[list[Continuation]]:
         def run() -> list[list[Continuation]]:
-            with self._residency.use(receiver, self._settings.load_wait) as lm:
+            with self._residency.use(receiver, self._load_wait) as lm:
                 bridge.check(lm)
                 self._admission.progress()  # a large model loads for minutes; that is no stall
                 latents = [item.latent for item in items]
