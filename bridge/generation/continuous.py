@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -106,6 +107,23 @@ class ContinuousEngine(Engine):
         processor = self._manager.batch_processor
         tables = [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
         return sum(len(blocks) for table in tables for blocks in list(table.values()))
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._kv_tokens
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """Of the cache, what the blocks of running requests take; one that several share counts once."""
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0
+        held = processor.cache
+        taken = sum(
+            len(set(chain.from_iterable(list(allocator.block_table.values())))) * allocator.bytes_per_block
+            for allocator in held.cache_allocators.values()
+        )
+        return round(self._kv_tokens * taken / (held.num_sectors * held.bytes_per_sector))
 
     def close(self) -> None:
         """End the thread, free the cache, leave the embedding as it was; requests still running fail."""

@@ -61,6 +61,11 @@ class LiveCollector(Collector):
         for name, size in residency.resident().items():
             models.add_metric([name], size)
         yield models
+        tokens = GaugeMetricFamily("latentwire_kv_tokens", "Of key/value caches.", labels=["model", "kind"])
+        for engine in engines:
+            tokens.add_metric([engine.lm.name, "room"], engine.kv_tokens)
+            tokens.add_metric([engine.lm.name, "used"], engine.kv_tokens_used)
+        yield tokens
         measured = {bridge: diversity(list(texts)) for bridge, texts in list(runtime.metrics.latest.items())}
         for name, attribute, meaning in DIVERSITY:
             gauge = GaugeMetricFamily(f"latentwire_output_{name}", meaning, labels=["bridge"])

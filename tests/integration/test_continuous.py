@@ -255,6 +255,35 @@ def test_a_cancelled_request_frees_its_blocks_and_calls_nobody(
     assert made.blocks_in_use == 0 and long.ends == 0 and made.running == 0
 
 
+def test_the_use_of_the_cache_is_what_running_requests_take_and_shared_blocks_count_once(
+    lms: dict[str, FrozenLM], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, kv_tokens=1024)
+    assert (made.kv_tokens, made.kv_tokens_used) == (1024, 0)
+    row, drawn = shared_prefix(lm)
+    same = Soft("latent", lambda: drawn)
+    Asked(made, row, SamplingParams(4), same).answer()
+    real, both, go_on = lm.model.forward, threading.Event(), threading.Event()
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        if made.running == 2 and made.blocks_in_use == 6:
+            both.set()
+            go_on.wait(PATIENCE)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lm.model, "forward", held)
+    asked = [Asked(made, row, SamplingParams(12, 1.0, seed=seed), same) for seed in range(2)]
+    assert both.wait(PATIENCE)
+    used = made.kv_tokens_used
+    go_on.set()
+    for one in asked:
+        one.answer()
+    assert used == 4 * PAGE_TOKENS  # two pages of soft tokens for both, and for each one of its own
+    Asked(made, row, SamplingParams(2), same).answer()  # a step later
+    assert made.kv_tokens_used == 0
+
+
 def test_more_requests_than_the_cache_holds_all_get_their_answer(
     lms: dict[str, FrozenLM], opened: Callable[..., Engine]
 ) -> None:
