@@ -42,6 +42,7 @@ WANTED_FILES = [
     "*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "encoder-*.safetensors", "head-*.safetensors",
 ]  # fmt: skip
 TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges).*\.(json|txt)|.*\.model")
+SHA256 = re.compile(r"[0-9a-f]{64}")  # other files of the Hub are named by git, with 40 digits
 CHUNK_ROWS = 8192  # vocabulary rows measured at once
 VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
@@ -182,6 +183,9 @@ def _digest(files: Sequence[Path]) -> str:
 
 @lru_cache(maxsize=256)
 def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """The SHA-256 of a file. The Hub's cache names large files by it: two models of 8 B would take half a minute."""
+    if path.parent.name == "blobs" and path.parent.parent.name.startswith("models--") and SHA256.fullmatch(path.name):
+        return path.name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -233,7 +237,7 @@ def load_model(
     reader = load_reader(name)
     try:
         random = name.startswith(RANDOM)
-        model, holes = untrained(config, dtype) if random else pretrained(config, folder, dtype, device_map)
+        model, holes = untrained(config, dtype) if random else pretrained(config, folder, dtype, device, device_map)
     except Exception as error:  # a damaged file surfaces as whatever the library trips over
         raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     if holes:
