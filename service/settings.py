@@ -121,13 +121,17 @@ class Settings(BaseSettings):
     device: str | None = Field(
         None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"
     )
+    sender_device: str | None = Field(
+        None, pattern=DEVICE, description="Where senders compute that do not receive too. [LW_DEVICE]"
+    )
+    receiver_device: str | None = Field(None, pattern=DEVICE, description="Where receivers compute. [LW_DEVICE]")
     dtype: Precision | None = Field(
         None, description="What models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
     )
     memory_budget: str | int | None = Field(
         None,
         description="Most bytes of models and their caches at once, e.g. 24GB, or a share of the device, e.g. 0.8; "
-        "models take turns within it. [0.9 of an accelerator; no limit on a CPU]",
+        "models take turns within it; of each device that is used. [0.9 of an accelerator; no limit on a CPU]",
     )
     keep_alive: Seconds | dict[str, Seconds] | None = Field(
         None, description="Seconds for which an idle model stays; for all bridges, or by name as a JSON object."

@@ -1,5 +1,6 @@
 """Gauges that are read when Prometheus asks: of memory, models, queues, stores and the latest outputs."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import psutil
@@ -28,7 +29,7 @@ class LiveCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every gauge, with its value now."""
         runtime = self.runtime
-        engines, admission, residency = runtime.engines.all(), runtime.admission, runtime.residency
+        engines, admission = runtime.engines.all(), runtime.admission
         yield GaugeMetricFamily("latentwire_ready", "1 once warmed up.", value=float(runtime.ready))
         yield GaugeMetricFamily("latentwire_queue_rows", "Rows waiting.", value=admission.waiting)
         generating = sum(engine.running for engine in engines)
@@ -50,15 +51,18 @@ class LiveCollector(Collector):
         yield evaluations
         memory = GaugeMetricFamily("latentwire_memory_bytes", "Memory of this process.", labels=["kind"])
         memory.add_metric(["cpu_resident"], psutil.Process().memory_info().rss)
-        if torch.cuda.is_available():
-            memory.add_metric(["gpu_allocated"], torch.cuda.memory_allocated())
-            memory.add_metric(["gpu_reserved"], torch.cuda.memory_reserved())
-            free, total = torch.cuda.mem_get_info()
-            memory.add_metric(["gpu_free"], free)
-            memory.add_metric(["gpu_total"], total)
+        cards = [held.device for held in runtime.residencies if held.device.type == "cuda"]
+        if cards:
+            memory.add_metric(["gpu_allocated"], sum(map(torch.cuda.memory_allocated, cards)))
+            memory.add_metric(["gpu_reserved"], sum(map(torch.cuda.memory_reserved, cards)))
+            memory.add_metric(["gpu_free"], sum(torch.cuda.mem_get_info(card)[0] for card in cards))
+            memory.add_metric(["gpu_total"], sum(torch.cuda.mem_get_info(card)[1] for card in cards))
         yield memory
         models = GaugeMetricFamily("latentwire_model_bytes", "Weights of models now loaded.", labels=["model"])
-        for name, size in residency.resident().items():
+        resident: Counter[str] = Counter()
+        for held in runtime.residencies:
+            resident.update(held.resident())
+        for name, size in resident.items():
             models.add_metric([name], size)
         yield models
         tokens = GaugeMetricFamily("latentwire_kv_tokens", "Of key/value caches.", labels=["model", "kind"])
@@ -72,5 +76,5 @@ class LiveCollector(Collector):
             for bridge, values in measured.items():
                 gauge.add_metric([bridge], getattr(values, attribute))
             yield gauge
-        budget = residency.budget_bytes
-        yield GaugeMetricFamily("latentwire_memory_budget_bytes", "0 when unlimited.", value=budget or 0)
+        budget = sum(held.budget_bytes or 0 for held in runtime.residencies)
+        yield GaugeMetricFamily("latentwire_memory_budget_bytes", "0 when unlimited.", value=budget)

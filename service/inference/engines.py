@@ -6,7 +6,7 @@ closed before the model leaves.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -49,7 +49,7 @@ class Engines:
         self._options: dict[str, Any] = {"max_rows": max_rows, "step_tokens": step_tokens, "required": required}
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint, Engine] = {}
-        self._pending: dict[str, asyncio.Task[None]] = {}
+        self._pending: dict[Hashable, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
 
     def all(self) -> list[Engine]:
@@ -80,10 +80,11 @@ class Engines:
             else:  # who asked for the engine leaves before it is open
                 opening.add_done_callback(lambda _: self.residency.release(name))
 
-    async def acquire(self, name: str) -> FrozenLM:
+    async def acquire(self, name: str, residency: Residency | None = None) -> FrozenLM:
         """A model, lent until ``residency.release``; the event loop goes on while it is loaded."""
-        while (lm := self.residency.try_acquire(name)) is None:
-            await self._run_once(name, partial(self._load, name))
+        residency = residency or self.residency
+        while (lm := residency.try_acquire(name)) is None:
+            await self._run_once((name, id(residency)), partial(self._load, name, residency))
         return lm
 
     async def close(self) -> None:
@@ -98,7 +99,7 @@ class Engines:
             await self._run_once(_engine_of(lm), partial(self._open, lm))
         return engine
 
-    async def _run_once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _run_once(self, name: Hashable, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run something that takes long, once for all who wait for it now."""
 
         def done(task: asyncio.Task[None]) -> None:
@@ -111,10 +112,10 @@ class Engines:
             self._pending[name].add_done_callback(done)
         await asyncio.shield(self._pending[name])
 
-    async def _load(self, name: str) -> None:
+    async def _load(self, name: str, residency: Residency) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, partial(self.residency.acquire, name, self._load_wait))
-        loop.call_later(LINGER_SECONDS, self.residency.release, name)
+        await loop.run_in_executor(self._threads, partial(residency.acquire, name, self._load_wait))
+        loop.call_later(LINGER_SECONDS, residency.release, name)
 
     async def _open(self, lm: FrozenLM) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, self._open_on_thread, lm)

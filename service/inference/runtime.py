@@ -13,10 +13,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from latentwire.bridge import engine
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import check_models
-from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory
+from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory, is_same
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
@@ -53,6 +55,9 @@ class Runtime:
     """Bridges, models, batches, engines and store of one service.
 
     Attributes:
+        residency: Holds receivers in memory.
+        senders: Holds models that only send: the same, unless they have a device of their own.
+        sizes: How much is done at once where receivers compute.
         store: What is kept: latents, evaluations.
         corpora: Latents that are served from a folder.
         cache: Encodings, which could be made again; the same store, except where the other one is on disk.
@@ -70,10 +75,8 @@ class Runtime:
         self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
         redis = RedisStore(settings.redis_url) if settings.redis_url else None
         self.limiter = Limiter(self.keys, redis)
-        device = device_named(settings.device)
-        self.sizes = settings.sizes(device)
-        budget = budget_bytes(self.sizes.memory_budget, device)
-        self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
+        self.senders, self.residency = residencies(settings)
+        self.sizes = settings.sizes(self.residency.device)
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.admission = Admission(settings.max_queue)
         self.ready = self.draining = False
@@ -105,31 +108,38 @@ class Runtime:
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def residencies(self) -> list[Residency]:
+        """What holds models, once each."""
+        return [self.residency] if self.senders is self.residency else [self.residency, self.senders]
+
     def _open(self, name: str, path: str) -> Bridge:
         """A bridge from its checkpoint; what no request could ever use stops the start."""
         settings = self.settings
-        bridge = Bridge.open(name, path, self.residency, signing_key=settings.message_key)
+        bridge = Bridge.open(name, path, self.residency, senders=self.senders, signing_key=settings.message_key)
         check_models(bridge.manifest.bridge)
         for model in bridge.model_names:
-            self.residency.predict(model)
-            self.residency.keep(model, settings.keep_alive_of(name))
+            bridge.home(model).predict(model)
+            bridge.home(model).keep(model, settings.keep_alive_of(name))
             bridge.reader(model)
         return bridge
 
     def _cache_bytes(self) -> int:
         """Bytes for the cache of each receiver, where the budget holds all models: its part of a share of the rest."""
-        budget, predict = self.residency.budget_bytes or 0, self.residency.predict
-        weights = sum(map(predict, {name for bridge in self.bridges.values() for name in bridge.model_names}))
-        receivers = {name for bridge in self.bridges.values() for name in bridge.receivers}
+        budget, bridges = self.residency.budget_bytes or 0, self.bridges.values()
+        here = {name for one in bridges for name in one.model_names if one.home(name) is self.residency}
+        weights = sum(map(self.residency.predict, here))
+        receivers = {name for bridge in bridges for name in bridge.receivers}
         return max(int(self.sizes.cache_share * (budget - weights)), 0) // max(len(receivers), 1)
 
     async def start(self) -> None:
         """Start the batchers and warm up in the background; ``ready`` turns true when every bridge has answered."""
         for name, bridge in self.bridges.items():
+            sizes = self.settings.sizes(bridge.home(bridge.sender).device)
             self._encoders[name] = Batcher(
                 partial(self._encode, bridge),
-                max_batch=self.sizes.max_batch,
-                max_batch_tokens=self.sizes.batch_tokens,
+                max_batch=sizes.max_batch,
+                max_batch_tokens=sizes.batch_tokens,
                 cost=lambda source: len(source.ids),
                 admission=self.admission,
                 is_out_of_memory=is_out_of_memory,
@@ -241,13 +251,15 @@ class Runtime:
                 on_cost([row.slots.count(TEXT) for row in rows], in_flight.generated_tokens)
 
     async def _encode(self, bridge: Bridge, sources: Sequence[SourceTokens]) -> list[Encoded]:
+        residency = bridge.home(bridge.sender)
+
         def run() -> list[Encoded]:
-            with self.residency.use(bridge.sender, self.settings.load_wait) as sender:
+            with residency.use(bridge.sender, self.settings.load_wait) as sender:
                 bridge.check(sender)
                 self.admission.progress()  # a large model loads for minutes; that is no stall
-                with peak_bytes(self.residency.device) as peak:
+                with peak_bytes(residency.device) as peak:
                     encoded = engine.encode(bridge.model, sender, sources)
-                self.residency.note_activation(bridge.sender, peak.bytes)
+                residency.note_activation(bridge.sender, peak.bytes)
                 return encoded
 
         self.metrics.batch_rows.labels("encode").observe(len(sources))
@@ -273,7 +285,8 @@ class Runtime:
         """Let models go whose time is over."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            await asyncio.to_thread(self.residency.sweep)
+            for residency in self.residencies:
+                await asyncio.to_thread(residency.sweep)
 
     def _note_step(self, rows: int, seconds: float) -> None:
         self.metrics.batch_rows.labels("generate").observe(rows)
@@ -286,11 +299,28 @@ class Runtime:
     @property
     def stalled(self) -> bool:
         """Work is there, no model is being loaded, and nothing has moved for ``stall_timeout`` seconds."""
-        if self.residency.loading is not None:
+        if any(residency.loading is not None for residency in self.residencies):
             return False
         latest = [self.admission.last_progress] if self.admission.waiting + self.admission.running else []
         latest += [engine.last_step for engine in self.engines.all() if engine.running]
         return any(time.monotonic() - at > self.settings.stall_timeout for at in latest)
+
+
+def residencies(settings: Settings) -> tuple[Residency, Residency]:
+    """What holds senders, and what holds receivers: one for both, unless they have devices of their own.
+
+    Raises:
+        InvalidRequest: A device is not there.
+    """
+    sending = device_named(settings.sender_device or settings.device)
+    receiving = device_named(settings.receiver_device or settings.device)
+    receivers = _residency(settings, receiving)
+    return (receivers if is_same(sending, receiving) else _residency(settings, sending)), receivers
+
+
+def _residency(settings: Settings, device: torch.device) -> Residency:
+    budget = budget_bytes(settings.sizes(device).memory_budget, device)
+    return Residency(budget, device, dtype_named(settings.dtype, device))
 
 
 def _budgets(settings: Settings) -> dict[Kind, int]:

@@ -17,8 +17,8 @@ async def load(name: str, request: Request) -> BridgeOut:
     runtime: Runtime = request.app.state.runtime
     bridge = runtime.find(name)
     for model in bridge.model_names:
-        await runtime.engines.acquire(model)
-        runtime.residency.release(model)
+        await runtime.engines.acquire(model, bridge.home(model))
+        bridge.home(model).release(model)
     return describe(runtime, bridge)
 
 
@@ -29,7 +29,7 @@ async def unload(name: str, request: Request) -> Unloaded:
     bridge = runtime.find(name)
     freed = 0
     for model in bridge.model_names:
-        freed += await asyncio.to_thread(runtime.residency.unload, model)
+        freed += await asyncio.to_thread(bridge.home(model).unload, model)
     return Unloaded(**describe(runtime, bridge).model_dump(), freed_bytes=freed)
 
 
@@ -39,7 +39,7 @@ async def pin(name: str, request: Request) -> BridgeOut:
     runtime: Runtime = request.app.state.runtime
     bridge = runtime.find(name)
     for model in bridge.model_names:
-        runtime.residency.pin(model)
+        bridge.home(model).pin(model)
     return describe(runtime, bridge)
 
 
@@ -49,5 +49,5 @@ async def unpin(name: str, request: Request) -> BridgeOut:
     runtime: Runtime = request.app.state.runtime
     bridge = runtime.find(name)
     for model in bridge.model_names:
-        runtime.residency.unpin(model)
+        bridge.home(model).unpin(model)
     return describe(runtime, bridge)

@@ -63,7 +63,7 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
     config = bridge.manifest.bridge
     heads = config.heads.items()
     runs = [*config.earlier, config.provenance, *(head.provenance for _, head in heads if head.provenance)]
-    residents = {name: runtime.residency.find(name) for name in bridge.model_names}
+    residents = {name: bridge.home(name).find(name) for name in bridge.model_names}
     return BridgeOut(
         name=bridge.name,
         bridge_id=bridge.manifest.bridge_id,
@@ -82,7 +82,7 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
         loaded={name: resident.bytes for name, resident in residents.items() if resident is not None},
         engines={name: runtime.engines.kind(name) for name in config.heads},
         sources_per_example={name: _most_sources(head.provenance or config.provenance) for name, head in heads},
-        pinned=all(runtime.residency.is_pinned(name) for name in bridge.model_names),
+        pinned=all(bridge.home(name).is_pinned(name) for name in bridge.model_names),
         keep_alive_seconds=runtime.settings.keep_alive_of(bridge.name),
     )
 
