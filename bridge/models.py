@@ -212,6 +212,17 @@ def predicted_bytes(name: str, dtype: torch.dtype) -> int:
     return bytes_of(name, config, _weight_files(name), dtype)
 
 
+def pass_bytes(name: str, tokens: int, dtype: torch.dtype) -> int:
+    """About what a pass over so many tokens takes beside the weights: states, and what is widest within a block.
+
+    Source: ours; of 8,192 tokens in float32 on a CPU, two Llamas and a GPT-NeoX took 71 to 97 % of it (measured).
+    """
+    config: Any = config_of(name).get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # of a few families: for each layer
+    widest = max(inner) if isinstance(inner, list | tuple) else inner
+    return int(tokens * (10 * config.hidden_size + 4 * widest) * dtype.itemsize)
+
+
 def load_model(
     name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None, device_map: str | None = None
 ) -> FrozenLM:

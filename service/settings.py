@@ -79,7 +79,7 @@ class Sizes:
         batch_tokens: Tokens per batch of a sender.
         step_tokens: Tokens per step of a receiver.
         memory_budget: Of the device.
-        cache_share: Of what the models leave of the budget, for caches; the rest is left to activations.
+        cache_share: Of what models and the largest batch leave of the budget, for caches.
     """
 
     max_batch: int
@@ -153,7 +153,8 @@ class Settings(BaseSettings):
         None,
         ge=64,
         description="Tokens that the key/value cache of a receiver holds; fewer where memory is too small for them. "
-        "[8192; on an accelerator as many more as 0.8 of what the models leave of the memory budget holds]",
+        "[8192; on an accelerator as many more as 0.8 of what models and the largest batch leave of the memory "
+        "budget holds]",
     )
     require_engine: Literal["continuous"] | None = Field(
         None,

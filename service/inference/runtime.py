@@ -22,6 +22,7 @@ from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memor
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
+from latentwire.bridge.models import pass_bytes
 from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
@@ -125,12 +126,15 @@ class Runtime:
         return bridge
 
     def _cache_bytes(self) -> int:
-        """Bytes for the cache of each receiver, where the budget holds all models: its part of a share of the rest."""
-        budget, bridges = self.residency.budget_bytes or 0, self.bridges.values()
-        here = {name for one in bridges for name in one.model_names if one.home(name) is self.residency}
-        weights = sum(map(self.residency.predict, here))
+        """Bytes for the cache of each receiver, where the budget holds all models and the largest pass: its part of a
+        share of the rest."""
+        held, bridges = self.residency, self.bridges.values()
+        here = {name for one in bridges for name in one.model_names if one.home(name) is held}
+        dtype = held.dtype or torch.float32
+        largest = max((pass_bytes(name, self.sizes.batch_tokens, dtype) for name in here), default=0)
+        left = (held.budget_bytes or 0) - sum(map(held.predict, here)) - largest
         receivers = {name for bridge in bridges for name in bridge.receivers}
-        return max(int(self.sizes.cache_share * (budget - weights)), 0) // max(len(receivers), 1)
+        return max(int(self.sizes.cache_share * left), 0) // max(len(receivers), 1)
 
     async def start(self) -> None:
         """Start the batchers and warm up in the background; ``ready`` turns true when every bridge has answered."""

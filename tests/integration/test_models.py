@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from latentwire.bridge.checkpoint import check_identity
 from latentwire.bridge.engine import generate
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
-from latentwire.bridge.models import FrozenLM, fingerprint_of, hidden_states, load_model, pad_sources, predicted_bytes
+from latentwire.bridge.models import (
+    FrozenLM,
+    fingerprint_of,
+    hidden_states,
+    load_model,
+    pad_sources,
+    pass_bytes,
+    predicted_bytes,
+)
 from latentwire.bridge.prompt import compose, layout_for
 from latentwire.bridge.reader import SourceTokens, text_ids, tokenize_source
 from latentwire.bridge.sampling import SamplingParams
@@ -209,6 +217,19 @@ def test_weights_in_the_hubs_cache_are_known_by_the_name_it_gives_them_and_have_
     (tmp_path / "hub/models--org--tiny").rename(tmp_path / "hub/copied")
     elsewhere = tmp_path / "hub/copied/snapshots" / cached.name
     assert fingerprint_of(str(elsewhere)) == fingerprint_of(str(folder))  # a name proves nothing elsewhere
+
+
+def test_what_a_pass_takes_beside_the_weights_follows_tokens_dtype_and_the_widest_block(
+    model_folders: dict[str, Path], folder: Path
+) -> None:
+    def of(folder: Path) -> int:
+        return pass_bytes(str(folder), 100, torch.float32)
+
+    for one in model_folders.values():
+        assert of(one) == 10 * pass_bytes(str(one), 10, torch.float32) == 2 * pass_bytes(str(one), 100, torch.bfloat16)
+    hidden = load_model(str(folder)).width
+    edit_json("config.json", intermediate_size=1000)(folder)
+    assert of(folder) == 100 * (10 * hidden + 4 * 1000) * 4
 
 
 def test_weights_are_read_straight_onto_an_accelerator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
