@@ -1,6 +1,7 @@
 """Senders on a device of their own: each half of a bridge touches its own device alone, and a service knows both."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from fastapi.testclient import TestClient
 import latentwire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import make_bridge, save_bridge
+from latentwire.bridge.generation.continuous import token_bytes
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.residency import Residency
+from latentwire.service import settings
 from latentwire.service.inference import runtime as module
 from latentwire.service.settings import Settings
 from tests.conftest import bridge_config
@@ -66,7 +69,7 @@ def test_a_service_with_a_device_for_each_half_answers_measures_and_manages_mode
     asked = {"inputs": [{"text": ASKED[0]}], "prompt": ASKED[1], "max_tokens": 8}
     budgets = 300_000_000, 200_000_000
     held = Residency(budgets[0], CPU), Residency(budgets[1], CPU)
-    monkeypatch.setattr(module, "residencies", lambda settings: held)
+    monkeypatch.setattr(module, "residencies", lambda _: held)
     client = start(None, {"builtin": "builtin"})
     answer = client.post("/generate", json=asked)
     assert answer.status_code == 200 and answer.json()["outputs"][0]["text"] == " Mara wants a cup of tea."
@@ -92,7 +95,24 @@ def test_idle_models_of_both_halves_leave_when_their_time_is_over(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Residency(None, CPU), Residency(None, CPU)
-    monkeypatch.setattr(module, "residencies", lambda settings: held)
+    monkeypatch.setattr(module, "residencies", lambda _: held)
     start(Settings(keep_alive=0.1))
     until(lambda: not any(one.resident() for one in held))
     assert all(one.history for one in held)
+
+
+def test_a_service_with_an_accelerators_sizes_fills_what_models_and_batches_leave_and_pushes_none_out(
+    start: Start, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "ON_CPU", replace(settings.ON_ACCELERATOR, memory_budget="120MB"))
+    client = start(Settings(batch_tokens=1000), {"builtin": "builtin"})
+    bridge, metrics = client.get("/bridges/builtin").json(), samples(client)
+    assert set(bridge["loaded"]) == {bridge["sender"], *bridge["receivers"]}
+    runtime = client.app.state.runtime  # type: ignore[attr-defined]
+    (engine,) = runtime.engines.all()
+    room = metrics["latentwire_kv_tokens", "room", *bridge["receivers"]]
+    assert room == runtime.engines._cache_bytes // token_bytes(engine.lm) > 8192
+    assert engine.kind == "continuous" and engine.max_rows == 256
+    answer = client.post("/generate", json={"inputs": [{"text": ASKED[0]}], "prompt": ASKED[1], "max_tokens": 8})
+    assert answer.json()["outputs"][0]["text"] == " Mara wants a cup of tea."
+    assert [event for event, *_ in runtime.residency.history] == ["load", "load"]
