@@ -1,5 +1,6 @@
 """Gauges that are read when Prometheus asks: of memory, models, queues, stores and the latest outputs."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import psutil
@@ -54,7 +55,7 @@ class ModelCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every gauge, with its value now."""
-        engines, admission, residency = self.models.engines.all(), self.runtime.admission, self.runtime.residency
+        engines, admission, residencies = self.models.engines.all(), self.runtime.admission, self.models.residencies
         yield GaugeMetricFamily("latentwire_ready", "1 once warmed up.", value=float(self.models.ready))
         yield GaugeMetricFamily("latentwire_queue_rows", "Rows waiting.", value=admission.waiting)
         generating = sum(engine.running for engine in engines)
@@ -67,16 +68,24 @@ class ModelCollector(Collector):
         yield evaluations
         memory = GaugeMetricFamily("latentwire_memory_bytes", "Memory of this process.", labels=["kind"])
         memory.add_metric(["cpu_resident"], psutil.Process().memory_info().rss)
-        if torch.cuda.is_available():
-            memory.add_metric(["gpu_allocated"], torch.cuda.memory_allocated())
-            memory.add_metric(["gpu_reserved"], torch.cuda.memory_reserved())
-            free, total = torch.cuda.mem_get_info()
-            memory.add_metric(["gpu_free"], free)
-            memory.add_metric(["gpu_total"], total)
+        cards = [held.device for held in residencies if held.device.type == "cuda"]
+        if cards:
+            memory.add_metric(["gpu_allocated"], sum(map(torch.cuda.memory_allocated, cards)))
+            memory.add_metric(["gpu_reserved"], sum(map(torch.cuda.memory_reserved, cards)))
+            memory.add_metric(["gpu_free"], sum(torch.cuda.mem_get_info(card)[0] for card in cards))
+            memory.add_metric(["gpu_total"], sum(torch.cuda.mem_get_info(card)[1] for card in cards))
         yield memory
         models = GaugeMetricFamily("latentwire_model_bytes", "Weights of models now loaded.", labels=["model"])
-        for name, size in residency.resident().items():
+        resident: Counter[str] = Counter()
+        for held in residencies:
+            resident.update(held.resident())
+        for name, size in resident.items():
             models.add_metric([name], size)
         yield models
-        budget = residency.budget_bytes
-        yield GaugeMetricFamily("latentwire_memory_budget_bytes", "0 when unlimited.", value=budget or 0)
+        tokens = GaugeMetricFamily("latentwire_kv_tokens", "Of key/value caches.", labels=["model", "kind"])
+        for engine in engines:
+            tokens.add_metric([engine.lm.name, "room"], engine.kv_tokens)
+            tokens.add_metric([engine.lm.name, "used"], engine.kv_tokens_used)
+        yield tokens
+        budget = sum(held.budget_bytes or 0 for held in residencies)
+        yield GaugeMetricFamily("latentwire_memory_budget_bytes", "0 when unlimited.", value=budget)

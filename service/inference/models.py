@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import torch
 from prometheus_client import generate_latest
 
 from latentwire.bridge import engine
 from latentwire.bridge.bridge import Bridge
-from latentwire.bridge.devices import is_out_of_memory
+from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory, is_same
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.generation.base import Kind
-from latentwire.bridge.memory import free_caches, peak_bytes
+from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
+from latentwire.bridge.models import pass_bytes
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.scoring import Continuation
@@ -114,26 +116,29 @@ class LocalModels:
     """Models in this process; see ``Models`` and the module."""
 
     def __init__(
-        self, settings: Settings, bridges: Iterable[Bridge], residency: Residency, admission: Admission,
-        on_death: Callable[[], None],
+        self, settings: Settings, bridges: Iterable[Bridge], receivers: Residency, senders: Residency,
+        admission: Admission, on_death: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._settings, self._bridges, self._residency, self._admission = settings, list(bridges), residency, admission
+        self._settings, self._bridges, self._receivers, self._admission = settings, list(bridges), receivers, admission
         self._on_death = on_death
+        self.residencies = [receivers] if senders is receivers else [receivers, senders]
+        self.sizes = settings.sizes(receivers.device)
         self.ready = False
         self.failure: str | None = None
         self.dead: str | None = None
         self.measures = ModelMetrics()
         self.engines = Engines(
-            residency,
-            max_rows=settings.max_batch,
+            receivers,
+            max_rows=self.sizes.max_batch,
             kv_tokens=settings.kv_tokens,
-            step_tokens=settings.step_tokens,
+            cache_bytes=self._cache_bytes(),
+            step_tokens=self.sizes.step_tokens,
             required=settings.require_engine,
             load_wait=settings.load_wait,
             on_death=self._died,
             on_step=partial(self.measures.observe_batch, "generate"),
         )
-        self.scorers = Scorers(residency, admission, self.measures, settings)
+        self.scorers = Scorers(receivers, admission, self.measures, self.sizes, settings.load_wait)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -141,10 +146,11 @@ class LocalModels:
     async def start(self) -> None:
         """Start the batchers."""
         for bridge in self._bridges:
+            sizes = self._settings.sizes(bridge.home(bridge.sender).device)
             self._encoders[bridge.name] = Batcher(
                 partial(self._encode, bridge),
-                max_batch=self._settings.max_batch,
-                max_batch_tokens=self._settings.batch_tokens,
+                max_batch=sizes.max_batch,
+                max_batch_tokens=sizes.batch_tokens,
                 cost=lambda source: len(source.ids),
                 admission=self._admission,
                 is_out_of_memory=is_out_of_memory,
@@ -196,26 +202,25 @@ class LocalModels:
 
     async def in_memory(self) -> InMemory:
         """As ``Models.in_memory``."""
-        residency = self._residency
-        names = {name for bridge in self._bridges for name in bridge.model_names}
-        loaded = {name: found.bytes for name in names if (found := residency.find(name)) is not None}
-        kinds = {name: kind for name in names if (kind := self.engines.kind(name)) is not None}
-        return InMemory(loaded, kinds, [name for name in names if residency.is_pinned(name)])
+        homes = {name: bridge.home(name) for bridge in self._bridges for name in bridge.model_names}
+        loaded = {name: found.bytes for name, home in homes.items() if (found := home.find(name)) is not None}
+        kinds = {name: kind for name in homes if (kind := self.engines.kind(name)) is not None}
+        return InMemory(loaded, kinds, [name for name, home in homes.items() if home.is_pinned(name)])
 
     async def load(self, bridge: Bridge) -> None:
         """As ``Models.load``."""
         for name in bridge.model_names:
-            await self.engines.acquire(name)
-            self._residency.release(name)
+            await self.engines.acquire(name, bridge.home(name))
+            bridge.home(name).release(name)
 
     async def unload(self, bridge: Bridge) -> int:
         """As ``Models.unload``."""
-        return sum([await asyncio.to_thread(self._residency.unload, name) for name in bridge.model_names])
+        return sum([await asyncio.to_thread(bridge.home(name).unload, name) for name in bridge.model_names])
 
     async def pin(self, bridge: Bridge, stay: bool) -> None:
         """As ``Models.pin``."""
         for name in bridge.model_names:
-            (self._residency.pin if stay else self._residency.unpin)(name)
+            (bridge.home(name).pin if stay else bridge.home(name).unpin)(name)
 
     async def metrics(self) -> bytes:
         """As ``Models.metrics``."""
@@ -224,20 +229,22 @@ class LocalModels:
     @property
     def stalled(self) -> bool:
         """As of ``Models``."""
-        if self._residency.loading is not None:
+        if any(residency.loading is not None for residency in self.residencies):
             return False
         latest = [self._admission.last_progress] if self._admission.waiting + self._admission.running else []
         latest += [engine.last_step for engine in self.engines.all() if engine.running]
         return any(time.monotonic() - at > self._settings.stall_timeout for at in latest)
 
     async def _encode(self, bridge: Bridge, sources: Sequence[SourceTokens]) -> list[Encoded]:
+        residency = bridge.home(bridge.sender)
+
         def run() -> list[Encoded]:
-            with self._residency.use(bridge.sender, self._settings.load_wait) as sender:
+            with residency.use(bridge.sender, self._settings.load_wait) as sender:
                 bridge.check(sender)
                 self._admission.progress()  # a large model loads for minutes; that is no stall
-                with peak_bytes(self._residency.device) as peak:
+                with peak_bytes(residency.device) as peak:
                     encoded = engine.encode(bridge.model, sender, sources)
-                self._residency.note_activation(bridge.sender, peak.bytes)
+                residency.note_activation(bridge.sender, peak.bytes)
                 return encoded
 
         with self.measures.batch("encode", len(sources)):
@@ -247,8 +254,37 @@ class LocalModels:
         """Let models go whose time is over."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            await asyncio.to_thread(self._residency.sweep)
+            for residency in self.residencies:
+                await asyncio.to_thread(residency.sweep)
+
+    def _cache_bytes(self) -> int:
+        """Bytes for the cache of each receiver, where the budget holds all models and the largest pass: its part of a
+        share of the rest."""
+        held = self._receivers
+        here = {name for one in self._bridges for name in one.model_names if one.home(name) is held}
+        dtype = held.dtype or torch.float32
+        largest = max((pass_bytes(name, self.sizes.batch_tokens, dtype) for name in here), default=0)
+        left = (held.budget_bytes or 0) - sum(map(held.predict, here)) - largest
+        receivers = {name for bridge in self._bridges for name in bridge.receivers}
+        return max(int(self.sizes.cache_share * left), 0) // max(len(receivers), 1)
 
     def _died(self) -> None:
         self.dead = self.failure = "the generation engine died"
         self._on_death()
+
+
+def residencies(settings: Settings) -> tuple[Residency, Residency]:
+    """What holds senders, and what holds receivers: one for both, unless they have devices of their own.
+
+    Raises:
+        InvalidRequest: A device is not there.
+    """
+    sending = device_named(settings.sender_device or settings.device)
+    receiving = device_named(settings.receiver_device or settings.device)
+    receivers = _residency(settings, receiving)
+    return (receivers if is_same(sending, receiving) else _residency(settings, sending)), receivers
+
+
+def _residency(settings: Settings, device: torch.device) -> Residency:
+    budget = budget_bytes(settings.sizes(device).memory_budget, device)
+    return Residency(budget, device, dtype_named(settings.dtype, device))

@@ -11,10 +11,8 @@ import torch
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import check_models
-from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
-from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
@@ -25,7 +23,7 @@ from latentwire.service.auth.keys import load_keys
 from latentwire.service.auth.limits import Limiter
 from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.lanes import Lanes
-from latentwire.service.inference.models import LocalModels, Models
+from latentwire.service.inference.models import LocalModels, Models, residencies
 from latentwire.service.inference.request import Asked, GenerationRequest, GenerationResult, Piece, Text
 from latentwire.service.inference.scoring import ScoreQuestion
 from latentwire.service.metrics import Metrics
@@ -48,7 +46,8 @@ class Runtime:
     """Bridges, models and stores of one service.
 
     Attributes:
-        residency: The models of this process; empty where others are given, which run elsewhere.
+        residency: Holds receivers in memory; nothing where the models run elsewhere.
+        senders: Holds models that only send: the same, unless they have a device of their own.
         models: What runs on models.
         store: What is kept: latents, evaluations.
         corpora: Latents that are served from a folder.
@@ -65,16 +64,15 @@ class Runtime:
         self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
         redis = RedisStore(settings.redis_url) if settings.redis_url else None
         self.limiter = Limiter(self.keys, redis)
-        device = torch.device("cpu") if self._elsewhere else device_named(settings.device)
-        budget = None if self._elsewhere else budget_bytes(settings.memory_budget, device)
-        self.residency = Residency(budget, device, dtype_named(None if self._elsewhere else settings.dtype, device))
+        nothing = Residency(None, torch.device("cpu"))
+        self.senders, self.residency = (nothing, nothing) if self._elsewhere else residencies(settings)
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.admission = Admission(settings.max_queue)
         self.draining = False
         self.admin_port: int | None = None
         self.on_death: Callable[[], None] = lambda: None
         self.models: Models = models or LocalModels(
-            settings, self.bridges.values(), self.residency, self.admission, lambda: self.on_death()
+            settings, self.bridges.values(), self.residency, self.senders, self.admission, lambda: self.on_death()
         )
         self.cache: Store = redis or MemoryStore(_budgets(settings))
         self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
@@ -87,13 +85,13 @@ class Runtime:
     def _open(self, name: str, path: str) -> Bridge:
         """A bridge from its checkpoint; what no request could ever use stops the start."""
         settings = self.settings
-        bridge = Bridge.open(name, path, self.residency, signing_key=settings.message_key)
+        bridge = Bridge.open(name, path, self.residency, senders=self.senders, signing_key=settings.message_key)
         if not self._elsewhere:
             check_models(bridge.manifest.bridge)
         for model in bridge.model_names:
             if not self._elsewhere:
-                self.residency.predict(model)
-                self.residency.keep(model, settings.keep_alive_of(name))
+                bridge.home(model).predict(model)
+                bridge.home(model).keep(model, settings.keep_alive_of(name))
             bridge.reader(model)
         return bridge
 

@@ -24,7 +24,7 @@ from latentwire.bridge.sources import Given, characters_in, latent_of
 from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.batching import Batcher
 from latentwire.service.metrics import ModelMetrics
-from latentwire.service.settings import Settings
+from latentwire.service.settings import Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +66,11 @@ class ScoreItem:
 class Scorers:
     """See the module."""
 
-    def __init__(self, residency: Residency, admission: Admission, measures: ModelMetrics, settings: Settings) -> None:
-        self._residency, self._admission, self._measures, self._settings = residency, admission, measures, settings
+    def __init__(
+        self, residency: Residency, admission: Admission, measures: ModelMetrics, sizes: Sizes, load_wait: float
+    ) -> None:
+        self._residency, self._admission, self._measures = residency, admission, measures
+        self._sizes, self._load_wait = sizes, load_wait
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._queues: dict[tuple[str, str], Batcher[ScoreItem, list[Continuation]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -97,8 +100,8 @@ class Scorers:
         if key not in self._queues:
             self._queues[key] = Batcher(
                 partial(self._run, bridge, receiver),
-                max_batch=self._settings.max_batch,
-                max_batch_tokens=self._settings.batch_tokens,
+                max_batch=self._sizes.max_batch,
+                max_batch_tokens=self._sizes.batch_tokens,
                 cost=lambda item: item.tokens,
                 admission=self._admission,
                 is_out_of_memory=is_out_of_memory,
@@ -109,7 +112,7 @@ class Scorers:
 
     async def _run(self, bridge: Bridge, receiver: str, items: Sequence[ScoreItem]) -> list[list[Continuation]]:
         def run() -> list[list[Continuation]]:
-            with self._residency.use(receiver, self._settings.load_wait) as lm:
+            with self._residency.use(receiver, self._load_wait) as lm:
                 bridge.check(lm)
                 self._admission.progress()  # a large model loads for minutes; that is no stall
                 latents = [item.latent for item in items]

@@ -284,6 +284,9 @@ def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> 
     loaded = client.get("/bridges/tiny").json()["loaded"]
     assert {key[1]: value for key, value in after.items() if key[0] == "latentwire_model_bytes"} == loaded
     assert after[("latentwire_memory_budget_bytes",)] == 0
+    (receiver,) = client.get("/bridges/tiny").json()["receivers"]
+    assert after["latentwire_kv_tokens", "room", receiver] == 8192
+    assert after["latentwire_kv_tokens", "used", receiver] == 0
 
 
 def test_warming_up_counts_no_tokens(start: Start, samples: Samples) -> None:
