@@ -204,6 +204,7 @@ def test_a_command_that_does_not_get_its_gpu_ends_in_one_line(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LW_DEVICE", "cuda")  # serve has no flag
+    monkeypatch.setenv("LW_FRONTENDS", "0")  # nothing is to fork in here
     out = ["--out", str(tmp_path / "run")] if command[0] == "train" else []
     monkeypatch.setattr("sys.argv", ["latentwire", *command, *out])
     with pytest.raises(SystemExit) as caught:
@@ -225,7 +226,7 @@ def test_an_evaluation_computes_in_what_it_is_told(tmp_path: Path) -> None:
 
 
 def test_each_half_has_the_device_it_is_given_and_a_budget_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentwire.service.inference.runtime.device_named", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr("latentwire.service.inference.models.device_named", lambda name: torch.device(name or "cuda"))
     told = {"memory_budget": "24GB", "dtype": "bf16"}
 
     def devices(**said: str) -> tuple[bool, list[str]]:

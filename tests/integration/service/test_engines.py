@@ -169,7 +169,7 @@ def test_receivers_share_what_all_models_leave_of_an_accelerators_budget(
     left = 900_000_000 - largest - sum(runtime.residency.predict(name) for name in models)
     assert len(receivers) > 1 and left > 0 and runtime.models.engines._cache_bytes == int(0.8 * left) // len(receivers)
     monkeypatch.setattr(settings, "ON_CPU", replace(settings.ON_ACCELERATOR, memory_budget="6MB"))
-    assert Runtime(Settings(device="cpu"), bridges).engines._cache_bytes == 0  # they take turns
+    assert Runtime(Settings(device="cpu"), bridges).models.engines._cache_bytes == 0  # they take turns
 
 
 def test_on_a_cpu_a_cache_is_as_large_as_ever(checkpoint: Path) -> None:
