@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,24 +71,28 @@ def serve(
     configure("info", console=sys.stderr)
     if links := service_links():
         log.warning("left aside, as links to a Service of Kubernetes (enableServiceLinks: false): %s", ", ".join(links))
-    supervisor = Supervisor() if settings.frontends else None
-    if supervisor is not None:
-        if supervisor.run() == "models":
-            for listener in (*listeners, *operators):
-                listener.close()
-            runtime = Runtime(settings.model_copy(update={"corpus_dir": None}), bridges)
-            supervisor.note("models", OPENED)
-            sys.exit(answer(runtime, supervisor.listener, lambda: supervisor.note("models", READY)))
-        supervisor.wait_opened()
-    application = create_app(settings, bridges, None if supervisor is None else supervisor.address)
-    if supervisor is not None:
-        supervisor.note("http", READY)
-    if operators:
-        application.state.runtime.admin_port = operators[0].getsockname()[1]
-    address = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
-    typer.echo(f"LatentWire listens on {address} (page: {address}/, reference: {address}/docs)")
-    with written_down(listeners[0]):
-        sys.exit(run(application, [*listeners, *operators]))
+    with ExitStack() as opened:
+        for listener in (*listeners, *operators):
+            opened.enter_context(listener)
+        address = None
+        if settings.frontends:
+            supervisor = Supervisor()
+            if supervisor.run() == "models":
+                opened.close()  # a port is free when nobody answers on it any more
+                runtime = Runtime(settings.model_copy(update={"corpus_dir": None}), bridges)
+                supervisor.note("models", OPENED)
+                sys.exit(answer(runtime, supervisor.listener, lambda: supervisor.note("models", READY)))
+            supervisor.wait_opened()
+            address = supervisor.address
+        application = create_app(settings, bridges, address)
+        if settings.frontends:
+            supervisor.note("http", READY)
+        if operators:
+            application.state.runtime.admin_port = operators[0].getsockname()[1]
+        shown = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
+        typer.echo(f"LatentWire listens on {shown} (page: {shown}/, reference: {shown}/docs)")
+        with written_down(listeners[0]):
+            sys.exit(run(application, [*listeners, *operators]))
 
 
 def _named(bridges: list[str]) -> dict[str, str]:
