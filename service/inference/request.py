@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -163,7 +162,7 @@ def soft_tokens_of(bridge: Bridge, receiver: str, lm: FrozenLM, latent: NDArray[
     if latent is None:
         return None
 
-    def make() -> Float[Tensor, "K D"]:
+    def make() -> Tensor:  # (K, D)
         tokens = soften(bridge.model, receiver, lm, [latent])
         assert tokens is not None
         return tokens[0]

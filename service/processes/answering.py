@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from typing import Any
 
+import uvloop
+
 from latentwire.bridge.errors import LatentWireError
 from latentwire.service.api.collector import ModelCollector
 from latentwire.service.evaluations.jobs import Jobs
@@ -123,7 +125,7 @@ def answer(runtime: Runtime, listener: socket.socket, on_ready: Callable[[], Non
 
     ``on_ready`` is called once every bridge has answered. SIGINT is left to the process that started this one.
     """
-    return asyncio.run(_serve(runtime, listener, on_ready))
+    return uvloop.run(_serve(runtime, listener, on_ready))
 
 
 async def _serve(runtime: Runtime, listener: socket.socket, on_ready: Callable[[], None]) -> int:
