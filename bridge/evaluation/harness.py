@@ -23,6 +23,7 @@ from latentwire.bridge import engine, scoring
 from latentwire.bridge.errors import InvalidRequest, shorten
 from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, scored, soft_tokens
 from latentwire.bridge.evaluation.context import EvaluationContext, Lender, Reading, open_bridge
+from latentwire.bridge.evaluation.leaks import check_inputs
 from latentwire.bridge.evaluation.tasks import Example, Task
 from latentwire.bridge.prompt import LATENT
 from latentwire.bridge.sampling import SamplingParams
@@ -201,6 +202,9 @@ class BridgeLM(LM):  # type: ignore[misc]
                 reading if asked.examples[i].prompt else None
                 for i, reading in zip(chosen, self.condition.read(asked, chosen), strict=True)
             ]
+            if self.condition.name == "bridge":
+                told = [(i, reading) for i, reading in zip(chosen, readings, strict=True) if reading is not None]
+                check_inputs(asked, [i for i, _ in told], [reading for _, reading in told])
             yield _Asked(asked, chosen, readings, numbers)
 
     def _example(self, task: str, doc: Mapping[str, Any], prompt: str) -> Example:

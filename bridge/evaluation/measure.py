@@ -15,7 +15,7 @@ from latentwire.bridge import engine
 from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, Condition, soft_tokens
 from latentwire.bridge.evaluation.context import EvaluationContext, Reading
 from latentwire.bridge.evaluation.gated import gated
-from latentwire.bridge.evaluation.leaks import CHECKED, check_answers, check_inputs
+from latentwire.bridge.evaluation.leaks import check_answers, check_inputs, looked_at
 from latentwire.bridge.evaluation.metrics import metrics_of
 from latentwire.bridge.evaluation.slots import pictures
 from latentwire.bridge.evaluation.statistics import compared, interval, ratio, ratio_interval, resampled, share_of_gain
@@ -119,9 +119,9 @@ def measure(
     for name, readings in read.items():
         measured[name], said, scores[name] = by_sender.get(name) or _measure(name, readings, progress)
         if name == "bridge":
-            few = range(min(CHECKED, len(said)))
+            looked = looked_at(len(said))
             report["checks"] = {
-                "inputs": check_inputs(context, readings.readings[few.start : few.stop]),
+                "inputs": check_inputs(context, looked, readings.readings[:: looked.step]),
                 "answers": check_answers(context, readings.condition, readings.readings, said),
             }
         for example, text, score in zip(examples, said, scores[name], strict=True):
