@@ -129,6 +129,22 @@ def test_a_label_is_read_where_an_answer_begins() -> None:
     assert (_label_in("+", labels), _label_in(" bad", labels)) == ("+", "")
 
 
+def test_labels_of_which_one_begins_another_are_refused_where_no_answer_ends(checkpoint: Path, tmp_path: Path) -> None:
+    path = task_of(tmp_path, 60)
+    asked = 'kind = "classification"\nlabel = "answer"\nlabels = ["number 1", "number 10"]\n'
+    text = path.read_text().replace('kind = "generation"\n', asked).replace('answer = "{answer}"\n', "")
+    path.write_text(text)
+    for split in ("train", "test"):
+        rows = [json.dumps({"text": f"{split} fact {i}", "answer": "number 1"}) for i in range(60)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    bridge = Bridge.load(checkpoint)
+    config, name = bridge.model.config, bridge.receivers[0]
+    head = replace(config.heads[name], layout=replace(config.heads[name].layout, eos_id=None))
+    bridge.model = replace(bridge.model, config=replace(config, heads={name: head}))
+    with pytest.raises(InvalidRequest, match="label 'number 1' begins 'number 10', and this receiver ends no answer"):
+        calibrate(bridge, str(path))
+
+
 def test_an_evaluation_says_what_the_gate_reaches_on_its_own_examples(tmp_path: Path) -> None:
     report = evaluate(Bridge.load(), limit=12, conditions=["bridge", "direct"])
     (gate,) = load_gates(BUILTIN_BRIDGE, read_manifest("builtin")).values()
