@@ -189,10 +189,9 @@ class BridgeLM(LM):  # type: ignore[misc]
                 self.context, examples=examples, task=replace(self.context.task, name=str(task), max_answer_tokens=room)
             )
             asked = self.condition.asked(context)
-            if not self.condition.applies(asked):
-                raise InvalidRequest(
-                    f"condition {self.condition.name} cannot be had of task {task!r}", param="condition"
-                )
+            if why := self.condition.missing(asked):
+                message = f"condition {self.condition.name} cannot be had of task {task!r}: {why}"
+                raise InvalidRequest(message, param="condition")
             groups = list(own.values())
             for start in range(0, len(groups), self.rows):
                 chosen = range(start, min(start + self.rows, len(groups)))

@@ -43,6 +43,7 @@ LATER: dict[str, Any] = {
     "sender_share_interval": None,
     "gate": None,
     "dropped": {},
+    "left_out": {},
     "about": None,
     "examples": None,
     "slots": None,
@@ -174,6 +175,7 @@ def caveats(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in report["headline"]["missing"] if report["headline"] is not None else ():
         lines.append(f"no {name!r} in this table, which may be the better of the two")
+    lines += [f"no {name!r}: {why}" for name, why in report.get("left_out", {}).items()]
     if report["n"] < FEWEST:
         lines.append(f"{report['n']} held-out examples are too few for intervals; {FEWEST} are needed")
     if (looked := report.get("checks", {}).get("inputs", report["n"])) < report["n"]:

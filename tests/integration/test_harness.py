@@ -220,7 +220,9 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(lm: BridgeLM) -> None:
     with pytest.raises(InvalidRequest, match="'drop' scores whole texts"):
         lm.loglikelihood_rolling([asked("loglikelihood_rolling", 0, "a")])
     alone = BridgeLM("builtin", "mismatched")
-    with pytest.raises(InvalidRequest, match="condition mismatched cannot be had of task 'drop'"):
+    with pytest.raises(
+        InvalidRequest, match="condition mismatched cannot be had of task 'drop': the examples have one"
+    ):
         alone.loglikelihood([asked("loglikelihood", 0, MARA, "a")])
 
 
