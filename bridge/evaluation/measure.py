@@ -131,7 +131,7 @@ def measure(
             example["said"][name], example["scores"][name] = text, score
         report |= _summary(scores)
         partial({**report, "conditions": dict(measured)})
-    if context.gate and {"bridge", "direct"} <= set(scores) and context.task.kind == "generation":
+    if context.gate and {"bridge", "direct"} <= set(scores):
         report["gate"] = gated(context, context.gate, read["bridge"].readings, scores["bridge"], scores["direct"])
     return {**report, "examples": examples, **pictured} if keep_examples else report
 

@@ -157,3 +157,25 @@ def test_an_evaluation_says_what_the_gate_reaches_on_its_own_examples(tmp_path: 
     report.save(tmp_path / "report.html")
     assert "Latents where they are trusted, else texts" in (tmp_path / "report.html").read_text()
     assert evaluate(Bridge.load(), limit=2, conditions=["bridge"]).document["gate"] is None
+
+
+def test_of_a_classification_the_gate_trusts_what_it_trusts_where_labels_are_scored(tmp_path: Path) -> None:
+    known = load_task("world").test[:8]
+    shifted = [replace(one, source=other.source) for one, other in zip(known, [*known[4:], *known[:4]], strict=True)]
+    asked, labels = [*known, *shifted], list(dict.fromkeys(example.answer.strip() for example in known))
+    rows = [
+        {"text": one.source, "asked": one.prompt.removeprefix("{latent}"), "label": one.answer.strip()} for one in asked
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "train.jsonl").write_text(json.dumps({**rows[0], "text": "Another one altogether."}))
+    (tmp_path / "labels.toml").write_text(
+        'name = "labels"\nkind = "classification"\ntrain = "train.jsonl"\ntest = "test.jsonl"\nsource = "{text}"\n'
+        f'prompt = "{{latent}}{{asked}}"\nlabel = "label"\nlabels = {json.dumps(labels)}\n'
+    )
+    bridge = Bridge.load()
+    told = evaluate(bridge, tmp_path / "labels.toml", conditions=["bridge", "direct"]).document
+    assert told["conditions"]["bridge"]["metric"] == "accuracy" and told["n"] == len(asked)
+    choices = [f" {label}" for label in labels]
+    scored = bridge.score([e.source for e in asked], [e.prompt for e in asked], choices, fallback="text").scores
+    trusted = [one.answered_from == "latent" for one in scored]
+    assert told["gate"]["reached"]["coverage"] == sum(trusted) / len(asked) and 0 < sum(trusted) < len(asked)
