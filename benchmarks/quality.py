@@ -3,7 +3,8 @@
 Asked, on held-out facts of the world: of the better of direct and direct_tuned 1.00, .95 and .85 at 4, 8 and 16 sender
 tokens to a soft token; content share .95; mismatched at most none + .01; half of the gain over none not reached by an
 untrained sender; with four sources within 3 points of their texts; a new receiver's head .90 of its own direct. Each
-part is recorded once it is done, and none that is in the newest results file is made again.
+part is recorded once it is done, with the command that makes it; none that is in the newest results file is made again,
+unless ``--again`` says so.
 """
 
 import json
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import RESULTS, record
+from benchmarks.record import RESULTS, command_of, record
 from benchmarks.several import SOURCES, among
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.evaluation.context import open_context
@@ -71,8 +72,11 @@ def new_receiver(folder: Path, steps: int, limit: int) -> Figures:
     return {"receiver": receiver, "steps": steps, "report": {**report, "checkpoint": "runs/bridge"}}
 
 
-def main(steps: int = 2400, limit: int = 300, part: list[str] | None = None) -> None:
-    """Make and record each PART (all): ratio4, ratio8, ratio16, several, receiver; STEPS of training for each."""
+def main(steps: int = 2400, limit: int = 300, part: list[str] | None = None, again: bool = False) -> None:
+    """Make and record each PART (all): ratio4, ratio8, ratio16, several, receiver; STEPS of training for each.
+
+    What is recorded is not made again, unless asked for AGAIN.
+    """
     parts: dict[str, Callable[[Path], Figures]] = {
         **{f"ratio{ratio}": partial(at_ratio, ratio=ratio, steps=steps, limit=limit) for ratio in RATIOS},
         "several": lambda _: several(limit),
@@ -81,13 +85,14 @@ def main(steps: int = 2400, limit: int = 300, part: list[str] | None = None) -> 
     written = sorted(RESULTS.glob("quality-20*.json"))
     done: dict[str, Figures] = json.loads(written[-1].read_text())["parts"] if written else {}
     for name in part or parts:
-        if name in done:
+        if name in done and not again:
             continue
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             made = parts[name](Path(folder))
-        done[name] = {**made, "seconds": round(time.perf_counter() - began, 1)}
-        record("quality", f"python -m benchmarks.quality --steps {steps} --limit {limit}", {"parts": done})
+        typed = command_of("quality", steps=steps, limit=limit, part=name, again=again)
+        done[name] = {**made, "command": typed, "seconds": round(time.perf_counter() - began, 1)}
+        record("quality", command_of("quality", steps=steps, limit=limit, part=part, again=again), {"parts": done})
     console.print(table(done))
 
 

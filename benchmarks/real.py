@@ -2,8 +2,8 @@
 
 Without ``--models`` two tiny models are the pair, on SST-2 and AG News, with every control: what runs is the command
 line, as a user types it. With ``--models DIR`` every two models of the folder are a pair in both directions, on every
-task of ``TASKS``. A run that is in the results file already is not made again, so that a benchmark of hours can be
-stopped at any moment and goes on where it was.
+task of ``TASKS``. A run that is in the results file already is not made again, unless ``--again`` says so: a benchmark
+of hours can be stopped at any moment and goes on where it was. With each run stands the command that makes it.
 
 Models and data are no part of the project: they are looked for in a folder beside the checkout (``--material``).
 """
@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import RESULTS, record
+from benchmarks.record import RESULTS, command_of, record
 from benchmarks.several import SOURCES, among
 from latentwire.bridge import engine
 from latentwire.bridge.bridge import Bridge
@@ -292,9 +292,11 @@ def table(runs: list[Row]) -> Table:
 
 def between_models(
     models: Path, material: Path, limit: int, names: list[str], ratios: list[int], seeds: int, senders: list[str],
-    controls: list[str], extra: str, keep: Path | None,
+    controls: list[str], extra: str, keep: Path | None, again: bool,
 ) -> None:  # fmt: skip
     """Every pair, task, ratio and seed that is not in the newest results file; each is recorded once it is done."""
+    asked = {"models": "models", "limit": limit, "control": controls, "extra": extra, "keep": keep and "kept"}
+    asked |= {"again": again}
     folders = sorted(path.parent for path in models.resolve().glob("*/config.json"))
     pairs = [pair for pair in permutations(folders, 2) if not senders or pair[0].name in senders]
     written = sorted(RESULTS.glob("real-models-20*.json"))
@@ -303,7 +305,8 @@ def between_models(
     for number, (seed, pair, name, ratio) in enumerate(wanted, start=1):
         key = {"sender": pair[0].name, "receiver": pair[1].name, "task": name, "ratio": ratio, "seed": seed}
         key |= {"extra": extra} if extra else {}
-        if any({**run, **key} == run and run.get("extra", "") == extra for run in runs):
+        same = [run for run in runs if {**run, **key} == run and run.get("extra", "") == extra]
+        if same and not again:
             continue
         console.print(f"run {number} of {len(wanted)}: {key}", markup=False, highlight=False, soft_wrap=True)
         try:
@@ -313,8 +316,11 @@ def between_models(
         except subprocess.CalledProcessError:  # it has said why: a task need not fit every model
             console.print("left out")
             continue
-        runs.append({**key, **made})
-        record("real-models", "python -m benchmarks.real --models models --limit " + str(limit), {"runs": runs})
+        one = {"sender": pair[0].name, "task": name, "ratio": ratio, "seeds": seed + 1}
+        runs = [run for run in runs if run not in same]
+        runs.append({**key, "command": command_of("real", **asked, **one), **made})
+        every = {"sender": senders, "task": names, "ratio": ratios, "seeds": seeds}
+        record("real-models", command_of("real", **asked, **every), {"runs": runs})
     Console(width=160).print(table(runs))
 
 
@@ -329,19 +335,22 @@ def main(
     control: list[str] | None = None,
     extra: str = "",
     keep: Path | None = None,
+    again: bool = False,
 ) -> None:
     """Train and measure bridges on each TASK: between tiny models, or between all those in the folder MODELS.
 
     With MODELS: at each RATIO (4), for so many SEEDS, from the SENDERs named (all), with EXTRA flags of training.
-    CONTROLs are those of ``latentwire evaluate``, trained beside each bridge (none). Checkpoints stay in KEEP.
+    CONTROLs are those of ``latentwire evaluate``, trained beside each bridge (none). Checkpoints stay in KEEP. What is
+    recorded is not made again, unless asked for AGAIN.
     """
     if models is None:
         for name in task or ("sst2", "agnews"):
             tiny_pair(material, limit, name)
         return
     between_models(
-        models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], control or [], extra, keep
-    )
+        models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], control or [], extra, keep,
+        again,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

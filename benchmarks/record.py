@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ def hardware() -> str:
     memory = psutil.virtual_memory().total / (1 << 30)
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, {memory:.0f} GiB{gpu}"
+
+
+def command_of(module: str, **options: Any) -> str:
+    """What one types to run a benchmark with these options; one that is None, empty or False is left out."""
+    words = ["python", "-m", f"benchmarks.{module}"]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is None or one is False or one == "":
+                continue
+            words += [f"--{name.replace('_', '-')}", *([] if one is True else [str(one)])]
+    return shlex.join(words)
 
 
 def record(name: str, command: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -1,5 +1,6 @@
 """Several sources of the world in one prompt: an example's own among others, at a place drawn by chance."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.evaluation import world
 from latentwire.bridge.evaluation.metrics import exact_match
 from latentwire.bridge.evaluation.statistics import interval
+from latentwire.bridge.results import Output
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.training.data import chunks
 
@@ -20,13 +22,18 @@ ROWS = 16
 
 
 def among(bridge: Bridge, count: int, limit: int) -> dict[str, Any]:
-    """Answers from so many latents, and from so many texts; the one asked about is at a place drawn by chance."""
+    """Answers from so many latents, and from so many texts; the one asked about is at a place drawn by chance.
+
+    Beside them what one latent alone gives, in the prompt for one: ``one`` is told which (the most that finding the
+    source could give), and ``best_single`` asks each and keeps the answer that the receiver finds likeliest.
+    """
     scenes = [world.scene("test", 0, i) for i in range(limit)]
     asked = [scene.questions[i * 7919 % len(scene.questions)] for i, scene in enumerate(scenes)]
     sources = [scene.source for scene in scenes]
-    prompts = [world.QUESTION.replace("{latent}", "{latents}").replace("{question}", question) for question, _ in asked]
+    plain = [world.QUESTION.replace("{question}", question) for question, _ in asked]
+    prompts = [prompt.replace("{latent}", "{latents}") for prompt in plain]
     given = [mixed(sources, question, i, count) for i, (question, _) in enumerate(asked)]
-    right: dict[str, list[float]] = {"bridge": [], "direct": []}
+    right: dict[str, list[float]] = {"bridge": [], "direct": [], "one": [], "best_single": []}
     soft_tokens = 0
     for part in chunks(range(limit), ROWS):
         latents = dict(zip(part, bridge.encode([sources[i] for i in part]), strict=True))
@@ -40,7 +47,13 @@ def among(bridge: Bridge, count: int, limit: int) -> dict[str, Any]:
         name = bridge.receivers[0]
         rows = bridge._rows(name, texts, [prompts[i] for i in part], SamplingParams(24, 0.0), 1)
         read = bridge._answers(name, rows)
-        for said, answers in (("bridge", made.texts), ("direct", [one.text for one in read])):
+        each = [(i, j) for i in part for j in given[i]]
+        alone = bridge.generate(
+            [latents[j] for _, j in each], [plain[i] for i, _ in each], max_tokens=24, temperature=0.0, logprobs=1
+        )
+        one, likeliest = single(each, alone.outputs)
+        answers_of = {"bridge": made.texts, "direct": [row.text for row in read], "one": one, "best_single": likeliest}
+        for said, answers in answers_of.items():
             right[said] += [exact_match(text, f" {asked[i][1]}") for i, text in zip(part, answers, strict=True)]
     return {
         "sources": count,
@@ -48,6 +61,18 @@ def among(bridge: Bridge, count: int, limit: int) -> dict[str, Any]:
         "soft_tokens": soft_tokens / limit,
         **{name: {"em": float(np.mean(scores)), "interval": interval(scores)} for name, scores in right.items()},
     }
+
+
+def single(each: Sequence[tuple[int, int]], outputs: Sequence[Output]) -> tuple[list[str], list[str]]:
+    """Of answers to questions (first) from single sources (second): each question's from its own, and its likeliest."""
+    own: dict[int, str] = {}
+    likeliest: dict[int, tuple[float, str]] = {}
+    for (question, source), output in zip(each, outputs, strict=True):
+        if source == question:
+            own[question] = output.text
+        nats = sum(token.logprob for token in output.logprobs or ())
+        likeliest[question] = max(likeliest.get(question, (-math.inf, "")), (nats, output.text))
+    return list(own.values()), [text for _, text in likeliest.values()]
 
 
 def mixed(sources: Sequence[str], question: str, own: int, count: int) -> list[int]:

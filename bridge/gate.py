@@ -5,7 +5,7 @@ What a latent itself looks like was tried too and told nothing (docs/negative-re
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
@@ -17,6 +17,7 @@ from latentwire.bridge.config import STRICT, Manifest
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
 from latentwire.bridge.files import replace_file
 from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.reader import Reader, text_ids
 from latentwire.bridge.results import AnsweredFrom, TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
 
@@ -147,6 +148,11 @@ _FILE = TypeAdapter(GateFile)
 def watched(params: SamplingParams) -> SamplingParams:
     """Parameters under which an answer reports what ``signals_of`` needs."""
     return replace(params, logprobs=max(params.logprobs or 0, TOP))
+
+
+def answer_tokens(lm: Reader, choices: Iterable[str], *, end: bool) -> int:
+    """As many tokens as the longest of some choices has: what a gate looks at where these are to be scored."""
+    return max(max((len(text_ids(lm, choice)) for choice in choices), default=0) + end, 1)
 
 
 def as_asked(answer: Generation, params: SamplingParams) -> Generation:

@@ -17,11 +17,11 @@ from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_send
 from latentwire.bridge.config import Manifest, Prompt
 from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.errors import InvalidRequest, at_fault
-from latentwire.bridge.gate import Gate, watched
+from latentwire.bridge.gate import Gate, answer_tokens, watched
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import REPEAT, Row, compose
 from latentwire.bridge.readback import reading_params, taught
-from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens, text_ids
+from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.bridge.sources import Given, arrange
@@ -147,8 +147,7 @@ class OpenBridge:
 
         A gate knows answers that the receiver gives itself; this one may be as long as the longest choice.
         """
-        longest = max((len(text_ids(self.reader(receiver), choice)) for choice in choices), default=0)
-        return watched(SamplingParams(max_tokens=max(longest + end, 1)))
+        return watched(SamplingParams(max_tokens=answer_tokens(self.reader(receiver), choices, end=end)))
 
     def check(self, lm: FrozenLM) -> None:
         """Refuse a model that is not the one of its name that the bridge was trained with (IncompatibleBridge)."""

@@ -34,6 +34,7 @@ def document(
     ]
     made = {
         "checkpoint": "tiny", "bridge_id": f"{seed:031x}{ratio:.0f}", "task": "cities", "n": n, "dropped": {},
+        "left_out": {},
         "conditions": rows,
         "bytes": {"latent": 400.0 / ratio, "source": 30.0, "receiver_kv": 3000.0},
         "source_tokens_per_soft_token": ratio, "receiver_tokens_per_soft_token": ratio, "truncated": 1,

@@ -27,6 +27,7 @@ from latentwire.bridge.evaluation.conditions import generate
 from latentwire.bridge.evaluation.context import EvaluationContext, check_room
 from latentwire.bridge.evaluation.evaluate import BridgeLender
 from latentwire.bridge.evaluation.gated import curve_of
+from latentwire.bridge.evaluation.heldout import check_labels
 from latentwire.bridge.evaluation.measure import BATCH_ROWS, Progress
 from latentwire.bridge.evaluation.metrics import METRICS, metrics_of
 from latentwire.bridge.evaluation.statistics import Scores, interval
@@ -74,13 +75,15 @@ def calibrate(
         progress: Told how far it is.
 
     Raises:
-        InvalidRequest: Too few examples are left, the text itself scores nothing, or no threshold reaches the target.
+        InvalidRequest: Too few examples are left, the text itself scores nothing, no threshold reaches the target, or
+            one label begins another and nothing says where an answer ends.
         LatentWireError: A model cannot be loaded, or is not the one the bridge was trained with.
     """
     if not 0 < target_retention < 1:
         message = f"target_retention is {target_retention}; expected more than 0 and less than 1"
         raise InvalidRequest(message, param="target_retention")
     name, loaded = bridge.receiver(receiver), load_task(task)
+    check_labels(loaded, bridge.model.config.heads[name].layout)
     check_room(loaded, bridge.reader(name))
     context = EvaluationContext(
         checkpoint=bridge.name,

@@ -36,7 +36,7 @@ def train_controls(
 ) -> dict[str, EvaluationContext]:
     """A context for each of ``names`` out of ``TRAINED`` on the same examples; the checkpoints are not kept.
 
-    A probe of a task without labels is left out, with a word on the console.
+    A probe of a task without labels is not made, with a word on the console; ``measure`` says why it is missing.
 
     Raises:
         InvalidRequest: A name is none of ``TRAINED``.
@@ -47,6 +47,7 @@ def train_controls(
         console.print(f"control {name!r}:", highlight=False)
         if name == "probe" and context.task.kind != "classification":
             console.print(f"left out: a probe needs labels, and {context.task.name!r} has none", highlight=False)
+            contexts[name] = context
             continue
         with tempfile.TemporaryDirectory() as folder:
             contexts[name] = _trained(name, context, Path(folder) / name, console)

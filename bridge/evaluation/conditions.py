@@ -78,7 +78,7 @@ class Condition:
         read: What stands at ``{latent}``, for each of the chosen examples.
         asked: On what the condition runs, given what the bridge runs on: another model may be asked.
         answer: What is said to the chosen examples, given what was read.
-        applies: Whether an evaluation can have the condition at all.
+        missing: Why an evaluation cannot have the condition at all; None where it can.
         speaks: Whether a model writes the answer, token by token.
     """
 
@@ -87,7 +87,7 @@ class Condition:
     read: Callable[[EvaluationContext, Sequence[int]], Sequence[Any]]
     asked: Callable[[EvaluationContext], EvaluationContext] = lambda context: context
     answer: Callable[[PredictionContext, Sequence[int], Sequence[Any]], list[str]] = lambda *asked: predict(*asked)
-    applies: Callable[[EvaluationContext], bool] = lambda context: True
+    missing: Callable[[EvaluationContext], str | None] = lambda context: None
     speaks: bool = True
 
 
@@ -122,12 +122,16 @@ CONDITIONS = _by_name(
     Condition("same_budget", "the source cut to as many receiver tokens", EvaluationContext.cut),
     Condition(
         "token_pruned", "its most surprising words, in as many tokens", EvaluationContext.pruned,
-        applies=lambda context: context.sender.tokenizer.is_fast,
+        missing=lambda context: (
+            None if context.sender.tokenizer.is_fast else "the sender's tokenizer says of no token where it stands"
+        ),
     ),
     Condition("none", "the prompt alone", lambda _, chosen: [None] * len(chosen)),
     Condition(
         "mismatched", "another example's latent", lambda c, chosen: c.latents([c.partner(i) for i in chosen]),
-        applies=lambda context: len({example.source for example in context.examples}) > 1,
+        missing=lambda context: (
+            None if len({example.source for example in context.examples}) > 1 else "the examples have one source alone"
+        ),
     ),
     Condition("noise", "random latents with the same moments", EvaluationContext.noise),
 )  # fmt: skip
@@ -136,7 +140,7 @@ TRAINED = _by_name(
     Condition("receiver_lora", "the source, read by a fine-tuned receiver", _sources),
     Condition(
         "probe", "a linear probe of the sender's states answers", _probed, answer=_classified, speaks=False,
-        applies=lambda context: isinstance(context, ProbeContext),
+        missing=lambda context: None if isinstance(context, ProbeContext) else "the task has no labels",
     ),
     Condition("prompt", "learned soft tokens, no sender", EvaluationContext.recall),
     Condition("random_sender", "the same bridge trained on an untrained sender", EvaluationContext.latents),

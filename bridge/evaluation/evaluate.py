@@ -171,7 +171,8 @@ def evaluate(
         with progress_bar(Console(stderr=True)) as progress:
             document = measure(context, progress=progress, **asked)
     if not document["conditions"]:
-        raise InvalidRequest("'mismatched' needs another source, and the examples have one alone", param="conditions")
+        whys = "; ".join(f"no {name!r}: {why}" for name, why in document["left_out"].items())
+        raise InvalidRequest(f"nothing can be measured ({whys})", param="conditions")
     return Report(document)
 
 

@@ -5,7 +5,7 @@ Dimensions used in this file:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ import numpy as np
 from latentwire.bridge.evaluation.conditions import generate
 from latentwire.bridge.evaluation.context import EvaluationContext, Reading
 from latentwire.bridge.evaluation.statistics import Scores, ratio, resampled
-from latentwire.bridge.gate import TOP, CurvePoint, Gate
+from latentwire.bridge.evaluation.tasks import answer_text
+from latentwire.bridge.gate import TOP, CurvePoint, Gate, answer_tokens
 
 STEPS = 40  # thresholds of a curve, each with as many more answers from latents
 
@@ -55,16 +56,23 @@ def gated(
 ) -> dict[str, Any] | None:
     """A gate on an evaluation's examples, given the latents that ``bridge`` read and the scores of it and ``direct``.
 
+    Where labels are scored, the gate judges what the receiver says itself, as ``Bridge.score`` has it.
+
     Returns:
         What the gate was calibrated for, what it reaches here (``reached``), and the ``curve``; None where the text
         scores nothing.
     """
     if not any(texts):
         return None
+    asked, task = context, context.task
+    if task.labels:
+        choices = {answer_text(example.prompt, label) for example in context.examples for label in task.labels}
+        most = answer_tokens(context.receiver, choices, end=True)
+        asked = replace(context, task=replace(task, max_answer_tokens=most))
     answers = [
         answer
         for chosen in _batches(context)
-        for answer in generate(context, chosen, readings[chosen.start : chosen.stop], logprobs=TOP)
+        for answer in generate(asked, chosen, readings[chosen.start : chosen.stop], logprobs=TOP)
     ]
     trust = np.array(gate.judge(answers).trusts)
     scores = np.asarray(ours, dtype=np.float64), np.asarray(texts, dtype=np.float64)

@@ -23,6 +23,7 @@ from latentwire.bridge import engine, scoring
 from latentwire.bridge.errors import InvalidRequest, shorten
 from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, scored, soft_tokens
 from latentwire.bridge.evaluation.context import EvaluationContext, Lender, Reading, open_bridge
+from latentwire.bridge.evaluation.leaks import check_inputs
 from latentwire.bridge.evaluation.tasks import Example, Task
 from latentwire.bridge.prompt import LATENT
 from latentwire.bridge.sampling import SamplingParams
@@ -188,10 +189,9 @@ class BridgeLM(LM):  # type: ignore[misc]
                 self.context, examples=examples, task=replace(self.context.task, name=str(task), max_answer_tokens=room)
             )
             asked = self.condition.asked(context)
-            if not self.condition.applies(asked):
-                raise InvalidRequest(
-                    f"condition {self.condition.name} cannot be had of task {task!r}", param="condition"
-                )
+            if why := self.condition.missing(asked):
+                message = f"condition {self.condition.name} cannot be had of task {task!r}: {why}"
+                raise InvalidRequest(message, param="condition")
             groups = list(own.values())
             for start in range(0, len(groups), self.rows):
                 chosen = range(start, min(start + self.rows, len(groups)))
@@ -201,6 +201,9 @@ class BridgeLM(LM):  # type: ignore[misc]
                 reading if asked.examples[i].prompt else None
                 for i, reading in zip(chosen, self.condition.read(asked, chosen), strict=True)
             ]
+            if self.condition.name == "bridge":
+                told = [(i, reading) for i, reading in zip(chosen, readings, strict=True) if reading is not None]
+                check_inputs(asked, [i for i, _ in told], [reading for _, reading in told])
             yield _Asked(asked, chosen, readings, numbers)
 
     def _example(self, task: str, doc: Mapping[str, Any], prompt: str) -> Example:

@@ -15,7 +15,7 @@ from latentwire.bridge import engine
 from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, Condition, soft_tokens
 from latentwire.bridge.evaluation.context import EvaluationContext, Reading
 from latentwire.bridge.evaluation.gated import gated
-from latentwire.bridge.evaluation.leaks import CHECKED, check_answers, check_inputs
+from latentwire.bridge.evaluation.leaks import check_answers, check_inputs, looked_at
 from latentwire.bridge.evaluation.metrics import metrics_of
 from latentwire.bridge.evaluation.slots import pictures
 from latentwire.bridge.evaluation.statistics import compared, interval, ratio, ratio_interval, resampled, share_of_gain
@@ -68,6 +68,7 @@ def measure(
     Returns:
         The report:
         ``checkpoint``, ``bridge_id``, ``task``, ``n`` and ``dropped`` (test examples left out, by why);
+        ``left_out``: why a condition that was asked for cannot be had, by its name;
         ``conditions``: metric, value, 95 % interval (null below ``statistics.FEWEST`` examples), token F1 of a
         generation, median milliseconds to first token for one request alone, everything that condition needs included
         (null where no model speaks);
@@ -77,7 +78,7 @@ def measure(
         (``against``), and which of them are ``missing``; null without the bridge or both of them;
         ``comparisons``: ``statistics.compared`` to the bridge;
         ``content_share``: the part of the bridge's gain over ``none`` that another example's latent does not give, 0 to
-        1, null where there is no gain, no other source (``mismatched`` is then left out) or one of the three was not
+        1, null where there is no gain, no other source or one of the three was not
         asked for; ``sender_share``: the same against the bridge of an untrained sender; each with its interval;
         ``gate``: what the checkpoint's gate reaches on these examples (``gated.gated``), null without one;
         ``checks``: on how many examples ``leaks`` looked; ``about``: versions, models, data and recipe;
@@ -86,7 +87,8 @@ def measure(
     Raises:
         LeakFound: An answer reaches the receiver around the bridge.
     """
-    read = _read_all(context, CONDITIONS if conditions is None else conditions, trained or {}, progress)
+    asked, left_out = _asked(context, CONDITIONS if conditions is None else conditions, trained or {})
+    read = _read_all(asked, progress)
     # While the sender is still there; the others ask a receiver.
     by_sender = {name: _measure(name, r, progress) for name, r in read.items() if r.context.receiver is context.sender}
     pictured = pictures(context) if keep_examples and "bridge" in read else {}
@@ -109,6 +111,7 @@ def measure(
         "task": context.task.name,
         "n": len(context.examples),
         "dropped": dict(context.dropped),
+        "left_out": left_out,
         "conditions": measured,
         **_sizes(context),
         **_summary(scores),
@@ -119,16 +122,16 @@ def measure(
     for name, readings in read.items():
         measured[name], said, scores[name] = by_sender.get(name) or _measure(name, readings, progress)
         if name == "bridge":
-            few = range(min(CHECKED, len(said)))
+            looked = looked_at(len(said))
             report["checks"] = {
-                "inputs": check_inputs(context, readings.readings[few.start : few.stop]),
+                "inputs": check_inputs(context, looked, readings.readings[:: looked.step]),
                 "answers": check_answers(context, readings.condition, readings.readings, said),
             }
         for example, text, score in zip(examples, said, scores[name], strict=True):
             example["said"][name], example["scores"][name] = text, score
         report |= _summary(scores)
         partial({**report, "conditions": dict(measured)})
-    if context.gate and {"bridge", "direct"} <= set(scores) and context.task.kind == "generation":
+    if context.gate and {"bridge", "direct"} <= set(scores):
         report["gate"] = gated(context, context.gate, read["bridge"].readings, scores["bridge"], scores["direct"])
     return {**report, "examples": examples, **pictured} if keep_examples else report
 
@@ -174,15 +177,21 @@ def _about(context: EvaluationContext, command: str | None) -> dict[str, Any]:
     }
 
 
-def _read_all(
-    context: EvaluationContext, wanted: Collection[str], trained: Mapping[str, EvaluationContext], progress: Progress
-) -> dict[str, _Read]:
+def _asked(
+    context: EvaluationContext, wanted: Collection[str], trained: Mapping[str, EvaluationContext]
+) -> tuple[list[tuple[EvaluationContext, Condition]], dict[str, str]]:
+    """The conditions that can be had, each with what it runs on, and why the others cannot."""
     asked = [(condition.asked(context), condition) for name, condition in CONDITIONS.items() if name in wanted]
     asked += [(control, TRAINED[name]) for name, control in trained.items()]
-    asked = [(made, condition) for made, condition in asked if condition.applies(made)]
+    whys = {condition.name: condition.missing(made) for made, condition in asked}
+    had = [(made, condition) for made, condition in asked if whys[condition.name] is None]
+    return had, {name: why for name, why in whys.items() if why is not None}
+
+
+def _read_all(asked: Sequence[tuple[EvaluationContext, Condition]], progress: Progress) -> dict[str, _Read]:
     read: dict[str, _Read] = {}
-    count = len(context.examples)
     for made, condition in asked:
+        count = len(made.examples)
         readings: list[Any] = []
         for chosen in _batches(made):
             readings += condition.read(made, chosen)

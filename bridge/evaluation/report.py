@@ -43,6 +43,7 @@ LATER: dict[str, Any] = {
     "sender_share_interval": None,
     "gate": None,
     "dropped": {},
+    "left_out": {},
     "about": None,
     "examples": None,
     "slots": None,
@@ -174,8 +175,11 @@ def caveats(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in report["headline"]["missing"] if report["headline"] is not None else ():
         lines.append(f"no {name!r} in this table, which may be the better of the two")
+    lines += [f"no {name!r}: {why}" for name, why in report.get("left_out", {}).items()]
     if report["n"] < FEWEST:
         lines.append(f"{report['n']} held-out examples are too few for intervals; {FEWEST} are needed")
+    if (looked := report.get("checks", {}).get("inputs", report["n"])) < report["n"]:
+        lines.append(f"the receiver's input was held against that of 'none' for {looked} of {report['n']} examples")
     for why, count in report["dropped"].items():
         lines.append(f"{count} test examples left out: {WHY.get(why, why)}")
     if any(row["p"] < 1 - LEVEL for row in report["comparisons"].values()):

@@ -110,6 +110,7 @@ class _Report(_Part):
     sender_share: FiniteFloat | None
     sender_share_interval: tuple[FiniteFloat, FiniteFloat] | None
     about: _About
+    left_out: dict[str, str] = {}
     examples: list[_Example] | None = None
     slots: list[_Reads] | None = None
     latents: _Latents | None = None

@@ -260,7 +260,7 @@ def test_a_report_holds_what_its_readers_were_promised(
         "checkpoint", "bridge_id", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
         "receiver_tokens_per_soft_token", "truncated", "content_share", "content_share_interval", "sender_share",
         "sender_share_interval", "headline", "comparisons", "dropped", "checks", "about", "examples", "slots",
-        "latents", "gate",
+        "latents", "gate", "left_out",
     }  # fmt: skip
     assert (report["checkpoint"], report["task"], report["n"]) == (str(out), "world", 3)
     assert report["bridge_id"] == read_manifest(out).bridge_id

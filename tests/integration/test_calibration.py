@@ -129,6 +129,22 @@ def test_a_label_is_read_where_an_answer_begins() -> None:
     assert (_label_in("+", labels), _label_in(" bad", labels)) == ("+", "")
 
 
+def test_labels_of_which_one_begins_another_are_refused_where_no_answer_ends(checkpoint: Path, tmp_path: Path) -> None:
+    path = task_of(tmp_path, 60)
+    asked = 'kind = "classification"\nlabel = "answer"\nlabels = ["number 1", "number 10"]\n'
+    text = path.read_text().replace('kind = "generation"\n', asked).replace('answer = "{answer}"\n', "")
+    path.write_text(text)
+    for split in ("train", "test"):
+        rows = [json.dumps({"text": f"{split} fact {i}", "answer": "number 1"}) for i in range(60)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    bridge = Bridge.load(checkpoint)
+    config, name = bridge.model.config, bridge.receivers[0]
+    head = replace(config.heads[name], layout=replace(config.heads[name].layout, eos_id=None))
+    bridge.model = replace(bridge.model, config=replace(config, heads={name: head}))
+    with pytest.raises(InvalidRequest, match="label 'number 1' begins 'number 10', and this receiver ends no answer"):
+        calibrate(bridge, str(path))
+
+
 def test_an_evaluation_says_what_the_gate_reaches_on_its_own_examples(tmp_path: Path) -> None:
     report = evaluate(Bridge.load(), limit=12, conditions=["bridge", "direct"])
     (gate,) = load_gates(BUILTIN_BRIDGE, read_manifest("builtin")).values()
@@ -141,3 +157,25 @@ def test_an_evaluation_says_what_the_gate_reaches_on_its_own_examples(tmp_path: 
     report.save(tmp_path / "report.html")
     assert "Latents where they are trusted, else texts" in (tmp_path / "report.html").read_text()
     assert evaluate(Bridge.load(), limit=2, conditions=["bridge"]).document["gate"] is None
+
+
+def test_of_a_classification_the_gate_trusts_what_it_trusts_where_labels_are_scored(tmp_path: Path) -> None:
+    known = load_task("world").test[:8]
+    shifted = [replace(one, source=other.source) for one, other in zip(known, [*known[4:], *known[:4]], strict=True)]
+    asked, labels = [*known, *shifted], list(dict.fromkeys(example.answer.strip() for example in known))
+    rows = [
+        {"text": one.source, "asked": one.prompt.removeprefix("{latent}"), "label": one.answer.strip()} for one in asked
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "train.jsonl").write_text(json.dumps({**rows[0], "text": "Another one altogether."}))
+    (tmp_path / "labels.toml").write_text(
+        'name = "labels"\nkind = "classification"\ntrain = "train.jsonl"\ntest = "test.jsonl"\nsource = "{text}"\n'
+        f'prompt = "{{latent}}{{asked}}"\nlabel = "label"\nlabels = {json.dumps(labels)}\n'
+    )
+    bridge = Bridge.load()
+    told = evaluate(bridge, tmp_path / "labels.toml", conditions=["bridge", "direct"]).document
+    assert told["conditions"]["bridge"]["metric"] == "accuracy" and told["n"] == len(asked)
+    choices = [f" {label}" for label in labels]
+    scored = bridge.score([e.source for e in asked], [e.prompt for e in asked], choices, fallback="text").scores
+    trusted = [one.answered_from == "latent" for one in scored]
+    assert told["gate"]["reached"]["coverage"] == sum(trusted) / len(asked) and 0 < sum(trusted) < len(asked)

@@ -23,7 +23,7 @@ from latentwire.bridge.evaluation.conditions import CONDITIONS, TRAINED, meaning
 from latentwire.bridge.evaluation.context import RELAY_TOKENS, EvaluationContext, Lender, Reading, Tuned, open_context
 from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.evaluation.probe import fit_probe
-from latentwire.bridge.evaluation.report import table, write_report
+from latentwire.bridge.evaluation.report import notes, table, write_report
 from latentwire.bridge.evaluation.statistics import interval
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.models import FrozenLM, load_model
@@ -83,7 +83,7 @@ def test_the_report_has_exactly_the_documented_keys(report: dict[str, Any], cont
     assert set(report) == {
         "checkpoint", "task", "n", "conditions", "bytes", "source_tokens_per_soft_token",
         "receiver_tokens_per_soft_token", "content_share", "bridge_id", "truncated", "about", "checks", "comparisons",
-        "content_share_interval", "dropped", "gate", "headline", "sender_share", "sender_share_interval",
+        "content_share_interval", "dropped", "gate", "headline", "left_out", "sender_share", "sender_share_interval",
     }  # fmt: skip
     assert list(report["conditions"]) == EVERY
     for row in report["conditions"].values():
@@ -213,8 +213,12 @@ def test_with_one_source_nothing_is_mismatched_and_no_share_is_claimed(
     made = measure(one)
     assert list(made["conditions"]) == others
     assert made["content_share"] is None
+    why = {"mismatched": "the examples have one source alone"}
+    assert made["left_out"] == why
+    assert "no 'mismatched': the examples have one source alone" in notes(made)
     monkeypatch.setattr(conditions, "predict", right_in(EVERY, bridge=4, none=1))
-    assert measure(sentiment)["content_share"] == 1
+    made = measure(sentiment)
+    assert made["content_share"] == 1 and made["left_out"] == {}
 
 
 def test_a_report_is_written_whole_and_a_bad_path_is_named(report: dict[str, Any], tmp_path: Path) -> None:
@@ -733,7 +737,7 @@ def test_a_probe_answers_from_the_senders_states_alone(sentiment: EvaluationCont
     assert said == [f" {sentiment.task.labels[example.label or 0]}" for example in examples]
     row = measure(sentiment, conditions=["none"], trained={"probe": probe})["conditions"]["probe"]
     assert row["metric"] == "accuracy" and row["ttft_ms"] is None
-    assert not TRAINED["probe"].applies(sentiment)
+    assert TRAINED["probe"].missing(sentiment) == "the task has no labels"
 
 
 def test_a_control_that_nobody_knows_or_that_cannot_be_is_said(
@@ -742,7 +746,8 @@ def test_a_control_that_nobody_knows_or_that_cannot_be_is_said(
     with pytest.raises(InvalidRequest, match="no control is called 'lora'; there are direct_tuned, receiver_lora"):
         train_controls(trained[1], Console(quiet=True), ["lora"])
     console = Console(file=io.StringIO(), width=100)
-    assert train_controls(trained[1], console, ["probe"]) == {}
+    made = measure(trained[1], conditions=["none"], trained=train_controls(trained[1], console, ["probe"]))
+    assert list(made["conditions"]) == ["none"] and made["left_out"] == {"probe": "the task has no labels"}
     assert "left out: a probe needs labels, and 'world' has none" in console.file.getvalue()
 
 

@@ -134,7 +134,7 @@ def test_a_wrong_argument_is_named_with_what_was_expected(
         ({"limit": 0}, "limit is 0; expected 1 or more"),
         ({"conditions": []}, "conditions is .*; expected a list out of bridge, direct"),
         ({"conditions": "bridge"}, "conditions is 'bridge'; expected a list out of bridge, direct"),
-        ({"conditions": ["mismatched"], "limit": 1}, "'mismatched' needs another source"),
+        ({"conditions": ["mismatched"], "limit": 1}, "no 'mismatched': the examples have one source alone"),
         ({"task": "nope.toml"}, "there is no such file"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from latentwire.bridge.bridge import Bridge
-from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.errors import InvalidRequest, LeakFound
 from latentwire.bridge.evaluation import harness_main
+from latentwire.bridge.evaluation.conditions import CONDITIONS
 from latentwire.bridge.evaluation.harness import BridgeLM, templates_of
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import compose
@@ -158,6 +160,13 @@ def test_requests_get_what_the_bridge_gives_whatever_their_order(lm: BridgeLM) -
     assert said == [" Ben lives in ", bridge.generate(MARA, "{latent}\n" + PROMPT).texts[0]]
 
 
+def test_a_source_that_comes_beside_its_latent_stops_the_harness() -> None:
+    leaking = BridgeLM("builtin")
+    leaking.condition = replace(leaking.condition, read=CONDITIONS["direct"].read)
+    with pytest.raises(LeakFound, match=r"example 1: beside its soft tokens the receiver reads '<s>Marawants"):
+        leaking.loglikelihood([asked("loglikelihood", 0, f"{MARA}\n{PROMPT}", CHOICES[0])])
+
+
 def test_examples_before_the_question_stay_text_and_nothing_asked_is_nothing_read(lm: BridgeLM) -> None:
     shown = f"{BEN}\nQuestion: Where does Mara live?\nAnswer: Mara lives in Paris.\n\n"
     bridge = Bridge.load()
@@ -211,7 +220,9 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(lm: BridgeLM) -> None:
     with pytest.raises(InvalidRequest, match="'drop' scores whole texts"):
         lm.loglikelihood_rolling([asked("loglikelihood_rolling", 0, "a")])
     alone = BridgeLM("builtin", "mismatched")
-    with pytest.raises(InvalidRequest, match="condition mismatched cannot be had of task 'drop'"):
+    with pytest.raises(
+        InvalidRequest, match="condition mismatched cannot be had of task 'drop': the examples have one"
+    ):
         alone.loglikelihood([asked("loglikelihood", 0, MARA, "a")])
 
 

@@ -9,7 +9,7 @@ import pytest
 from latentwire.bridge.errors import LeakFound
 from latentwire.bridge.evaluation.conditions import CONDITIONS, Condition, predict
 from latentwire.bridge.evaluation.context import EvaluationContext, PredictionContext, Reading, open_context
-from latentwire.bridge.evaluation.leaks import CHECKED, check_answers, check_inputs
+from latentwire.bridge.evaluation.leaks import CHECKED, CHECKED_INPUTS, check_answers, check_inputs, looked_at
 from latentwire.bridge.evaluation.measure import measure
 from latentwire.bridge.prompt import Row
 from tests.integration.runs import task_of
@@ -45,12 +45,34 @@ class Telling(EvaluationContext):
 
 def test_receiver_inputs_are_the_prompts_and_soft_tokens_and_nothing_else(context: EvaluationContext) -> None:
     latents = context.recall(range(6))
-    assert check_inputs(context, latents) == 6
+    assert check_inputs(context, range(6), latents) == 6
     telling = Telling(**{name: getattr(context, name) for name in context.__dataclass_fields__})
     with pytest.raises(LeakFound, match=r"example 1: beside its soft tokens the receiver reads .*they must be equal"):
-        check_inputs(telling, latents)
+        check_inputs(telling, range(6), latents)
     with pytest.raises(LeakFound, match="they must be equal"):
-        check_inputs(context, ["the source as text"])
+        check_inputs(context, [0], ["the source as text"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TellingLast(Telling):
+    """Does so for one example alone, behind those whose answers are looked at."""
+
+    def rows(self, chosen: Sequence[int], readings: Sequence[Reading], answers: Sequence[str | None]) -> list[Row]:
+        return (super() if CHECKED + 1 in chosen else super(Telling, self)).rows(chosen, readings, answers)
+
+
+def test_no_example_of_an_evaluation_escapes_the_check_of_its_input(checkpoint: Path) -> None:
+    more = open_context(checkpoint, "world", limit=CHECKED + 2, dtype="float16", receiver=None)
+    assert measure(more, conditions=["bridge"])["checks"] == {"inputs": CHECKED + 2, "answers": CHECKED}
+    telling = TellingLast(**{name: getattr(more, name) for name in more.__dataclass_fields__})
+    with pytest.raises(LeakFound, match=rf"example {CHECKED + 2}: .*they must be equal"):
+        measure(telling, conditions=["bridge"])
+
+
+def test_of_more_examples_than_two_seconds_take_some_are_looked_at_throughout() -> None:
+    looked = looked_at(2 * CHECKED_INPUTS + 1)
+    assert len(looked) <= CHECKED_INPUTS and looked[-1] > 2 * CHECKED_INPUTS - looked.step
+    assert looked_at(CHECKED_INPUTS) == range(CHECKED_INPUTS)
 
 
 def knowing(context: PredictionContext, chosen: Sequence[int], readings: Sequence[Reading]) -> list[str]:

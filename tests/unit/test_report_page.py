@@ -59,6 +59,18 @@ def test_a_headline_and_what_is_missing_for_it_come_first() -> None:
     assert "direct_tuned" not in words(shown(lacking))
 
 
+def test_a_check_of_some_examples_alone_is_said_and_one_of_all_is_not() -> None:
+    whole = document()
+    assert "held against" not in words(shown(whole))
+    some = shown({**whole, "checks": {"inputs": 2, "answers": 2}})
+    assert "for 2 of 6 examples" in words(some)
+
+
+def test_a_condition_that_could_not_be_had_is_named_with_the_reason() -> None:
+    text = words(shown(document(left_out={"mismatched": "the examples have one source alone"})))
+    assert "no &#39;mismatched&#39;: the examples have one source alone" in text
+
+
 def test_the_difference_to_the_bridge_stands_in_each_row_but_its_own_with_a_star_where_it_is_sure() -> None:
     ten = document(bridge=[1] * 10, direct=[1] * 9 + [0])
     rows = dict(re.findall(r'<th scope="row">(\w+)<.*?(data-name="bridge ahead">.*?</td>|<td></td>)', shown(ten)))
