@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,7 +26,8 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.files import replace_file
 from latentwire.training.config import TrainConfig
 from latentwire.training.journal import EVENTS, LOG, read_jsonl
-from latentwire.training.objectives import answer_mask, answers_right, first_logits
+from latentwire.training.objectives import answer_mask, answers_right, first_said
+from latentwire.training.said import Said
 
 SMOOTHING = 0.95
 PLAIN_LINES = 20  # lines a run prints where there is no terminal
@@ -96,13 +96,14 @@ class AnswerStats:
     outputs: Counter[tuple[int, ...]] = field(default_factory=Counter)
     wanted: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
-    def add(self, logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> None:
+    @torch.no_grad()
+    def add(self, said: Said) -> None:
         """Count the rows of one forward pass."""
-        first, wanted = first_logits(logits, labels)
+        labels, (first, wanted) = said.labels, first_said(said)
         best = first.topk(min(TOP, first.shape[-1]), dim=-1).indices == wanted[:, None]
-        token_ids, mask = logits[:, :-1].argmax(dim=-1), answer_mask(labels)
+        token_ids, mask = said.likeliest(), answer_mask(labels)
         self.rows += len(labels)
-        self.right += float(answers_right(logits, labels).sum())
+        self.right += float(answers_right(token_ids, labels).sum())
         self.top1, self.top5 = self.top1 + int(best[:, 0].sum()), self.top5 + int(best.sum())
         mean = first.float().softmax(dim=-1).sum(dim=0)
         self.first = mean if self.first is None else self.first + mean

@@ -27,7 +27,7 @@ from latentwire.training.data import chunks
 from latentwire.training.machine import Ranks, clear_gradients, memory_of
 from latentwire.training.monitor import AnswerStats, StepRecord
 from latentwire.training.objectives import NEEDS, OBJECTIVES, weights_of
-from latentwire.training.run import Forward, Phase, Run, teacher_logits
+from latentwire.training.run import Forward, Phase, Run, taught
 from latentwire.training.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ def losses_of(
     weights = weights_of(run.config, phase)
     wanted = [made for name, made in OBJECTIVES.items() if name in weights or (probe and name == "margin")]
     # The teacher reads first: while nothing of the student's graph is held.
-    taught = teacher_logits(run, receiver, rows) if any(objective.taught for objective in wanted) else None
-    forward = Forward(run, receiver, rows, sums.stats.add, taught)
+    teacher = taught(run, receiver, rows) if any(objective.taught for objective in wanted) else None
+    forward = Forward(run, receiver, rows, sums.stats.add, teacher)
     losses = {
         objective.name: objective.loss(forward)
         for objective in sorted(wanted, key=lambda objective: NEEDS.index(objective.needs))

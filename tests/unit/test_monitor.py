@@ -26,6 +26,7 @@ from latentwire.training.monitor import (
     records_of,
     watch,
 )
+from latentwire.training.said import Said
 from tests.integration.conftest import make
 from tests.integration.runs import log_of, quiet, said
 
@@ -47,6 +48,11 @@ NO_ANSWERS: dict[str, Any] = dict.fromkeys(ANSWER_FIELDS)
 ALIGNING = replace(RECORD, phase="align", losses={"alignment": 0.8}, loss=0.8, delta_nats=None, **NO_ANSWERS)
 
 
+def answered(logits: torch.Tensor, labels: torch.Tensor) -> Said:
+    """An answer with these logits, which are their own states."""
+    return Said(logits, labels, lambda states: states)
+
+
 def logits_of(*rows: list[dict[int, float]], width: int = 7) -> torch.Tensor:
     """Logits (B, A, V) from shares by token; what a row leaves over goes to the others evenly."""
     made = torch.zeros(len(rows), len(rows[0]), width)
@@ -62,16 +68,22 @@ def test_the_measures_of_answers_are_those_counted_by_hand_over_all_passes() -> 
     # Column t predicts the label of column t + 1; the last column predicts nothing.
     sure = {0: 0.9}
     stats.add(
-        logits_of([{3: 0.4}, {4: 0.7}, sure], [{3: 0.4}, {5: 0.7}, sure]),
-        torch.tensor([[X, 3, 4], [X, 3, 4]]),  # right; right at first, wrong at last
+        answered(
+            logits_of([{3: 0.4}, {4: 0.7}, sure], [{3: 0.4}, {5: 0.7}, sure]),
+            torch.tensor([[X, 3, 4], [X, 3, 4]]),  # right; right at first, wrong at last
+        )
     )
     stats.add(
-        logits_of([sure, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
-        torch.tensor([[X, X, 5]]),  # wrong, and fifth at its only token
+        answered(
+            logits_of([sure, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
+            torch.tensor([[X, X, 5]]),  # wrong, and fifth at its only token
+        )
     )
     stats.add(
-        logits_of([{6: 0.9}, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
-        torch.tensor([[X, X, 6]]),  # wrong, and not among the five; the same output but where nothing is asked
+        answered(
+            logits_of([{6: 0.9}, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
+            torch.tensor([[X, X, 6]]),  # wrong, and not among the five; the same output but where nothing is asked
+        )
     )
     first = torch.tensor([0.2 / 6] * 3 + [0.2]).new_zeros(7)
     for shares in ([0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1]):
@@ -96,7 +108,7 @@ def test_the_measures_of_answers_are_those_counted_by_hand_over_all_passes() -> 
 def test_a_receiver_that_says_one_thing_shows_in_every_measure() -> None:
     stats = AnswerStats()
     for wanted in (1, 2, 3, 4):
-        stats.add(logits_of([{1: 1 - 6e-9}, {0: 0.9}]), torch.tensor([[X, wanted]]))
+        stats.add(answered(logits_of([{1: 1 - 6e-9}, {0: 0.9}]), torch.tensor([[X, wanted]])))
     found = stats.summary()
     assert found["entropy_nats"] == pytest.approx(0.0, abs=1e-6)
     assert found["wanted_entropy_nats"] == pytest.approx(math.log(4))
@@ -109,9 +121,9 @@ def test_measures_do_not_depend_on_how_the_rows_are_cut() -> None:
     logits, labels = torch.randn(8, 4, 11), torch.randint(0, 3, (8, 4))
     labels[:, 0], labels[3, 1] = X, X
     whole, cut = AnswerStats(), AnswerStats()
-    whole.add(logits, labels)
+    whole.add(answered(logits, labels))
     for start, stop in ((0, 1), (1, 5), (5, 8)):
-        cut.add(logits[start:stop], labels[start:stop])
+        cut.add(answered(logits[start:stop], labels[start:stop]))
     assert cut.summary() == pytest.approx(whole.summary())
 
 
