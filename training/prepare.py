@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from latentwire.bridge.checkpoint import BridgeModel, check_sender, head_key, read_manifest
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Layout, Provenance
-from latentwire.bridge.devices import device_named, dtype_named
+from latentwire.bridge.devices import device_named, dtype_named, multiply_float32
 from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
@@ -51,6 +51,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     check_adapted(config)
     device = device_named(config.device)
     ranks, dtype = join_ranks(device), dtype_named(config.precision, device)
+    multiply_float32(device, tf32=config.tf32)
     console = console if ranks.first else Console(quiet=True)
     task = text_task(config, console) if isinstance(config, PretrainConfig) else load_task(config.task)
     check_writable(config.out)

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from latentwire.bridge import devices
-from latentwire.bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
+from latentwire.bridge.devices import (
+    DTYPES,
+    default_device,
+    default_dtype,
+    device_named,
+    dtype_named,
+    has_nvidia,
+    multiply_float32,
+)
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import FrozenLM
@@ -221,3 +229,15 @@ def test_an_evaluation_computes_in_what_it_is_told(tmp_path: Path) -> None:
     for word in ({"device": "gpu"}, {"precision": "half"}):
         with pytest.raises(InvalidRequest, match="expected"):
             open_context("builtin", "world", **word, **where)  # type: ignore[arg-type]
+
+
+def test_float32_is_multiplied_in_tf32_on_cuda_alone_and_not_where_it_is_refused() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        found = []
+        for device, tf32 in (("cpu", True), ("cuda", True), ("cpu", True), ("cuda:1", False)):
+            multiply_float32(torch.device(device), tf32=tf32)
+            found.append(torch.get_float32_matmul_precision())
+        assert [before, *found] == ["highest", "highest", "high", "high", "highest"]
+    finally:
+        torch.set_float32_matmul_precision(before)
