@@ -33,6 +33,7 @@ from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.training.data import AHEAD
+from latentwire.training.utilisation import sender_flops
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,11 @@ class LiveStates:
     def fetch(self, sources: Sequence[SourceTokens]) -> None:
         """Nothing is there before the sender has run."""
 
+    def flops(self, tokens: int) -> int:
+        """What the sender needs for so many tokens."""
+        with self.residency.use(self.sender) as lm:
+            return sender_flops(lm, tokens, self.layers, trained=self.lora is not None)
+
 
 @dataclass
 class CachedStates:
@@ -84,6 +90,10 @@ class CachedStates:
             states[i, : len(row)].copy_(row, non_blocking=True)
             mask[i, : len(row)] = True
         return states, mask.to(self.device)
+
+    def flops(self, tokens: int) -> int:
+        """Nothing: the sender has read."""
+        return 0
 
     def fetch(self, sources: Sequence[SourceTokens]) -> None:
         """Read the rows of a step to come, on the thread that prepares it, into pinned memory for an accelerator.

@@ -52,6 +52,8 @@ class StepRecord:
         gradient_norm: Before clipping.
         seconds: Wall time, waiting for data included; ``data_wait_seconds`` is that part.
         tokens: Sender and receiver tokens that were read, padding not counted.
+        flops_per_second: What the models needed for the step, in operations, over ``seconds``; see ``utilisation``.
+        mfu: That over the peak of the devices, 0 to 1; None on a CPU, or a GPU whose peak is not known.
         refused: The step was not finite and changed no weight.
     """
 
@@ -73,6 +75,8 @@ class StepRecord:
     learning_rate: float
     seconds: float
     data_wait_seconds: float
+    flops_per_second: float
+    mfu: float | None
     tokens: int
     allocated_bytes: int
     reserved_bytes: int
@@ -211,6 +215,7 @@ class View:
             "distinct": _or_dash(record.distinct_ratio, "{:.2f}"),
             "gradient": f"{record.gradient_norm:.2f}",
             "tokens/s": f"{record.tokens / seconds:,.0f}",
+            "MFU": _or_dash(record.mfu, "{:.0%}"),
             "waiting": f"{record.data_wait_seconds / seconds:.0%}",
             "memory": f"{record.peak_bytes / 1e9:.1f} GB",
         }

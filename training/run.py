@@ -29,6 +29,7 @@ from latentwire.training.said import Said, say
 from latentwire.training.several import mix
 from latentwire.training.state import Trained
 from latentwire.training.tokens import Tokeniser, Tokens
+from latentwire.training.utilisation import bridge_flops, receiver_flops
 
 BUCKET = 64  # a compiled receiver meets lengths that are multiples of this
 Phase = Literal["align", "answer"]
@@ -88,6 +89,7 @@ class Forward:
         answered: Given what the receiver answers, once it is read.
         teacher: What the receiver says reading the sources, where an objective wants it.
         tokens: Tokens of sender and receiver read so far, padding not counted.
+        flops: What the models needed for all passes so far and their gradients, as ``utilisation`` counts it.
         delta: loss(mismatched) - loss(matched), once it is known.
     """
 
@@ -97,14 +99,17 @@ class Forward:
     answered: Callable[[Said], None]
     teacher: Said | None = None
     tokens: int = 0
+    flops: int = 0
     delta: float | None = None
 
     @cached_property
     def states(self) -> States:
         """What the sender reads, and its mask."""
-        states, mask = self.run.states.read([row.source for row in self.rows], multiple=self.run.multiple)
-        self.tokens += int(mask.sum())
-        return states, mask
+        sources = [row.source for row in self.rows]
+        tokens = sum(len(source.ids) for source in sources)
+        self.tokens += tokens
+        self.flops += self.run.states.flops(tokens)
+        return self.run.states.read(sources, multiple=self.run.multiple)
 
     @cached_property
     def soft(self) -> Soft:
@@ -140,12 +145,14 @@ class Forward:
     def encode(self, mask: Bool[Tensor, "B S"]) -> Soft:
         """Soft tokens of the sources where ``mask`` is true."""
         latents, real = self.run.bridge.encoder(self.states[0], mask)
-        head = self.run.bridge.heads[head_key(self.receiver.name)]
-        return head(latents.to(self.receiver.device)), real.sum(dim=1).tolist()
+        head, slots = self.run.bridge.heads[head_key(self.receiver.name)], real.sum(dim=1).tolist()
+        self.flops += bridge_flops([self.run.bridge.encoder, head], sum(slots))
+        return head(latents.to(self.receiver.device)), slots
 
     def read(self, rows: Sequence[Row], soft: Float[Tensor, "B K D"]) -> Said:
         """What the receiver says to rows with these soft tokens."""
         self.tokens += sum(len(row) for row in rows)
+        self.flops += receiver_flops(self.receiver, rows, gradient=torch.is_grad_enabled())
         batch = collate(rows, side="left", multiple=self.run.multiple).to(self.receiver.device)
         return say(self.receiver, batch, soft, multiple=self.run.multiple)
 

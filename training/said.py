@@ -89,7 +89,8 @@ class _ByColumns(torch.autograd.Function):
                 found = loss(output(part), at)
                 losses.append(found.detach())
                 if ctx.needs_input_grad[0]:
-                    slopes += torch.autograd.grad(found.sum(), part)
+                    torch.autograd.backward(found.sum())
+                    slopes.append(cast(Tensor, part.grad))
             del found  # and its logits, before the next are made
         if slopes:
             ctx.save_for_backward(torch.cat(slopes, dim=1))

@@ -39,6 +39,7 @@ RECORD = StepRecord(
     top_share=0.5, wanted_top_share=0.25, delta_nats=0.42, gradient_norm=1.5, learning_rate=0.003, seconds=0.5,
     data_wait_seconds=0.05, tokens=1000, allocated_bytes=10, reserved_bytes=20, inactive_bytes=0,
     peak_bytes=7_300_000_000, device_bytes=80_000_000_000, micro_batch=4, out_of_memory_count=0, refused=False,
+    flops_per_second=2e12, mfu=0.25,
 )  # fmt: skip
 ANSWER_FIELDS = (
     "accuracy", "first_token_top1", "first_token_top5", "entropy_nats", "wanted_entropy_nats", "distinct_ratio",
@@ -164,7 +165,20 @@ def test_a_terminal_shows_the_parts_of_the_loss_and_what_tells_a_live_run_from_a
         "distinct",
         "0.75",
     )
-    rest = ("gradient", "1.50", "tokens/s", "2,000", "waiting", "10%", "memory", "7.3 GB", "2/10", "loss 2.000")
+    rest = (
+        "gradient",
+        "1.50",
+        "tokens/s",
+        "2,000",
+        "MFU",
+        "25%",
+        "waiting",
+        "10%",
+        "memory",
+        "7.3 GB",
+        "2/10",
+        "loss 2.000",
+    )
     for part in (*parts, *rest, "answers right 0.250", "a line [with] brackets"):
         assert part in text, part
 
