@@ -114,6 +114,16 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if half else torch.float32
 
 
+def multiply_float32(device: torch.device, *, tf32: bool) -> None:
+    """Let CUDA multiply float32, in which the trained weights are, in TF32; on any other device nothing changes.
+
+    TF32 rounds factors to 10 bits and adds in float32: several times faster there, as exact as bfloat16 would be or
+    better, and never on a CPU, whose runs end bit-equal.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
 def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 itself: AVX-512 BF16, AMX, or their like elsewhere."""
     return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))

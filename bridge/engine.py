@@ -175,19 +175,28 @@ def answer_logits(
     Memory grows with answer × V, not with input × V. Differentiable in ``soft_tokens``. A is rounded up to a
     ``multiple``, so that a compiled receiver meets few shapes.
     """
+    keep = answer_columns(batch, multiple)
+    logits: Tensor = receiver.model(**inputs_of(receiver, batch, soft_tokens), logits_to_keep=keep).logits
+    return logits, batch.labels[:, -keep:]
+
+
+def answer_columns(batch: Batch, multiple: int = 1) -> int:
+    """How many of the last columns hold the answers: from one before the first label, rounded up to a ``multiple``."""
     labelled, T = (batch.labels != IGNORE).any(dim=0), batch.labels.shape[1]
     first = int(labelled.int().argmax()) if bool(labelled.any()) else T - 1
-    keep = min(-(-(T - max(first - 1, 0)) // multiple) * multiple, T)
+    return min(-(-(T - max(first - 1, 0)) // multiple) * multiple, T)
+
+
+def inputs_of(receiver: FrozenLM, batch: Batch, soft_tokens: Float[Tensor, "B K D"] | None) -> dict[str, Any]:
+    """What the receiver's forward pass is given for a batch."""
     # A row of padding only still needs one position to attend to.
     empty = ~batch.mask.any(dim=1, keepdim=True)
-    logits: Tensor = receiver.model(
-        inputs_embeds=embed(receiver, batch, soft_tokens),
-        attention_mask=(batch.mask | empty).long(),
-        position_ids=batch.positions,
-        use_cache=False,
-        logits_to_keep=keep,
-    ).logits
-    return logits, batch.labels[:, -keep:]
+    return {
+        "inputs_embeds": embed(receiver, batch, soft_tokens),
+        "attention_mask": (batch.mask | empty).long(),
+        "position_ids": batch.positions,
+        "use_cache": False,
+    }
 
 
 @torch.inference_mode()
@@ -201,13 +210,25 @@ def answer_losses(receiver: FrozenLM, batch: Batch) -> list[float]:
 def token_losses(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> Float[Tensor, "B A-1"]:
     """Cross-entropy in nats of each labelled token given what stands before it; 0 where nothing is labelled.
 
-    The one place where labels are shifted: position t's logits are compared with the label at t + 1. The labels move
-    and the logits stay as they lie in memory: sliced or transposed, they would be copied, and take twice as long.
+    The labels move and the logits stay as they lie in memory: sliced or transposed, they would be copied, and take
+    twice as long.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return cross_entropy(logits, following(labels))[:, :-1]
+
+
+def following(labels: Int[Tensor, "B A"]) -> Int[Tensor, "B A"]:
+    """The label that each column's logits foretell: the next column's; the last column foretells none.
+
+    The one place where labels are shifted.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def cross_entropy(logits: Float[Tensor, "B A V"], wanted: Int[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+    """Nats of the token wanted in each column; 0 where none is."""
     flat = logits.float().flatten(0, 1)
-    losses = F.cross_entropy(flat, following.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view_as(labels)[:, :-1]
+    losses = F.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(wanted)
 
 
 class _Watch:

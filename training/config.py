@@ -128,6 +128,7 @@ class TrainConfig(BaseModel):
     precision: Precision | None = MACHINE(
         "What the frozen models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]", None
     )
+    tf32: bool = MACHINE("On CUDA, multiply float32 (the trained weights) in TF32, whose products keep 10 bits.", True)
     gradient_checkpointing: bool = MACHINE("Recompute the receiver's blocks instead of keeping them.", False)
     compile: bool = MACHINE("Compile the receiver; lengths are padded to a few sizes.", False)
     memory_budget: ByteSize | None = MACHINE(

@@ -2,7 +2,9 @@
 
 A cache is a folder named by a key (sender, layers, precision, data, longest source). ``index.json`` lists its
 shards and is replaced after each one, so a build that was killed goes on where it stopped; a shard whose bytes are
-not those of its digest is named, dropped and made again.
+not those of its digest is named, dropped and made again. A shard of the size and the time of change that it had when
+it was written, or last compared with its digest, is not read again for that; and the index remembers which examples
+were asked for, so that a start with the same ones reads no text and needs no sender.
 
 Dimensions used in this file:
     B batch    S sender tokens    N widths of all layers read, side by side
@@ -11,6 +13,7 @@ Dimensions used in this file:
 import hashlib
 import json
 import logging
+from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,11 +32,14 @@ from latentwire.bridge.lora import Lora
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
+from latentwire.training.data import AHEAD
+from latentwire.training.utilisation import sender_flops
 
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
 SHARD_BYTES = 256 << 20
+FETCHED = AHEAD + 3  # steps whose rows are in memory: the one in hand, those ready, and those being made
 BATCH_TOKENS = 8192  # sender tokens of one pass while a cache is built
 
 States = tuple[Float[Tensor, "B S N"], Bool[Tensor, "B S"]]
@@ -54,6 +60,14 @@ class LiveStates:
             ids, mask = pad_sources(lm, sources, multiple=multiple)
             return hidden_states(lm, ids, mask, self.layers, self.lora), mask
 
+    def fetch(self, sources: Sequence[SourceTokens]) -> None:
+        """Nothing is there before the sender has run."""
+
+    def flops(self, tokens: int) -> int:
+        """What the sender needs for so many tokens."""
+        with self.residency.use(self.sender) as lm:
+            return sender_flops(lm, tokens, self.layers, trained=self.lora is not None)
+
 
 @dataclass
 class CachedStates:
@@ -63,16 +77,33 @@ class CachedStates:
     device: torch.device
     rows: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     _open: dict[str, Any] = field(default_factory=dict)
+    _ahead: deque[dict[str, Tensor]] = field(default_factory=lambda: deque(maxlen=FETCHED))
 
     def read(self, sources: Sequence[SourceTokens], *, multiple: int = 1) -> States:
-        """States and mask of a batch, right-padded."""
+        """States and mask of a batch, right-padded; from memory where they were fetched."""
         width = -(-max(len(source.ids) for source in sources) // multiple) * multiple
-        found = [self._row(source) for source in sources]
-        states = torch.zeros(len(sources), width, found[0].shape[1], dtype=found[0].dtype)
+        fetched = ChainMap(*self._ahead)
+        found = [fetched[d] if (d := digest_of(s)) in fetched else self._row(d) for s in sources]
+        states = torch.zeros(len(sources), width, found[0].shape[1], dtype=found[0].dtype, device=self.device)
         mask = torch.zeros(len(sources), width, dtype=torch.bool)
         for i, row in enumerate(found):
-            states[i, : len(row)], mask[i, : len(row)] = row, True
-        return states.to(self.device), mask.to(self.device)
+            states[i, : len(row)].copy_(row, non_blocking=True)
+            mask[i, : len(row)] = True
+        return states, mask.to(self.device)
+
+    def flops(self, tokens: int) -> int:
+        """Nothing: the sender has read."""
+        return 0
+
+    def fetch(self, sources: Sequence[SourceTokens]) -> None:
+        """Read the rows of a step to come, on the thread that prepares it, into pinned memory for an accelerator.
+
+        Those of the last ``FETCHED`` steps are kept: the step in hand, and those made ahead of it.
+        """
+        digests = {digest_of(source) for source in sources}
+        rows = {digest: self._row(digest) for digest in digests}
+        pinned = self.device.type in ("cuda", "xpu")
+        self._ahead.append({digest: row.pin_memory() if pinned else row for digest, row in rows.items()})
 
     def add(self, *shards: dict[str, Any]) -> None:
         """Know the rows of shards, as the index lists them."""
@@ -82,8 +113,8 @@ class CachedStates:
                 self.rows[digest] = (shard["file"], start, length)
                 start += length
 
-    def _row(self, source: SourceTokens) -> Float[Tensor, "S N"]:
-        file, start, length = self.rows[digest_of(source)]
+    def _row(self, digest: str) -> Float[Tensor, "S N"]:
+        file, start, length = self.rows[digest]
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, framework="pt")
         row: Tensor = self._open[file].get_slice("states")[start : start + length]
@@ -106,14 +137,15 @@ def build(
     sources: Sequence[SourceTokens],
     folder: Path,
     *,
+    asked: str = "",
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> CachedStates:
     """States of all ``sources``, computing only what ``folder`` does not hold whole; the sender can then be freed.
 
-    ``progress`` is told how many sources of how many are done.
+    ``asked`` names these sources for ``held_whole``; ``progress`` is told how many of how many are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _whole_shards(folder)
+    shards, known = _whole_shards(folder)
     held = CachedStates(folder, lm.device)
     held.add(*shards)
     wanted = {digest_of(source): source for source in sources}
@@ -122,12 +154,29 @@ def build(
     progress(done, len(wanted))
     for chunk, states in _shards(lm, layers, missing):
         part = write_part(folder, "states", {"states": states})
-        shards.append({**asdict(part), "rows": [[digest_of(s), len(s.ids)] for s in chunk]})
-        replace_file(folder / INDEX, json.dumps({"shards": shards}).encode())
+        changed = (folder / part.file).stat().st_mtime_ns
+        shards.append({**asdict(part), "changed": changed, "rows": [[digest_of(s), len(s.ids)] for s in chunk]})
+        _write_index(folder, shards, known)
         held.add(shards[-1])
         done += len(chunk)
         progress(done, len(wanted))
+    if asked:
+        _write_index(folder, shards, [*known, asked])
     return held
+
+
+def held_whole(folder: Path, device: torch.device, asked: str) -> CachedStates | None:
+    """The cache, where it was built for these sources before and no shard has changed since."""
+    shards, known = _whole_shards(folder)
+    if asked not in known:
+        return None
+    held = CachedStates(folder, device)
+    held.add(*shards)
+    return held
+
+
+def _write_index(folder: Path, shards: list[dict[str, Any]], asked: Sequence[str]) -> None:
+    replace_file(folder / INDEX, json.dumps({"shards": shards, "asked": list(dict.fromkeys(asked))}).encode())
 
 
 def open_cache(folder: Path, device: torch.device) -> CachedStates:
@@ -137,25 +186,43 @@ def open_cache(folder: Path, device: torch.device) -> CachedStates:
     return held
 
 
-def _whole_shards(folder: Path) -> list[dict[str, Any]]:
-    """Shards of the index whose bytes are what the index says; the others are named and will be made again."""
+def _whole_shards(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Shards of the index whose bytes are what it says, the others being named and dropped; and what was asked for.
+
+    Nothing of what was asked for is known any more once a shard is dropped.
+    """
     try:
-        listed = json.loads((folder / INDEX).read_bytes())["shards"]
+        index = json.loads((folder / INDEX).read_bytes())
+        listed, known = index["shards"], index.get("asked", [])
         parts = [Part(shard["file"], shard["sha256"], shard["bytes"]) for shard in listed]
     except FileNotFoundError:
-        return []
+        return [], []
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%s): the sender's states are computed again", folder / INDEX, error)
-        return []
-    whole = []
+        return [], []
+    whole, compared = [], False
     for part, shard in zip(parts, listed, strict=True):
+        path = folder / part.file
         try:
-            read_part(folder, part)
+            if not path.is_file() or [path.stat().st_size, path.stat().st_mtime_ns] != [
+                part.bytes,
+                shard.get("changed"),
+            ]:
+                compared = True
+                read_part(folder, part)
+                shard["changed"] = path.stat().st_mtime_ns
             whole.append(shard)
         except CorruptCheckpoint as error:
             log.warning("%s: its %d sources are read by the sender again", error, len(shard["rows"]))
-            (folder / part.file).unlink(missing_ok=True)
-    return whole
+            path.unlink(missing_ok=True)
+    known = known if len(whole) == len(listed) else []
+    if compared:
+        _write_index(folder, whole, known)
+    return whole, known
+
+
+def _as_left(path: Path, part: Part, changed: int | None) -> bool:
+    return path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (part.bytes, changed)
 
 
 def _shards(

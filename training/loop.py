@@ -146,7 +146,9 @@ def _steps(run: Run, start: int, stack: ExitStack) -> Iterator[tuple[int, list[T
 
     def make(step: int) -> list[Tokens]:
         name = run.receiver_of(step)
-        return [run.sample(name, i) for i in run.ranks.share(sampler.batch(step))]
+        rows = [run.sample(name, i) for i in run.ranks.share(sampler.batch(step))]
+        run.states.fetch([row.source for row in rows])
+        return rows
 
     ahead = stack.enter_context(Prefetch(make, start, run.config.max_steps))
     for step in range(start, run.config.max_steps):

@@ -122,11 +122,11 @@ GRAPHS = 16  # compiled graphs of one function; what comes later runs as it is
 
 
 def compile_model(lm: FrozenLM) -> FrozenLM:
-    """A model whose forward pass is compiled, for at most ``GRAPHS`` shapes."""
+    """A model that is compiled up to its output layer, for at most ``GRAPHS`` shapes."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = GRAPHS
-    lm.model.compile(backend=BACKEND, dynamic=False)
+    lm.model.base_model.compile(backend=BACKEND, dynamic=False)
     return lm
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,7 +26,8 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.files import replace_file
 from latentwire.training.config import TrainConfig
 from latentwire.training.journal import EVENTS, LOG, read_jsonl
-from latentwire.training.objectives import answer_mask, answers_right, first_logits
+from latentwire.training.objectives import answer_mask, answers_right, first_said
+from latentwire.training.said import Said
 
 SMOOTHING = 0.95
 PLAIN_LINES = 20  # lines a run prints where there is no terminal
@@ -52,6 +52,8 @@ class StepRecord:
         gradient_norm: Before clipping.
         seconds: Wall time, waiting for data included; ``data_wait_seconds`` is that part.
         tokens: Sender and receiver tokens that were read, padding not counted.
+        flops_per_second: What the models needed for the step, in operations, over ``seconds``; see ``utilisation``.
+        mfu: That over the peak of the devices, 0 to 1; None on a CPU, or a GPU whose peak is not known.
         refused: The step was not finite and changed no weight.
     """
 
@@ -73,6 +75,8 @@ class StepRecord:
     learning_rate: float
     seconds: float
     data_wait_seconds: float
+    flops_per_second: float
+    mfu: float | None
     tokens: int
     allocated_bytes: int
     reserved_bytes: int
@@ -96,13 +100,14 @@ class AnswerStats:
     outputs: Counter[tuple[int, ...]] = field(default_factory=Counter)
     wanted: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
-    def add(self, logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> None:
+    @torch.no_grad()
+    def add(self, said: Said) -> None:
         """Count the rows of one forward pass."""
-        first, wanted = first_logits(logits, labels)
+        labels, (first, wanted) = said.labels, first_said(said)
         best = first.topk(min(TOP, first.shape[-1]), dim=-1).indices == wanted[:, None]
-        token_ids, mask = logits[:, :-1].argmax(dim=-1), answer_mask(labels)
+        token_ids, mask = said.likeliest(), answer_mask(labels)
         self.rows += len(labels)
-        self.right += float(answers_right(logits, labels).sum())
+        self.right += float(answers_right(token_ids, labels).sum())
         self.top1, self.top5 = self.top1 + int(best[:, 0].sum()), self.top5 + int(best.sum())
         mean = first.float().softmax(dim=-1).sum(dim=0)
         self.first = mean if self.first is None else self.first + mean
@@ -210,6 +215,7 @@ class View:
             "distinct": _or_dash(record.distinct_ratio, "{:.2f}"),
             "gradient": f"{record.gradient_norm:.2f}",
             "tokens/s": f"{record.tokens / seconds:,.0f}",
+            "MFU": _or_dash(record.mfu, "{:.0%}"),
             "waiting": f"{record.data_wait_seconds / seconds:.0%}",
             "memory": f"{record.peak_bytes / 1e9:.1f} GB",
         }

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from latentwire.bridge.engine import token_losses
+from latentwire.bridge.engine import following, token_losses
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE
 from latentwire.training.config import TrainConfig
 from latentwire.training.run import Forward, Phase
+from latentwire.training.said import Said
 
 Logits = Float[Tensor, "B A V"]
 Labels = Int[Tensor, "B A"]
@@ -38,8 +39,17 @@ def answer_loss(logits: Logits, labels: Labels, *, first_token_weight: float = 1
         labels: Unshifted; ``token_losses`` shifts them.
         first_token_weight: The other tokens have 1.
     """
-    losses, weights = token_losses(logits, labels), answer_mask(labels).to(torch.float32)
+    return _weighted(token_losses(logits, labels), labels, first_token_weight)
+
+
+def _weighted(losses: Float[Tensor, "B N"], labels: Labels, first_token_weight: float) -> Losses:
+    weights = answer_mask(labels).to(torch.float32)
     return _mean(losses, torch.where(_ordinal(labels) == 1, first_token_weight, weights))
+
+
+def said_loss(said: Said, *, first_token_weight: float = 1.0) -> Losses:
+    """``answer_loss`` of what was said, without all of its logits."""
+    return _weighted(said.losses, said.labels, first_token_weight)
 
 
 def first_k_loss(logits: Logits, labels: Labels, *, k: int) -> Losses:
@@ -48,20 +58,27 @@ def first_k_loss(logits: Logits, labels: Labels, *, k: int) -> Losses:
     What the answer's start cannot say the rest of it mostly repeats: all weight goes where the latent decides.
     Source: ours, swept over k in ``benchmarks/results/first-k-*.json``.
     """
-    return _mean(token_losses(logits, labels), (answer_mask(labels) & (_ordinal(labels) <= k)).to(torch.float32))
+    return _first_k(token_losses(logits, labels), labels, k)
+
+
+def _first_k(losses: Float[Tensor, "B N"], labels: Labels, k: int) -> Losses:
+    return _mean(losses, (answer_mask(labels) & (_ordinal(labels) <= k)).to(torch.float32))
 
 
 def distillation_loss(logits: Logits, teacher: Logits, labels: Labels) -> Losses:
     """KL(teacher ‖ student) in nats per answer token; the teacher is the same receiver reading the source.
 
-    Both logits stand at the answer's columns only, so memory grows with answer × V, not with source × V.
+    Both logits stand at the answer's columns only.
     Source: Hinton et al. 2015, arXiv:1503.02531 §2, at temperature 1; for soft tokens PISCO, arXiv:2501.16075 §3.
     """
-    student = logits[:, :-1].float().log_softmax(dim=-1)
-    wanted = teacher[:, :-1].float().log_softmax(dim=-1)
-    apart = F.kl_div(student, wanted, log_target=True, reduction="none").sum(dim=-1)
-    # Padding columns of a row of padding may hold anything.
-    return _mean(apart.masked_fill(~answer_mask(labels), 0.0), answer_mask(labels).to(torch.float32))
+    mask = answer_mask(labels)
+    return _mean(divergence(logits[:, :-1], teacher[:, :-1], mask), mask.to(torch.float32))
+
+
+def divergence(logits: Logits, teacher: Logits, mask: Bool[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+    """KL(teacher ‖ student) of each column in nats; 0 outside the mask, where a row of padding may hold anything."""
+    student, wanted = logits.float().log_softmax(dim=-1), teacher.float().log_softmax(dim=-1)
+    return F.kl_div(student, wanted, log_target=True, reduction="none").sum(dim=-1).masked_fill(~mask, 0.0)
 
 
 def margin_loss(matched: Losses, mismatched: Losses, *, margin: float) -> Losses:
@@ -116,17 +133,26 @@ def word_targets(
     return total, count > 0
 
 
-def answers_right(logits: Logits, labels: Labels) -> Losses:
+def answers_right(likeliest: Int[Tensor, "B N"], labels: Labels) -> Losses:
     """1 for each row whose every labelled token is the likeliest one, else 0; a measure, not an objective."""
-    wrong = (logits[:, :-1].argmax(dim=-1) != labels[:, 1:]) & answer_mask(labels)
+    wrong = (likeliest != labels[:, 1:]) & answer_mask(labels)
     return (~wrong.any(dim=1)).float()
 
 
 def first_logits(logits: Logits, labels: Labels) -> tuple[Float[Tensor, "B V"], Int[Tensor, " B"]]:
-    """Logits of each row's first answer token and the token wanted there; a row without labels wants ``IGNORE``."""
+    """Logits of each row's first answer token and the token wanted there; a row without labels wants ``IGNORE``.
+
+    Of states, in place of logits, the states there.
+    """
     at = answer_mask(labels).int().argmax(dim=1)
     rows = torch.arange(len(labels), device=labels.device)
     return logits[rows, at], labels[rows, at + 1]
+
+
+def first_said(said: Said) -> tuple[Float[Tensor, "B V"], Int[Tensor, " B"]]:
+    """``first_logits`` of what was said, of which no others are made."""
+    states, wanted = first_logits(said.states, said.labels)
+    return said.output(states[:, None])[:, 0], wanted
 
 
 def answer_mask(labels: Labels) -> Bool[Tensor, "B A-1"]:
@@ -174,10 +200,12 @@ def weights_of(config: TrainConfig, phase: Phase) -> dict[str, float]:
 
 
 def _distillation(forward: Forward) -> Losses:
-    logits, labels = forward.answers
     assert forward.teacher is not None
-    A = min(forward.teacher.shape[1], logits.shape[1])
-    return distillation_loss(logits[:, -A:], forward.teacher[:, -A:], labels[:, -A:])
+    A = min(forward.teacher.labels.shape[1], forward.said.labels.shape[1])
+    teacher, said = forward.teacher.last(A), forward.said.last(A)
+    mask = following(said.labels) != IGNORE
+    apart = said.each(lambda logits, at: divergence(logits, teacher.output(teacher.states[:, at]), mask[:, at]))
+    return _mean(apart, mask.to(torch.float32))
 
 
 def _continuation(forward: Forward) -> Losses:
@@ -185,16 +213,16 @@ def _continuation(forward: Forward) -> Losses:
     mask = forward.states[1]
     half = torch.tensor([row.half for row in forward.rows], device=mask.device)
     first = mask & (torch.arange(mask.shape[1], device=mask.device) < half[:, None])
-    return answer_loss(*forward.read_mode("continuation", *forward.encode(first)))
+    return said_loss(forward.read_mode("continuation", *forward.encode(first)))
 
 
 def _margin(forward: Forward) -> Losses:
     """The margin to the latent of the row before; Δ = loss(mismatched) - loss(matched) is noted on the way."""
-    config, rows, (soft, slots), (logits, labels) = forward.run.config, forward.rows, forward.soft, forward.alone
+    config, rows, (soft, slots), alone = forward.run.config, forward.rows, forward.soft, forward.alone
     answers = [row.answer.with_slots(slots[i - 1]) for i, row in enumerate(rows)]
     with torch.set_grad_enabled(config.margin_weight > 0):
-        mismatched = answer_loss(*forward.read(answers, soft.roll(1, dims=0)))
-        matched = answer_loss(logits, labels)
+        mismatched = said_loss(forward.read(answers, soft.roll(1, dims=0)))
+        matched = said_loss(alone)
     other = [row.source.ids != rows[i - 1].source.ids for i, row in enumerate(rows)]
     different = torch.tensor(other, device=soft.device)
     if any(other):
@@ -210,15 +238,13 @@ def _alignment(forward: Forward) -> Losses:
 OBJECTIVES = {
     objective.name: objective
     for objective in (
-        Objective(
-            "answer", "answers", lambda f: answer_loss(*f.answers, first_token_weight=f.run.config.first_token_weight)
-        ),
-        Objective("first_k", "answers", lambda f: first_k_loss(*f.answers, k=f.run.config.first_k)),
+        Objective("answer", "answers", lambda f: said_loss(f.said, first_token_weight=f.run.config.first_token_weight)),
+        Objective("first_k", "answers", lambda f: _first_k(f.said.losses, f.said.labels, f.run.config.first_k)),
         Objective("kd", "answers", _distillation, taught=True),
-        Objective("reconstruction", "text", lambda f: answer_loss(*f.read_mode("reconstruction", *f.soft))),
+        Objective("reconstruction", "text", lambda f: said_loss(f.read_mode("reconstruction", *f.soft))),
         Objective("continuation", "text", _continuation),
         Objective("margin", "others", _margin),
-        Objective("diversity", "answers", lambda f: diversity_loss(first_logits(*f.answers)[0])),
+        Objective("diversity", "answers", lambda f: diversity_loss(first_said(f.said)[0])),
         Objective("alignment", "soft", _alignment),
     )
 }

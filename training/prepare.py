@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from latentwire.bridge.checkpoint import BridgeModel, check_sender, head_key, read_manifest
 from latentwire.bridge.config import BridgeConfig, EncoderConfig, Head, Layout, Provenance
-from latentwire.bridge.devices import device_named, dtype_named
+from latentwire.bridge.devices import device_named, dtype_named, multiply_float32
 from latentwire.bridge.encoder import encoder_class, slots_of
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task, load_task
@@ -30,7 +30,7 @@ from latentwire.bridge.residency import Residency
 from latentwire.training.base import adapted, bridge_of, check_adapted, earlier_runs
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import Sampler, split_off
-from latentwire.training.features import CachedStates, LiveStates, build, features_key, open_cache
+from latentwire.training.features import CachedStates, LiveStates, build, features_key, held_whole, open_cache
 from latentwire.training.machine import Ranks, compile_model, gradient_checkpointing, join_ranks, processes, shard
 from latentwire.training.muon import Muon
 from latentwire.training.objectives import OBJECTIVES, weights_of
@@ -51,6 +51,7 @@ def prepare(config: TrainConfig, console: Console) -> Run:
     check_adapted(config)
     device = device_named(config.device)
     ranks, dtype = join_ranks(device), dtype_named(config.precision, device)
+    multiply_float32(device, tf32=config.tf32)
     console = console if ranks.first else Console(quiet=True)
     task = text_task(config, console) if isinstance(config, PretrainConfig) else load_task(config.task)
     check_writable(config.out)
@@ -345,9 +346,6 @@ def _cached(run: Run, console: Console) -> CachedStates:
     config, described = run.config, run.bridge.config
     sampler = sampler_of(run)
     seen = sorted({i for step in range(config.max_steps) for i in sampler.batch(step)})
-    side = run.tokenisers[config.receivers[0]].sender
-    texts = [run.train[i].source for i in seen] + [example.source for example in run.validation]
-    sources = [source_tokens(described, side, text, truncate=True) for text in texts]
     key = features_key(
         sender=str(described.sender.fingerprint),
         layers=described.layers,
@@ -358,19 +356,29 @@ def _cached(run: Run, console: Console) -> CachedStates:
         device=str(run.residency.device),
     )
     folder = config.cache.expanduser() / "features" / key
+    asked = features_key(seen=seen, held=len(run.validation), limit=config.max_examples, seed=config.seed)
     if run.ranks.first:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("the sender reads", total=len(sources))
-            with run.residency.use(config.sender) as lm:
-                states = build(
-                    lm, described.layers, sources, folder,
-                    progress=lambda done, total: progress.update(bar, completed=done, total=total),
-                )  # fmt: skip
+        states = held_whole(folder, run.residency.device, asked) or _read_all(run, seen, folder, asked, console)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         console.print(f"sender states of {len(states.rows)} sources: {size:,} bytes in {folder}", soft_wrap=True)
     run.ranks.barrier()
     run.residency.unload(config.sender)
     return states if run.ranks.first else open_cache(folder, run.residency.device)
+
+
+def _read_all(run: Run, seen: Sequence[int], folder: Path, asked: str, console: Console) -> CachedStates:
+    """Let the sender read the examples that the cache does not have."""
+    config, described = run.config, run.bridge.config
+    side = run.tokenisers[config.receivers[0]].sender
+    texts = [run.train[i].source for i in seen] + [example.source for example in run.validation]
+    sources = [source_tokens(described, side, text, truncate=True) for text in texts]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("the sender reads", total=len(sources))
+        with run.residency.use(config.sender) as lm:
+            return build(
+                lm, described.layers, sources, folder, asked=asked,
+                progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            )  # fmt: skip
 
 
 def code_version() -> str:

@@ -16,26 +16,27 @@ from torch import Tensor, nn
 
 from latentwire.bridge.checkpoint import BridgeModel, head_key
 from latentwire.bridge.encoder import slots_of
-from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.tasks import Example, Task
 from latentwire.bridge.models import FrozenLM
-from latentwire.bridge.prompt import Row, collate
+from latentwire.bridge.prompt import IGNORE, Row, collate
 from latentwire.bridge.residency import Residency
 from latentwire.training.config import TrainConfig
 from latentwire.training.data import chunks
 from latentwire.training.features import CachedStates, LiveStates, States
 from latentwire.training.machine import Ranks
+from latentwire.training.said import Said, say
 from latentwire.training.several import mix
 from latentwire.training.state import Trained
 from latentwire.training.tokens import Tokeniser, Tokens
+from latentwire.training.utilisation import bridge_flops, receiver_flops
 
 BUCKET = 64  # a compiled receiver meets lengths that are multiples of this
 Phase = Literal["align", "answer"]
 Soft = tuple[Float[Tensor, "B K D"], list[int]]
 """Soft tokens of a batch, and how many each row has."""
 Read = tuple[Float[Tensor, "B A V"], Int[Tensor, "B A"]]
-"""Logits at the answers' columns, and the labels there."""
+"""Logits at the answers' columns, and the labels there: of answers that are short."""
 
 
 @dataclass
@@ -85,26 +86,30 @@ class Forward:
     """The passes of some rows of a step; each part is made when it is first read.
 
     Attributes:
-        answered: Given logits and labels of the answers, once they are read.
-        teacher: Logits of the receiver reading the sources, where an objective wants them.
+        answered: Given what the receiver answers, once it is read.
+        teacher: What the receiver says reading the sources, where an objective wants it.
         tokens: Tokens of sender and receiver read so far, padding not counted.
+        flops: What the models needed for all passes so far and their gradients, as ``utilisation`` counts it.
         delta: loss(mismatched) - loss(matched), once it is known.
     """
 
     run: Run
     receiver: FrozenLM
     rows: Sequence[Tokens]
-    answered: Callable[[Tensor, Tensor], None]
-    teacher: Tensor | None = None
+    answered: Callable[[Said], None]
+    teacher: Said | None = None
     tokens: int = 0
+    flops: int = 0
     delta: float | None = None
 
     @cached_property
     def states(self) -> States:
         """What the sender reads, and its mask."""
-        states, mask = self.run.states.read([row.source for row in self.rows], multiple=self.run.multiple)
-        self.tokens += int(mask.sum())
-        return states, mask
+        sources = [row.source for row in self.rows]
+        tokens = sum(len(source.ids) for source in sources)
+        self.tokens += tokens
+        self.flops += self.run.states.flops(tokens)
+        return self.run.states.read(sources, multiple=self.run.multiple)
 
     @cached_property
     def soft(self) -> Soft:
@@ -117,34 +122,41 @@ class Forward:
 
     @cached_property
     def answers(self) -> Read:
+        """Logits and labels of ``said``."""
+        return self.said.logits, self.said.labels
+
+    @cached_property
+    def said(self) -> Said:
         """The receiver's answers from the soft tokens, where there are to be several sources also from others'."""
         rows, (soft, slots) = [row.answer for row in self.rows], self.soft
         if self.run.config.sources_per_example > 1:
             rows, soft = mix(self.run.tokenisers[self.receiver.name], self.rows, soft, slots)
-        logits, labels = self.read(rows, soft)
-        self.answered(logits.detach(), labels)
-        return logits, labels
+        said = self.read(rows, soft)
+        self.answered(said)
+        return said
 
     @cached_property
-    def alone(self) -> Read:
+    def alone(self) -> Said:
         """The answers from each source alone."""
         if self.run.config.sources_per_example == 1:
-            return self.answers
+            return self.said
         return self.read([row.answer for row in self.rows], self.soft[0])
 
     def encode(self, mask: Bool[Tensor, "B S"]) -> Soft:
         """Soft tokens of the sources where ``mask`` is true."""
         latents, real = self.run.bridge.encoder(self.states[0], mask)
-        head = self.run.bridge.heads[head_key(self.receiver.name)]
-        return head(latents.to(self.receiver.device)), real.sum(dim=1).tolist()
+        head, slots = self.run.bridge.heads[head_key(self.receiver.name)], real.sum(dim=1).tolist()
+        self.flops += bridge_flops([self.run.bridge.encoder, head], sum(slots))
+        return head(latents.to(self.receiver.device)), slots
 
-    def read(self, rows: Sequence[Row], soft: Float[Tensor, "B K D"]) -> Read:
+    def read(self, rows: Sequence[Row], soft: Float[Tensor, "B K D"]) -> Said:
         """What the receiver says to rows with these soft tokens."""
         self.tokens += sum(len(row) for row in rows)
+        self.flops += receiver_flops(self.receiver, rows, gradient=torch.is_grad_enabled())
         batch = collate(rows, side="left", multiple=self.run.multiple).to(self.receiver.device)
-        return answer_logits(self.receiver, batch, soft, multiple=self.run.multiple)
+        return say(self.receiver, batch, soft, multiple=self.run.multiple)
 
-    def read_mode(self, mode: str, soft: Float[Tensor, "B K D"], slots: Sequence[int]) -> Read:
+    def read_mode(self, mode: str, soft: Float[Tensor, "B K D"], slots: Sequence[int]) -> Said:
         """What the receiver says to the rows of a mode, from soft tokens and the mode's learned tokens."""
         if self.run.config.mode_tokens:
             learned = self.run.modes[f"{head_key(self.receiver.name)}·{mode}"]
@@ -164,12 +176,14 @@ def with_mode(
 
 
 @torch.no_grad()
-def teacher_logits(run: Run, receiver: FrozenLM, rows: Sequence[Tokens]) -> Float[Tensor, "B A V"]:
-    """Logits of the receiver reading the sources themselves, at the answers' columns only; right-aligned."""
-    parts: list[Tensor] = []
+def taught(run: Run, receiver: FrozenLM, rows: Sequence[Tokens]) -> Said:
+    """What the receiver says reading the sources themselves, at the answers' columns only; right-aligned."""
+    parts: list[Said] = []
     for chunk in chunks(rows, run.config.kd_chunk or len(rows)):
         asked = [row.teacher for row in chunk]
         batch = collate([row for row in asked if row is not None], side="left", multiple=run.multiple)
-        parts.append(answer_logits(receiver, batch.to(receiver.device), None, multiple=run.multiple)[0])
-    A = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, 0, A - part.shape[1], 0)) for part in parts])
+        parts.append(say(receiver, batch.to(receiver.device), None, multiple=run.multiple))
+    A = max(part.labels.shape[1] for part in parts)
+    states = torch.cat([F.pad(part.states, (0, 0, A - part.states.shape[1], 0)) for part in parts])
+    labels = torch.cat([F.pad(part.labels, (A - part.labels.shape[1], 0), value=IGNORE) for part in parts])
+    return Said(states, labels, parts[0].output)

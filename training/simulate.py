@@ -238,8 +238,8 @@ def _watch(ledger: Ledger, lm: FrozenLM, stack: nn.ModuleList) -> None:
         ledger.part = "receiver activations" if torch.is_grad_enabled() else "passes without gradient"
         ledger.enter("forward below")
 
-    lm.model.register_forward_pre_hook(begin)
-    lm.model.register_forward_hook(lambda *_: setattr(ledger, "part", WORKING))
+    lm.model.base_model.register_forward_pre_hook(begin)
+    lm.model.base_model.register_forward_hook(lambda *_: setattr(ledger, "part", WORKING))
     ledger.vocabulary = int(lm.model.config.get_text_config().vocab_size)
 
 

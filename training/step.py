@@ -27,8 +27,9 @@ from latentwire.training.data import chunks
 from latentwire.training.machine import Ranks, clear_gradients, memory_of
 from latentwire.training.monitor import AnswerStats, StepRecord
 from latentwire.training.objectives import NEEDS, OBJECTIVES, weights_of
-from latentwire.training.run import Forward, Phase, Run, teacher_logits
+from latentwire.training.run import Forward, Phase, Run, taught
 from latentwire.training.tokens import Tokens
+from latentwire.training.utilisation import peak_flops, receiver_flops
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def take_step(run: Run, step: int, rows: Sequence[Tokens], *, waited: float = 0.
     rate = run.config.learning_rate * schedule(run.config, step)
     refused = not math.isfinite(norm)
     _update(run, step, refused)
+    seconds, peak = waited + time.perf_counter() - started, peak_flops(receiver.device)
     return StepRecord(
         step=step + 1,
         phase=run.phase(step),
@@ -62,7 +64,9 @@ def take_step(run: Run, step: int, rows: Sequence[Tokens], *, waited: float = 0.
         **sums.averages(run.rows_per_step),
         gradient_norm=norm,
         learning_rate=rate,
-        seconds=waited + time.perf_counter() - started,
+        seconds=seconds,
+        flops_per_second=sums.flops / seconds,
+        mfu=None if peak is None else sums.flops / seconds / (peak * run.ranks.count),
         data_wait_seconds=waited,
         **asdict(memory_of(receiver.device)),
         micro_batch=run.micro_batch,
@@ -112,14 +116,17 @@ def losses_of(
     weights = weights_of(run.config, phase)
     wanted = [made for name, made in OBJECTIVES.items() if name in weights or (probe and name == "margin")]
     # The teacher reads first: while nothing of the student's graph is held.
-    taught = teacher_logits(run, receiver, rows) if any(objective.taught for objective in wanted) else None
-    forward = Forward(run, receiver, rows, sums.stats.add, taught)
+    teacher = taught(run, receiver, rows) if any(objective.taught for objective in wanted) else None
+    forward = Forward(run, receiver, rows, sums.stats.add, teacher)
     losses = {
         objective.name: objective.loss(forward)
         for objective in sorted(wanted, key=lambda objective: NEEDS.index(objective.needs))
         if len(rows) > 1 or objective.needs != "others"
     }
     sums.tokens += forward.tokens
+    sums.flops += forward.flops
+    if teacher is not None:
+        sums.flops += receiver_flops(receiver, [row.teacher for row in rows if row.teacher], gradient=False)
     sums.delta = sums.delta if forward.delta is None else forward.delta
     return {name: losses[name] for name in weights if name in losses}
 
@@ -154,6 +161,7 @@ class _Sums:
 
     rows: int = 0
     tokens: int = 0
+    flops: int = 0
     loss: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     stats: AnswerStats = field(default_factory=AnswerStats)
@@ -166,13 +174,14 @@ class _Sums:
             self.loss += weights[name] * value
 
     def share(self, ranks: Ranks, device: torch.device) -> None:
-        """Add up losses and tokens over all processes; measures of the answers stay those of this one."""
+        """Add up losses, tokens and operations over all processes; measures of the answers stay those of this one."""
         if ranks.count == 1:
             return
-        numbers = torch.tensor([self.loss, *self.parts.values(), self.tokens], dtype=torch.float64, device=device)
+        counts = [self.loss, *self.parts.values(), self.tokens, self.flops]
+        numbers = torch.tensor(counts, dtype=torch.float64, device=device)
         ranks.all_reduce([numbers])
-        self.loss, *parts, tokens = numbers.tolist()
-        self.parts, self.tokens = dict(zip(self.parts, parts, strict=True)), int(tokens)
+        self.loss, *parts, tokens, flops = numbers.tolist()
+        self.parts, self.tokens, self.flops = dict(zip(self.parts, parts, strict=True)), int(tokens), int(flops)
 
     def averages(self, rows: int) -> dict[str, Any]:
         """The fields of a record that these sums decide."""

@@ -56,7 +56,7 @@ def _repeating(run: Run, receiver_name: str) -> float:
     with run.residency.use(receiver_name) as receiver:
         for part in chunks(list(run.validation), run.micro_batch):
             rows = [run.tokenisers[receiver_name](example) for example in part]
-            losses += objective.loss(Forward(run, receiver, rows, lambda *_: None)).tolist()
+            losses += objective.loss(Forward(run, receiver, rows, lambda _: None)).tolist()
     return statistics.fmean(losses)
 
 

@@ -25,7 +25,10 @@ from latentwire.training.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TIMES = {"seconds", "data_wait_seconds", "allocated_bytes", "reserved_bytes", "peak_bytes"}  # differ from run to run
+TIMES = {
+    "seconds", "data_wait_seconds", "flops_per_second", "allocated_bytes", "reserved_bytes", "peak_bytes",
+}  # fmt: skip
+"""What differs from run to run."""
 
 WEIGHTS = {
     "answer": 0.7, "first_k": 0.3, "kd": 0.4, "reconstruction": 0.6, "continuation": 0.2, "margin": 0.9,

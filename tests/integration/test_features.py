@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from latentwire.bridge.checkpoint import write_part
+from latentwire.bridge.checkpoint import read_part, write_part
 from latentwire.bridge.config import Part
 from latentwire.bridge.models import FrozenLM, hidden_states, load_model, pad_sources
 from latentwire.bridge.reader import SourceTokens, tokenize_source
 from latentwire.training import features
-from latentwire.training.features import INDEX, CachedStates, LiveStates, build, open_cache
+from latentwire.training import prepare as preparing
+from latentwire.training.features import FETCHED, INDEX, CachedStates, LiveStates, build, held_whole, open_cache
 from latentwire.training.loop import train
 from latentwire.training.prepare import prepare
 from tests.conftest import write_model
@@ -275,3 +279,84 @@ def test_the_size_of_a_cache_and_its_place_are_said(make: MakeConfig, tmp_path: 
     (folder,) = (config.cache / "features").iterdir()
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert f"sender states of {len(TEXTS)} sources: {size:,} bytes in {folder}" in said(console)
+
+
+def refused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this was to be known already")
+
+
+def test_a_start_with_the_same_examples_reads_no_text_and_no_shard(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(task=task_of(tmp_path, *ROWS), cache_features=True, validate_every=2)
+    first = prepared(config).states
+    monkeypatch.setattr(preparing, "source_tokens", refused)
+    monkeypatch.setattr(features, "read_part", refused)
+    again = prepared(config).states
+    assert isinstance(first, CachedStates) and isinstance(again, CachedStates) and again.rows == first.rows
+    with pytest.raises(AssertionError, match="known already"):
+        prepared(config.model_copy(update={"seed": 1, "max_examples": 2}))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_shard_that_was_touched_is_compared_with_its_digest_once(
+    sender: FrozenLM, sources: list[SourceTokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(sender, LAYERS, sources, tmp_path, asked="all")
+    touched = tmp_path / shards_of(tmp_path)[1]["file"]
+    os.utime(touched, ns=(1, 1))
+    compared: list[str] = []
+
+    def noting(folder: Path, part: Part) -> dict[str, Tensor]:
+        compared.append(part.file)
+        return read_part(folder, part)
+
+    monkeypatch.setattr(features, "read_part", noting)
+    for _ in range(2):
+        held = held_whole(tmp_path, sender.device, "all")
+        assert held is not None and compared == [touched.name]
+        assert_true_states(held, sender, sources)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_cache_that_lost_a_shard_holds_nothing_whole_and_says_so_once(
+    sender: FrozenLM, sources: list[SourceTokens], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(sender, LAYERS, sources, tmp_path, asked="all")
+    assert held_whole(tmp_path, sender.device, "others") is None
+    (tmp_path / shards_of(tmp_path)[1]["file"]).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert held_whole(tmp_path, sender.device, "all") is None
+        assert_true_states(build(sender, LAYERS, sources, tmp_path, asked="all"), sender, sources)
+    assert len(caplog.records) == 1 and held_whole(tmp_path, sender.device, "all") is not None
+
+
+def test_rows_that_were_fetched_are_read_from_memory_and_only_those_of_a_few_steps_are_kept(
+    sender: FrozenLM, sources: list[SourceTokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = build(sender, LAYERS, sources, tmp_path)
+    wanted, mask = states.read(sources[:3])
+    with ThreadPoolExecutor(1) as thread:  # as the loop does
+        thread.submit(states.fetch, sources[:3]).result()
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "_row", refused)
+        found, same_mask = states.read(sources[:3])
+        assert torch.equal(found, wanted) and torch.equal(same_mask, mask)
+    for _ in range(FETCHED):
+        states.fetch(sources[3:5])
+    monkeypatch.setattr(states, "_row", refused)
+    with pytest.raises(AssertionError, match="known already"):
+        states.read(sources[:3])
+
+
+def test_a_run_reads_ahead(make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+    row = CachedStates._row
+
+    def noting(states: CachedStates, digest: str) -> Tensor:
+        threads.add(threading.current_thread().name)
+        return row(states, digest)
+
+    monkeypatch.setattr(CachedStates, "_row", noting)
+    train(make(task=task_of(tmp_path, *ROWS), cache_features=True, max_steps=4, validate_every=0), quiet())
+    assert len(threads) == 1 and threads.pop().startswith("prefetch")

@@ -22,7 +22,7 @@ from latentwire.training.base import completed
 from latentwire.training.config import TrainConfig, read_config
 from latentwire.training.controls import control_config
 from latentwire.training.loop import train
-from latentwire.training.objectives import answer_loss
+from latentwire.training.objectives import said_loss
 from latentwire.training.prepare import prepare
 from latentwire.training.pretrain import ANSWERING, PretrainConfig
 from latentwire.training.run import Forward
@@ -120,7 +120,7 @@ def test_validation_is_the_loss_of_repeating_texts_that_were_held_out(pretrainin
     with run.residency.use(receiver) as lm, torch.no_grad():
         rows = [run.tokenisers[receiver](example) for example in run.validation]
         one_by_one = [
-            float(answer_loss(*(f := Forward(run, lm, [row], lambda *_: None)).read_mode("reconstruction", *f.soft)))
+            float(said_loss((f := Forward(run, lm, [row], lambda _: None)).read_mode("reconstruction", *f.soft)))
             for row in rows
         ]
     assert name == "loss" and value == pytest.approx(sum(one_by_one) / 5, rel=1e-5)

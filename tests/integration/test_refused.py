@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from latentwire.bridge.checkpoint import load_bridge
-from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.errors import TrainingFailed
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Batch
@@ -20,6 +20,7 @@ from latentwire.training import run as running
 from latentwire.training.loop import train
 from latentwire.training.monitor import StepRecord
 from latentwire.training.run import Run
+from latentwire.training.said import Said, say
 from latentwire.training.step import REFUSED_IN_A_ROW, take_step
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import (
@@ -35,18 +36,17 @@ from tests.integration.runs import (
     weights_of_run,
 )
 
-Logits = tuple[Tensor, Tensor]
 
-
-def passes(patch: pytest.MonkeyPatch, change: Callable[[int, Logits], Logits]) -> list[int]:
-    """Let every forward pass of the receiver go through ``change``, which is told its number from 1; their rows."""
+def passes(patch: pytest.MonkeyPatch, change: Callable[[int, Tensor], Tensor]) -> list[int]:
+    """Let the states of each pass of the receiver go through ``change``, told its number from 1; the passes' rows."""
     rows: list[int] = []
 
-    def changing(lm: FrozenLM, batch: Batch, soft: Tensor | None, **rest: Any) -> Logits:
+    def changing(lm: FrozenLM, batch: Batch, soft: Tensor | None, **rest: Any) -> Said:
         rows.append(len(batch.ids))
-        return change(len(rows), answer_logits(lm, batch, soft, **rest))
+        said = say(lm, batch, soft, **rest)
+        return replace(said, states=change(len(rows), said.states))
 
-    patch.setattr(running, "answer_logits", changing)
+    patch.setattr(running, "say", changing)
     return rows
 
 
@@ -65,7 +65,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_optimiser_and_says_s
     weights, optimisers = weights_of_run(run), held(run.optimizers)
     assert len(optimisers) > len(weights)
     with monkeypatch.context() as patch:
-        passes(patch, lambda _, made: (made[0] * bad, made[1]))
+        passes(patch, lambda _, made: made * bad)
         record = step_of(run, 1)
     assert record.refused and not math.isfinite(record.gradient_norm) and not math.isfinite(record.loss)
     assert same(weights, weights_of_run(run)) and same(optimisers, held(run.optimizers))
@@ -79,13 +79,13 @@ def test_one_bad_row_in_one_of_several_passes_refuses_the_whole_step(
 ) -> None:
     run = prepared(make(alignment_steps=0, batch_size=2, accumulate=2))
     weights = weights_of_run(run)
-    passes(monkeypatch, lambda number, made: (made[0] * (math.nan if number == 1 else 1), made[1]))
+    passes(monkeypatch, lambda number, made: made * (math.nan if number == 1 else 1))
     assert step_of(run, 0).refused and same(weights, weights_of_run(run))
 
 
 def test_a_refused_step_is_logged_and_the_run_goes_on(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(alignment_steps=0)
-    passes(monkeypatch, lambda number, made: (made[0] * (math.nan if number == 3 else 1), made[1]))
+    passes(monkeypatch, lambda number, made: made * (math.nan if number == 3 else 1))
     train(config, quiet())
     assert [record["refused"] for record in log_of(config.out)] == [False, False, True, False, False, False]
     assert [event["name"] for event in events_of(config.out, "alarm")] == ["non_finite"]
@@ -97,7 +97,7 @@ def test_so_many_refused_steps_in_a_row_end_the_run_and_a_good_one_between_begin
 ) -> None:
     good = {2, 2 + REFUSED_IN_A_ROW}
     config = make(alignment_steps=0, max_steps=30, save_every=2)
-    passes(monkeypatch, lambda number, made: (made[0] * (1 if number in good else math.nan), made[1]))
+    passes(monkeypatch, lambda number, made: made * (1 if number in good else math.nan))
     with pytest.raises(TrainingFailed, match=r"step 12: 5 steps in a row were not finite, none applied"):
         train(config, quiet())
     steps = [record["step"] for record in log_of(config.out) if not record["refused"]]
@@ -143,8 +143,8 @@ def too_much() -> None:
     torch.empty(1 << 55)  # what a CPU says
 
 
-def only_at(*fatal: int, how: Callable[[], None] = no_memory) -> Callable[[int, Logits], Logits]:
-    def failing(number: int, made: Logits) -> Logits:
+def only_at(*fatal: int, how: Callable[[], None] = no_memory) -> Callable[[int, Tensor], Tensor]:
+    def failing(number: int, made: Tensor) -> Tensor:
         if number in fatal:
             how()
         return made

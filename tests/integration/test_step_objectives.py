@@ -26,7 +26,8 @@ from latentwire.training.objectives import (
     weights_of,
     word_targets,
 )
-from latentwire.training.run import Run, teacher_logits, with_mode
+from latentwire.training.run import Run, taught, with_mode
+from latentwire.training.said import say
 from latentwire.training.tokens import Tokens
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import WEIGHTS, examples_of, measured, prepared, receiver_of, step_of, tokens_of
@@ -56,9 +57,9 @@ def read_by_receiver(patch: pytest.MonkeyPatch) -> list[tuple[Batch, Tensor | No
 
     def spying(lm: FrozenLM, batch: Batch, soft: Tensor | None, **rest: Any) -> Any:
         seen.append((batch, None if soft is None else soft.detach()))
-        return answer_logits(lm, batch, soft, **rest)
+        return say(lm, batch, soft, **rest)
 
-    patch.setattr(running, "answer_logits", spying)
+    patch.setattr(running, "say", spying)
     return seen
 
 
@@ -181,15 +182,15 @@ def test_alignment_may_stay_on_with_its_weight(make: MakeConfig) -> None:
 def test_the_teacher_is_the_receiver_reading_the_source_at_the_answers_columns_alone(make: MakeConfig) -> None:
     run = prepared(make(kd_weight=1.0))
     rows, lm = tokens_of(run, SHORT), receiver_of(run)
-    taught = teacher_logits(run, lm, rows)
+    teacher = taught(run, lm, rows)
     said = [[*text_ids(lm, example.answer), 1] for example in SHORT]  # with EOS
-    assert taught.shape[1] == max(map(len, said)) + 1
-    for example, answer, logits in zip(SHORT, said, taught, strict=True):
+    assert teacher.logits.shape[1] == max(map(len, said)) + 1
+    for example, answer, logits in zip(SHORT, said, teacher.logits, strict=True):
         text = [0, *text_ids(lm, example.prompt.replace("{latent}", example.source)), *answer]  # BOS
         with torch.no_grad():
             wanted = lm.model(input_ids=torch.tensor([text])).logits[0, -len(answer) - 1 :]
         torch.testing.assert_close(logits[-len(answer) - 1 :], wanted, rtol=1e-4, atol=1e-4)
-    assert not taught.requires_grad
+    assert not teacher.states.requires_grad
 
 
 def test_distillation_is_from_the_teacher_and_at_no_distance_from_itself(
@@ -200,8 +201,8 @@ def test_distillation_is_from_the_teacher_and_at_no_distance_from_itself(
     assert measured(run, rows)[0].losses["kd"] > 0.01
     with torch.no_grad():
         soft, _ = soft_tokens(run, rows)
-        student, _ = answer_logits(receiver_of(run), collate([row.answer for row in rows], side="left"), soft)
-    monkeypatch.setattr(stepping, "teacher_logits", lambda *_: student)
+        student = say(receiver_of(run), collate([row.answer for row in rows], side="left"), soft)
+    monkeypatch.setattr(stepping, "taught", lambda *_: student)
     assert measured(run, rows)[0].losses["kd"] == pytest.approx(0, abs=1e-5)
 
 

@@ -20,6 +20,7 @@ HEALTHY: dict[str, Any] = {
     "wanted_top_share": 0.1, "delta_nats": 1.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "seconds": 0.1,
     "data_wait_seconds": 0.0, "tokens": 100, "allocated_bytes": 40, "reserved_bytes": 50, "inactive_bytes": 0,
     "peak_bytes": 60, "device_bytes": 100, "micro_batch": 32, "out_of_memory_count": 0, "refused": False,
+    "flops_per_second": 1e9, "mfu": None,
 }  # fmt: skip
 ALIGNING: dict[str, Any] = {
     "phase": "align", "accuracy": None, "first_token_top1": None, "first_token_top5": None, "entropy_nats": None,

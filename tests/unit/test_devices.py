@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from latentwire.bridge import devices
-from latentwire.bridge.devices import DTYPES, default_device, default_dtype, device_named, dtype_named, has_nvidia
+from latentwire.bridge.devices import (
+    DTYPES,
+    default_device,
+    default_dtype,
+    device_named,
+    dtype_named,
+    has_nvidia,
+    multiply_float32,
+)
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import FrozenLM
@@ -247,3 +255,15 @@ def test_each_half_has_the_device_it_is_given_and_a_budget_for_itself(monkeypatc
 def test_a_half_whose_device_is_not_there_stops_the_start(checkpoint: Path, half: str) -> None:
     with pytest.raises(InvalidRequest, match="device 'cuda:1' was asked for, but"):
         Runtime(Settings(device="cpu", **{half: "cuda:1"}), {"tiny": str(checkpoint)})
+
+
+def test_float32_is_multiplied_in_tf32_on_cuda_alone_and_not_where_it_is_refused() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        found = []
+        for device, tf32 in (("cpu", True), ("cuda", True), ("cpu", True), ("cuda:1", False)):
+            multiply_float32(torch.device(device), tf32=tf32)
+            found.append(torch.get_float32_matmul_precision())
+        assert [before, *found] == ["highest", "highest", "high", "high", "highest"]
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -26,6 +26,7 @@ from latentwire.training.monitor import (
     records_of,
     watch,
 )
+from latentwire.training.said import Said
 from tests.integration.conftest import make
 from tests.integration.runs import log_of, quiet, said
 
@@ -38,6 +39,7 @@ RECORD = StepRecord(
     top_share=0.5, wanted_top_share=0.25, delta_nats=0.42, gradient_norm=1.5, learning_rate=0.003, seconds=0.5,
     data_wait_seconds=0.05, tokens=1000, allocated_bytes=10, reserved_bytes=20, inactive_bytes=0,
     peak_bytes=7_300_000_000, device_bytes=80_000_000_000, micro_batch=4, out_of_memory_count=0, refused=False,
+    flops_per_second=2e12, mfu=0.25,
 )  # fmt: skip
 ANSWER_FIELDS = (
     "accuracy", "first_token_top1", "first_token_top5", "entropy_nats", "wanted_entropy_nats", "distinct_ratio",
@@ -45,6 +47,11 @@ ANSWER_FIELDS = (
 )  # fmt: skip
 NO_ANSWERS: dict[str, Any] = dict.fromkeys(ANSWER_FIELDS)
 ALIGNING = replace(RECORD, phase="align", losses={"alignment": 0.8}, loss=0.8, delta_nats=None, **NO_ANSWERS)
+
+
+def answered(logits: torch.Tensor, labels: torch.Tensor) -> Said:
+    """An answer with these logits, which are their own states."""
+    return Said(logits, labels, lambda states: states)
 
 
 def logits_of(*rows: list[dict[int, float]], width: int = 7) -> torch.Tensor:
@@ -62,16 +69,22 @@ def test_the_measures_of_answers_are_those_counted_by_hand_over_all_passes() -> 
     # Column t predicts the label of column t + 1; the last column predicts nothing.
     sure = {0: 0.9}
     stats.add(
-        logits_of([{3: 0.4}, {4: 0.7}, sure], [{3: 0.4}, {5: 0.7}, sure]),
-        torch.tensor([[X, 3, 4], [X, 3, 4]]),  # right; right at first, wrong at last
+        answered(
+            logits_of([{3: 0.4}, {4: 0.7}, sure], [{3: 0.4}, {5: 0.7}, sure]),
+            torch.tensor([[X, 3, 4], [X, 3, 4]]),  # right; right at first, wrong at last
+        )
     )
     stats.add(
-        logits_of([sure, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
-        torch.tensor([[X, X, 5]]),  # wrong, and fifth at its only token
+        answered(
+            logits_of([sure, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
+            torch.tensor([[X, X, 5]]),  # wrong, and fifth at its only token
+        )
     )
     stats.add(
-        logits_of([{6: 0.9}, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
-        torch.tensor([[X, X, 6]]),  # wrong, and not among the five; the same output but where nothing is asked
+        answered(
+            logits_of([{6: 0.9}, {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.06}, {4: 0.7}]),
+            torch.tensor([[X, X, 6]]),  # wrong, and not among the five; the same output but where nothing is asked
+        )
     )
     first = torch.tensor([0.2 / 6] * 3 + [0.2]).new_zeros(7)
     for shares in ([0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1]):
@@ -96,7 +109,7 @@ def test_the_measures_of_answers_are_those_counted_by_hand_over_all_passes() -> 
 def test_a_receiver_that_says_one_thing_shows_in_every_measure() -> None:
     stats = AnswerStats()
     for wanted in (1, 2, 3, 4):
-        stats.add(logits_of([{1: 1 - 6e-9}, {0: 0.9}]), torch.tensor([[X, wanted]]))
+        stats.add(answered(logits_of([{1: 1 - 6e-9}, {0: 0.9}]), torch.tensor([[X, wanted]])))
     found = stats.summary()
     assert found["entropy_nats"] == pytest.approx(0.0, abs=1e-6)
     assert found["wanted_entropy_nats"] == pytest.approx(math.log(4))
@@ -109,9 +122,9 @@ def test_measures_do_not_depend_on_how_the_rows_are_cut() -> None:
     logits, labels = torch.randn(8, 4, 11), torch.randint(0, 3, (8, 4))
     labels[:, 0], labels[3, 1] = X, X
     whole, cut = AnswerStats(), AnswerStats()
-    whole.add(logits, labels)
+    whole.add(answered(logits, labels))
     for start, stop in ((0, 1), (1, 5), (5, 8)):
-        cut.add(logits[start:stop], labels[start:stop])
+        cut.add(answered(logits[start:stop], labels[start:stop]))
     assert cut.summary() == pytest.approx(whole.summary())
 
 
@@ -152,7 +165,20 @@ def test_a_terminal_shows_the_parts_of_the_loss_and_what_tells_a_live_run_from_a
         "distinct",
         "0.75",
     )
-    rest = ("gradient", "1.50", "tokens/s", "2,000", "waiting", "10%", "memory", "7.3 GB", "2/10", "loss 2.000")
+    rest = (
+        "gradient",
+        "1.50",
+        "tokens/s",
+        "2,000",
+        "MFU",
+        "25%",
+        "waiting",
+        "10%",
+        "memory",
+        "7.3 GB",
+        "2/10",
+        "loss 2.000",
+    )
     for part in (*parts, *rest, "answers right 0.250", "a line [with] brackets"):
         assert part in text, part
 

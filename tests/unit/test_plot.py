@@ -37,6 +37,7 @@ def record(step: int, *, align: int = 10, **changes: Any) -> dict[str, Any]:
         "losses": {"alignment": 5 / step} if aligning else {"answer": 4 / step, "kd": 1 / step},
         **dict.fromkeys(MEASURES, None if aligning else 0.5), "delta_nats": 0.5 if step % 20 == 0 else None,
         "gradient_norm": 1.0, "learning_rate": 1e-3, "seconds": 0.5, "data_wait_seconds": 0.05, "tokens": 100,
+        "flops_per_second": 1e9, "mfu": None,
         "allocated_bytes": 40e9, "reserved_bytes": 50e9, "inactive_bytes": 0, "peak_bytes": 60e9, "device_bytes": 80e9,
         "micro_batch": 32, "out_of_memory_count": 0, "refused": False, **changes,
     }  # fmt: skip
