@@ -35,7 +35,7 @@ def command_of(module: str, **options: Any) -> str:
     return shlex.join(words)
 
 
-def record(name: str, command: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
+def record(name: str, command: str, figures: dict[str, Any], folder: Path | None = None) -> Path:
     """Write ``figures`` to ``results/NAME-DATE.json``, or into another folder, and return the path."""
     date = datetime.date.today().isoformat()
     document = {
@@ -47,6 +47,7 @@ def record(name: str, command: str, figures: dict[str, Any], folder: Path = RESU
         "versions": {package: version(package) for package in ("latentwire", "torch", "transformers")},
         **figures,
     }
+    folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{date}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
