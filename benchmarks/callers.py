@@ -68,7 +68,7 @@ async def ask(session: aiohttp.ClientSession, path: str, content: bytes, met: Me
         answer: dict[str, Any] = json.loads(body)
         met.answers += 1
         usage = answer["usage"]
-        met.tokens += usage.get("generated_tokens") or usage["completion_tokens"]  # ours, or as OpenAI says it
+        met.tokens += usage.get("generated_tokens", usage.get("completion_tokens", 0))  # ours, or as OpenAI says it
         met.rows += len(answer.get("latents", ()))
 
 
