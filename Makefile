@@ -4,12 +4,13 @@ SERVE ?= 1
 JOBS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint docs setup clean benchmarks chromium proxies
+.PHONY: demo test gpu-test lint docs setup clean benchmarks chromium proxies
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, measure and serve a bridge between the built-in models (SERVE=0 ends after the requests)"
 	@echo "make test          the whole test suite, with ruff and mypy"
+	@echo "make gpu-test      the tests that need a GPU"
 	@echo "make docs          build the guide into site/"
 	@echo "make benchmarks    measure; writes benchmarks/results/"
 
@@ -64,6 +65,9 @@ docs: setup
 
 test: lint docs .venv/bin/promtool chromium proxies
 	.venv/bin/pytest -q -n $(JOBS) --dist loadfile
+
+gpu-test: setup
+	.venv/bin/pytest -q -m gpu tests/gpu
 
 benchmarks: setup
 	.venv/bin/python -m benchmarks

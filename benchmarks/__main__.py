@@ -2,11 +2,14 @@
 
 import sys
 
+import torch
+
 from benchmarks import (
     ablation,
     bytes,
     fuzz,
     gate,
+    gpu,
     memory,
     readback,
     real,
@@ -33,3 +36,5 @@ readback.main()
 real.main()
 bytes.main()
 ablation.main()
+if torch.cuda.is_available():
+    gpu.main()

@@ -67,7 +67,8 @@ async def ask(session: aiohttp.ClientSession, path: str, content: bytes, met: Me
     if status == "200" and begins <= now <= ends:
         answer: dict[str, Any] = json.loads(body)
         met.answers += 1
-        met.tokens += answer["usage"]["generated_tokens"]
+        usage = answer["usage"]
+        met.tokens += usage.get("generated_tokens") or usage["completion_tokens"]  # ours, or as OpenAI says it
         met.rows += len(answer.get("latents", ()))
 
 

@@ -32,6 +32,7 @@ from latentwire.bridge.models import load_model
 from latentwire.bridge.prompt import compose, text_layout
 from latentwire.bridge.reader import tokenize_source
 from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.sources import latent_of
 from latentwire.service.inference.request import GenerationRequest, soft_tokens_of
 
 ROWS = 32  # of a step, and of a static batch
@@ -97,7 +98,13 @@ class Asking:
             done(result.token_count)
 
         row = self.bridge.compose(self.name, question.source, question.prompt, question.params)
-        self.engine.submit(row, question.params, soft_tokens_of(self.bridge, self.name, self.lm, question), end, first)
+        self.engine.submit(
+            row,
+            question.params,
+            soft_tokens_of(self.bridge, self.name, self.lm, latent_of(question.source)),
+            end,
+            first,
+        )
 
     def wait(self, question: GenerationRequest) -> tuple[float, float]:
         """Seconds to the first token and to the last."""

@@ -92,7 +92,9 @@ def main(steps: int = 2400, limit: int = 300, part: list[str] | None = None, aga
             made = parts[name](Path(folder))
         typed = command_of("quality", steps=steps, limit=limit, part=name, again=again)
         done[name] = {**made, "command": typed, "seconds": round(time.perf_counter() - began, 1)}
-        record("quality", command_of("quality", steps=steps, limit=limit, part=part, again=again), {"parts": done})
+        record(
+            "quality", command_of("quality", steps=steps, limit=limit, part=part, again=again), {"parts": done}, RESULTS
+        )
     console.print(table(done))
 
 

@@ -320,7 +320,7 @@ def between_models(
         runs = [run for run in runs if run not in same]
         runs.append({**key, "command": command_of("real", **asked, **one), **made})
         every = {"sender": senders, "task": names, "ratio": ratios, "seeds": seeds}
-        record("real-models", command_of("real", **asked, **every), {"runs": runs})
+        record("real-models", command_of("real", **asked, **every), {"runs": runs}, RESULTS)
     Console(width=160).print(table(runs))
 
 

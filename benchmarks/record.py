@@ -35,8 +35,8 @@ def command_of(module: str, **options: Any) -> str:
     return shlex.join(words)
 
 
-def record(name: str, command: str, figures: dict[str, Any]) -> Path:
-    """Write ``figures`` to ``results/NAME-DATE.json`` and return the path."""
+def record(name: str, command: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``figures`` to ``results/NAME-DATE.json``, or into another folder, and return the path."""
     date = datetime.date.today().isoformat()
     document = {
         "benchmark": name,
@@ -47,8 +47,8 @@ def record(name: str, command: str, figures: dict[str, Any]) -> Path:
         "versions": {package: version(package) for package in ("latentwire", "torch", "transformers")},
         **figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{date}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{date}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"wrote {path.relative_to(RESULTS.parents[1])}")
+    print(f"wrote {path.relative_to(RESULTS.parents[1]) if folder == RESULTS else path}")
     return path

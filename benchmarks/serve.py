@@ -239,10 +239,10 @@ def growth(latents: list[str], ends: tuple[int, ...], store_bytes: str) -> dict[
 
 
 def resident(pid: int) -> int:
-    """Anonymous resident memory once things are quiet: files mapped from disk come and go with the machine's mood."""
+    """Memory of its processes that nobody shares, once things are quiet: files mapped from disk come and go."""
     time.sleep(2)
-    info = psutil.Process(pid).memory_info()
-    return int(info.rss - info.shared)
+    parent = psutil.Process(pid)
+    return sum(int(process.memory_full_info().uss) for process in (parent, *parent.children()))
 
 
 def main(

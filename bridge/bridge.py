@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from latentwire.bridge import engine, wire
 from latentwire.bridge.asked import Input, each_of, originals_of, prompts_of
 from latentwire.bridge.checkpoint import folder_of_checkpoint, load_bridge
@@ -74,12 +76,25 @@ class Bridge(OpenBridge):
 
     @classmethod
     def open(
-        cls, name: str, checkpoint: str | Path, residency: Residency, *, signing_key: bytes | None = None
+        cls,
+        name: str,
+        checkpoint: str | Path,
+        residency: Residency,
+        *,
+        senders: Residency | None = None,
+        signing_key: bytes | None = None,
     ) -> "Bridge":
-        """``load``, under a name of its own, with models that other bridges may share (errors as there)."""
-        manifest, model = load_bridge(checkpoint, device=residency.device)
+        """``load``, under a name of its own, with models that other bridges may share (errors as there).
+
+        ``senders`` holds senders on a device of their own. Latents cross between devices as they cross the wire: the
+        encoder is where the sender is, heads are where the receivers are.
+        """
+        manifest, model = load_bridge(checkpoint, device=torch.device("cpu"))
         gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
-        return cls(name, manifest, model, residency, signing_key=signing_key, gates=gates)
+        bridge = cls(name, manifest, model, residency, senders=senders, signing_key=signing_key, gates=gates)
+        model.encoder.to(bridge.home(bridge.sender).device)
+        model.heads.to(residency.device)
+        return bridge
 
     def encode(self, texts: str | Sequence[str], *, dtype: str = "float16", truncate: bool = False) -> list[Latent]:
         """Let the sender read texts: a latent for each, in order.

@@ -35,6 +35,11 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
+def is_same(one: torch.device, other: torch.device) -> bool:
+    """Whether two names are of one device: ``cuda`` is ``cuda:0``."""
+    return (one.type, one.index or 0) == (other.type, other.index or 0)
+
+
 @cache
 def default_device() -> torch.device:
     """The accelerator where there is one; Apple's only if it computes what we need. A GPU left unused is named."""

@@ -32,13 +32,18 @@ def bytes_of(name: str, config: PreTrainedConfig, files: Sequence[Path], dtype: 
 
 
 def pretrained(
-    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, device_map: str | None
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, device: torch.device, device_map: str | None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model, and the weights its files lack, which the library would fill with random numbers."""
+    """A model, and the weights its files lack, which the library would fill with random numbers.
+
+    For an accelerator weights are read straight onto it, and never stand in the machine's memory as a whole. Packed
+    ones are unpacked on the CPU first: on the accelerator both forms would need room at once.
+    """
     packed = method_of(config) is not None
+    straight = None if packed or device.type == "cpu" else {"": device}
     fixed = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=dequantising(config), dtype=dtype, device_map=device_map, **fixed
+        folder, config=dequantising(config), dtype=dtype, device_map=device_map or straight, **fixed
     )
     model, info = loaded
     return _in(dtype, model) if packed else model, sorted(info["missing_keys"])

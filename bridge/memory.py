@@ -65,6 +65,14 @@ def held_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that could be allocated now; on a CPU the machine's, or what the container's limit leaves."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return max(min(psutil.virtual_memory().available, device_bytes(device) - held_bytes(device)), 0)
+
+
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights in this process: tied weights count once, of a shard only what is here."""
     held = [t.to_local() if isinstance(t, DTensor) else t for t in model.parameters()]

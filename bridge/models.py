@@ -42,6 +42,7 @@ WANTED_FILES = [
     "*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "encoder-*.safetensors", "head-*.safetensors",
 ]  # fmt: skip
 TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges).*\.(json|txt)|.*\.model")
+SHA256 = re.compile(r"[0-9a-f]{64}")  # other files of the Hub are named by git, with 40 digits
 CHUNK_ROWS = 8192  # vocabulary rows measured at once
 VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
@@ -182,6 +183,9 @@ def _digest(files: Sequence[Path]) -> str:
 
 @lru_cache(maxsize=256)
 def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """The SHA-256 of a file. The Hub's cache names large files by it: two models of 8 B would take half a minute."""
+    if path.parent.name == "blobs" and path.parent.parent.name.startswith("models--") and SHA256.fullmatch(path.name):
+        return path.name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -206,6 +210,17 @@ def predicted_bytes(name: str, dtype: torch.dtype) -> int:
     config = config_of(name)
     check_usable(name, config)
     return bytes_of(name, config, _weight_files(name), dtype)
+
+
+def pass_bytes(name: str, tokens: int, dtype: torch.dtype) -> int:
+    """About what a pass over so many tokens takes beside the weights: states, and what is widest within a block.
+
+    Source: ours; of 8,192 tokens in float32 on a CPU, two Llamas and a GPT-NeoX took 71 to 97 % of it (measured).
+    """
+    config: Any = config_of(name).get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # of a few families: for each layer
+    widest = max(inner) if isinstance(inner, list | tuple) else inner
+    return int(tokens * (10 * config.hidden_size + 4 * widest) * dtype.itemsize)
 
 
 def load_model(
@@ -233,7 +248,7 @@ def load_model(
     reader = load_reader(name)
     try:
         random = name.startswith(RANDOM)
-        model, holes = untrained(config, dtype) if random else pretrained(config, folder, dtype, device_map)
+        model, holes = untrained(config, dtype) if random else pretrained(config, folder, dtype, device, device_map)
     except Exception as error:  # a damaged file surfaces as whatever the library trips over
         raise ModelUnavailable(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     if holes:

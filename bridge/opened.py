@@ -35,16 +35,18 @@ class OpenBridge:
         manifest: What the checkpoint says about itself.
         model: Its weights: the encoder, and a head for each receiver.
         residency: Its models in memory.
+        senders: Those that only send; the same, unless they have a device of their own.
         gates: By receiver, which answers from latents are trusted; ``latentwire calibrate`` makes them.
         signing_key: Signs messages; only messages that bear its signature are then decoded.
     """
 
     def __init__(
         self, name: str, manifest: Manifest, model: BridgeModel, residency: Residency, *,
-        signing_key: bytes | None = None, gates: Mapping[str, Gate] = MappingProxyType({}),
+        senders: Residency | None = None, signing_key: bytes | None = None,
+        gates: Mapping[str, Gate] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.name, self.manifest, self.model, self.gates = name, manifest, model, gates
-        self.residency, self.signing_key = residency, signing_key
+        self.residency, self.senders, self.signing_key = residency, senders or residency, signing_key
         self.reader = cache(load_reader)
 
     def __repr__(self) -> str:
@@ -65,9 +67,13 @@ class OpenBridge:
         """Names of all its models, the sender first."""
         return [self.sender, *self.receivers]
 
+    def home(self, name: str) -> Residency:
+        """Where a model is held: a sender with the senders, unless it receives too."""
+        return self.residency if name in self.receivers else self.senders
+
     def unload(self) -> int:
         """Let the models go; bytes of memory that came back (ModelInUse while one of them works)."""
-        return sum(self.residency.unload(name) for name in self.model_names)
+        return sum(self.home(name).unload(name) for name in self.model_names)
 
     def receiver(self, name: str | None) -> str:
         """The receiver of a name, or the first one (UnknownBridge where the bridge has no head for it)."""
@@ -163,6 +169,6 @@ class OpenBridge:
             check_role(name, "sender")
         if name in self.receivers:
             check_role(name, "receiver")
-        with self.residency.use(name) as lm:
+        with self.home(name).use(name) as lm:
             self.check(lm)
             yield lm

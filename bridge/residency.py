@@ -21,10 +21,12 @@ import torch
 from latentwire.bridge.config import Fingerprint
 from latentwire.bridge.devices import default_device, default_dtype, is_out_of_memory
 from latentwire.bridge.errors import InsufficientMemory, ModelInUse, first_line
-from latentwire.bridge.memory import free_caches, held_bytes, mapped_apart, weights_bytes
+from latentwire.bridge.memory import free_bytes, free_caches, held_bytes, mapped_apart, weights_bytes
 from latentwire.bridge.models import FrozenLM, fingerprint_of, load_model, predicted_bytes
 
 log = logging.getLogger(__name__)
+
+FREE_SHARE = 0.9  # of a device's free memory may be taken for what stays
 
 
 @dataclass(eq=False)
@@ -218,14 +220,17 @@ class Residency:
             if (resident := self._find(name)) is not None:
                 resident.attached = [one for one in resident.attached if one[0] is not closer]
 
-    def room(self, name: str) -> int | None:
-        """Bytes that could be attached to a model in memory if all idle ones left; None without a budget."""
+    def room(self, name: str) -> int:
+        """Bytes that could be attached to a model in memory if all idle ones left: within the budget, and of what the
+        device has free a share, so that activations keep the rest."""
         with self._changed:
+            own = self._find(name)
+            leaving = [resident for resident in self._idle() if resident is not own]
+            free = int(FREE_SHARE * (free_bytes(self.device) + sum(resident.all_bytes for resident in leaving)))
             if self.budget_bytes is None:
-                return None
-            own, idle = self._find(name), self._idle()
-            staying = [r for r in self._models.values() if r is own or r not in idle]
-            return max(self.budget_bytes - self._total(staying), 0)
+                return free
+            staying = [resident for resident in self._models.values() if resident not in leaving]
+            return max(min(self.budget_bytes - self._total(staying), free), 0)
 
     def predict(self, name: str) -> int:
         """``predicted_bytes`` of a model here, with its errors (InsufficientMemory beyond the whole budget)."""

@@ -1,7 +1,9 @@
 """What Prometheus sees. One registry per application, so that tests can build many."""
 
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -15,18 +17,39 @@ TRUST = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
+class ModelMetrics:
+    """Counters of what runs on models; of the process that holds them."""
+
+    def __init__(self) -> None:
+        self.registry = r = CollectorRegistry()
+        self.batch_rows = Histogram("latentwire_batch_rows", "Rows per batch.", ["half"], buckets=ROWS, registry=r)
+        self.device_seconds = Histogram(
+            "latentwire_device_seconds", "One batch on the device.", ["half"], buckets=LATENCY_SECONDS, registry=r
+        )
+
+    def observe_batch(self, half: str, rows: int, seconds: float) -> None:
+        """Count a batch: of ``encode``, ``generate`` or ``score``."""
+        self.batch_rows.labels(half).observe(rows)
+        self.device_seconds.labels(half).observe(seconds)
+
+    @contextmanager
+    def batch(self, half: str, rows: int) -> Iterator[None]:
+        """Count a batch, which is what the block runs; also one that fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.observe_batch(half, rows, time.perf_counter() - started)
+
+
 class Metrics:
-    """Counters of a service, and the latest outputs of each bridge."""
+    """Counters of requests, and the latest outputs of each bridge."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
         self.requests = Counter("latentwire_requests", "Requests answered.", ["route", "status"], registry=r)
         self.latency = Histogram(
             "latentwire_request_seconds", "Request to answer.", ["route"], buckets=LATENCY_SECONDS, registry=r
-        )
-        self.batch_rows = Histogram("latentwire_batch_rows", "Rows per batch.", ["half"], buckets=ROWS, registry=r)
-        self.device_seconds = Histogram(
-            "latentwire_device_seconds", "One batch on the device.", ["half"], buckets=LATENCY_SECONDS, registry=r
         )
         self.first_token = Histogram(
             "latentwire_first_token_seconds",

@@ -6,6 +6,8 @@ makes ``LW_PORT=tcp://10.0.0.1:80`` and more. What has exactly that shape is no 
 
 import os
 import re
+import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -69,6 +71,29 @@ Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, B
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_listed)]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done at once on a device.
+
+    Attributes:
+        max_batch: Rows per forward pass.
+        batch_tokens: Tokens per batch of a sender.
+        step_tokens: Tokens per step of a receiver.
+        memory_budget: Of the device.
+        cache_share: Of what models and the largest batch leave of the budget, for caches.
+    """
+
+    max_batch: int
+    batch_tokens: int
+    step_tokens: int
+    memory_budget: str | int | None
+    cache_share: float
+
+
+ON_CPU = Sizes(32, 16_384, 512, None, 0.0)
+ON_ACCELERATOR = Sizes(256, 32_768, 2_048, "0.9", 0.8)
+
+
 class Settings(BaseSettings):
     """Frozen. Build one in ``__main__`` and pass it down; never import an instance."""
 
@@ -82,6 +107,11 @@ class Settings(BaseSettings):
     root_path: str = Field(
         "", description="Path before every address, e.g. /lw, where a proxy in front of the service leaves it in."
     )
+    frontends: int = Field(
+        int(sys.platform == "linux"), ge=0, le=1,
+        description="1: a process of its own answers HTTP, beside that of the models, which is started again where it "
+        "dies; 0: one process does both. [1 on Linux, 0 elsewhere]",
+    )  # fmt: skip
     insecure: bool = Field(False, description="Listen on other addresses than this machine's own without any keys.")
     allowed_hosts: Hosts = Field(
         (),
@@ -97,13 +127,17 @@ class Settings(BaseSettings):
     device: str | None = Field(
         None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"
     )
+    sender_device: str | None = Field(
+        None, pattern=DEVICE, description="Where senders compute that do not receive too. [LW_DEVICE]"
+    )
+    receiver_device: str | None = Field(None, pattern=DEVICE, description="Where receivers compute. [LW_DEVICE]")
     dtype: Precision | None = Field(
         None, description="What models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
     )
     memory_budget: str | int | None = Field(
         None,
         description="Most bytes of models and their caches at once, e.g. 24GB, or a share of the device, e.g. 0.8; "
-        "models take turns within it.",
+        "models take turns within it; of each device that is used. [0.9 of an accelerator; no limit on a CPU]",
     )
     keep_alive: Seconds | dict[str, Seconds] | None = Field(
         None, description="Seconds for which an idle model stays; for all bridges, or by name as a JSON object."
@@ -111,12 +145,23 @@ class Settings(BaseSettings):
     load_wait: Seconds = Field(
         10.0, description="How long a request waits for models in use to make room for its own, seconds."
     )
-    max_batch: int = Field(32, ge=1, description="Rows per forward pass.")
-    batch_tokens: int = Field(
-        16_384, ge=1, description="Tokens per batch of a sender, or of continuations to score; padding included."
+    max_batch: int | None = Field(None, ge=1, description="Rows per forward pass. [256; 32 on a CPU]")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per batch of a sender, or of continuations to score; padding included. [32768; 16384 on a "
+        "CPU]",
     )
-    step_tokens: int = Field(512, ge=1, description="Tokens per step of a receiver; longer prompts take several.")
-    kv_tokens: int = Field(8192, ge=64, description="Tokens that the key/value cache of a receiver holds.")
+    step_tokens: int | None = Field(
+        None, ge=1, description="Tokens per step of a receiver; longer prompts take several. [2048; 512 on a CPU]"
+    )
+    kv_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="Tokens that the key/value cache of a receiver holds; fewer where memory is too small for them. "
+        "[8192; on an accelerator as many more as 0.8 of what models and the largest batch leave of the memory "
+        "budget holds]",
+    )
     require_engine: Literal["continuous"] | None = Field(
         None,
         description="continuous: refuse a receiver that continuous batching cannot run, instead of answering it in "
@@ -170,6 +215,12 @@ class Settings(BaseSettings):
     def keep_alive_of(self, bridge: str) -> float | None:
         """Seconds for which an idle model of a bridge stays; None for as long as there is room."""
         return self.keep_alive.get(bridge) if isinstance(self.keep_alive, dict) else self.keep_alive
+
+    def sizes(self, device: torch.device) -> Sizes:
+        """How much is done at once on a device: what the operator says, and else what suits it."""
+        usual = ON_CPU if device.type == "cpu" else ON_ACCELERATOR
+        said = {field.name: getattr(self, field.name, None) for field in fields(Sizes)}
+        return replace(usual, **{name: value for name, value in said.items() if value is not None})
 
     @property
     def all_bodies(self) -> int:

@@ -138,6 +138,16 @@ class Engine(ABC):
         """Most tokens of one request, its output included."""
         return self.lm.max_tokens
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the key/value cache has room for; 0 where each batch makes its own."""
+        return 0
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """Of these, what running requests take now."""
+        return 0
+
     def submit(
         self,
         row: Row,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
 from latentwire.bridge.generation.base import Engine, Running
 from latentwire.bridge.generation.output import IdLogprob, logprobs_of
+from latentwire.bridge.generation.room import fitted, keep_attention
 from latentwire.bridge.generation.softids import SoftIds
 from latentwire.bridge.memory import free_caches
 from latentwire.bridge.models import FrozenLM
@@ -68,21 +70,28 @@ class ContinuousEngine(Engine):
         Args:
             lm: The receiver; its embedding understands soft ids until ``close``.
             max_rows: Most requests in one step.
-            kv_tokens: Room of the key/value cache, allocated now, in tokens.
+            kv_tokens: Room of the key/value cache, allocated now, in tokens; less where memory is too small for it.
             step_tokens: Most tokens of one step; a longer prompt is read over several.
             on_death: Called after an error that leaves the engine dead.
         """
         super().__init__(lm, max_rows=max_rows, on_death=on_death)
-        self._kv_tokens, self._step_tokens = kv_tokens, step_tokens
+        self._step_tokens = step_tokens
         self._logprobs: dict[str, IdLogprob | None] = {}
         self._trouble = threading.Event()
         self._closed = False
         with ExitStack() as stack:  # nobody waits any more, and the model is as it was found
             stack.callback(self._end_threads)
-            self.soft_ids = SoftIds(lm.model.get_input_embeddings(), rows=int(kv_tokens * SOFT_ROWS))
-            stack.callback(self.soft_ids.close)
             stack.callback(_exclusive(lm))
-            self._manager = self._new_manager()
+            stack.callback(keep_attention(lm))
+            self._kv_tokens, (self._manager, self.soft_ids) = fitted(
+                kv_tokens,
+                lambda tokens: (
+                    self._new_manager(tokens),
+                    SoftIds(lm.model.get_input_embeddings(), rows=int(tokens * SOFT_ROWS)),
+                ),
+            )
+            stack.callback(self.soft_ids.close)
+            self._start_manager()
             self._leave = stack.pop_all().close
         self._supervisor = threading.Thread(target=self._supervise, daemon=True, name="engine-supervisor")
         self._supervisor.start()
@@ -99,6 +108,23 @@ class ContinuousEngine(Engine):
         tables = [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
         return sum(len(blocks) for table in tables for blocks in list(table.values()))
 
+    @property
+    def kv_tokens(self) -> int:
+        return self._kv_tokens
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """Of the cache, what the blocks of running requests take; one that several share counts once."""
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0
+        held = processor.cache
+        taken = sum(
+            len(set(chain.from_iterable(list(allocator.block_table.values())))) * allocator.bytes_per_block
+            for allocator in held.cache_allocators.values()
+        )
+        return round(self._kv_tokens * taken / (held.num_sectors * held.bytes_per_sector))
+
     def close(self) -> None:
         """End the thread, free the cache, leave the embedding as it was; requests still running fail."""
         with self._lock:
@@ -109,12 +135,13 @@ class ContinuousEngine(Engine):
         self._die(NotReady("the service is stopping"))
         self._leave()
 
-    def _new_manager(self) -> ContinuousBatchingManager:
+    def _new_manager(self, kv_tokens: int) -> ContinuousBatchingManager:
+        """A manager with its cache, not started: what has no room is found here, where it can be made smaller."""
         manager = cast(Any, self.lm.model).init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=list(self.lm.end_ids) or -1),  # type: ignore[no-untyped-call]
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
-                num_blocks=-(-self._kv_tokens // PAGE_TOKENS),
+                num_blocks=-(-kv_tokens // PAGE_TOKENS),
                 max_batch_tokens=max(self._step_tokens, self.max_rows),
                 max_requests_per_batch=self.max_rows,
                 scheduler_type=_Scheduler.NAME,
@@ -128,11 +155,15 @@ class ContinuousEngine(Engine):
         processors.tensors_required = 1  # counted by the library for processors it converted itself
         manager.logit_processor = processors
         manager.output_router = _Router(self)
+        with torch.accelerator.device_index(self.lm.device.index):  # whose memory the library measures
+            manager.batch_processor = manager._create_batch_processor()
+        return cast(ContinuousBatchingManager, manager)
+
+    def _start_manager(self) -> None:
         # A thread is a daemon where the one that starts it is: a program that fails must not hang on this one.
-        starter = threading.Thread(target=manager.start, daemon=True)
+        starter = threading.Thread(target=self._manager.start, daemon=True)
         starter.start()
         starter.join()
-        return cast(ContinuousBatchingManager, manager)
 
     def _stop_manager(self) -> None:
         if self._manager.is_running() or self._manager.batch_processor is not None:
@@ -226,9 +257,14 @@ class ContinuousEngine(Engine):
             free_caches()
         with self._lock:
             self.soft_ids.renumber()
-            self._manager = self._new_manager()
+            self._kv_tokens, self._manager = fitted(self._kv_tokens, self._new_manager)
+            self._start_manager()
             for running in filter(self._is_live, list(self._running.values())):
-                self._begin(running)
+                if len(running.row) + running.tokens.params.max_tokens > self.capacity_tokens:
+                    message = f"the key/value cache has become too small for it: {self._kv_tokens} tokens"
+                    self._end(running, InsufficientMemory(message))
+                else:
+                    self._begin(running)
 
     def _make_smaller(self, error: Exception) -> bool:
         """Whether trying again makes sense: steps are half as large, or the one request that cannot fit is refused."""

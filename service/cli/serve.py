@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,9 @@ def serve(
     from latentwire.service.auth.guard import check_binding
     from latentwire.service.cli.server import listen, url
     from latentwire.service.cli.server import serve as run
+    from latentwire.service.inference.runtime import Runtime
+    from latentwire.service.processes.answering import answer
+    from latentwire.service.processes.supervisor import OPENED, READY, Supervisor
     from latentwire.service.settings import Settings, service_links
 
     flags: dict[str, Any] = {
@@ -61,18 +65,34 @@ def serve(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
     check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
-    application = create_app(settings, _named(bridge or ["builtin=builtin"]))
+    bridges = _named(bridge or ["builtin=builtin"])
     listeners = listen(settings.host, settings.port)
     operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)
-    if operators:
-        application.state.runtime.admin_port = operators[0].getsockname()[1]
     configure("info", console=sys.stderr)
     if links := service_links():
         log.warning("left aside, as links to a Service of Kubernetes (enableServiceLinks: false): %s", ", ".join(links))
-    address = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
-    typer.echo(f"LatentWire listens on {address} (page: {address}/, reference: {address}/docs)")
-    with written_down(listeners[0]):
-        sys.exit(run(application, [*listeners, *operators]))
+    with ExitStack() as opened:
+        for listener in (*listeners, *operators):
+            opened.enter_context(listener)
+        address = None
+        if settings.frontends:
+            supervisor = Supervisor()
+            if supervisor.run() == "models":
+                opened.close()  # a port is free when nobody answers on it any more
+                runtime = Runtime(settings.model_copy(update={"corpus_dir": None}), bridges)
+                supervisor.note("models", OPENED)
+                sys.exit(answer(runtime, supervisor.listener, lambda: supervisor.note("models", READY)))
+            supervisor.wait_opened()
+            address = supervisor.address
+        application = create_app(settings, bridges, address)
+        if settings.frontends:
+            supervisor.note("http", READY)
+        if operators:
+            application.state.runtime.admin_port = operators[0].getsockname()[1]
+        shown = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
+        typer.echo(f"LatentWire listens on {shown} (page: {shown}/, reference: {shown}/docs)")
+        with written_down(listeners[0]):
+            sys.exit(run(application, [*listeners, *operators]))
 
 
 def _named(bridges: list[str]) -> dict[str, str]:

@@ -27,13 +27,13 @@ class PoliteLender(Lender):
     Args:
         runtime: Of the service.
         check: Raises when the evaluation should go no further; called before every pass, and while one waits.
-        verify: Given each model lent; raises when it is not the one the bridge was trained with.
+        bridge: That is measured; each model lent is checked to be the one it was trained with.
     """
 
     batch_rows = BATCH_ROWS
 
-    def __init__(self, runtime: Runtime, check: Callable[[], None], verify: Callable[[FrozenLM], None]) -> None:
-        self._runtime, self._check, self._verify = runtime, check, verify
+    def __init__(self, runtime: Runtime, check: Callable[[], None], bridge: Bridge) -> None:
+        self._runtime, self._check, self._bridge = runtime, check, bridge
 
     @contextmanager
     def lend(self, reader: Reader) -> Iterator[FrozenLM]:
@@ -48,11 +48,11 @@ class PoliteLender(Lender):
         self._let_requests_go_first()
         lm = self._acquire(reader.name)
         try:
-            self._verify(lm)
+            self._bridge.check(lm)
             self.waited_seconds += time.perf_counter() - asked
             yield lm
         finally:
-            self._runtime.residency.release(reader.name)
+            self._bridge.home(reader.name).release(reader.name)
 
     def _let_requests_go_first(self) -> None:
         until = time.monotonic() + YIELD_SECONDS
@@ -65,7 +65,7 @@ class PoliteLender(Lender):
         until = time.monotonic() + MEMORY_SECONDS
         while True:
             try:
-                return self._runtime.residency.acquire(name, self._runtime.settings.load_wait)
+                return self._bridge.home(name).acquire(name, self._runtime.settings.load_wait)
             except InsufficientMemory:
                 self._check()
                 if time.monotonic() > until:
@@ -90,5 +90,5 @@ def run(
     Raises:
         LatentWireError: The task does not suit the bridge, or a model cannot be lent.
     """
-    context = context_of(bridge, task, PoliteLender(runtime, check, bridge.check), receiver, limit)
+    context = context_of(bridge, task, PoliteLender(runtime, check, bridge), receiver, limit)
     return measure(context, conditions=names, progress=progress, partial=partial)

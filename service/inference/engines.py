@@ -6,7 +6,7 @@ closed before the model leaves.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,6 +16,7 @@ from latentwire.bridge.config import Fingerprint
 from latentwire.bridge.errors import InsufficientMemory
 from latentwire.bridge.generation.base import Engine, Kind
 from latentwire.bridge.generation.continuous import token_bytes
+from latentwire.bridge.generation.room import SMALLEST_KV_TOKENS
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.residency import Residency
@@ -23,7 +24,7 @@ from latentwire.bridge.residency import Residency
 log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 0.1  # for which a model just loaded stays lent, so that those who waited for it come before others
-SMALLEST_KV_TOKENS = 256
+KV_TOKENS = 8192
 
 
 class Engines:
@@ -34,19 +35,21 @@ class Engines:
         residency: Residency,
         *,
         max_rows: int,
-        kv_tokens: int,
+        kv_tokens: int | None,
+        cache_bytes: int = 0,
         step_tokens: int,
         required: Kind | None = None,
         load_wait: float,
         on_death: Callable[[], None],
         on_step: Callable[[int, float], None],
     ) -> None:
+        """``kv_tokens`` of a cache; or by default the usual, or where they hold more, ``cache_bytes`` for each."""
         self.residency = residency
-        self._kv_tokens = kv_tokens
+        self._kv_tokens, self._cache_bytes = kv_tokens, cache_bytes
         self._options: dict[str, Any] = {"max_rows": max_rows, "step_tokens": step_tokens, "required": required}
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint, Engine] = {}
-        self._pending: dict[str, asyncio.Task[None]] = {}
+        self._pending: dict[Hashable, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
 
     def all(self) -> list[Engine]:
@@ -77,10 +80,11 @@ class Engines:
             else:  # who asked for the engine leaves before it is open
                 opening.add_done_callback(lambda _: self.residency.release(name))
 
-    async def acquire(self, name: str) -> FrozenLM:
+    async def acquire(self, name: str, residency: Residency | None = None) -> FrozenLM:
         """A model, lent until ``residency.release``; the event loop goes on while it is loaded."""
-        while (lm := self.residency.try_acquire(name)) is None:
-            await self._run_once(name, partial(self._load, name))
+        residency = residency or self.residency
+        while (lm := residency.try_acquire(name)) is None:
+            await self._run_once((name, id(residency)), partial(self._load, name, residency))
         return lm
 
     async def close(self) -> None:
@@ -95,7 +99,7 @@ class Engines:
             await self._run_once(_engine_of(lm), partial(self._open, lm))
         return engine
 
-    async def _run_once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _run_once(self, name: Hashable, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run something that takes long, once for all who wait for it now."""
 
         def done(task: asyncio.Task[None]) -> None:
@@ -108,10 +112,10 @@ class Engines:
             self._pending[name].add_done_callback(done)
         await asyncio.shield(self._pending[name])
 
-    async def _load(self, name: str) -> None:
+    async def _load(self, name: str, residency: Residency) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, partial(self.residency.acquire, name, self._load_wait))
-        loop.call_later(LINGER_SECONDS, self.residency.release, name)
+        await loop.run_in_executor(self._threads, partial(residency.acquire, name, self._load_wait))
+        loop.call_later(LINGER_SECONDS, residency.release, name)
 
     async def _open(self, lm: FrozenLM) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, self._open_on_thread, lm)
@@ -119,14 +123,7 @@ class Engines:
     def _open_on_thread(self, lm: FrozenLM) -> None:
         """On a thread: make room for the cache, then the engine."""
         each = token_bytes(lm)
-        room = self.residency.room(lm.name)
-        tokens = self._kv_tokens if room is None else min(self._kv_tokens, room // each)
-        least = min(SMALLEST_KV_TOKENS, self._kv_tokens)
-        if tokens < least:
-            raise InsufficientMemory(
-                f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * each}"
-            )
-
+        tokens = self._tokens(lm, each)
         fingerprint = lm.fingerprint  # and nothing else of the model: it must be free when what came back is measured
 
         def close() -> None:
@@ -141,6 +138,18 @@ class Engines:
             raise
         engine.on_step = self._on_step
         self._engines[fingerprint] = engine
+
+    def _tokens(self, lm: FrozenLM, each: int) -> int:
+        """How many tokens a cache is made for: as many as are wanted, or as there is room for."""
+        wanted, room = self._kv_tokens or max(KV_TOKENS, self._cache_bytes // each), self.residency.room(lm.name)
+        least, most = min(SMALLEST_KV_TOKENS, wanted), room // each
+        if most < least:
+            raise InsufficientMemory(
+                f"{lm.name!r} has {room} bytes left for its key/value cache; {least} tokens need {least * each}"
+            )
+        if self._kv_tokens is not None and most < wanted:
+            log.warning("%s: memory has room for a cache of %d tokens, not of LW_KV_TOKENS=%d", lm.name, most, wanted)
+        return min(wanted, most)
 
 
 def _engine_of(lm: FrozenLM) -> str:

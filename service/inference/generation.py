@@ -215,7 +215,7 @@ class RequestHandler:
             self.usage.soft_tokens += soft_tokens
             self.usage.prompt_tokens += max(tokens - soft_tokens, 0)
 
-        return await self.runtime.scorers.score(self.bridge, receiver, questions, count_usage)
+        return await self.runtime.score(self.bridge, receiver, questions, count_usage)
 
     async def read(self, receiver: str, body: ReadRequest) -> ReadResponse:
         """Say what the latents hold that ``POST /read`` gives."""

@@ -8,7 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from latentwire.bridge.bridge import Bridge
@@ -21,7 +23,7 @@ from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.results import TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.bridge.sources import Given, characters_in, latent_of
+from latentwire.bridge.sources import Given, characters_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,15 @@ class GenerationRequest:
         """Length of all its text."""
         texts = [self.prompt] if isinstance(self.prompt, str) else [turn.text for turn in self.prompt]
         return sum(map(len, texts)) + characters_in(self.source)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """An output to generate: what its receiver reads, the latent (K, C) at its slots, and how it is answered."""
+
+    row: Row
+    latent: NDArray[np.float32] | None
+    params: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -73,14 +84,13 @@ class InFlightRequest:
         engine: Engine,
         bridge: Bridge,
         receiver: str,
-        rows: Sequence[Row],
-        requests: Sequence[GenerationRequest],
+        asked: Sequence[Asked],
         on_piece: Callable[[Piece], None] | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine, self._bridge, self._receiver = engine, bridge, receiver
-        self._rows, self._requests, self._on_piece = rows, requests, on_piece
-        self._results: list[asyncio.Future[Generation]] = [self._loop.create_future() for _ in rows]
+        self._asked, self._on_piece = asked, on_piece
+        self._results: list[asyncio.Future[Generation]] = [self._loop.create_future() for _ in asked]
         self._running: list[Running] = []
         self._cancelled = False
         self._started = time.monotonic()
@@ -108,14 +118,14 @@ class InFlightRequest:
 
     def _submit(self) -> None:
         """On the engine's submitting thread: makes soft tokens, and waits for locks."""
-        for index, (row, request) in enumerate(zip(self._rows, self._requests, strict=True)):
+        for index, asked in enumerate(self._asked):
             if self._cancelled:
                 return
-            soft = soft_tokens_of(self._bridge, self._receiver, self._engine.lm, request)
+            soft = soft_tokens_of(self._bridge, self._receiver, self._engine.lm, asked.latent)
             self._running.append(
                 self._engine.submit(
-                    row,
-                    request.params,
+                    asked.row,
+                    asked.params,
                     soft and replace(soft, wanted=lambda: not self._cancelled),
                     partial(self._post, self._end, self._results[index]),
                     None if self._on_piece is None else partial(self._post, self._show, index),
@@ -148,9 +158,8 @@ async def _settled(submitting: asyncio.Future[None]) -> None:
             await asyncio.wait([submitting])
 
 
-def soft_tokens_of(bridge: Bridge, receiver: str, lm: FrozenLM, request: GenerationRequest) -> Soft | None:
-    """Soft tokens of a request's latent, under a key that no other latent, encoder or head has."""
-    latent = latent_of(request.source)
+def soft_tokens_of(bridge: Bridge, receiver: str, lm: FrozenLM, latent: NDArray[np.float32] | None) -> Soft | None:
+    """Soft tokens of a latent, under a key that no other latent, encoder or head has."""
     if latent is None:
         return None
 

@@ -1,37 +1,31 @@
-"""The bridges being served: admit → batch → run → answer. Knows no HTTP.
-
-Tokenising, encoding, loading and generating each have threads of their own, off the event loop, so models can take
-turns in memory and the service answers health checks while one loads.
-"""
+"""The bridges being served: admit → batch → run → answer. Knows no HTTP, and not where the models run."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
-from latentwire.bridge import engine
+import torch
+
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import check_models
-from latentwire.bridge.devices import device_named, dtype_named, is_out_of_memory
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
-from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
 from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.scoring import Continuation
+from latentwire.bridge.sources import latent_of
 from latentwire.service.auth.keys import load_keys
 from latentwire.service.auth.limits import Limiter
 from latentwire.service.inference.admission import Admission
-from latentwire.service.inference.batching import Batcher
-from latentwire.service.inference.engines import Engines
 from latentwire.service.inference.lanes import Lanes
-from latentwire.service.inference.request import GenerationRequest, GenerationResult, InFlightRequest, Piece, Text
-from latentwire.service.inference.scoring import Scorers
+from latentwire.service.inference.models import LocalModels, Models, residencies
+from latentwire.service.inference.request import Asked, GenerationRequest, GenerationResult, Piece, Text
+from latentwire.service.inference.scoring import ScoreQuestion
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.base import Kind, Store
@@ -44,51 +38,41 @@ from latentwire.service.store.redis import RedisStore
 log = logging.getLogger(__name__)
 
 WARM_UP_TEXT = "Mara wants a cup of tea."
-SWEEP_SECONDS = 1.0
 JOB_BYTES = 16 << 20  # of evaluations: some hundred reports
 QUIET_SECONDS = 0.25  # without work, before the service stops: requests on their way still get their 503
 
 
 class Runtime:
-    """Bridges, models, batches, engines and store of one service.
+    """Bridges, models and stores of one service.
 
     Attributes:
+        residency: Holds receivers in memory; nothing where the models run elsewhere.
+        senders: Holds models that only send: the same, unless they have a device of their own.
+        models: What runs on models.
         store: What is kept: latents, evaluations.
         corpora: Latents that are served from a folder.
         cache: Encodings, which could be made again; the same store, except where the other one is on disk.
-        ready: Whether every bridge has been loaded and has answered once.
-        failure: Why it will never be ready.
-        dead: Why it will never answer again: an engine has died.
         draining: Whether it takes no new requests, because it is about to stop.
         admin_port: Where /admin and /metrics are alone, when they are.
         on_death: Called when an engine has died: the process should end, for its supervisor to start another.
     """
 
-    def __init__(self, settings: Settings, checkpoints: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, checkpoints: Mapping[str, str], models: Models | None = None) -> None:
         self.settings = settings
+        self._elsewhere = models is not None
         secret = settings.api_keys
         self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
         redis = RedisStore(settings.redis_url) if settings.redis_url else None
         self.limiter = Limiter(self.keys, redis)
-        device = device_named(settings.device)
-        budget = budget_bytes(settings.memory_budget, device)
-        self.residency = Residency(budget, device, dtype_named(settings.dtype, device))
+        nothing = Residency(None, torch.device("cpu"))
+        self.senders, self.residency = (nothing, nothing) if self._elsewhere else residencies(settings)
         self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
         self.admission = Admission(settings.max_queue)
-        self.ready = self.draining = False
-        self.failure: str | None = None
-        self.dead: str | None = None
+        self.draining = False
         self.admin_port: int | None = None
         self.on_death: Callable[[], None] = lambda: None
-        self.engines = Engines(
-            self.residency,
-            max_rows=settings.max_batch,
-            kv_tokens=settings.kv_tokens,
-            step_tokens=settings.step_tokens,
-            required=settings.require_engine,
-            load_wait=settings.load_wait,
-            on_death=self._died,
-            on_step=self._note_step,
+        self.models: Models = models or LocalModels(
+            settings, self.bridges.values(), self.residency, self.senders, self.admission, lambda: self.on_death()
         )
         self.cache: Store = redis or MemoryStore(_budgets(settings))
         self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
@@ -96,36 +80,32 @@ class Runtime:
         self.corpora = Corpora(settings.corpus_dir, served, settings.message_key)
         self.metrics = Metrics()
         self._lanes = Lanes()
-        self.scorers = Scorers(self.residency, self._lanes, self.admission, self.metrics, settings)
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._encoders: dict[str, Batcher[SourceTokens, Encoded]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._warming: asyncio.Task[None] | None = None
 
     def _open(self, name: str, path: str) -> Bridge:
         """A bridge from its checkpoint; what no request could ever use stops the start."""
         settings = self.settings
-        bridge = Bridge.open(name, path, self.residency, signing_key=settings.message_key)
-        check_models(bridge.manifest.bridge)
+        bridge = Bridge.open(name, path, self.residency, senders=self.senders, signing_key=settings.message_key)
+        if not self._elsewhere:
+            check_models(bridge.manifest.bridge)
         for model in bridge.model_names:
-            self.residency.predict(model)
-            self.residency.keep(model, settings.keep_alive_of(name))
+            if not self._elsewhere:
+                bridge.home(model).predict(model)
+                bridge.home(model).keep(model, settings.keep_alive_of(name))
             bridge.reader(model)
         return bridge
 
+    @property
+    def local(self) -> LocalModels:
+        """The models, where they are in this process."""
+        assert isinstance(self.models, LocalModels)
+        return self.models
+
     async def start(self) -> None:
-        """Start the batchers and warm up in the background; ``ready`` turns true when every bridge has answered."""
-        for name, bridge in self.bridges.items():
-            self._encoders[name] = Batcher(
-                partial(self._encode, bridge),
-                max_batch=self.settings.max_batch,
-                max_batch_tokens=self.settings.batch_tokens,
-                cost=lambda source: len(source.ids),
-                admission=self.admission,
-                is_out_of_memory=is_out_of_memory,
-                free_caches=free_caches,
-            )
-            self._tasks.append(asyncio.create_task(self._encoders[name].serve()))
-        self._tasks += [asyncio.create_task(self._warm_up()), asyncio.create_task(self._sweep())]
+        """Start, and warm up in the background; ``ready`` turns true when every bridge has answered."""
+        await self.models.start()
+        if not self._elsewhere:
+            self._warming = asyncio.create_task(self._warm_up())
 
     async def drain(self) -> None:
         """Take no more requests, and wait until those accepted are answered, ``drain_timeout`` at most."""
@@ -140,12 +120,10 @@ class Runtime:
 
     async def stop(self) -> None:
         """Stop everything; whoever still waits gets an error."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.scorers.close()
-        await self.engines.close()
-        await asyncio.to_thread(self._device.shutdown)
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
+        await self.models.stop()
         await asyncio.to_thread(self._lanes.close)
         for store in {self.cache, self.store}:
             await store.close()
@@ -194,11 +172,7 @@ class Runtime:
                 return bridge.tokenize(row.text, truncate=row.truncate)
 
         sources = await self._lanes.each(tokenize, rows, lambda row: len(row.text))
-        read: list[int] = []
-        try:
-            return await self._encoders[bridge.name].submit(sources, lambda source: read.append(len(source.ids)))
-        finally:
-            on_cost(sum(read))
+        return await self.models.encode(bridge, sources, on_cost)
 
     async def compose(self, bridge: Bridge, receiver: str, requests: Sequence[GenerationRequest]) -> list[Row]:
         """The receiver's inputs (InvalidRequest where one has no room)."""
@@ -222,26 +196,26 @@ class Runtime:
         where an error is raised. Cancelled, requests that still run are cancelled too.
         """
         rows = await self.compose(bridge, receiver, requests)
-        async with self.engines.lend(receiver, bridge.check) as engine:
-            in_flight = InFlightRequest(engine, bridge, receiver, rows, requests, on_piece)
-            try:
-                return await in_flight.result()
-            finally:
-                on_cost([row.slots.count(TEXT) for row in rows], in_flight.generated_tokens)
+        asked = [
+            Asked(row, latent_of(request.source), request.params) for row, request in zip(rows, requests, strict=True)
+        ]
+        read = [row.slots.count(TEXT) for row in rows]
+        return await self.models.generate(
+            bridge, receiver, asked, on_piece, lambda generated_tokens: on_cost(read, generated_tokens)
+        )
 
-    async def _encode(self, bridge: Bridge, sources: Sequence[SourceTokens]) -> list[Encoded]:
-        def run() -> list[Encoded]:
-            with self.residency.use(bridge.sender, self.settings.load_wait) as sender:
-                bridge.check(sender)
-                self.admission.progress()  # a large model loads for minutes; that is no stall
-                with peak_bytes(self.residency.device) as peak:
-                    encoded = engine.encode(bridge.model, sender, sources)
-                self.residency.note_activation(bridge.sender, peak.bytes)
-                return encoded
-
-        self.metrics.batch_rows.labels("encode").observe(len(sources))
-        with self.metrics.device_seconds.labels("encode").time():
-            return await asyncio.get_running_loop().run_in_executor(self._device, run)
+    async def score(
+        self,
+        bridge: Bridge,
+        receiver: str,
+        questions: Sequence[ScoreQuestion],
+        on_cost: Callable[[int], None] = lambda tokens: None,
+    ) -> list[list[Continuation]]:
+        """Score the choices of questions (``on_cost`` as of ``encode``)."""
+        items = await self._lanes.each(
+            lambda question: question.item(bridge, receiver), questions, lambda question: question.characters
+        )
+        return await self.models.score(bridge, receiver, items, on_cost)
 
     async def _warm_up(self) -> None:
         try:
@@ -250,36 +224,13 @@ class Runtime:
                 for receiver in bridge.receivers:
                     request = GenerationRequest(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
                     await self.generate(bridge, receiver, [request])
-            self.ready = True
+            self.local.ready = True
         except LatentWireError as error:
             log.error("warming up failed: %s", error)
-            self.failure = str(error)
+            self.local.failure = str(error)
         except Exception as error:
             log.exception("warming up failed")
-            self.failure = first_line(error)
-
-    async def _sweep(self) -> None:
-        """Let models go whose time is over."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            await asyncio.to_thread(self.residency.sweep)
-
-    def _note_step(self, rows: int, seconds: float) -> None:
-        self.metrics.batch_rows.labels("generate").observe(rows)
-        self.metrics.device_seconds.labels("generate").observe(seconds)
-
-    def _died(self) -> None:
-        self.dead = self.failure = "the generation engine died"
-        self.on_death()
-
-    @property
-    def stalled(self) -> bool:
-        """Work is there, no model is being loaded, and nothing has moved for ``stall_timeout`` seconds."""
-        if self.residency.loading is not None:
-            return False
-        latest = [self.admission.last_progress] if self.admission.waiting + self.admission.running else []
-        latest += [engine.last_step for engine in self.engines.all() if engine.running]
-        return any(time.monotonic() - at > self.settings.stall_timeout for at in latest)
+            self.local.failure = first_line(error)
 
 
 def _budgets(settings: Settings) -> dict[Kind, int]:

@@ -23,9 +23,8 @@ from latentwire.bridge.scoring import Continuation, score_from_latents, shared
 from latentwire.bridge.sources import Given, characters_in, latent_of
 from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.batching import Batcher
-from latentwire.service.inference.lanes import Lanes
-from latentwire.service.metrics import Metrics
-from latentwire.service.settings import Settings
+from latentwire.service.metrics import ModelMetrics
+from latentwire.service.settings import Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +36,11 @@ class ScoreQuestion:
     choices: Sequence[str]
     end: bool
 
+    def item(self, bridge: Bridge, receiver: str) -> "ScoreItem":
+        """As its receiver reads it (InvalidRequest: no room, or an empty choice)."""
+        rows = bridge.continue_with(receiver, self.source, self.prompt, self.choices, end=self.end)
+        return ScoreItem(latent_of(self.source), rows)
+
     @property
     def characters(self) -> int:
         """Length of all that is tokenised: the prompt goes before each choice."""
@@ -46,7 +50,7 @@ class ScoreQuestion:
 
 
 @dataclass(frozen=True, eq=False)
-class _Item:
+class ScoreItem:
     """A question as its receiver reads it: a row for each choice."""
 
     latent: NDArray[np.float32] | None
@@ -63,32 +67,21 @@ class Scorers:
     """See the module."""
 
     def __init__(
-        self, residency: Residency, lanes: Lanes, admission: Admission, metrics: Metrics, settings: Settings
+        self, residency: Residency, admission: Admission, measures: ModelMetrics, sizes: Sizes, load_wait: float
     ) -> None:
-        self._residency, self._lanes, self._admission = residency, lanes, admission
-        self._metrics, self._settings = metrics, settings
+        self._residency, self._admission, self._measures = residency, admission, measures
+        self._sizes, self._load_wait = sizes, load_wait
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
-        self._queues: dict[tuple[str, str], Batcher[_Item, list[Continuation]]] = {}
+        self._queues: dict[tuple[str, str], Batcher[ScoreItem, list[Continuation]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def score(
-        self,
-        bridge: Bridge,
-        receiver: str,
-        questions: Sequence[ScoreQuestion],
-        on_cost: Callable[[int], None] = lambda tokens: None,
+        self, bridge: Bridge, receiver: str, items: Sequence[ScoreItem], on_cost: Callable[[int], None]
     ) -> list[list[Continuation]]:
-        """Score the choices of questions, with those of other requests.
+        """Score the choices of inputs, with those of other requests.
 
         ``on_cost`` is called at the end, also where an error is raised, with the tokens that reached the receiver.
         """
-
-        def composed(question: ScoreQuestion) -> _Item:
-            given = question.source
-            rows = bridge.continue_with(receiver, given, question.prompt, question.choices, end=question.end)
-            return _Item(latent_of(given), rows)
-
-        items = await self._lanes.each(composed, questions, lambda question: question.characters)
         read: list[int] = []
         try:
             return await self._queue(bridge, receiver).submit(items, lambda item: read.append(item.tokens))
@@ -102,13 +95,13 @@ class Scorers:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._thread.shutdown)
 
-    def _queue(self, bridge: Bridge, receiver: str) -> Batcher[_Item, list[Continuation]]:
+    def _queue(self, bridge: Bridge, receiver: str) -> Batcher[ScoreItem, list[Continuation]]:
         key = (bridge.name, receiver)
         if key not in self._queues:
             self._queues[key] = Batcher(
                 partial(self._run, bridge, receiver),
-                max_batch=self._settings.max_batch,
-                max_batch_tokens=self._settings.batch_tokens,
+                max_batch=self._sizes.max_batch,
+                max_batch_tokens=self._sizes.batch_tokens,
                 cost=lambda item: item.tokens,
                 admission=self._admission,
                 is_out_of_memory=is_out_of_memory,
@@ -117,14 +110,13 @@ class Scorers:
             self._tasks.append(asyncio.create_task(self._queues[key].serve()))
         return self._queues[key]
 
-    async def _run(self, bridge: Bridge, receiver: str, items: Sequence[_Item]) -> list[list[Continuation]]:
+    async def _run(self, bridge: Bridge, receiver: str, items: Sequence[ScoreItem]) -> list[list[Continuation]]:
         def run() -> list[list[Continuation]]:
-            with self._residency.use(receiver, self._settings.load_wait) as lm:
+            with self._residency.use(receiver, self._load_wait) as lm:
                 bridge.check(lm)
                 self._admission.progress()  # a large model loads for minutes; that is no stall
                 latents = [item.latent for item in items]
                 return score_from_latents(bridge.model, receiver, lm, latents, [item.rows for item in items])
 
-        self._metrics.batch_rows.labels("score").observe(len(items))
-        with self._metrics.device_seconds.labels("score").time():
+        with self._measures.batch("score", len(items)):
             return await asyncio.get_running_loop().run_in_executor(self._thread, run)

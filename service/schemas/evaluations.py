@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from latentwire.service.schemas.inference import FAIL_FAST, Strict
 
@@ -72,3 +72,6 @@ class Record(EvaluationOut):
     def shown(self) -> EvaluationOut:
         """What its tenant sees of it."""
         return EvaluationOut(**self.model_dump(include=set(EvaluationOut.model_fields)))
+
+
+RECORDS = TypeAdapter(list[Record])

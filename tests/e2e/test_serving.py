@@ -102,7 +102,7 @@ def test_a_service_that_is_told_to_end_while_it_starts_ends_with_code_0_and_leav
         main()
     """
     command = [sys.executable, "-c", textwrap.dedent(code), "serve", "--bridge", f"tiny={checkpoint}", "--port", "0"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "LW_FRONTENDS": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=READY_SECONDS)
     assert (done.returncode, done.stderr) == (0, "") and "listens on" in done.stdout
     assert not list(tmp_path.glob("latentwire*"))
@@ -164,7 +164,8 @@ def test_an_engine_that_dies_ends_the_process_with_an_error_for_its_supervisor(s
 
         continuous.choose = broken
         main()
-        """
+        """,
+        LW_FRONTENDS="0",
     )
     assert httpx.post(f"{url}/generate", json=ASK).status_code == 200
     assert httpx.post(f"{url}/generate", json={**ASK, "temperature": 1.0}).status_code == 500

@@ -2,23 +2,26 @@
 
 import json
 import random
+import resource
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 from transformers.generation.continuous_batching.requests import logger
 
 from latentwire.bridge import detokenise
@@ -33,7 +36,7 @@ from latentwire.bridge.errors import (
     NotReady,
     Overloaded,
 )
-from latentwire.bridge.generation import continuous, softids
+from latentwire.bridge.generation import continuous, room, softids
 from latentwire.bridge.generation import output as answer
 from latentwire.bridge.generation.base import Engine, Running, Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
@@ -252,6 +255,35 @@ def test_a_cancelled_request_frees_its_blocks_and_calls_nobody(
     assert made.blocks_in_use == 0 and long.ends == 0 and made.running == 0
 
 
+def test_the_use_of_the_cache_is_what_running_requests_take_and_shared_blocks_count_once(
+    lms: dict[str, FrozenLM], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, kv_tokens=1024)
+    assert (made.kv_tokens, made.kv_tokens_used) == (1024, 0)
+    row, drawn = shared_prefix(lm)
+    same = Soft("latent", lambda: drawn)
+    Asked(made, row, SamplingParams(4), same).answer()
+    real, both, go_on = lm.model.forward, threading.Event(), threading.Event()
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        if made.running == 2 and made.blocks_in_use == 6:
+            both.set()
+            go_on.wait(PATIENCE)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lm.model, "forward", held)
+    asked = [Asked(made, row, SamplingParams(12, 1.0, seed=seed), same) for seed in range(2)]
+    assert both.wait(PATIENCE)
+    used = made.kv_tokens_used
+    go_on.set()
+    for one in asked:
+        one.answer()
+    assert used == 4 * PAGE_TOKENS  # two pages of soft tokens for both, and for each one of its own
+    Asked(made, row, SamplingParams(2), same).answer()  # a step later
+    assert made.kv_tokens_used == 0
+
+
 def test_more_requests_than_the_cache_holds_all_get_their_answer(
     lms: dict[str, FrozenLM], opened: Callable[..., Engine]
 ) -> None:
@@ -355,6 +387,78 @@ def test_out_of_memory_halves_the_steps_and_every_request_goes_on_where_it_was(
         fails(patch, lm.model, "forward", OUT, times=2, after=3)
         holds_out(made, lms["llama"])
     assert made.out_of_memory == 2 and made.max_rows == 1
+
+
+@contextmanager
+def memory_of(more_bytes: int) -> Iterator[None]:
+    """This process may take so much more memory, and what would take it beyond fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + more_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
+def test_a_cache_that_memory_is_too_small_for_gives_way_and_the_rows_do_not(
+    lms: dict[str, FrozenLM], opened: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    lm, asked = lms["llama"], 1 << 20
+    with memory_of(200 << 20):
+        made = opened(ContinuousEngine, lm, max_rows=4, kv_tokens=asked)
+    holds_out(made, lm)
+    held = made._manager.batch_processor.cache.num_blocks * PAGE_TOKENS
+    assert 10_000 < held < asked and made.soft_ids._table.shape[0] == int(made._kv_tokens * continuous.SOFT_ROWS)
+    assert made.max_rows == 4 and made.out_of_memory == 0
+    assert f"a key/value cache of {made._kv_tokens} tokens, not of {asked} (" in caplog.text
+
+
+def test_a_cache_that_memory_would_never_hold_is_refused_by_the_library_and_gives_way_too(
+    lms: dict[str, FrozenLM], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    monkeypatch.setattr(PagedAttentionMemoryHandler, "get_available_memory", lambda self: lm.kv_bytes(4096))
+    made = opened(ContinuousEngine, lm, max_rows=4, kv_tokens=1 << 20, step_tokens=32)
+    assert made.max_rows == 4 and 256 <= made._kv_tokens < 4096
+    holds_out(made, lm)
+
+
+def test_a_model_keeps_its_attention_where_no_cache_could_be_made(
+    lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    found = lm.model.config._attn_implementation
+    lm.model.set_attn_implementation("eager")
+    try:
+        monkeypatch.setattr(PagedAttentionMemoryHandler, "get_available_memory", lambda self: 0)
+        with pytest.raises(MemoryError):
+            ContinuousEngine(lm)
+        assert lm.model.config._attn_implementation == "eager"
+        assert alone(lm, 0, SamplingParams(4)).token_count == 4
+    finally:
+        lm.model.set_attn_implementation(found)
+
+
+def test_a_request_for_which_the_cache_has_become_too_small_is_told_so(
+    lms: dict[str, FrozenLM], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, max_rows=4, kv_tokens=512)
+    real = PagedAttentionMemoryHandler._check_footprint
+
+    def small(self: Any, step_tokens: int, sectors: int) -> Any:
+        if sectors * self.tokens_per_sector > 100:
+            raise MemoryError("another process took it")
+        return real(self, step_tokens, sectors)
+
+    monkeypatch.setattr(room, "SMALLEST_KV_TOKENS", 64)
+    monkeypatch.setattr(PagedAttentionMemoryHandler, "_check_footprint", small)
+    fails(monkeypatch, lm.model, "forward", OUT, times=1, after=1)
+    long, short = ask(made, [0, 1], [SamplingParams(200), SamplingParams(4)])
+    with pytest.raises(InsufficientMemory, match="the key/value cache has become too small for it"):
+        long.answer()
+    assert told(short.answer()) == told(alone(lm, 1, SamplingParams(4)))
 
 
 def test_out_of_memory_splits_a_padded_batch(

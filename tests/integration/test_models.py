@@ -1,5 +1,6 @@
 """Frozen models of five families: what is read, what is not run, and which one it is."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,12 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
 
 from latentwire.bridge.checkpoint import check_identity
 from latentwire.bridge.engine import generate
 from latentwire.bridge.errors import IncompatibleBridge, InvalidRequest, ModelUnavailable
-from latentwire.bridge.models import FrozenLM, fingerprint_of, hidden_states, load_model, pad_sources, predicted_bytes
+from latentwire.bridge.models import (
+    FrozenLM,
+    fingerprint_of,
+    hidden_states,
+    load_model,
+    pad_sources,
+    pass_bytes,
+    predicted_bytes,
+)
 from latentwire.bridge.prompt import compose, layout_for
 from latentwire.bridge.reader import SourceTokens, text_ids, tokenize_source
 from latentwire.bridge.sampling import SamplingParams
@@ -182,6 +191,58 @@ def test_a_changed_file_changes_its_part_of_the_fingerprint(
     have, want = getattr(after, part), getattr(before, part)
     with pytest.raises(IncompatibleBridge, match=rf"sender .* whose {part} is {want}; this one's is {have}"):
         check_identity(ref, after, "sender")
+
+
+def in_the_hubs_cache(folder: Path, root: Path) -> Path:
+    """A model folder as the Hub's client keeps it: large files under their digests, and links by their names."""
+    blobs, snapshot = root / "models--org--tiny" / "blobs", root / "models--org--tiny" / "snapshots" / ("0" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        large = file.suffix == ".safetensors"
+        digest = hashlib.new("sha256" if large else "sha1", file.read_bytes()).hexdigest()
+        shutil.copy(file, blobs / digest)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / digest)
+    return snapshot
+
+
+def test_weights_in_the_hubs_cache_are_known_by_the_name_it_gives_them_and_have_the_same_fingerprint(
+    folder: Path, tmp_path: Path
+) -> None:
+    cached = in_the_hubs_cache(folder, tmp_path / "hub")
+    assert fingerprint_of(str(cached)) == fingerprint_of(str(folder)) == load_model(str(cached)).fingerprint
+    flip_a_weight(folder)
+    (cached / "model.safetensors").resolve().write_bytes((folder / "model.safetensors").read_bytes())
+    assert fingerprint_of(str(cached)) != fingerprint_of(str(folder))  # nobody reads them to know which they are
+    (tmp_path / "hub/models--org--tiny").rename(tmp_path / "hub/copied")
+    elsewhere = tmp_path / "hub/copied/snapshots" / cached.name
+    assert fingerprint_of(str(elsewhere)) == fingerprint_of(str(folder))  # a name proves nothing elsewhere
+
+
+def test_what_a_pass_takes_beside_the_weights_follows_tokens_dtype_and_the_widest_block(
+    model_folders: dict[str, Path], folder: Path
+) -> None:
+    def of(folder: Path) -> int:
+        return pass_bytes(str(folder), 100, torch.float32)
+
+    for one in model_folders.values():
+        assert of(one) == 10 * pass_bytes(str(one), 10, torch.float32) == 2 * pass_bytes(str(one), 100, torch.bfloat16)
+    hidden = load_model(str(folder)).width
+    edit_json("config.json", intermediate_size=1000)(folder)
+    assert of(folder) == 100 * (10 * hidden + 4 * 1000) * 4
+
+
+def test_weights_are_read_straight_onto_an_accelerator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = AutoModelForCausalLM.from_pretrained, list[object]()
+
+    def watched(*args: object, **named: object) -> object:
+        asked.append(named["device_map"])
+        return real(*args, **named)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    assert load_model(str(folder), device=torch.device("meta")).model.device == torch.device("meta")
+    load_model(str(folder), device=torch.device("cpu"))
+    assert asked == [{"": torch.device("meta")}, None]
 
 
 def test_dtype_and_library_version_are_no_identity(folder: Path) -> None:

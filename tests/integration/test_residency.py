@@ -20,9 +20,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latentwire.bridge.errors import InsufficientMemory, InvalidRequest, ModelInUse, ModelUnavailable
-from latentwire.bridge.memory import budget_bytes, device_bytes
+from latentwire.bridge.memory import budget_bytes, device_bytes, free_bytes
 from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
-from latentwire.bridge.residency import Residency
+from latentwire.bridge.residency import FREE_SHARE, Residency
 from tests.conftest import byte_tokenizer, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -417,6 +417,20 @@ def test_what_is_attached_counts_makes_room_and_is_closed_before_the_model_goes(
     assert state is not None and (state.bytes, state.attached_bytes) == (size(sender), size(third) - 1)
     touch(residency, receiver, third)
     assert closed == [True] and there() is None and set(residency.resident()) == {receiver, third}
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 50])
+def test_no_more_can_be_attached_than_the_device_has_free_and_idle_models_would_free(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch, budget: int | None
+) -> None:
+    sender, receiver = pair
+    residency = Residency(budget, device=CPU)
+    assert 0 < free_bytes(CPU) <= device_bytes(CPU)
+    monkeypatch.setattr("latentwire.bridge.residency.free_bytes", lambda device: 1000)
+    with residency.use(sender):
+        assert residency.room(sender) == int(FREE_SHARE * 1000)
+        touch(residency, receiver)
+        assert residency.room(sender) == int(FREE_SHARE * (1000 + size(receiver)))
 
 
 def test_something_attached_that_cannot_be_closed_does_not_keep_the_model(

@@ -15,6 +15,7 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.context import open_context
 from latentwire.bridge.models import FrozenLM
 from latentwire.service.__main__ import main
+from latentwire.service.inference.models import residencies
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.settings import Settings
 from latentwire.training.config import TrainConfig
@@ -203,6 +204,7 @@ def test_a_command_that_does_not_get_its_gpu_ends_in_one_line(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LW_DEVICE", "cuda")  # serve has no flag
+    monkeypatch.setenv("LW_FRONTENDS", "0")  # nothing is to fork in here
     out = ["--out", str(tmp_path / "run")] if command[0] == "train" else []
     monkeypatch.setattr("sys.argv", ["latentwire", *command, *out])
     with pytest.raises(SystemExit) as caught:
@@ -221,3 +223,27 @@ def test_an_evaluation_computes_in_what_it_is_told(tmp_path: Path) -> None:
     for word in ({"device": "gpu"}, {"precision": "half"}):
         with pytest.raises(InvalidRequest, match="expected"):
             open_context("builtin", "world", **word, **where)  # type: ignore[arg-type]
+
+
+def test_each_half_has_the_device_it_is_given_and_a_budget_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentwire.service.inference.models.device_named", lambda name: torch.device(name or "cuda"))
+    told = {"memory_budget": "24GB", "dtype": "bf16"}
+
+    def devices(**said: str) -> tuple[bool, list[str]]:
+        senders, receivers = residencies(Settings(**told, **said))
+        assert (senders.budget_bytes, receivers.budget_bytes) == (24 * 10**9,) * 2
+        return senders is receivers, [str(senders.device), str(receivers.device)]
+
+    assert devices() == (True, ["cuda", "cuda"])
+    assert devices(device="cuda:1") == (True, ["cuda:1", "cuda:1"])
+    assert devices(sender_device="cuda:0") == (True, ["cuda", "cuda"])
+    assert devices(sender_device="cuda:0", receiver_device="cuda:1") == (False, ["cuda:0", "cuda:1"])
+    assert devices(device="cuda:1", sender_device="cpu") == (False, ["cpu", "cuda:1"])
+    assert devices(device="cuda:1", receiver_device="cuda:2") == (False, ["cuda:1", "cuda:2"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("half", ["sender_device", "receiver_device"])
+def test_a_half_whose_device_is_not_there_stops_the_start(checkpoint: Path, half: str) -> None:
+    with pytest.raises(InvalidRequest, match="device 'cuda:1' was asked for, but"):
+        Runtime(Settings(device="cpu", **{half: "cuda:1"}), {"tiny": str(checkpoint)})

@@ -8,21 +8,18 @@ import numpy as np
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import load_bridge
 from latentwire.bridge.residency import Residency
-from latentwire.bridge.sampling import SamplingParams
-from latentwire.service.inference.request import GenerationRequest, soft_tokens_of
+from latentwire.service.inference.request import soft_tokens_of
 
 
 def test_two_checkpoints_with_one_encoder_and_different_heads_share_no_soft_tokens() -> None:
     manifest, bridge = load_bridge("builtin")
     receiver, lm = next(iter(manifest.heads)), None
-    request = GenerationRequest(
-        np.ones((2, manifest.bridge.encoder.latent_dim), np.float32), "Where?", SamplingParams()
-    )
+    latent = np.ones((2, manifest.bridge.encoder.latent_dim), np.float32)
     other = replace(manifest, heads={receiver: replace(manifest.heads[receiver], sha256="0" * 64)})
 
     def key(of: Any) -> Any:
         served = Bridge("b", of, bridge, Residency())
-        soft = soft_tokens_of(served, receiver, lm, request)  # type: ignore[arg-type]
+        soft = soft_tokens_of(served, receiver, lm, latent)  # type: ignore[arg-type]
         assert soft is not None
         return soft.key
 

@@ -1,9 +1,10 @@
 """What an operator may rely on when setting ``LW_*`` variables."""
 
 import pytest
+import torch
 from pydantic import ValidationError
 
-from latentwire.service.settings import Settings, service_links
+from latentwire.service.settings import Settings, Sizes, service_links
 
 
 def test_the_defaults_are_valid_and_local() -> None:
@@ -50,6 +51,21 @@ def test_a_wrong_value_stops_the_start_and_is_named(monkeypatch: pytest.MonkeyPa
     (error,) = caught.value.errors()
     assert error["loc"] == (name.lower(),)
     assert error["input"] == value
+
+
+def test_how_much_is_done_at_once_follows_the_device_where_the_operator_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Settings().sizes(torch.device("cpu")) == Sizes(32, 16_384, 512, None, 0.0)
+    for device in ("cuda:1", "xpu", "mps"):
+        assert Settings().sizes(torch.device(device)) == Sizes(256, 32_768, 2_048, "0.9", 0.8)
+    monkeypatch.setenv("LW_MAX_BATCH", "7")
+    monkeypatch.setenv("LW_BATCH_TOKENS", "1000")
+    monkeypatch.setenv("LW_STEP_TOKENS", "99")
+    monkeypatch.setenv("LW_MEMORY_BUDGET", "24GB")
+    for device in ("cpu", "cuda"):
+        said = Settings().sizes(torch.device(device))
+        assert (said.max_batch, said.batch_tokens, said.step_tokens, said.memory_budget) == (7, 1000, 99, "24GB")
 
 
 def test_misspelt_variables_stop_the_start_and_all_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

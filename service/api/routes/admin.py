@@ -1,7 +1,5 @@
 """``/admin``: which bridges are in memory, and which stay there."""
 
-import asyncio
-
 from fastapi import APIRouter, Request
 
 from latentwire.service.api.routes.status import describe
@@ -16,10 +14,8 @@ async def load(name: str, request: Request) -> BridgeOut:
     """Bring the bridge's models into memory, one after the other, where they fit together."""
     runtime: Runtime = request.app.state.runtime
     bridge = runtime.find(name)
-    for model in bridge.model_names:
-        await runtime.engines.acquire(model)
-        runtime.residency.release(model)
-    return describe(runtime, bridge)
+    await runtime.models.load(bridge)
+    return await describe(runtime, bridge)
 
 
 @router.post("/unload")
@@ -27,10 +23,8 @@ async def unload(name: str, request: Request) -> Unloaded:
     """Drop the bridge's models now, pinned or not; 409 while one is in use. The next request loads them again."""
     runtime: Runtime = request.app.state.runtime
     bridge = runtime.find(name)
-    freed = 0
-    for model in bridge.model_names:
-        freed += await asyncio.to_thread(runtime.residency.unload, model)
-    return Unloaded(**describe(runtime, bridge).model_dump(), freed_bytes=freed)
+    freed = await runtime.models.unload(bridge)
+    return Unloaded(**(await describe(runtime, bridge)).model_dump(), freed_bytes=freed)
 
 
 @router.post("/pin")
@@ -38,9 +32,8 @@ async def pin(name: str, request: Request) -> BridgeOut:
     """Keep the bridge's models in memory, whoever needs their room."""
     runtime: Runtime = request.app.state.runtime
     bridge = runtime.find(name)
-    for model in bridge.model_names:
-        runtime.residency.pin(model)
-    return describe(runtime, bridge)
+    await runtime.models.pin(bridge, True)
+    return await describe(runtime, bridge)
 
 
 @router.post("/unpin")
@@ -48,6 +41,5 @@ async def unpin(name: str, request: Request) -> BridgeOut:
     """Let the bridge's models leave again when others need their room."""
     runtime: Runtime = request.app.state.runtime
     bridge = runtime.find(name)
-    for model in bridge.model_names:
-        runtime.residency.unpin(model)
-    return describe(runtime, bridge)
+    await runtime.models.pin(bridge, False)
+    return await describe(runtime, bridge)

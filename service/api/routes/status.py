@@ -16,23 +16,23 @@ router = APIRouter(tags=["status"])
 async def bridges(request: Request) -> BridgeList:
     """Every bridge that is served."""
     runtime: Runtime = request.app.state.runtime
-    return BridgeList(bridges=[describe(runtime, bridge) for bridge in runtime.bridges.values()])
+    return BridgeList(bridges=[await describe(runtime, bridge) for bridge in runtime.bridges.values()])
 
 
 @router.get("/bridges/{name}")
 async def bridge(name: str, request: Request) -> BridgeOut:
     """One bridge."""
     runtime: Runtime = request.app.state.runtime
-    return describe(runtime, runtime.find(name))
+    return await describe(runtime, runtime.find(name))
 
 
 @router.get("/health/live")
 async def live(request: Request) -> Health:
     """Whether the process makes progress: 503 when there is work and no step was made for long. Busy is fine."""
     runtime: Runtime = request.app.state.runtime
-    if runtime.dead is not None:
-        raise NotReady(runtime.dead)
-    if runtime.stalled:
+    if runtime.models.dead is not None:
+        raise NotReady(runtime.models.dead)
+    if runtime.models.stalled:
         raise NotReady(f"no step was made for {runtime.settings.stall_timeout:g} s although there is work")
     return Health()
 
@@ -42,9 +42,9 @@ async def ready(request: Request) -> Health:
     """Whether every bridge has been loaded and has answered once."""
     runtime: Runtime = request.app.state.runtime
     runtime.check_open()
-    if runtime.failure is not None:
-        raise NotReady(runtime.failure)
-    if not runtime.ready:
+    if runtime.models.failure is not None:
+        raise NotReady(runtime.models.failure)
+    if not runtime.models.ready:
         raise NotReady("the bridges are still loading")
     return Health()
 
@@ -55,15 +55,16 @@ async def ready(request: Request) -> Health:
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     runtime: Runtime = request.app.state.runtime
-    return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    text = generate_latest(runtime.metrics.registry) + await runtime.models.metrics()
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
+async def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
     """A bridge as callers see it."""
     config = bridge.manifest.bridge
     heads = config.heads.items()
     runs = [*config.earlier, config.provenance, *(head.provenance for _, head in heads if head.provenance)]
-    residents = {name: runtime.residency.find(name) for name in bridge.model_names}
+    memory = await runtime.models.in_memory()
     return BridgeOut(
         name=bridge.name,
         bridge_id=bridge.manifest.bridge_id,
@@ -79,10 +80,10 @@ def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
         chat=config.heads[bridge.receiver(None)].layout.chat is not None,
         task=config.provenance.task,
         steps=sum(run.steps for run in runs),
-        loaded={name: resident.bytes for name, resident in residents.items() if resident is not None},
-        engines={name: runtime.engines.kind(name) for name in config.heads},
+        loaded={name: memory.bytes[name] for name in bridge.model_names if name in memory.bytes},
+        engines={name: memory.engines.get(name) for name in config.heads},
         sources_per_example={name: _most_sources(head.provenance or config.provenance) for name, head in heads},
-        pinned=all(runtime.residency.is_pinned(name) for name in bridge.model_names),
+        pinned=set(bridge.model_names) <= set(memory.pinned),
         keep_alive_seconds=runtime.settings.keep_alive_of(bridge.name),
     )
 

@@ -60,7 +60,7 @@ def read(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What receivers are given to read, soft tokens as ``[]``."""
     seen: list[str] = []
     app: Any = client.app
-    for engine in app.state.runtime.engines.all():
+    for engine in app.state.runtime.models.engines.all():
         submit = engine.submit
 
         def noted(row: Any, *rest: Any, submit: Any = submit, lm: Any = engine.lm) -> Any:

@@ -58,7 +58,7 @@ def port(app: FastAPI) -> Iterator[int]:
 @pytest.fixture
 def slow(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every answer takes its time."""
-    (engine,) = app.state.runtime.engines.all()
+    (engine,) = app.state.runtime.models.engines.all()
     forward = engine.lm.model.forward
     pauses = iter([SLOW_SECONDS])
 
@@ -369,7 +369,7 @@ def test_behind_a_proxy_a_half_closed_connection_is_answered_or_ended_and_no_int
 def test_the_work_of_a_caller_who_leaves_a_proxy_is_let_go(
     app: FastAPI, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
-    (engine,) = app.state.runtime.engines.all()
+    (engine,) = app.state.runtime.models.engines.all()
     forward, opened = engine.lm.model.forward, threading.Event()
     monkeypatch.setattr(engine.lm.model, "forward", lambda *a, **k: opened.wait(HELD_SECONDS) and forward(*a, **k))
     try:

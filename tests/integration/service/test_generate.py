@@ -220,7 +220,7 @@ def test_a_crash_of_the_receivers_engine_fails_its_requests_and_ends_the_service
     client, died = start(), Event()
     runtime = client.app.state.runtime  # type: ignore[attr-defined]
     runtime.on_death = died.set
-    (made,) = runtime.engines.all()
+    (made,) = runtime.models.engines.all()
 
     def crash(**_: Any) -> Any:
         raise RuntimeError("secret of the device")
@@ -391,7 +391,7 @@ def test_a_request_that_takes_too_long_gets_504_and_the_next_works(
 def test_models_that_do_not_fit_together_take_turns(start: Start, client: TestClient) -> None:
     sizes = client.get("/bridges").json()["bridges"][0]["loaded"]
     budget = max(sizes.values())  # and a small cache
-    (lm,) = (made.lm for made in client.app.state.runtime.engines.all())  # type: ignore[attr-defined]
+    (lm,) = (made.lm for made in client.app.state.runtime.models.engines.all())  # type: ignore[attr-defined]
     small = start(Settings(memory_budget=budget + 256 * token_bytes(lm)))
     history = small.app.state.runtime.residency.history  # type: ignore[attr-defined]
     assert texts(generate(small, {"text": TEXT})) == texts(generate(client, {"text": TEXT}))

@@ -53,7 +53,7 @@ def service(start: Start, tmp_path: Path, model_folders: dict[str, Path]) -> Tes
 
 def engine_of(client: TestClient) -> ContinuousEngine:
     app: Any = client.app
-    (engine,) = app.state.runtime.engines.all()
+    (engine,) = app.state.runtime.models.engines.all()
     assert isinstance(engine, ContinuousEngine)
     return engine
 

@@ -170,7 +170,7 @@ def test_rows_of_a_caller_who_left_never_reach_the_receiver_and_their_blocks_are
     runtime, hang_up = client.app.state.runtime, Event()  # type: ignore[attr-defined]
     latent = client.post("/encode", json={"inputs": ["a"]}).json()["latents"][0]["data"]
     body = {**ASK, "inputs": [{"latent": latent}]}
-    (made,) = runtime.engines.all()
+    (made,) = runtime.models.engines.all()
     gate = hold(made.lm.model, "forward")
     with ThreadPoolExecutor(1) as pool:
         staying = pool.submit(client.post, "/generate", json=body)
@@ -191,7 +191,7 @@ def test_rows_of_a_caller_who_left_never_reach_the_receiver_and_their_blocks_are
 def test_a_caller_who_leaves_a_stream_ends_its_generation(start: Start, hold: Callable[..., Gate]) -> None:
     client = start()
     runtime, hang_up = client.app.state.runtime, Event()  # type: ignore[attr-defined]
-    (made,) = runtime.engines.all()
+    (made,) = runtime.models.engines.all()
     gate = hold(made.lm.model, "forward")
     gate.opened.set()
     body = {**ASK, "max_tokens": 200, "temperature": 1.0, "stream": True, "seed": 5}
@@ -210,7 +210,7 @@ def test_the_deadline_counts_while_the_receiver_answers_too_and_the_next_request
 ) -> None:
     client = start(Settings(request_timeout=1.0))
     runtime = client.app.state.runtime  # type: ignore[attr-defined]
-    (made,) = runtime.engines.all()
+    (made,) = runtime.models.engines.all()
     gate = hold(made.lm.model, "forward")
     response = client.post("/generate", json=ASK)
     assert gate.entered.is_set()  # the sender was in time
@@ -227,7 +227,7 @@ def test_a_caller_may_wish_for_less_time_but_not_for_more(
     start: Start, hold: Callable[..., Gate], stream: bool
 ) -> None:
     client = start(Settings(request_timeout=2.0))
-    (made,) = client.app.state.runtime.engines.all()  # type: ignore[attr-defined]
+    (made,) = client.app.state.runtime.models.engines.all()  # type: ignore[attr-defined]
     gate = hold(made.lm.model, "forward")
     for wished, had in ((0.25, "0.25"), (500, "2")):
         response = client.post("/generate", json={**ASK, "timeout_seconds": wished, "stream": stream})

@@ -299,7 +299,7 @@ def test_impossible_tokens_have_a_number_too_for_json_has_no_infinity(
     address: str, app: FastAPI, path: str, body: dict[str, Any], stream: bool
 ) -> None:
     model = next(
-        e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names
+        e for e in app.state.runtime.models.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names
     )
 
     def two_are_possible(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -427,7 +427,7 @@ def test_an_error_after_the_first_chunk_reaches_the_caller(
     client: OpenAI, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = next(
-        e for e in app.state.runtime.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names
+        e for e in app.state.runtime.models.engines.all() if e.lm.name in app.state.runtime.bridges["tiny"].model_names
     )
     real, opened, calls = model.lm.model.forward, Event(), 0
 
@@ -453,7 +453,9 @@ def test_a_caller_who_closes_a_stream_ends_its_generation(client: OpenAI, app: F
     runtime = app.state.runtime
     with client.completions.create(**{**ASK, "max_tokens": 150}, stream=True, extra_body=GIVEN) as stream:
         next(stream)
-    until(lambda: runtime.admission.admitted == 0 and not any(engine.running for engine in runtime.engines.all()))
+    until(
+        lambda: runtime.admission.admitted == 0 and not any(engine.running for engine in runtime.models.engines.all())
+    )
 
 
 BOTH: dict[str, Any] = {  # what no answer could show has any value, the rest one that asks for nothing

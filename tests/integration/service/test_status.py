@@ -204,14 +204,14 @@ def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
 
     def long_without_progress() -> bool:
         runtime.admission.last_progress = time.monotonic() - runtime.settings.stall_timeout - 1
-        return bool(runtime.stalled)
+        return bool(runtime.models.stalled)
 
     def loading(*given: Any, **named: Any) -> Any:
         seen.append(("loading", long_without_progress()))
         return load(*given, **named)
 
     def working(*given: Any) -> Any:
-        seen.append(("loaded", runtime.stalled))
+        seen.append(("loaded", runtime.models.stalled))
         seen.append(("working", long_without_progress()))
         return encode(*given)
 
@@ -220,7 +220,7 @@ def test_a_model_that_is_being_loaded_is_no_stall_and_its_arrival_is_progress(
     empty(client)
     assert client.post("/encode", json={"inputs": ["read for the first time"]}).status_code == 200
     assert seen == [("loading", False), ("loaded", False), ("working", True)]
-    assert not runtime.stalled
+    assert not runtime.models.stalled
 
 
 def test_live_fails_when_work_waits_and_nothing_moves_and_only_then(client: TestClient) -> None:
@@ -284,6 +284,9 @@ def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> 
     loaded = client.get("/bridges/tiny").json()["loaded"]
     assert {key[1]: value for key, value in after.items() if key[0] == "latentwire_model_bytes"} == loaded
     assert after[("latentwire_memory_budget_bytes",)] == 0
+    (receiver,) = client.get("/bridges/tiny").json()["receivers"]
+    assert after["latentwire_kv_tokens", "room", receiver] == 8192
+    assert after["latentwire_kv_tokens", "used", receiver] == 0
 
 
 def test_warming_up_counts_no_tokens(start: Start, samples: Samples) -> None:

@@ -48,7 +48,7 @@ def listening(app: FastAPI) -> Iterator[int]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
-            until(lambda: app.state.runtime.ready, READY_SECONDS)
+            until(lambda: app.state.runtime.models.ready, READY_SECONDS)
             yield bound.getsockname()[1]
         finally:
             server.should_exit = True
@@ -76,9 +76,9 @@ def held(app: FastAPI) -> dict[str, int]:
         "requests": 0 if server is None else len(server.server_state.tasks),
         "admitted": runtime.admission.admitted,
         "waiting": runtime.admission.waiting + runtime.admission.running,
-        "running": sum(engine.running for engine in runtime.engines.all()),
-        "blocks": sum(engine.blocks_in_use for engine in runtime.engines.all()),
-        "soft": sum(engine.soft_ids.users for engine in runtime.engines.all()),
+        "running": sum(engine.running for engine in runtime.models.engines.all()),
+        "blocks": sum(engine.blocks_in_use for engine in runtime.models.engines.all()),
+        "soft": sum(engine.soft_ids.users for engine in runtime.models.engines.all()),
         "loans": sum(state.users for state in states if state is not None),
     }
 
@@ -149,7 +149,7 @@ def test_a_thousand_callers_who_leave_at_every_stage_leave_nothing_behind(app: F
     at_rest(app)
     assert ask(port).status_code == 200
     until(lambda: threading.active_count() <= before[0] + SPARE and descriptors() <= before[1] + SPARE)
-    assert app.state.runtime.dead is None and not app.state.runtime.stalled
+    assert app.state.runtime.models.dead is None and not app.state.runtime.models.stalled
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -181,7 +181,7 @@ def test_a_caller_who_closes_the_connection_is_told_from_one_who_shuts_half_of_i
     app: FastAPI, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While no token comes, so that no answer could tell."""
-    (engine,) = app.state.runtime.engines.all()
+    (engine,) = app.state.runtime.models.engines.all()
     forward, opened = engine.lm.model.forward, threading.Event()
     monkeypatch.setattr(engine.lm.model, "forward", lambda *a, **k: opened.wait(HELD_SECONDS) and forward(*a, **k))
     try:
@@ -279,7 +279,7 @@ def faulty(checkpoint: Path) -> Iterator[TestClient]:
     """A service with its cache, so that the store is asked too."""
     app = create_app(Settings(), {"tiny": str(checkpoint)})
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
-        until(lambda: app.state.runtime.ready, READY_SECONDS)
+        until(lambda: app.state.runtime.models.ready, READY_SECONDS)
         yield client
 
 

@@ -1,0 +1,1 @@
+"""A service in two processes: one answers HTTP, the other holds the models."""

@@ -1,0 +1,184 @@
+"""The process that holds the models: it does what the HTTP process asks, over a Unix socket."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable, Coroutine
+from contextlib import nullcontext, suppress
+from typing import Any
+
+from latentwire.bridge.errors import LatentWireError
+from latentwire.service.api.collector import ModelCollector
+from latentwire.service.evaluations.jobs import Jobs
+from latentwire.service.inference.runtime import Runtime
+from latentwire.service.processes.frames import (
+    QUESTIONS,
+    Answer,
+    Cancel,
+    Encode,
+    Evaluate,
+    Failure,
+    Generate,
+    Health,
+    Manage,
+    Outbox,
+    Question,
+    Said,
+    Score,
+    messages,
+    packed,
+)
+from latentwire.service.schemas.evaluations import RECORDS, EvaluationRequest
+
+log = logging.getLogger(__name__)
+
+HEALTH_SECONDS = 0.25  # between signs of life; readiness is known this late
+ENGINE_DIED = 1
+
+
+class Answering:
+    """Answers one HTTP process: each question is a task, which ends with that process."""
+
+    def __init__(self, runtime: Runtime, jobs: Jobs, outbox: Outbox) -> None:
+        self._runtime, self._jobs, self._outbox = runtime, jobs, outbox
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    def take(self, question: Question) -> None:
+        """Begin to answer, or to end."""
+        if not isinstance(question, Cancel):
+            task = self._tasks[question.id] = asyncio.create_task(self._answer(question))
+            task.add_done_callback(lambda _: self._tasks.pop(question.id))
+        elif question.id in self._tasks:
+            self._tasks[question.id].cancel()
+
+    async def close(self) -> None:
+        """Nobody waits any more."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer(self, question: Any) -> None:
+        cost: list[int] = []
+        try:
+            with self._runtime.admission.admit(rows) if (rows := _rows(question)) else nullcontext():
+                result = packed(await self._do(question, cost.append))
+            self._outbox.put(Answer(question.id, result, sum(cost) if cost else None))
+        except BaseException as error:
+            if not isinstance(error, LatentWireError | asyncio.CancelledError):
+                log.exception("a request failed")
+            self._outbox.put(Failure.of(question.id, error, sum(cost) if cost else None))
+
+    def _do(self, question: Question, on_cost: Callable[[int], None]) -> Coroutine[Any, Any, Any]:
+        models, find = self._runtime.models, self._runtime.find
+        match question:
+            case Encode(bridge=name, sources=sources):
+                return models.encode(find(name), sources, on_cost)
+            case Generate(id=id, bridge=name, receiver=receiver, asked=asked, stream=stream):
+                show = (lambda piece: self._outbox.put(Said(id, piece))) if stream else None
+                return models.generate(find(name), receiver, asked, show, on_cost)
+            case Score(bridge=name, receiver=receiver, items=items):
+                return models.score(find(name), receiver, items, on_cost)
+            case Manage(name="in_memory"):
+                return models.in_memory()
+            case Manage(name="metrics"):
+                return models.metrics()
+            case Manage(name="load", bridge=name):
+                return models.load(find(name))
+            case Manage(name="unload", bridge=name):
+                return models.unload(find(name))
+            case Manage(name=name, bridge=of):
+                return models.pin(find(of), name == "pin")
+            case Evaluate():
+                return self._evaluate(question)
+        raise AssertionError(question)
+
+    async def _evaluate(self, asked: Evaluate) -> str:
+        jobs = self._jobs
+        if asked.name == "all":
+            return RECORDS.dump_json(await jobs.all(asked.tenant)).decode()
+        if asked.name == "create":
+            body = EvaluationRequest.model_validate_json(asked.body)
+            return (await jobs.create(asked.tenant, body, asked.key)).model_dump_json()
+        return (await (jobs.find if asked.name == "find" else jobs.cancel)(asked.tenant, asked.body)).model_dump_json()
+
+
+def _rows(question: Question) -> int:
+    """Rows that a model works on; while there are any, an evaluation waits."""
+    match question:
+        case Encode():
+            return len(question.sources)
+        case Generate():
+            return len(question.asked)
+        case Score():
+            return len(question.items)
+    return 0
+
+
+def answer(runtime: Runtime, listener: socket.socket, on_ready: Callable[[], None]) -> int:
+    """Answer HTTP processes at a listening Unix socket until SIGTERM, or until an engine dies; the exit code.
+
+    ``on_ready`` is called once every bridge has answered. SIGINT is left to the process that started this one.
+    """
+    return asyncio.run(_serve(runtime, listener, on_ready))
+
+
+async def _serve(runtime: Runtime, listener: socket.socket, on_ready: Callable[[], None]) -> int:
+    loop, ended, code = asyncio.get_running_loop(), asyncio.Event(), 0
+
+    def die() -> None:
+        """From an engine's thread: those who wait have been told already."""
+        nonlocal code
+        code = ENGINE_DIED
+        loop.call_soon_threadsafe(ended.set)
+
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    runtime.on_death = die
+    models, jobs = runtime.models, Jobs(runtime)
+    registry = runtime.local.measures.registry
+    registry.register(ModelCollector(runtime, runtime.local, jobs))
+    await runtime.start()
+    jobs.start()
+    connections: set[asyncio.Task[Any]] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer: socket.socket = writer.get_extra_info("socket")
+        _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        task = asyncio.current_task()
+        if task is None or user != os.getuid():  # the address has no owner and no mode
+            writer.close()
+            return
+        connections.add(task)
+        outbox = Outbox(writer)
+        answering = Answering(runtime, jobs, outbox)
+
+        async def say_health() -> None:
+            while True:
+                outbox.put(Health(models.ready, models.failure, models.dead, models.stalled))
+                if models.ready:
+                    on_ready()
+                await asyncio.sleep(HEALTH_SECONDS)
+
+        saying = asyncio.create_task(say_health())
+        try:
+            async for question in messages(reader, QUESTIONS):
+                answering.take(question)
+        finally:
+            saying.cancel()
+            await answering.close()
+            writer.close()
+            connections.discard(task)
+
+    server = await asyncio.start_unix_server(connected, sock=listener)
+    await ended.wait()
+    server.close()
+    await jobs.stop()
+    await runtime.stop()
+    for task in connections:
+        task.cancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.gather(*connections, return_exceptions=True)
+    return code
