@@ -6,6 +6,7 @@ process of the models has taken its place.
 
 import asyncio
 import itertools
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,8 @@ from latentwire.service.processes.frames import (
 )
 from latentwire.service.schemas.evaluations import RECORDS, EvaluationRequest, Record
 
+log = logging.getLogger(__name__)
+
 Value = TypeVar("Value")
 AGAIN_SECONDS = 0.1  # between tries to reach the process of the models
 RETRY_SECONDS = 5.0  # what a caller is told to wait for a process that starts
@@ -61,7 +64,6 @@ class _Connection:
     outbox: Outbox
     calls: dict[int, _Call] = field(default_factory=dict)
     health: Health | None = None
-    heard: float = field(default_factory=time.monotonic)
 
 
 class RemoteModels:
@@ -77,6 +79,7 @@ class RemoteModels:
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._ids = itertools.count()
+        self._heard = time.monotonic()
 
     @property
     def ready(self) -> bool:
@@ -95,15 +98,12 @@ class RemoteModels:
 
     @property
     def stalled(self) -> bool:
-        """As of ``Models``; also a process that is there and has not been heard of."""
-        connection = self._connection
-        if connection is None:
-            return False
-        silent = connection.health is not None and time.monotonic() - connection.heard > self._stall_timeout
-        return silent or bool(self._health and self._health.stalled)
+        """As of ``Models``; also where nothing has been heard of the process for as long."""
+        return time.monotonic() - self._heard > self._stall_timeout or bool(self._health and self._health.stalled)
 
     async def start(self) -> None:
         """Keep a connection, from now on."""
+        self._heard = time.monotonic()
         self._task = asyncio.create_task(self._keep_connected())
 
     async def stop(self) -> None:
@@ -182,8 +182,8 @@ class RemoteModels:
         connection = self._connection
         if connection is None or connection.health is None:
             raise NotReady(AWAY, retry_after_seconds=RETRY_SECONDS)
-        call = connection.calls[question.id] = _Call(asyncio.get_running_loop().create_future(), on_piece)
         connection.outbox.put(question)
+        call = connection.calls[question.id] = _Call(asyncio.get_running_loop().create_future(), on_piece)
         try:
             await asyncio.shield(call.answer)
         except asyncio.CancelledError:
@@ -216,7 +216,10 @@ class RemoteModels:
             self._connection = connection = _Connection(Outbox(writer))
             try:
                 async for reply in messages(reader, REPLIES):
+                    self._heard = time.monotonic()
                     self._take(connection, reply)
+            except Exception:  # of an odd message: the next connection is a new start
+                log.exception("the process of the models cannot be understood")
             finally:
                 self._connection = None
                 for id, call in connection.calls.items():
@@ -227,7 +230,6 @@ class RemoteModels:
 
     @staticmethod
     def _take(connection: _Connection, reply: Reply) -> None:
-        connection.heard = time.monotonic()
         match reply:
             case Health():
                 connection.health = reply

@@ -70,6 +70,8 @@ class Supervisor:
                 return role
         while True:
             pid, status = os.wait()
+            if pid not in self._running:
+                continue  # the first process of a container inherits the orphans of others
             role, code = self._running.pop(pid), os.waitstatus_to_exitcode(status)
             if self._signals or self._stage[role][0] < READY:
                 self._end()
@@ -112,7 +114,7 @@ class Supervisor:
         for pid in self._running:
             _send(pid, signal.SIGTERM)
         while self._running:
-            del self._running[os.wait()[0]]
+            self._running.pop(os.wait()[0], None)
 
 
 def _send(pid: int, number: int) -> None:

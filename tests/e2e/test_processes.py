@@ -258,6 +258,26 @@ def test_models_that_end_before_they_were_ready_end_the_service(tmp_path: Path) 
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+def test_a_parent_that_inherits_the_orphans_of_a_container_goes_on(tmp_path: Path) -> None:
+    port = free_port()
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", INHERITING, "serve", "--port", str(port)],
+            stdout=log, stderr=log, env={**os.environ, "LW_FRONTENDS": "1"},
+        )  # fmt: skip
+    service = Service(f"http://127.0.0.1:{port}", psutil.Process(process.pid), tmp_path / "log")
+    try:
+        until(service.is_ready)
+        (orphan,) = (child for child in service.parent.children() if child.name() == "sleep")
+        orphan.kill()
+        until(lambda: not orphan.is_running())
+        assert httpx.post(f"{service.url}/generate", json=ASK).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_SECONDS) == 0
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_of_the_start_ends_all_three_with_code_0(tmp_path: Path, number: signal.Signals) -> None:
     for wait in (0.0, 0.5):
@@ -281,6 +301,13 @@ import os
 from latentwire.service.processes import answering
 from latentwire.service.__main__ import main
 answering.Answering.__init__ = lambda *parts: os.kill(os.getpid(), 9)
+main()
+"""
+INHERITING = """
+import ctypes, os
+from latentwire.service.__main__ import main
+assert ctypes.CDLL(None).prctl(36, 1) == 0  # as the first process of a container
+os.system("sleep 600 &")
 main()
 """
 AT_FORK = """
