@@ -48,6 +48,7 @@ def few_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["latentwire", *map(str, arguments)])
+    monkeypatch.setenv("LW_FRONTENDS", "0")  # a process that runs tests is not to fork
     main()
 
 
