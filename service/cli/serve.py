@@ -79,7 +79,9 @@ def serve(
             supervisor = Supervisor()
             if supervisor.run() == "models":
                 opened.close()  # a port is free when nobody answers on it any more
-                runtime = Runtime(settings.model_copy(update={"corpus_dir": None}), bridges)
+                runtime = Runtime(
+                    settings.model_copy(update=dict.fromkeys(("corpus_dir", "api_keys_file", "api_keys"))), bridges
+                )
                 supervisor.note("models", OPENED)
                 sys.exit(answer(runtime, supervisor.listener, lambda: supervisor.note("models", READY)))
             supervisor.wait_opened()

@@ -7,7 +7,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Coroutine
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import uvloop
@@ -52,7 +52,7 @@ class Answering:
         """Begin to answer, or to end."""
         if not isinstance(question, Cancel):
             task = self._tasks[question.id] = asyncio.create_task(self._answer(question))
-            task.add_done_callback(lambda _: self._tasks.pop(question.id))
+            task.add_done_callback(lambda ended: self._end(question.id, ended))
         elif question.id in self._tasks:
             self._tasks[question.id].cancel()
 
@@ -63,16 +63,28 @@ class Answering:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _end(self, id: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[id]
+        if task.cancelled():  # before its first step: it has said nothing
+            self._outbox.put(Failure.of(id, asyncio.CancelledError(), None))
+
     async def _answer(self, question: Any) -> None:
         cost: list[int] = []
+        rows, admission = _rows(question), self._runtime.admission
+        admission.admitted += rows  # counted for evaluations, which wait; HTTP has admitted or refused already
         try:
-            with self._runtime.admission.admit(rows) if (rows := _rows(question)) else nullcontext():
-                result = packed(await self._do(question, cost.append))
+            result = packed(await self._do(question, cost.append))
             self._outbox.put(Answer(question.id, result, sum(cost) if cost else None))
         except BaseException as error:
             if not isinstance(error, LatentWireError | asyncio.CancelledError):
                 log.exception("a request failed")
-            self._outbox.put(Failure.of(question.id, error, sum(cost) if cost else None))
+            failure = Failure.of(question.id, error, sum(cost) if cost else None)
+            try:
+                self._outbox.put(failure)
+            except ValueError:  # half a character in a path, say
+                self._outbox.put(Failure(question.id, "InferenceFailed", "the model failed", cost=failure.cost))
+        finally:
+            admission.admitted -= rows
 
     def _do(self, question: Question, on_cost: Callable[[int], None]) -> Coroutine[Any, Any, Any]:
         models, find = self._runtime.models, self._runtime.find

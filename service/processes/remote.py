@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 AGAIN_SECONDS = 0.1  # between tries to reach the process of the models
 RETRY_SECONDS = 5.0  # what a caller is told to wait for a process that starts
+COST_SECONDS = 1.0  # for which a request that nobody waits for waits for what it has cost
+SOON_SECONDS = 5.0  # within which models that do not hang say how they are
 ENDED = "the process that holds the models ended before the answer; another is started"
 AWAY = "the process that holds the models is being started"
 
@@ -140,8 +143,9 @@ class RemoteModels:
     async def in_memory(self) -> InMemory:
         """As ``Models.in_memory``; nothing is, while the process is away."""
         try:
-            return await self._ask(Manage(next(self._ids), "in_memory"), InMemory)
-        except NotReady:
+            async with asyncio.timeout(SOON_SECONDS):
+                return await self._ask(Manage(next(self._ids), "in_memory"), InMemory)
+        except (NotReady, TimeoutError):
             return InMemory({}, {}, [])
 
     async def load(self, bridge: Bridge) -> None:
@@ -159,8 +163,9 @@ class RemoteModels:
     async def metrics(self) -> bytes:
         """As ``Models.metrics``; of a process that is away, that it is not ready."""
         try:
-            return await self._ask(Manage(next(self._ids), "metrics"), bytes)
-        except NotReady:
+            async with asyncio.timeout(SOON_SECONDS):
+                return await self._ask(Manage(next(self._ids), "metrics"), bytes)
+        except (NotReady, TimeoutError):
             return b"# HELP latentwire_ready 1 once warmed up.\n# TYPE latentwire_ready gauge\nlatentwire_ready 0.0\n"
 
     async def evaluation(self, name: Any, tenant: str, body: str = "", key: str | None = None) -> str:
@@ -189,16 +194,14 @@ class RemoteModels:
         except asyncio.CancelledError:
             call.on_piece = None
             connection.outbox.put(Cancel(question.id))
-            while not call.answer.done():
-                try:
-                    await asyncio.wait([call.answer])
-                except asyncio.CancelledError:
-                    continue
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([call.answer], timeout=COST_SECONDS)
             raise
         finally:
-            answer = call.answer.result()
-            if answer.cost is not None:
-                on_cost(answer.cost)
+            connection.calls.pop(question.id, None)
+            if call.answer.done() and (cost := call.answer.result().cost) is not None:
+                on_cost(cost)
+        answer = call.answer.result()
         if isinstance(answer, Failure):
             raise answer.error()
         return unpack(answer.result, type_)
@@ -206,6 +209,7 @@ class RemoteModels:
     async def _keep_connected(self) -> None:
         while True:
             end = socket.socket(socket.AF_UNIX)  # connected here: uvloop cannot read an abstract address
+            end.setblocking(False)
             try:
                 end.connect(self._address)
                 reader, writer = await asyncio.open_unix_connection(sock=end)
@@ -238,7 +242,8 @@ class RemoteModels:
                 if call is not None and call.on_piece is not None:
                     call.on_piece(reply.piece)
             case Answer() | Failure():
-                connection.calls.pop(reply.id).answer.set_result(reply)
+                if (call := connection.calls.pop(reply.id, None)) is not None:
+                    call.answer.set_result(reply)
 
 
 class RemoteJobs:

@@ -148,7 +148,7 @@ def test_pieces_come_as_they_are_said(service: Service) -> None:
 
 def test_a_caller_who_leaves_ends_the_work_of_the_models(service: Service) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{service.url}/generate", json=SLOW, timeout=0.5)
+        httpx.post(f"{service.url}/generate", json=SLOW, timeout=0.15)
     until(lambda: service.rows() == 0)
 
 
@@ -215,6 +215,7 @@ def test_models_that_hang_fail_liveness_and_requests_end_at_their_deadline(servi
     finally:
         models.resume()
     until(lambda: httpx.get(f"{service.url}/health/live").status_code == 200)
+    until(lambda: "latentwire_admitted_rows 0.0" in httpx.get(f"{service.url}/metrics").text)
     assert httpx.post(f"{service.url}/generate", json=ASK).status_code == 200
 
 
