@@ -102,7 +102,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; the second ends."""
         if self._loop is None or self.runtime.draining:
-            self.should_exit = self.force_exit = True
+            self.should_exit = True
+            self.force_exit = self._loop is not None  # what has not begun to start ends in order
             return
         log.info("%s: answering %d rows, then stopping", signal.Signals(sig).name, self.runtime.admission.admitted)
         self.runtime.draining = True

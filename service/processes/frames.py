@@ -170,7 +170,7 @@ class Outbox:
 def _floats(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype == np.float32:
         return value.shape, value.tobytes()
-    raise NotImplementedError(f"{type(value).__name__} does not cross")
+    raise TypeError(f"a value of type {type(value).__name__} does not cross; expected float32 arrays and plain data")
 
 
 def _array(_type: Any, value: Any) -> Any:

@@ -28,6 +28,8 @@ ROLES: tuple[Role, ...] = ("models", "http")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 OPENED, READY = 1, 2
 POLL_SECONDS = 0.02
+AGAIN_SECONDS = 0.2  # before another is started: one that dies at once must not take the machine's time
+END_SECONDS = 30.0  # for which a process is given time to end; models may be on their way into memory
 
 
 class Supervisor:
@@ -73,11 +75,14 @@ class Supervisor:
             if pid not in self._running:
                 continue  # the first process of a container inherits the orphans of others
             role, code = self._running.pop(pid), os.waitstatus_to_exitcode(status)
+            if self._signals and role == "models":
+                continue  # HTTP still tells those who wait
             if self._signals or self._stage[role][0] < READY:
                 self._end()
                 sys.exit(code if code >= 0 else int(not self._signals))
             log.error("the %s process ended with %d; another is started", role, code)
             self._stage[role][0] = 0
+            time.sleep(AGAIN_SECONDS)
             if self._is_child(role, before):
                 return role
 
@@ -110,11 +115,16 @@ class Supervisor:
                 _send(pid, number)
 
     def _end(self) -> None:
-        """End the other process."""
+        """End the other process: by force where it takes too long, or another signal comes."""
         for pid in self._running:
             _send(pid, signal.SIGTERM)
+        until, signals = time.monotonic() + END_SECONDS, self._signals
         while self._running:
-            self._running.pop(os.wait()[0], None)
+            if time.monotonic() > until or self._signals > signals:
+                for pid in self._running:
+                    _send(pid, signal.SIGKILL)
+            self._running.pop(os.waitpid(-1, os.WNOHANG)[0], None)
+            time.sleep(POLL_SECONDS)
 
 
 def _send(pid: int, number: int) -> None:

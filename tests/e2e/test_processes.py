@@ -3,14 +3,13 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,36 +246,44 @@ def test_a_parent_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
         assert len(gone) == 2
 
 
-def test_models_that_end_before_they_were_ready_end_the_service(tmp_path: Path) -> None:
+def started(code: str, folder: Path) -> Service:
+    """A service that some code starts."""
     port = free_port()
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, "serve", "--port", str(port)],
-            stdout=log, stderr=log, env={**os.environ, "LW_FRONTENDS": "1"},
-        )  # fmt: skip
-    assert process.wait(WAIT_SECONDS) == 1
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, "-c", code, "serve", "--port", str(port)]
+        parent = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "LW_FRONTENDS": "1"})
+    return Service(f"http://127.0.0.1:{port}", parent, folder / "log")
+
+
+def test_models_that_end_before_they_were_ready_end_the_service(tmp_path: Path) -> None:
+    service = started(KILLED, tmp_path)
+    assert service.parent.wait(WAIT_SECONDS) == 1 and not service.is_ready()
 
 
 def test_a_parent_that_inherits_the_orphans_of_a_container_goes_on(tmp_path: Path) -> None:
-    port = free_port()
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", INHERITING, "serve", "--port", str(port)],
-            stdout=log, stderr=log, env={**os.environ, "LW_FRONTENDS": "1"},
-        )  # fmt: skip
-    service = Service(f"http://127.0.0.1:{port}", psutil.Process(process.pid), tmp_path / "log")
+    service = started(INHERITING, tmp_path)
     try:
         until(service.is_ready)
         (orphan,) = (child for child in service.parent.children() if child.name() == "sleep")
         orphan.kill()
         until(lambda: not orphan.is_running())
         assert httpx.post(f"{service.url}/generate", json=ASK).status_code == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(WAIT_SECONDS) == 0
+        service.parent.terminate()
+        assert service.parent.wait(WAIT_SECONDS) == 0
     finally:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            service.parent.kill()
+
+
+def test_models_that_hang_are_ended_by_force_at_the_second_signal(tmp_path: Path) -> None:
+    with serving(tmp_path, LW_FRONTENDS="1") as service:
+        http, models = service.process("http"), service.process("models")
+        models.suspend()
+        service.parent.terminate()
+        psutil.wait_procs([http], WAIT_SECONDS)
+        assert models.is_running() and service.parent.is_running()
+        service.parent.terminate()
+        assert service.parent.wait(WAIT_SECONDS) == 0 and not models.is_running()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
