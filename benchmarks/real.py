@@ -120,6 +120,7 @@ TINY = (
 DTYPES: tuple[DType, ...] = ("int8", "int4", "rq8", "rq4", "rq2")
 CODED_EXAMPLES = 1000  # training sources that codebooks are fitted to
 MEASURED = ("bridge", "direct", "same_budget", "none", "mismatched", "noise")
+BRIEFLY = ("bridge", "direct", "none", "mismatched")
 
 
 def task_file(name: str, material: Path, folder: Path) -> str:
@@ -219,8 +220,12 @@ def run_once(
     controls: list[str],
     extra: str,
     keep: Path | None,
+    brief: bool,
 ) -> dict[str, Any]:
-    """Train a bridge on one task, and measure it; its checkpoint stays where there is a folder to KEEP it in."""
+    """Train a bridge on one task, and measure it; its checkpoint stays where there is a folder to KEEP it in.
+
+    ``brief`` leaves out what does not tell two bridges apart: two conditions, and the bytes of codes.
+    """
     sender, receiver = pair
     kept = keep and keep / f"{sender.name}-{receiver.name}-{name}-{ratio}-{seed}"
     with nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory() as made:
@@ -244,13 +249,15 @@ def run_once(
         else:
             trained = train_controls(context, console, controls) if controls else {}
             with progress_bar(console) as progress:
-                report = measure(context, conditions=MEASURED, trained=trained, progress=progress)
+                conditions = BRIEFLY if brief else MEASURED
+                report = measure(context, conditions=conditions, trained=trained, progress=progress)
             most = context.bridge.config.provenance.recipe["sources_per_example"]
             if name == "facts" and most > 1:
                 asked = Bridge.load(folder / "bridge", precision="fp32")
                 report["several"] = [among(asked, count, limit // 2) for count in SOURCES if count <= most]
                 asked.unload()
-            report["by_dtype"] = by_dtype(context, file, report["conditions"]["bridge"]["value"])
+            if not brief:
+                report["by_dtype"] = by_dtype(context, file, report["conditions"]["bridge"]["value"])
         events = read_jsonl(folder / "bridge" / "events.jsonl")
         alarms = [line["message"] for line in events if line["event"] == "alarm"]
     made_by = {"typed": command, "alarms": alarms, "report": {**report, "checkpoint": f"{folder}/bridge"}}
@@ -283,7 +290,8 @@ def table(runs: list[Row]) -> Table:
     for (pair, task, ratio, extra), same in groups.items():
         rows = [run["report"]["conditions"] for run in same]
         values = [
-            f"{statistics.fmean(row[name]['value'] for row in rows):.3f}" if name in rows[0] else "–" for name in names
+            f"{statistics.fmean(row[name]['value'] for row in rows):.3f}" if all(name in row for row in rows) else "–"
+            for name in names
         ]
         named = f"{task} {extra}".strip()
         shown.add_row(pair, named, str(ratio), str(len(same)), rows[0]["bridge"]["metric"], *values)
@@ -292,11 +300,11 @@ def table(runs: list[Row]) -> Table:
 
 def between_models(
     models: Path, material: Path, limit: int, names: list[str], ratios: list[int], seeds: int, senders: list[str],
-    controls: list[str], extra: str, keep: Path | None, again: bool,
+    controls: list[str], extra: str, keep: Path | None, again: bool, brief: bool,
 ) -> None:  # fmt: skip
     """Every pair, task, ratio and seed that is not in the newest results file; each is recorded once it is done."""
     asked = {"models": "models", "limit": limit, "control": controls, "extra": extra, "keep": keep and "kept"}
-    asked |= {"again": again}
+    asked |= {"again": again, "brief": brief}
     folders = sorted(path.parent for path in models.resolve().glob("*/config.json"))
     pairs = [pair for pair in permutations(folders, 2) if not senders or pair[0].name in senders]
     written = sorted(RESULTS.glob("real-models-20*.json"))
@@ -311,8 +319,9 @@ def between_models(
         console.print(f"run {number} of {len(wanted)}: {key}", markup=False, highlight=False, soft_wrap=True)
         try:
             made = run_once(
-                pair, name, ratio, seed, material=material, limit=limit, controls=controls, extra=extra, keep=keep
-            )
+                pair, name, ratio, seed, material=material, limit=limit, controls=controls, extra=extra, keep=keep,
+                brief=brief,
+            )  # fmt: skip
         except subprocess.CalledProcessError:  # it has said why: a task need not fit every model
             console.print("left out")
             continue
@@ -336,12 +345,13 @@ def main(
     extra: str = "",
     keep: Path | None = None,
     again: bool = False,
+    brief: bool = False,
 ) -> None:
     """Train and measure bridges on each TASK: between tiny models, or between all those in the folder MODELS.
 
     With MODELS: at each RATIO (4), for so many SEEDS, from the SENDERs named (all), with EXTRA flags of training.
     CONTROLs are those of ``latentwire evaluate``, trained beside each bridge (none). Checkpoints stay in KEEP. What is
-    recorded is not made again, unless asked for AGAIN.
+    recorded is not made again, unless asked for AGAIN. BRIEF measures four conditions and no codes.
     """
     if models is None:
         for name in task or ("sst2", "agnews"):
@@ -349,7 +359,7 @@ def main(
         return
     between_models(
         models, material, limit, task or list(TASKS), ratio or [4], seeds, sender or [], control or [], extra, keep,
-        again,
+        again, brief,
     )  # fmt: skip
 
 
