@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 
 from latentwire.bridge.errors import LatentWireError
-from latentwire.service.api.collector import ModelCollector
+from latentwire.service.api.collector import register
 from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.frames import (
@@ -152,8 +152,7 @@ async def _serve(runtime: Runtime, listener: socket.socket, on_ready: Callable[[
     loop.add_signal_handler(signal.SIGTERM, ended.set)
     runtime.on_death = die
     models, jobs = runtime.models, Jobs(runtime)
-    registry = runtime.local.measures.registry
-    registry.register(ModelCollector(runtime, runtime.local, jobs))
+    register(runtime, jobs)
     await runtime.start()
     jobs.start()
     connections: set[asyncio.Task[Any]] = set()
