@@ -11,7 +11,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from latentwire.bridge.errors import LatentWireError
-from latentwire.service.api.collector import ModelCollector, RequestCollector
+from latentwire.service.api.collector import RequestCollector, register
 from latentwire.service.api.envelope import Envelope
 from latentwire.service.api.errors import STATUS, deliberate_error, error_body, http_error, invalid_body
 from latentwire.service.api.openai import routes as openai
@@ -51,7 +51,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
         remote.expect(ids, lambda: runtime.on_death())
     runtime.metrics.registry.register(RequestCollector(runtime))
     if isinstance(jobs, Jobs):
-        runtime.local.measures.registry.register(ModelCollector(runtime, runtime.local, jobs))
+        register(runtime, jobs)
     stopped = False
 
     async def stop() -> None:

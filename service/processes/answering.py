@@ -12,7 +12,7 @@ from typing import Any
 import uvloop
 
 from latentwire.bridge.errors import LatentWireError
-from latentwire.service.api.collector import ModelCollector
+from latentwire.service.api.collector import register
 from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.frames import (
@@ -157,8 +157,7 @@ async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_re
     runtime.on_death = die
     models, jobs = runtime.models, Jobs(runtime)
     bridges = {name: bridge.manifest.bridge_id for name, bridge in runtime.bridges.items()}
-    registry = runtime.local.measures.registry
-    registry.register(ModelCollector(runtime, runtime.local, jobs))
+    register(runtime, jobs)
     await runtime.start()
     jobs.start()
     connections: set[asyncio.Task[Any]] = set()
