@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from httpx import TransportError
+from httpx2 import HTTPError
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -92,7 +92,7 @@ def push_to_hub(
             )
         except HFValidationError as error:
             raise InvalidRequest(f"{repository!r} is no name of a repository: {first_line(error)}") from None
-        except (HfHubHTTPError, OfflineModeIsEnabled, TransportError, OSError) as error:
+        except (HTTPError, OfflineModeIsEnabled, OSError) as error:
             raise ModelUnavailable(f"{repository!r} cannot be written on the Hub: {_reason(error)}") from None
     return str(commit.repo_url)
 
