@@ -19,7 +19,9 @@ COPY latentwire latentwire
 COPY bridge bridge
 COPY training training
 COPY service service
-RUN pip install --no-deps .
+# That of the image; without it, what pyproject.toml falls back to: there is no git here to ask.
+ARG VERSION=
+RUN SETUPTOOLS_SCM_PRETEND_VERSION=$VERSION pip install --no-deps .
 # What only serves to compile against these packages, to test them, and to install more.
 RUN site=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
     && rm -rf "$site"/torch/include "$site"/torch/test "$site"/torch/bin/test_* "$site"/torch/bin/protoc* "$site"/pyarrow/include \
