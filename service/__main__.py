@@ -33,6 +33,7 @@ from latentwire.training.calibrate import calibrate
 from latentwire.training.config import TrainConfig, read_config, read_toml
 from latentwire.training.flags import flags_of
 from latentwire.training.pretrain import ANSWERING, PretrainConfig
+from latentwire.training.publish import pull, push
 from latentwire.training.quantise import quantise
 from latentwire.training.slurm import app as slurm
 
@@ -270,6 +271,8 @@ app.command()(read)
 
 app.command()(inspect)
 app.command()(serve)
+app.command()(push)
+app.command()(pull)
 
 
 @app.command()

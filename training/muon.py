@@ -5,6 +5,8 @@
 import torch
 from torch import Tensor
 
+A, B, C = 3.4445, -4.7750, 2.0315  # Muon's coefficients
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for 2-D parameters, equal shapes together."""
@@ -32,11 +34,33 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """[N, rows, columns] → the nearest matrices with singular values about 1 (Newton-Schulz, Muon's coefficients)."""
+    """[N, rows, columns] → the nearest matrices with singular values about 1 (Newton-Schulz, Muon's coefficients).
+
+    A step multiplies x from the left by p = A + B·g + C·g², where g = x·xᵀ. Where x is at least twice as wide as high,
+    the factors are multiplied together first, and x once: all of them are polynomials of the first g and commute, so
+    that the next g is p·p·g. For x of m rows that takes 42·m³ operations in place of 50·m³ at 1:2, and 50·m³ in
+    place of 90·m³ at 1:4; the result is the same to rounding. Source: ours.
+    """
     tall = matrices.shape[1] > matrices.shape[2]
     x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = _by_factors(x, steps) if x.shape[2] >= 2 * x.shape[1] else _by_products(x, steps)
+    return x.mT if tall else x
+
+
+def _by_products(x: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return x
+
+
+def _by_factors(x: Tensor, steps: int) -> Tensor:
+    gram, factors = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        factor.diagonal(dim1=1, dim2=2).add_(A)
+        factors = factor @ factors if step else factor
+        if step < steps - 1:
+            gram = factor @ (factor @ gram)
+    return factors @ x
