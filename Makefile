@@ -4,7 +4,7 @@ SERVE ?= 1
 JOBS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test gpu-test lint docs setup clean benchmarks chromium proxies image image-test sbom manifests
+.PHONY: demo test gpu-test lint docs setup clean benchmarks chromium proxies image image-test sbom manifests release
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make image         the container image, for CPUs (for GPUs: CUDA=1)"
 	@echo "make image-test    build the image, run it and ask it"
 	@echo "make sbom          what is in the image, with versions, as CycloneDX in dist/"
+	@echo "make release       wheel, sdist, chart, bill of materials, hashes and image of a tagged commit"
 	@echo "make manifests     deploy/k8s from the chart deploy/helm/latentwire"
 
 setup: .venv/installed
@@ -93,17 +94,31 @@ clean:
 
 # The image, for CPUs or, with CUDA=1, for GPUs: pip's own index has that build of torch. BUILD is for more options, such
 # as BUILD="--build-arg PYTHON_IMAGE=python:3.12-slim".
-VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' latentwire/__init__.py)
+VERSION = $(shell sed -n 's/^appVersion: //p' deploy/helm/latentwire/Chart.yaml)
 CPU_OR_CUDA = $(if $(CUDA),--build-arg TORCH_INDEX_URL=)
 image:
-	docker build --tag latentwire:$(VERSION)$(if $(CUDA),-cuda) $(CPU_OR_CUDA) $(BUILD) .
+	docker build --tag latentwire:$(VERSION)$(if $(CUDA),-cuda) --build-arg VERSION=$(VERSION) $(CPU_OR_CUDA) $(BUILD) .
 
 image-test:
 	deploy/try-image.sh $(CPU_OR_CUDA) $(BUILD)
 
+SBOM = .venv/bin/python deploy/sbom.py dist/latentwire-$(VERSION).cdx.json
 sbom: setup
 	@mkdir -p dist
-	.venv/bin/python deploy/sbom.py dist/latentwire-$(VERSION).cdx.json
+	$(SBOM)
 
 manifests: .venv/bin/helm
 	PATH="$(CURDIR)/.venv/bin:$$PATH" deploy/k8s/render.sh
+
+# Everything of a release, from its tag: into dist/, with the list of hashes (signed with gpg's key SIGN, where one is
+# named), and the image (unless IMAGE=0).
+release: setup .venv/bin/helm
+	@[ "$$(git describe --tags --exact-match 2>/dev/null)" = "v$(VERSION)" ] && git diff --quiet HEAD || { echo "a release is made from \
+	the tag v$(VERSION) (appVersion in deploy/helm/latentwire/Chart.yaml), with nothing changed since" >&2; exit 2; }
+	rm -rf dist
+	.venv/bin/python -m hatchling build --directory dist
+	$(SBOM)
+	.venv/bin/helm package deploy/helm/latentwire --destination dist
+	cd dist && sha256sum -- *.whl *.tar.gz *.tgz *.json > SHA256SUMS
+	$(if $(SIGN),gpg --local-user "$(SIGN)" --armor --detach-sign dist/SHA256SUMS)
+	$(if $(filter 0,$(IMAGE)),,$(MAKE) image)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from latentwire import __version__, missing_extra
+import latentwire
+from latentwire import missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.bridge.files import check_writable_file
 from latentwire.service.cli.corpus import app as corpus
@@ -62,7 +63,7 @@ Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        _say(f"latentwire {__version__}")
+        _say(f"latentwire {latentwire.__version__}")
         raise typer.Exit
 
 
