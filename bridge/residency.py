@@ -23,6 +23,7 @@ from latentwire.bridge.devices import default_device, default_dtype, is_out_of_m
 from latentwire.bridge.errors import InsufficientMemory, ModelInUse, first_line
 from latentwire.bridge.memory import free_bytes, free_caches, held_bytes, mapped_apart, weights_bytes
 from latentwire.bridge.models import FrozenLM, fingerprint_of, load_model, predicted_bytes
+from latentwire.bridge.parking import HostCopies
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +63,16 @@ class Residency:
     """Holds frozen models within ``budget_bytes`` (None: no limit), each once whatever the names it goes by.
 
     Into the budget count weights, what is attached to them, and the largest activation noted for a model that stays;
-    the last gives way where a model could otherwise not even run alone. ``history`` keeps the last events, as (event,
-    model, resident bytes after it); ``loading`` names the model being read right now.
+    the last gives way where a model could otherwise not even run alone. ``copies`` keeps weights of models that gave way
+    to others. ``history`` keeps the last events, as (event, model, resident bytes after it); ``loading`` names the model
+    being read right now.
     """
 
     budget_bytes: int | None = None
     device: torch.device = field(default_factory=default_device)
     dtype: torch.dtype | None = None
     load: Callable[..., FrozenLM] = load_model
+    copies: HostCopies | None = None
     history: list[tuple[str, str, int]] = field(default_factory=list)
     loading: str | None = None
     _models: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
@@ -153,6 +156,8 @@ class Residency:
                     raise ModelInUse(f"{name!r} has {resident.users} users; expected none")
                 self._pinned -= resident.names
                 self._take_out(resident)
+            if self.copies is not None:
+                self.copies.forget(resident.lm.fingerprint)
             return self._drop(resident)
 
     def pin(self, name: str) -> None:
@@ -212,7 +217,7 @@ class Residency:
                     raise InsufficientMemory(self._does_not_fit(f"what is attached to {name!r}", size_bytes))
                 resident.attached.append((closer, size_bytes))
             for other in leaving:
-                self._drop(other)
+                self._give_way(other)
 
     def detach(self, name: str, closer: Callable[[], object]) -> None:
         """Undo ``attach`` on a model that is still lent: there is nothing to close after all."""
@@ -297,9 +302,11 @@ class Residency:
                 self.loading = name
             try:
                 for resident in leaving:
-                    self._drop(resident)
-                with mapped_apart():
-                    lm = self.load(name, device=self.device, dtype=self.dtype)
+                    self._give_way(resident)
+                lm = self._returned(name)
+                if lm is None:
+                    with mapped_apart():
+                        lm = self.load(name, device=self.device, dtype=self.dtype)
                 with self._changed:
                     resident = self._models[lm.name] = Resident(lm, weights_bytes(lm.model), {name})
                     self._note("load", name)
@@ -343,7 +350,13 @@ class Residency:
         del self._models[resident.lm.name]
         self._note_change()
 
-    def _drop(self, resident: Resident) -> int:
+    def _returned(self, name: str) -> FrozenLM | None:
+        return None if self.copies is None else self.copies.bring(name, fingerprint_of(name), self.device)
+
+    def _give_way(self, resident: Resident) -> None:
+        self._drop(resident, keeps=self.copies)
+
+    def _drop(self, resident: Resident, keeps: HostCopies | None = None) -> int:
         """Close and free a model that is out of the books; bytes that came back."""
         name, before = resident.lm.name, held_bytes(self.device)
         for closer, _ in reversed(resident.attached):
@@ -352,6 +365,8 @@ class Residency:
             except Exception:
                 log.exception("what was attached to %s could not be closed", name)
         resident.attached.clear()
+        if keeps is not None:
+            keeps.park(resident.lm)
         del resident.lm  # the caller still holds the resident
         free_caches()
         freed = before - held_bytes(self.device)

@@ -10,6 +10,7 @@ which the host would otherwise make one by one in Python.
 
 Dimensions used in this file:
     T tokens of a step    N rows of a step, padding included    P blocks of a row    D width of a head
+    B batch and S keys of another pass: 1 and T in a step
 """
 
 from functools import cache
@@ -68,13 +69,13 @@ def use(lm: FrozenLM) -> None:
 
 def attention(
     module: nn.Module,
-    query: Float[Tensor, "1 _ T D"],
-    key: Float[Tensor, "1 _ T D"],
-    value: Float[Tensor, "1 _ T D"],
+    query: Float[Tensor, "B _ T D"],
+    key: Float[Tensor, "B _ S D"],
+    value: Float[Tensor, "B _ S D"],
     attention_mask: Tensor | None,
     cache: PagedAttentionCache | None = None,
     **asked: Any,
-) -> tuple[Float[Tensor, "1 T _ D"], None]:
+) -> tuple[Float[Tensor, "B T _ D"], None]:
     """Attention as the library calls it in every layer (ValueError for what it does not know)."""
     if cache is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **asked)  # type: ignore[no-any-return]

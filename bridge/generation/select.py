@@ -3,17 +3,20 @@
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 
 from latentwire.bridge import engine
+from latentwire.bridge.config import Mode
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, LatentWireError, ModelUnavailable, first_line
 from latentwire.bridge.families import window_tokens
 from latentwire.bridge.generation.base import Engine, Kind, Soft
-from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
+from latentwire.bridge.generation.continuous import PAGE_TOKENS, PLAIN, ContinuousEngine
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.generation.padded import PaddedEngine
+from latentwire.bridge.generation.steps import ways
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE, TEXT, Row
 from latentwire.bridge.sampling import SamplingParams
@@ -32,31 +35,46 @@ def open_engine(
     max_rows: int = 32,
     kv_tokens: int = 8192,
     step_tokens: int = 512,
+    mode: Mode = "plain",
     required: Kind | None = None,
     on_death: Callable[[], None] = lambda: None,
 ) -> Engine:
     """An engine for a receiver, warm: it has answered once.
 
-    A model that the library's continuous batching refuses, or answers otherwise, gets left-padded batches
-    (ModelUnavailable where ``continuous`` is required: under load they are several times slower; InsufficientMemory
-    where it was memory that did not suffice).
+    Steps are made as ``mode`` says, as far as the device has it and answers are then the reference's: a warning names
+    what is left out. A model that the library's continuous batching refuses, or answers otherwise in any mode, gets
+    left-padded batches (ModelUnavailable where ``continuous`` is required: under load they are several times slower;
+    InsufficientMemory where it was memory that did not suffice).
     """
-    made, short = None, False
-    try:
-        made = ContinuousEngine(lm, max_rows=max_rows, kv_tokens=kv_tokens, step_tokens=step_tokens)
-        trouble = _trouble(made)
-    except Exception as error:  # whatever the library trips over in a model that it was not made for
-        trouble, short = first_line(error), is_out_of_memory(error)
-    if made is not None:
-        if trouble is None:
+    trouble, short = "", False
+    for name, way in ways(mode, lm).items():
+        options = {"max_rows": max_rows, "kv_tokens": kv_tokens, "step_tokens": step_tokens, "way": way}
+        made, trouble, short = _tried_out(lm, options)
+        if made is not None:
             made.on_death = on_death
             return made
-        made.close()
+        if way != PLAIN:
+            log.warning("%s does not run in mode %r: %s", lm.name, name, trouble)
     if required == "continuous":
         failure = InsufficientMemory if short else ModelUnavailable
         raise failure(f"{lm.name!r} would run on padded batches, and continuous ones are required: {trouble}")
     log.warning("%s runs on padded batches: %s", lm.name, trouble)
     return PaddedEngine(lm, max_rows=max_rows, on_death=on_death)
+
+
+def _tried_out(lm: FrozenLM, options: dict[str, Any]) -> tuple[ContinuousEngine | None, str, bool]:
+    """An engine that answers as it should; or what is wrong, and whether it is that memory does not suffice."""
+    made = None
+    try:
+        made = ContinuousEngine(lm, **options)
+        if (trouble := _trouble(made)) is None:
+            return made, "", False
+        short = False
+    except Exception as error:  # whatever the library trips over in a model that it was not made for
+        trouble, short = first_line(error), is_out_of_memory(error)
+    if made is not None:
+        made.close()
+    return None, trouble, short
 
 
 def _trouble(made: ContinuousEngine) -> str | None:

@@ -11,7 +11,7 @@ Dimensions used in this file:
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -24,12 +24,12 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 from transformers.generation.continuous_batching.utils import stream_context
 
+from latentwire.bridge.config import Mode
 from latentwire.bridge.generation import attention
 from latentwire.bridge.generation.output import IdLogprob, Report
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.sampling import Draws, SamplingParams
 
-Mode = Literal["plain", "paged", "graphs", "async"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 IN_FLIGHT = 2  # steps whose tokens are not read yet, at most
 Next = tuple[SamplingParams, int]

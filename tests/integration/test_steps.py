@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,16 +20,14 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.generation.continuous_batching import initialization, input_outputs, model_runner
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from latentwire.bridge.generation import attention, continuous, steps
+from latentwire.bridge.generation import attention, steps
 from latentwire.bridge.generation.base import Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.generation.steps import Way, ways
 from latentwire.bridge.models import FrozenLM
-from latentwire.bridge.prompt import IGNORE, TEXT, Row
 from latentwire.bridge.sampling import SamplingParams
 from tests.integration.test_continuous import (
     MIXED,
@@ -70,7 +69,7 @@ def _kernel(
     assert window_size == ([-1, 0] if is_causal else [-1, -1])
     out = torch.full_like(query, math.nan)
     starts = cu_seq_q.tolist()
-    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (start, end) in enumerate(pairwise(starts)):
         if block_table is not None and seqused_k is not None:
             assert block_table.dtype == seqused_k.dtype == torch.int32 and int(block_table.min()) >= 0
             keys, values = (pool[block_table[row]].flatten(0, 1)[: int(seqused_k[row])] for pool in (key, value))
@@ -194,3 +193,214 @@ def test_every_mode_gives_the_answers_of_the_plain_one_to_requests_that_come_and
         assert logprobs_of(said) == pytest.approx(logprobs_of(plain), abs=1e-5)
     assert made.failure is None and made.out_of_memory == 0
     assert bool(device) == way.graphs
+
+
+def forwards(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each pass of the model that runs Python from now on: whether it reads a table of blocks."""
+    seen: list[bool] = []
+    real = lm.model.forward
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("block_table") is not None)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lm.model, "forward", watching)
+    return seen
+
+
+@pytest.mark.parametrize("way", [GRAPHS, ALL], ids=str)
+def test_graphs_are_made_before_the_first_request_and_replayed_without_python(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+    device: list[Tape],
+    monkeypatch: pytest.MonkeyPatch,
+    way: Way,
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, max_rows=3, way=way)
+    assert len(device) == 3 * (1 + way.overlapped)  # of 1, 2 and 3 rows, for each set of inputs
+    seen = forwards(lm, monkeypatch)
+    (one,) = ask(made, [0], [SamplingParams(24, 1.0, seed=2)])
+    assert one.answer().token_count == 24 and seen == [False] and len(device) == 3 * (1 + way.overlapped)
+
+
+@pytest.mark.parametrize("way, reads", [(GATHERING, False), (TABLES, True)], ids=str)
+def test_tables_reach_the_kernel_that_reads_them_and_are_indices_for_the_other(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    way: Way,
+    reads: bool,
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, way=way)
+    seen = forwards(lm, monkeypatch)
+    prepare = made._manager.batch_processor.inputs_and_outputs.prepare_batch_tensors
+    tables: list[bool] = []
+
+    def preparing(*args: Any, **kwargs: Any) -> None:
+        prepare(*args, **kwargs)
+        tables.append(made._manager.batch_processor.inputs_and_outputs.use_block_table)
+
+    monkeypatch.setattr(made._manager.batch_processor.inputs_and_outputs, "prepare_batch_tensors", preparing)
+    (one,) = ask(made, [0], [SamplingParams(3 * PAGE_TOKENS, 1.0, seed=4)])
+    one.answer()
+    assert tables == [False] + [True] * (len(tables) - 1) and len(tables) > 2 * PAGE_TOKENS
+    assert seen == [table and reads for table in tables]
+
+
+def test_every_pass_waits_for_what_was_written_before_it(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+    device: list[Tape],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, way=LATE)
+    seen = forwards(lm, monkeypatch)
+    Stream.waited.clear()
+    (one,) = ask(made, [0], [SamplingParams(6)])
+    one.answer()
+    assert len(Stream.waited) >= len(seen) > 4 and set(Stream.waited) == {"wait for the default one"}
+
+
+def test_other_passes_of_a_model_with_an_engine_over_blocks_are_what_they_were(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+) -> None:
+    lm = lms["llama"]
+    params = SamplingParams(8, logprobs=0)
+    before, found = alone(lm, 1, params), lm.model.config._attn_implementation
+    made = ContinuousEngine(lm, way=TABLES)
+    try:
+        assert lm.model.config._attn_implementation == attention.NAME
+        assert alone(lm, 1, params) == before
+    finally:
+        made.close()
+    assert lm.model.config._attn_implementation == found
+
+
+def test_what_attention_over_blocks_does_not_know_is_refused_by_name(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+) -> None:
+    made, states = opened(ContinuousEngine, lms["llama"]), torch.zeros(1, 1, 1, 8)
+    cache = made._manager.batch_processor.cache
+    with pytest.raises(ValueError, match="attention with softcap"):
+        attention.attention(torch.nn.Identity(), states, states, states, None, cache, softcap=30.0)
+
+
+@pytest.mark.parametrize("way", [LATE, ALL], ids=str)
+def test_stops_that_are_heard_of_a_step_late_change_nothing(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+    device: list[Tape],
+    way: Way,
+) -> None:
+    lm = lms["llama"]
+    free = alone(lm, 0, SamplingParams(24))
+    stop = stop_within(free.text)
+    params = [SamplingParams(24, stop=(stop,), logprobs=1), SamplingParams(1), SamplingParams(5)]
+    wanted = [alone(lm, 0, one) for one in params]
+    made = opened(ContinuousEngine, lm, max_rows=3, way=way)
+    for said, reference in zip([one.answer() for one in ask(made, [0, 0, 0], params)], wanted, strict=True):
+        assert told(said) == told(reference)
+    ask(made, [1], [SamplingParams(2)])[0].answer()  # steps later
+    assert made.blocks_in_use <= 2 and made.running == 0  # at most those of the step that is still under way
+
+
+def test_requests_that_are_cancelled_while_a_step_runs_for_them_harm_no_other(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+    device: list[Tape],
+) -> None:
+    """At every length, so that some end when the step has just filled a block."""
+    lm = lms["llama"]
+    made = opened(ContinuousEngine, lm, kv_tokens=512, max_rows=4, way=LATE)
+    for seed in range(2 * PAGE_TOKENS):
+        row, drawn = shared_prefix(lm, 100 + seed)
+        came, count = threading.Event(), seed % PAGE_TOKENS + 1
+        gone = Asked(made, row, SamplingParams(100, 1.0, seed=seed), Soft(("gone", seed), lambda drawn=drawn: drawn))
+        gone.running.on_text = lambda piece, _, gone=gone, count=count, came=came: (
+            came.set() if len(gone.running.tokens.ids) >= count else None
+        )
+        came.wait(PATIENCE)
+        made.cancel(gone.running)
+    row, drawn = shared_prefix(lm, 1)
+    said = Asked(made, row, SamplingParams(6), Soft("stays", lambda: drawn)).answer()
+    assert made.failure is None and said.token_count > 0
+
+
+@pytest.mark.parametrize("way", [LATE, ALL], ids=str)
+def test_out_of_memory_every_request_goes_on_where_it_was_also_a_step_late(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+    device: list[Tape],
+    monkeypatch: pytest.MonkeyPatch,
+    way: Way,
+) -> None:
+    lm = lms["llama"]
+    params = [replace(p, seed=i) for i, p in enumerate(MIXED)]
+    wanted = [alone(lm, i, p) for i, p in enumerate(params)]
+    made = opened(ContinuousEngine, lm, max_rows=4, way=way)
+    with monkeypatch.context() as patch:
+        fails(patch, steps.Choices, "choose", torch.OutOfMemoryError("CUDA out of memory"), times=1, after=3)
+        asked = ask(made, range(4), params)
+        assert [told(one.answer()) for one in asked] == [told(one) for one in wanted]
+    assert made.out_of_memory == 1 and made.max_rows == 2 and made.failure is None
+
+
+def test_more_requests_than_the_cache_holds_all_get_their_answer_also_a_step_late(
+    lms: dict[str, FrozenLM],
+    opened: Callable[..., Any],  # noqa: F811
+    device: list[Tape],
+) -> None:
+    lm = lms["llama"]
+    params = [SamplingParams(60, 1.0, seed=i) for i in range(8)]
+    wanted = [alone(lm, i % 4, one) for i, one in enumerate(params)]
+    made = opened(ContinuousEngine, lm, kv_tokens=256, max_rows=8, way=ALL)
+    asked = ask(made, [i % 4 for i in range(8)], params)
+    assert [told(one.answer()) for one in asked] == [told(one) for one in wanted]
+
+
+def test_on_a_cpu_every_mode_is_the_plain_one(lms: dict[str, FrozenLM]) -> None:
+    assert {mode: ways(mode, lms["llama"]) for mode in steps.MODES} == {mode: {"plain": Way()} for mode in steps.MODES}
+
+
+def test_a_mode_comes_to_what_the_device_has(lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = lms["llama"]
+    monkeypatch.setattr(attention, "kernel_for", lambda lm: "gathering")
+    assert ways("async", lm) == {"async": LATE, "paged": GATHERING, "plain": Way()}
+    monkeypatch.setattr(attention, "kernel_for", lambda lm: "reading tables")
+    assert ways("async", lm) == {"async": ALL, "graphs": GRAPHS, "paged": TABLES, "plain": Way()}
+    assert ways("paged", lm) == {"paged": TABLES, "plain": Way()}
+
+
+def test_a_mode_that_fails_or_answers_otherwise_gives_way_to_the_next_and_a_warning_says_so(
+    lms: dict[str, FrozenLM],
+    device: list[Tape],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lm = lms["llama"]
+    monkeypatch.setattr(attention, "kernel_for", lambda lm: "reading tables")
+    broken: list[str] = ["graphs"]
+
+    def stored(*args: Any) -> Any:
+        lengths = real(*args)
+        return lengths if "tables" not in broken else lengths * 0
+
+    real = attention._stored
+    monkeypatch.setattr(attention, "_stored", stored)
+    monkeypatch.setattr(Tape, "replay", lambda self: None)
+    made = open_engine(lm, mode="async", required="continuous")
+    assert isinstance(made, ContinuousEngine) and made._way == TABLES
+    made.close()
+    assert "does not run in mode 'async'" in caplog.text and "does not run in mode 'graphs'" in caplog.text
+    broken.append("tables")
+    caplog.clear()
+    made = open_engine(lm, mode="paged", required="continuous")
+    assert isinstance(made, ContinuousEngine) and made._way == Way()
+    made.close()
+    assert "does not run in mode 'paged': the log-probability of token" in caplog.text
+    assert lm.model.config._attn_implementation == "sdpa"
