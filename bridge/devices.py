@@ -145,7 +145,8 @@ def in_background(device: torch.device) -> Iterator[None]:
 
 @cache
 def _background(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # of the lowest priority; an engine's steps have a higher one
+    # Of the lowest priority; an engine's steps have a higher one.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _cpu_has_bf16() -> bool:

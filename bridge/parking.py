@@ -88,9 +88,9 @@ class HostCopies:
             raise
         return replace(parked.lm, name=name)
 
-    def forget(self, fingerprint: Fingerprint) -> None:
+    def forget(self, lm: FrozenLM) -> None:
         """Keep a model no longer."""
-        self._parked.pop(fingerprint, None)
+        self._parked.pop(lm.fingerprint, None)
 
     def _copied(self, lm: FrozenLM) -> _Parked | None:
         need = sum(tensor.nbytes for tensor in _tensors(lm.model))

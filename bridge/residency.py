@@ -63,9 +63,9 @@ class Residency:
     """Holds frozen models within ``budget_bytes`` (None: no limit), each once whatever the names it goes by.
 
     Into the budget count weights, what is attached to them, and the largest activation noted for a model that stays;
-    the last gives way where a model could otherwise not even run alone. ``copies`` keeps weights of models that gave way
-    to others. ``history`` keeps the last events, as (event, model, resident bytes after it); ``loading`` names the model
-    being read right now.
+    the last gives way where a model could otherwise not even run alone. ``copies`` keeps weights of models that gave
+    way to others. ``history`` keeps the last events, as (event, model, resident bytes after it); ``loading`` names the
+    model being read right now.
     """
 
     budget_bytes: int | None = None
@@ -156,8 +156,6 @@ class Residency:
                     raise ModelInUse(f"{name!r} has {resident.users} users; expected none")
                 self._pinned -= resident.names
                 self._take_out(resident)
-            if self.copies is not None:
-                self.copies.forget(resident.lm.fingerprint)
             return self._drop(resident)
 
     def pin(self, name: str) -> None:
@@ -217,7 +215,7 @@ class Residency:
                     raise InsufficientMemory(self._does_not_fit(f"what is attached to {name!r}", size_bytes))
                 resident.attached.append((closer, size_bytes))
             for other in leaving:
-                self._give_way(other)
+                self._drop(other, gives_way=True)
 
     def detach(self, name: str, closer: Callable[[], object]) -> None:
         """Undo ``attach`` on a model that is still lent: there is nothing to close after all."""
@@ -302,7 +300,7 @@ class Residency:
                 self.loading = name
             try:
                 for resident in leaving:
-                    self._give_way(resident)
+                    self._drop(resident, gives_way=True)
                 lm = self._returned(name)
                 if lm is None:
                     with mapped_apart():
@@ -353,11 +351,8 @@ class Residency:
     def _returned(self, name: str) -> FrozenLM | None:
         return None if self.copies is None else self.copies.bring(name, fingerprint_of(name), self.device)
 
-    def _give_way(self, resident: Resident) -> None:
-        self._drop(resident, keeps=self.copies)
-
-    def _drop(self, resident: Resident, keeps: HostCopies | None = None) -> int:
-        """Close and free a model that is out of the books; bytes that came back."""
+    def _drop(self, resident: Resident, *, gives_way: bool = False) -> int:
+        """Close and free a model that is out of the books; bytes that came back. What gives way may leave a copy."""
         name, before = resident.lm.name, held_bytes(self.device)
         for closer, _ in reversed(resident.attached):
             try:
@@ -365,8 +360,8 @@ class Residency:
             except Exception:
                 log.exception("what was attached to %s could not be closed", name)
         resident.attached.clear()
-        if keeps is not None:
-            keeps.park(resident.lm)
+        if self.copies is not None:
+            (self.copies.park if gives_way else self.copies.forget)(resident.lm)
         del resident.lm  # the caller still holds the resident
         free_caches()
         freed = before - held_bytes(self.device)

@@ -140,7 +140,7 @@ class Draws:
         "Parallel Random Numbers: As Easy as 1, 2, 3"; the hash: MurmurHash3's last mix, Appleby 2011.
         """
         rows = max(1, (CACHED if scores.device.type == "cpu" else HELD) // scores.shape[1])
-        parts = zip(scores.split(rows), numbers.split(rows, dim=1), strict=True)
+        parts = zip(torch.split(scores, rows), torch.split(numbers, rows, dim=1), strict=True)
         return torch.cat([self._drawn(part, its_numbers) for part, its_numbers in parts])
 
     def _drawn(self, scores: Float[Tensor, "B V"], numbers: Int[Tensor, "6 B"]) -> Float[Tensor, "B V"]:

@@ -13,7 +13,8 @@ Dimensions used in this file:
     B batch and S keys of another pass: 1 and T in a step
 """
 
-from functools import cache
+from functools import cache as once
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ def kernel_for(lm: FrozenLM) -> Kernel | None:
     return "reading tables" if _has_newer(torch.cuda.get_device_capability(lm.device)[0]) else "gathering"
 
 
-@cache
+@once
 def _has_newer(capability: int) -> bool:
     """Whether the kernel of a GPU that reads tables is there; torch then uses it for all attention."""
     name, module = NEWER.get(capability, ("", ""))
@@ -78,27 +79,25 @@ def attention(
 ) -> tuple[Float[Tensor, "B T _ D"], None]:
     """Attention as the library calls it in every layer (ValueError for what it does not know)."""
     if cache is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **asked)  # type: ignore[no-any-return]
+        made, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **asked)
+        return made, None
     if unknown := [name for name in UNKNOWN if asked.get(name) is not None]:
         raise ValueError(f"attention with {unknown[0]} is not computed over blocks")
     layer: Any = module.layer_idx
     key, value = cache.update(key, value, layer, asked)  # all keys that were gathered, or the new ones and where to put
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
-    lengths, options = asked["cu_seq_lens_k"], {"scale": asked.get("scaling"), "enable_gqa": True}
+    lengths, attend = asked["cu_seq_lens_k"], partial(varlen_attn, scale=asked.get("scaling"), enable_gqa=True)
     if asked.get("block_table") is None:
         most = asked["max_length_q"], asked["max_length_k"]
-        made = varlen_attn(
-            queries, keys, values, asked["cu_seq_lens_q"], lengths, *most, window_size=(-1, 0), **options
-        )
+        made = attend(queries, keys, values, asked["cu_seq_lens_q"], lengths, *most, window_size=(-1, 0))
     else:
-        nobodys = cache.layer_to_allocator[layer].write_trash_index
-        blocks, table = (asked["k_cache"], asked["v_cache"]), asked["block_table"]
-        used = _stored(keys, values, *blocks, table, lengths.diff(), nobodys)
+        key_blocks, value_blocks, table = asked["k_cache"], asked["v_cache"], asked["block_table"]
+        nobodys: Any = cache.layer_to_allocator[layer]
+        used = _stored(keys, values, key_blocks, value_blocks, table, lengths.diff(), nobodys.write_trash_index)
         rows = torch.arange(len(used) + 1, dtype=torch.int32, device=used.device)
-        most = 1, table.shape[1] * blocks[0].shape[1]
-        made = varlen_attn(
-            queries, *blocks, rows, None, *most, seqused_k=used, block_table=table.clamp(min=0), **options
-        )
+        most = 1, table.shape[1] * key_blocks.shape[1]
+        table = table.clamp(min=0)  # of padding, of which nothing is read
+        made = attend(queries, key_blocks, value_blocks, rows, None, *most, seqused_k=used, block_table=table)
     return made[None], None
 
 

@@ -81,7 +81,7 @@ class Runner(ModelRunner):
         """Run the steps of a batch here, on a stream that comes before all others of its device."""
         device = processor.model_device
         if device.type == "cuda":
-            processor.inputs_and_outputs.compute_stream = torch.cuda.Stream(device, priority=-1)
+            processor.inputs_and_outputs.compute_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         names = ("logit_processor", "cb_config", "inputs_and_outputs", "cache", "do_sample", "return_logprobs")
         processor.model_runner = cls(kernel, **{name: getattr(processor, name) for name in names})
 

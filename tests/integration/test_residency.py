@@ -366,13 +366,19 @@ def test_copies_stay_within_their_bytes_and_the_oldest_go_first(three: tuple[str
     assert not HostCopies(0).park(lms[0]) and not HostCopies(sizes[0] - 1).park(lms[0])
 
 
-def test_a_model_that_was_dropped_on_demand_leaves_no_copy(pair: tuple[str, str]) -> None:
+def test_a_model_that_was_dropped_on_demand_or_whose_time_is_over_leaves_no_copy(pair: tuple[str, str]) -> None:
     sender, receiver = pair
-    residency, read = taking_turns(max(size(sender), size(receiver)), HostCopies())
+    copies = HostCopies()
+    residency, read = taking_turns(max(size(sender), size(receiver)), copies)
     touch(residency, sender, receiver, sender)
     residency.unload(sender)
     touch(residency, sender)
     assert read == [sender, receiver, sender]
+    touch(residency, receiver)
+    residency.keep(receiver, 0.0)
+    assert residency.sweep() == [receiver]
+    touch(residency, receiver)
+    assert read == [sender, receiver, sender, receiver]
 
 
 def test_a_model_without_room_on_the_device_stays_on_the_host_whole(
