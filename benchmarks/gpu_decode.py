@@ -60,7 +60,7 @@ class Steps:
     seen: list[tuple[float, int]] = field(default_factory=list)
     all_asked: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, rows: int, _seconds: float) -> None:
+    def __call__(self, rows: int, _tokens: int, _seconds: float) -> None:
         if self.all_asked.is_set():
             self.seen.append((time.perf_counter(), rows))
         else:

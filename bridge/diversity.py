@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class Diversity:
@@ -44,6 +47,32 @@ def diversity(texts: Sequence[str]) -> Diversity:
         distinct_2=_distinct(words, 2),
         entropy_nats=-sum(n / total * math.log(n / total) for n in tokens.values()) + 0.0,
     )
+
+
+def top_word_ratio(texts: Sequence[str]) -> float:
+    """Share of the commonest word of all; 0 where nothing is said."""
+    words = Counter(word for text in texts for word in text.split())
+    return max(words.values(), default=0) / max(words.total(), 1)
+
+
+def repetition(texts: Sequence[str], n: int = 4) -> float:
+    """How much of a text has been said in it before, mean over texts: 1 - distinct-n of each (rep-4 of Welleck et al.
+    2020, arXiv:1908.04319); 0 of a text of fewer than ``n`` words."""
+    lines = [text.split() for text in texts]
+    return sum(1 - _distinct([line], n) for line in lines if len(line) >= n) / max(len(lines), 1)
+
+
+def similarity(vectors: Sequence[NDArray[np.float32]]) -> float:
+    """Mean cosine of all pairs of vectors (C,), from their sum; 0 where there is no pair.
+
+    |Σ uᵢ|² = n + 2 Σ uᵢ·uⱼ for vectors of length 1 (ours): as many additions as numbers, not as pairs.
+    """
+    count = len(vectors)
+    if count < 2:
+        return 0.0
+    stacked = np.stack(vectors)
+    units = stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)
+    return float((np.square(units.sum(axis=0)).sum() - count) / (count * (count - 1)))
 
 
 def _distinct(lines: Sequence[Sequence[str]], n: int) -> float:

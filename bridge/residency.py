@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -64,8 +64,9 @@ class Residency:
 
     Into the budget count weights, what is attached to them, and the largest activation noted for a model that stays;
     the last gives way where a model could otherwise not even run alone. ``copies`` keeps weights of models that gave
-    way to others. ``history`` keeps the last events, as (event, model, resident bytes after it); ``loading`` names the
-    model being read right now.
+    way to others. ``history`` keeps the last events, as (event, model, resident bytes after it), ``counts`` all of them
+    by event and model, and ``load_seconds`` the time that loading took by model; ``loading`` names the model being read
+    right now.
     """
 
     budget_bytes: int | None = None
@@ -74,6 +75,8 @@ class Residency:
     load: Callable[..., FrozenLM] = load_model
     copies: HostCopies | None = None
     history: list[tuple[str, str, int]] = field(default_factory=list)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    load_seconds: dict[str, float] = field(default_factory=dict)
     loading: str | None = None
     _models: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
     _activations: dict[str, int] = field(default_factory=dict)
@@ -301,10 +304,12 @@ class Residency:
             try:
                 for resident in leaving:
                     self._drop(resident, gives_way=True)
+                started = time.monotonic()
                 lm = self._returned(name)
                 if lm is None:
                     with mapped_apart():
                         lm = self.load(name, device=self.device, dtype=self.dtype)
+                self.load_seconds[name] = self.load_seconds.get(name, 0.0) + time.monotonic() - started
                 with self._changed:
                     resident = self._models[lm.name] = Resident(lm, weights_bytes(lm.model), {name})
                     self._note("load", name)
@@ -370,6 +375,7 @@ class Residency:
         return freed
 
     def _note(self, event: str, name: str) -> None:
+        self.counts[event, name] += 1
         self.history.append((event, name, self.resident_bytes))
         del self.history[:-256]
 

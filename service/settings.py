@@ -19,6 +19,7 @@ from latentwire.bridge.config import DEVICE, Mode, Precision
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.wire import as_key
+from latentwire.service.metrics import LATENCY_SECONDS
 
 PREFIX = "LW_"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -63,11 +64,18 @@ def _origin(item: str) -> str:
     return item
 
 
+def _ascending(buckets: tuple[float, ...]) -> tuple[float, ...]:
+    if list(buckets) != sorted(set(buckets)) or not buckets:
+        raise ValueError("expected seconds in ascending order, such as 0.01,0.1,1,10")
+    return buckets
+
+
 def _none_for_ever(value: object) -> object:
     return None if value == "forever" else value
 
 
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_listed)]
+Buckets = Annotated[tuple[Seconds, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_ascending)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_listed)]
 
 
@@ -214,6 +222,9 @@ class Settings(BaseSettings):
 
     corpus_dir: Path | None = Field(
         None, description="Serve the corpora in this folder: the document ID of NAME.lw is the latent_id NAME/ID."
+    )
+    latency_buckets: Buckets = Field(
+        LATENCY_SECONDS, description="Bounds of every histogram of seconds in /metrics, with commas between them."
     )
     tasks: dict[str, str] = Field({}, description="Tasks that may be evaluated, by name: files, as a JSON object.")
     jobs_dir: Path | None = Field(

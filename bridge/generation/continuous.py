@@ -17,14 +17,14 @@ from typing import Any, cast
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
 from latentwire.bridge.generation import attention
 from latentwire.bridge.generation.base import Engine, Running
 from latentwire.bridge.generation.room import fitted, keep_attention
+from latentwire.bridge.generation.scheduler import Scheduler
 from latentwire.bridge.generation.softids import SoftIds
 from latentwire.bridge.generation.steps import Choices, Next, Runner, Way
 from latentwire.bridge.memory import free_caches
@@ -98,11 +98,26 @@ class ContinuousEngine(Engine):
         return min(self.lm.max_tokens, self._kv_tokens - PAGE_TOKENS)
 
     @property
+    def waiting(self) -> int:
+        scheduler = self._scheduler
+        return 0 if scheduler is None else len(scheduler.waiting_requests)
+
+    @property
+    def preemptions(self) -> int:
+        """As of ``Engine``; since the engine began with an empty cache."""
+        scheduler = self._scheduler
+        return 0 if scheduler is None else scheduler.preemptions
+
+    @property
     def blocks_in_use(self) -> int:
         """Blocks of the cache that running requests hold."""
         processor = self._manager.batch_processor
         tables = [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
         return sum(len(blocks) for table in tables for blocks in list(table.values()))
+
+    @property
+    def block_tokens(self) -> int:
+        return PAGE_TOKENS
 
     @property
     def kv_tokens(self) -> int:
@@ -140,7 +155,7 @@ class ContinuousEngine(Engine):
                 num_blocks=-(-kv_tokens // PAGE_TOKENS),
                 max_batch_tokens=max(self._step_tokens, self.max_rows),
                 max_requests_per_batch=self.max_rows,
-                scheduler_type=_Scheduler.NAME,
+                scheduler_type=Scheduler.NAME,
                 use_cuda_graph=(False, self._way.graphs),  # a prompt has a shape of its own, seen once
                 q_padding_interval_size=1,  # and is not padded beside graphs of other steps
                 kv_padding_interval_size=1,
@@ -210,6 +225,11 @@ class ContinuousEngine(Engine):
         self._manager.cancel_request(running.name)
 
     @property
+    def _scheduler(self) -> Scheduler | None:
+        processor = self._manager.batch_processor
+        return None if processor is None else cast(Scheduler, processor.scheduler)
+
+    @property
     def _takes_requests(self) -> bool:
         """Whether the library's thread is well."""
         return self._manager.background_thread_status.can_accept_new_requests() is None
@@ -234,6 +254,8 @@ class ContinuousEngine(Engine):
                 self._manager.cancel_request(output.request_id)
         elif output.error is None:
             token, place = output.generated_tokens[-1], len(running.tokens.ids)
+            if running.first_token_at is None:
+                running.waited_seconds = output.lifespan[0] - output.created_time
             try:
                 logprob = self._choices.logprob(output.request_id, place, token)
                 if running.tokens.add(token, logprob) and not output.is_finished():
@@ -331,27 +353,6 @@ def _exclusive(lm: FrozenLM) -> Callable[[], None]:
     return let_go
 
 
-class _Scheduler(FIFOScheduler):
-    """The library's; but a request that is cancelled makes room for others, as one that finishes does.
-
-    After it has taken requests out of a full cache, the library lets none in until one finishes; all may be cancelled.
-    And where a step is still under way for one, the library would look for its blocks when it reads the token.
-    """
-
-    NAME = "latentwire"
-
-    def clear_cancelled_requests(self) -> list[RequestState]:
-        cancelled = super().clear_cancelled_requests()
-        if cancelled:
-            self.block_new_requests = False
-        for state in cancelled:
-            state.status = RequestStatus.FINISHED
-        return cancelled
-
-
-SCHEDULER_MAPPING[_Scheduler.NAME] = _Scheduler
-
-
 class _Router(OutputRouter):
     """Takes what the library's thread delivers, on that thread."""
 
@@ -365,7 +366,9 @@ class _Router(OutputRouter):
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
             self._engine._take(output)
-        self._engine.on_step(len(outputs), time.monotonic() - self._engine.last_step)
+        scheduler = self._engine._scheduler
+        tokens = len(outputs) if scheduler is None else scheduler.step_tokens
+        self._engine.on_step(len(outputs), tokens, time.monotonic() - self._engine.last_step)
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         super().fail_and_deliver(state, error)

@@ -6,11 +6,12 @@ closed before the model leaves.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from latentwire.bridge.config import Fingerprint, Mode
 from latentwire.bridge.errors import InsufficientMemory
@@ -42,7 +43,7 @@ class Engines:
         required: Kind | None = None,
         load_wait: float,
         on_death: Callable[[], None],
-        on_step: Callable[[int, float], None],
+        on_step: Callable[[int, int, float], None],
     ) -> None:
         """``kv_tokens`` of a cache; or by default the usual, or where they hold more, ``cache_bytes`` for each."""
         self.residency = residency
@@ -52,12 +53,17 @@ class Engines:
         }  # fmt: skip
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint, Engine] = {}
+        self._past: Counter[str] = Counter()  # of engines that were closed: what is counted does not go down
         self._pending: dict[Hashable, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
 
     def all(self) -> list[Engine]:
         """All open engines."""
         return list(self._engines.values())
+
+    def total(self, count: Literal["out_of_memory", "preemptions"]) -> int:
+        """What all engines have counted so far."""
+        return self._past[count] + sum(int(getattr(engine, count)) for engine in self.all())
 
     def kind(self, name: str) -> Kind | None:
         """How a receiver generates: ``continuous`` or ``padded``; None while it is not in memory."""
@@ -131,6 +137,7 @@ class Engines:
 
         def close() -> None:
             if (engine := self._engines.pop(fingerprint, None)) is not None:
+                self._past += Counter(out_of_memory=engine.out_of_memory, preemptions=engine.preemptions)
                 engine.close()
 
         self.residency.attach(lm.name, close, tokens * each)

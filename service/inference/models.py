@@ -123,11 +123,12 @@ class LocalModels:
         self._settings, self._bridges, self._receivers, self._admission = settings, list(bridges), receivers, admission
         self._on_death = on_death
         self.residencies = [receivers] if senders is receivers else [receivers, senders]
+        self.names = {name for bridge in self._bridges for name in bridge.model_names}
         self.sizes = settings.sizes(receivers.device)
         self.ready = False
         self.failure: str | None = None
         self.dead: str | None = None
-        self.measures = ModelMetrics()
+        self.measures = ModelMetrics(settings.latency_buckets)
         self.engines = Engines(
             receivers,
             max_rows=self.sizes.max_batch,
@@ -157,6 +158,8 @@ class LocalModels:
                 admission=self._admission,
                 is_out_of_memory=is_out_of_memory,
                 free_caches=free_caches,
+                name="encode",
+                on_wait=self.measures.queue_seconds.labels("encode").observe,
             )
             self._tasks.append(asyncio.create_task(self._encoders[bridge.name].serve()))
         self._tasks.append(asyncio.create_task(self._sweep()))
@@ -195,6 +198,8 @@ class LocalModels:
                 return await in_flight.result()
             finally:
                 on_cost(in_flight.generated_tokens)
+                for seconds in in_flight.waited_seconds:
+                    self.measures.queue_seconds.labels("generate").observe(seconds)
 
     async def score(
         self, bridge: Bridge, receiver: str, items: Sequence[ScoreItem], on_cost: Callable[[int], None]
@@ -249,7 +254,7 @@ class LocalModels:
                 residency.note_activation(bridge.sender, peak.bytes)
                 return encoded
 
-        with self.measures.batch("encode", len(sources)):
+        with self.measures.batch("encode", len(sources), sum(len(source.ids) for source in sources)):
             return await asyncio.get_running_loop().run_in_executor(self._device, run)
 
     async def _sweep(self) -> None:

@@ -20,7 +20,7 @@ from latentwire.service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-YAML = sorted([*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.yml")])
+YAML = sorted(path for path in [*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.yml")] if "templates" not in path.parts)
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 GPU = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/latentwire.json").read_text())
