@@ -22,7 +22,7 @@ from latentwire.service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-YAML = sorted([*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.yml")])
+YAML = sorted(path for path in [*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.yml")] if "templates" not in path.parts)
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 GPU = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())
 BOARDS: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in DEPLOY.glob("grafana/dashboards/*.json")}
