@@ -7,11 +7,10 @@ start their series are too, so that a first event is an increase.
 import time
 from collections import Counter as Counted
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,6 @@ from latentwire.service.schemas.lenient import OTHER
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nothing here asks for
 
-Key = TypeVar("Key")
 WINDOW = 256  # latest outputs, and latents, of a bridge over which diversity is measured
 LATENCY_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TRUST = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1)
@@ -40,10 +38,10 @@ REASONS = ("Overloaded", "RateLimited", "NotReady", "TooLarge", "InsufficientMem
 LOOKUPS = ("hit", "miss", "error")
 
 
-class Tally(Counted[Key]):
+class Tally(Counted[Hashable]):
     """Counts, of which those that fall to zero are let go."""
 
-    def forget(self, gone: Iterable[Key]) -> None:
+    def forget(self, gone: Iterable[Hashable]) -> None:
         """Take back what was counted before."""
         for key in gone:
             self[key] -= 1
@@ -121,9 +119,9 @@ class Window:
 
     latents: deque[NDArray[np.float32]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _outputs: deque[Said] = field(default_factory=deque)
-    _texts: Tally[str] = field(default_factory=Tally)
-    _words: Tally[str] = field(default_factory=Tally)
-    _pairs: Tally[tuple[str, str]] = field(default_factory=Tally)
+    _texts: Tally = field(default_factory=Tally)
+    _words: Tally = field(default_factory=Tally)
+    _pairs: Tally = field(default_factory=Tally)
 
     def add(self, text: str, cut: bool) -> None:
         """Remember an output, and forget the oldest of more than ``WINDOW``."""

@@ -52,7 +52,7 @@ def ask_everything(client: httpx.Client, number: int) -> None:
         answer = client.post(path, json=asked)
         assert answer.status_code == 200, answer.text
     assert client.post("/generate", json={**body, "max_tokens": 0}).status_code == 422
-    assert client.post("/generate", json={**body, "n": 16, "inputs": body["inputs"] * 3}).status_code == 413
+    assert client.post("/generate", json={**body, "n": 16, "inputs": body["inputs"] * 3}).status_code in (413, 429)
 
 
 @contextmanager
