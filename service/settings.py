@@ -15,7 +15,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from latentwire.bridge.config import DEVICE, Precision
+from latentwire.bridge.config import DEVICE, Mode, Precision
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.wire import as_key
@@ -87,6 +87,7 @@ class Sizes:
         max_batch: Rows per forward pass.
         batch_tokens: Tokens per batch of a sender.
         step_tokens: Tokens per step of a receiver.
+        step_mode: How its steps are made.
         memory_budget: Of the device.
         cache_share: Of what models and the largest batch leave of the budget, for caches.
     """
@@ -94,12 +95,13 @@ class Sizes:
     max_batch: int
     batch_tokens: int
     step_tokens: int
+    step_mode: Mode
     memory_budget: str | int | None
     cache_share: float
 
 
-ON_CPU = Sizes(32, 16_384, 512, None, 0.0)
-ON_ACCELERATOR = Sizes(256, 32_768, 2_048, "0.9", 0.8)
+ON_CPU = Sizes(32, 16_384, 512, "plain", None, 0.0)
+ON_ACCELERATOR = Sizes(256, 32_768, 2_048, "async", "0.9", 0.8)
 
 
 class Settings(BaseSettings):
@@ -147,6 +149,11 @@ class Settings(BaseSettings):
         description="Most bytes of models and their caches at once, e.g. 24GB, or a share of the device, e.g. 0.8; "
         "models take turns within it; of each device that is used. [0.9 of an accelerator; no limit on a CPU]",
     )
+    host_memory: Annotated[ByteSize, Field(ge=0)] | None = Field(
+        None,
+        description="Most bytes of the host's memory for weights of models that take turns on a GPU: they are kept "
+        "pinned, and return by a copy; 0 keeps none. [half of what is free]",
+    )
     keep_alive: Seconds | dict[str, Seconds] | None = Field(
         None, description="Seconds for which an idle model stays; for all bridges, or by name as a JSON object."
     )
@@ -162,6 +169,12 @@ class Settings(BaseSettings):
     )
     step_tokens: int | None = Field(
         None, ge=1, description="Tokens per step of a receiver; longer prompts take several. [2048; 512 on a CPU]"
+    )
+    step_mode: Mode | None = Field(
+        None,
+        description="How steps of a receiver are made: plain; paged, attention over the blocks of the cache; graphs, "
+        "and CUDA graphs; async, and each prepared while the one before runs. What is not there is left out. "
+        "[async; plain on a CPU]",
     )
     kv_tokens: int | None = Field(
         None,

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from httpx import TransportError
+from httpx2 import HTTPError
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -15,7 +15,7 @@ from latentwire.bridge.errors import InvalidRequest, ModelUnavailable, first_lin
 from latentwire.bridge.evaluation.saved import read_report
 from latentwire.training.export import Exported, export
 
-PARTS = ["encoder-*", "head-*", "gate.json", "codebooks.safetensors"]  # of the checkpoint that was there before
+STALE = ["encoder-*", "head-*", "gate.json", "codebooks.safetensors", "report.json"]  # of what was there before
 TEXTS = ("examples", "slots", "latents")  # of a report: other people's data
 CARD = """---
 {yaml}
@@ -88,11 +88,11 @@ def push_to_hub(
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repository, folder_path=out, commit_message=message, delete_patterns=PARTS
+                repo_id=repository, folder_path=out, commit_message=message, delete_patterns=STALE
             )
         except HFValidationError as error:
             raise InvalidRequest(f"{repository!r} is no name of a repository: {first_line(error)}") from None
-        except (HfHubHTTPError, OfflineModeIsEnabled, TransportError, OSError) as error:
+        except (HTTPError, OfflineModeIsEnabled, OSError) as error:
             raise ModelUnavailable(f"{repository!r} cannot be written on the Hub: {_reason(error)}") from None
     return str(commit.repo_url)
 

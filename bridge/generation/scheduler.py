@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 
@@ -10,6 +10,7 @@ class Scheduler(FIFOScheduler):
     """The library's; but a request that is cancelled makes room for others, as one that finishes does.
 
     After it has taken requests out of a full cache, the library lets none in until one finishes; all may be cancelled.
+    And where a step is still under way for one, the library would look for its blocks when it reads the token.
 
     Attributes:
         step_tokens: Of the step that is being made.
@@ -33,6 +34,8 @@ class Scheduler(FIFOScheduler):
         cancelled = super().clear_cancelled_requests()
         if cancelled:
             self.block_new_requests = False
+        for state in cancelled:
+            state.status = RequestStatus.FINISHED
         return cancelled
 
 

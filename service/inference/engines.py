@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Literal
 
-from latentwire.bridge.config import Fingerprint
+from latentwire.bridge.config import Fingerprint, Mode
 from latentwire.bridge.errors import InsufficientMemory
 from latentwire.bridge.generation.base import Engine, Kind
 from latentwire.bridge.generation.continuous import token_bytes
@@ -39,6 +39,7 @@ class Engines:
         kv_tokens: int | None,
         cache_bytes: int = 0,
         step_tokens: int,
+        mode: Mode = "plain",
         required: Kind | None = None,
         load_wait: float,
         on_death: Callable[[], None],
@@ -47,7 +48,9 @@ class Engines:
         """``kv_tokens`` of a cache; or by default the usual, or where they hold more, ``cache_bytes`` for each."""
         self.residency = residency
         self._kv_tokens, self._cache_bytes = kv_tokens, cache_bytes
-        self._options: dict[str, Any] = {"max_rows": max_rows, "step_tokens": step_tokens, "required": required}
+        self._options: dict[str, Any] = {
+            "max_rows": max_rows, "step_tokens": step_tokens, "mode": mode, "required": required,
+        }  # fmt: skip
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint, Engine] = {}
         self._past: Counter[str] = Counter()  # of engines that were closed: what is counted does not go down

@@ -22,6 +22,7 @@ from latentwire.bridge.engine import Encoded
 from latentwire.bridge.generation.base import Kind
 from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
 from latentwire.bridge.models import pass_bytes
+from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.scoring import Continuation
@@ -134,6 +135,7 @@ class LocalModels:
             kv_tokens=settings.kv_tokens,
             cache_bytes=self._cache_bytes(),
             step_tokens=self.sizes.step_tokens,
+            mode=self.sizes.step_mode,
             required=settings.require_engine,
             load_wait=settings.load_wait,
             on_death=self._died,
@@ -292,4 +294,5 @@ def residencies(settings: Settings) -> tuple[Residency, Residency]:
 
 def _residency(settings: Settings, device: torch.device) -> Residency:
     budget = budget_bytes(settings.sizes(device).memory_budget, device)
-    return Residency(budget, device, dtype_named(settings.dtype, device))
+    copies = HostCopies.beside(device, settings.host_memory)
+    return Residency(budget, device, dtype_named(settings.dtype, device), copies=copies)
