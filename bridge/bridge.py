@@ -61,7 +61,7 @@ class Bridge(OpenBridge):
         ['builtin:llama']
 
         Args:
-            name: A checkpoint folder, the name of a Hub repository that holds one, or ``builtin``.
+            name: A checkpoint folder, a Hub repository that holds one (``hf://owner/name``), or ``builtin``.
             device: Where models compute: cpu, cuda, cuda:1, mps or xpu; the best there is, unless given.
             precision: bf16, fp16 or fp32; bf16 on an accelerator and fp32 on a CPU, unless given.
             memory_budget: Most bytes of models at once: ``24GB``, or ``0.8`` of the device. No limit, unless given.

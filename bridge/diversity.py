@@ -6,7 +6,7 @@ system kept an entropy near 8 with the same argmax everywhere), so distinct outp
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,21 +38,21 @@ def diversity(texts: Sequence[str]) -> Diversity:
     """Measure ``texts``; an empty list gives zeros."""
     counts, words = Counter(texts), [text.split() for text in texts]
     tokens = Counter(word for line in words for word in line)
-    total = tokens.total()
     return Diversity(
         outputs=len(texts),
         distinct_ratio=len(counts) / max(len(texts), 1),
         top_output_ratio=max(counts.values(), default=0) / max(len(texts), 1),
         distinct_1=_distinct(words, 1),
         distinct_2=_distinct(words, 2),
-        entropy_nats=-sum(n / total * math.log(n / total) for n in tokens.values()) + 0.0,
+        entropy_nats=entropy_nats(tokens.values()),
     )
 
 
-def top_word_ratio(texts: Sequence[str]) -> float:
-    """Share of the commonest word of all; 0 where nothing is said."""
-    words = Counter(word for text in texts for word in text.split())
-    return max(words.values(), default=0) / max(words.total(), 1)
+def entropy_nats(counts: Iterable[int]) -> float:
+    """Entropy of what was counted; 0 of nothing."""
+    found = list(counts)
+    total = sum(found)
+    return -sum(n / total * math.log(n / total) for n in found) + 0.0
 
 
 def repetition(texts: Sequence[str], n: int = 4) -> float:

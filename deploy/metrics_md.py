@@ -9,13 +9,13 @@ from latentwire.service.app import create_app
 from latentwire.service.settings import Settings
 
 COMMITTED = Path(__file__).parent / "METRICS.md"
-HEAD = (
-    "# Metrics\n\n"
-    "Made by `python -m deploy.metrics_md` from what a service registers; a test compares it with what a running one exposes.\n"
-    "`half` is `encode`, `generate` or `score`. `bridge`, `model` and `route` are those that are served, and no caller makes\n"
-    'up others: a request for which no bridge was found has `bridge=""`. Histograms end in `_bucket`, `_sum` and `_count`;\n'
-    "those of seconds have the bounds of `LW_LATENCY_BUCKETS`.\n"
-)
+HEAD = """# Metrics
+
+Made by `python -m deploy.metrics_md` from what a service registers; a test compares it with what a running one exposes.
+`half` is `encode`, `generate` or `score`. `bridge`, `model` and `route` are those that are served, and no caller makes
+up others: where no bridge was found it is `bridge=""`. Histograms end in `_bucket`, `_sum` and `_count`; those of
+seconds have the bounds of `LW_LATENCY_BUCKETS`.
+"""
 
 
 def exposed_name(family: Metric) -> str:

@@ -50,14 +50,5 @@ def pinned() -> list[str]:
 
 
 if __name__ == "__main__":
-    command = [
-        sys.executable,
-        "-m",
-        "cyclonedx_py",
-        "requirements",
-        "--output-reproducible",
-        "--output-file",
-        sys.argv[1],
-        "-",
-    ]
+    command = [sys.executable, "-m", "cyclonedx_py", "requirements", "--output-reproducible", "-o", sys.argv[1], "-"]
     sys.exit(subprocess.run(command, input="\n".join(pinned()), text=True).returncode)

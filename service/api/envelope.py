@@ -62,7 +62,7 @@ class Envelope:
                 await JSONResponse(content, status_code=500)(scope, receive, send_with_id)
         finally:
             known = scope["path"] if scope["path"] in scope["app"].openapi()["paths"] else "unknown"
-            route = getattr(scope.get("route"), "path", known)  # none was looked for where the guard refused
+            route = str(getattr(scope.get("route"), "path", known))  # none was looked for where the guard refused
             seconds, ended = time.monotonic() - started, int(state.get("ended", status))
             self.runtime.metrics.observe_end(route, status, seconds, str(state.get("bridge", "")), ended)
 

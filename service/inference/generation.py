@@ -142,7 +142,8 @@ class RequestHandler:
             ours = [as_asked(answer, params) for answer in answers]
             answers = judged.given(ours, told)
         texts, window = [answer.text for answer in answers], self.runtime.metrics.window(self.bridge.name)
-        window.outputs.extend((answer.text, answer.finish_reason == "length") for answer in answers)
+        for answer in answers:
+            window.add(answer.text, answer.finish_reason == "length")
         return GenerateResponse(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.bridge.name,

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from latentwire.bridge.diversity import repetition, similarity, top_word_ratio
+from latentwire.bridge.diversity import diversity, repetition, similarity
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.generation.output import Generation
 from latentwire.service.api.errors import STATUS
@@ -91,19 +93,37 @@ def test_first_tokens_are_timed_from_the_arrival_and_later_ones_from_the_first()
 
 def test_a_window_forgets_what_is_old() -> None:
     window = Window()
-    window.outputs.extend([("the same", True)] * WINDOW)
+    for _ in range(WINDOW):
+        window.add("the same", True)
     measured = window.measured()
     assert (measured["outputs"], measured["top_ratio"], measured["truncated_ratio"]) == (WINDOW, 1.0, 1.0)
-    window.outputs.extend((f"{i}", False) for i in range(WINDOW - 1))
+    for i in range(WINDOW - 1):
+        window.add(f"{i}", False)
     assert window.measured()["truncated_ratio"] == 1 / WINDOW
-    window.outputs.append((" ", False))
+    window.add(" ", False)
     assert window.measured()["empty_ratio"] == 1 / WINDOW
+    assert window.measured()["distinct_ratio"] == 1.0
+
+
+@given(st.lists(st.text(alphabet="ab ", max_size=9), max_size=12))
+def test_a_window_says_what_diversity_says_of_the_texts_in_it(texts: list[str]) -> None:
+    window = Window()
+    for text in ["a b a a"] * WINDOW + texts:
+        window.add(text, False)
+    measured, whole = window.measured(), diversity((["a b a a"] * WINDOW + texts)[-WINDOW:])
+    assert (measured["outputs"], measured["distinct_ratio"]) == (whole.outputs, whole.distinct_ratio)
+    assert (measured["distinct_1"], measured["distinct_2"]) == (whole.distinct_1, whole.distinct_2)
+    assert (measured["top_ratio"], measured["entropy_nats"]) == (
+        whole.top_output_ratio, pytest.approx(whole.entropy_nats),
+    )  # fmt: skip
 
 
 def test_a_word_said_again_and_again_is_seen_in_different_outputs() -> None:
-    texts = [f"the the the the {i}" for i in range(8)]
-    assert top_word_ratio(texts) == 0.8
-    assert top_word_ratio([]) == top_word_ratio([""]) == 0.0
+    window = Window()
+    assert window.measured()["top_word_ratio"] == 0.0
+    for i in range(8):
+        window.add(f"the the the the {i}", False)
+    assert window.measured()["top_word_ratio"] == 0.8
 
 
 def test_repetition_is_within_an_output() -> None:
@@ -133,5 +153,5 @@ def test_buckets_of_seconds_are_what_the_operator_says(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("said", ["2,1", "1,1", "", "a"])
 def test_buckets_that_do_not_ascend_are_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LW_LATENCY_BUCKETS", said)
-    with pytest.raises(ValueError, match="ascending order|valid number|latency_buckets"):
+    with pytest.raises(ValueError, match=r"ascending order|valid number|latency_buckets"):
         Settings()
