@@ -22,7 +22,7 @@ def wanted() -> list[str]:
     """What the image installs, as its Dockerfile reads it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["eval"], *extras["train"], *extras["serve"]]
+    return [*project["dependencies"], *extras["eval"], *extras["train"], *extras["serve"], *extras["otel"]]
 
 
 def closure() -> set[str]:
