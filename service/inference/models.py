@@ -137,6 +137,7 @@ class LocalModels:
             load_wait=settings.load_wait,
             on_death=self._died,
             on_step=partial(self.measures.observe_batch, "generate"),
+            remote={name: url for bridge in self._bridges for name, url in bridge.remote.items()},
         )
         self.scorers = Scorers(receivers, admission, self.measures, self.sizes, settings.load_wait)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -265,7 +266,7 @@ class LocalModels:
         dtype = held.dtype or torch.float32
         largest = max((pass_bytes(name, self.sizes.batch_tokens, dtype) for name in here), default=0)
         left = (held.budget_bytes or 0) - sum(map(held.predict, here)) - largest
-        receivers = {name for bridge in self._bridges for name in bridge.receivers}
+        receivers = {name for bridge in self._bridges for name in bridge.receivers if name not in bridge.remote}
         return max(int(self.sizes.cache_share * left), 0) // max(len(receivers), 1)
 
     def _died(self) -> None:
