@@ -60,7 +60,7 @@ def embedding_alone(
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = []
     made: Any = AutoModel._model_mapping[type(bare)]
-    without_layers = type(made.__name__, (made,), {"_keys_to_ignore_on_load_unexpected": [""]})  # all others, silently
+    without_layers: Any = type(made.__name__, (made,), {"_keys_to_ignore_on_load_unexpected": [""]})  # silently
     fixed = {"use_safetensors": True, "output_loading_info": True}
     model, info = without_layers.from_pretrained(folder, config=bare, dtype=dtype, **fixed)
     if missing := sorted(info["missing_keys"]):

@@ -158,7 +158,8 @@ class RemoteEngine(Engine):
         """The body of a request."""
         return {
             "model": self._model, "max_tokens": params.max_tokens, "temperature": params.temperature,
-            "top_p": params.top_p, "top_k": params.top_k, "seed": params.seed, "stop": list(params.stop),
+            "top_p": params.top_p, "top_k": params.top_k, "seed": params.seed if params.temperature else None,
+            "stop": list(params.stop),
             "logprobs": params.logprobs, "stop_token_ids": list(ends), "ignore_eos": True,  # ends are ours to say
             "return_token_ids": True, "return_tokens_as_token_ids": True, **given,
         }  # fmt: skip
@@ -312,4 +313,5 @@ def _logprob(told: Mapping[str, Any], at: int, count: int) -> IdLogprob:
 def _message(told: Any) -> str:
     """What an error body says."""
     error = told.get("error", told) if isinstance(told, dict) else told
-    return shorten(str(error.get("message", error) if isinstance(error, dict) else error), 200)
+    said = error.get("message", error) if isinstance(error, dict) else error
+    return shorten(" ".join(str(said).split()), 200)

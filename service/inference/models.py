@@ -205,7 +205,8 @@ class LocalModels:
         """As ``Models.in_memory``."""
         homes = {name: bridge.home(name) for bridge in self._bridges for name in bridge.model_names}
         loaded = {name: found.bytes for name, home in homes.items() if (found := home.find(name)) is not None}
-        kinds = {name: kind for name in homes if (kind := self.engines.kind(name)) is not None}
+        receivers = {name for bridge in self._bridges for name in bridge.receivers}
+        kinds = {name: kind for name in receivers if (kind := self.engines.kind(name)) is not None}
         return InMemory(loaded, kinds, [name for name, home in homes.items() if home.is_pinned(name)])
 
     async def load(self, bridge: Bridge) -> None:
