@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
 from latentwire.bridge import remote
 from latentwire.bridge.bridge import Bridge
@@ -35,6 +36,7 @@ from latentwire.bridge.remote import check_parity, load_embedding, open_remote
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.results import Output
 from latentwire.bridge.sampling import SamplingParams
+from latentwire.service.__main__ import app
 from latentwire.service.app import create_app
 from latentwire.service.settings import Settings
 from tests.ports import free_port
@@ -378,6 +380,17 @@ def test_receivers_of_several_are_named(here: Bridge) -> None:
         Bridge.load(receiver="a=vllm:http://one:1")
 
 
+def test_the_command_answers_on_a_server_and_an_evaluation_says_why_it_does_not(tape: Tape) -> None:
+    address = f"vllm:{tape.url}"
+    asked = ["builtin", "--text", TEXTS[0], "--prompt", PROMPTS[0], "--max-tokens", "2"]
+    said = CliRunner().invoke(app, ["generate", *asked, "--receiver", address])
+    assert (said.exit_code, said.output) == (0, " Mara wants\n") and completions(tape)
+    with pytest.raises(InvalidRequest, match=f"{address} generates only, and an evaluation also scores given texts"):
+        CliRunner().invoke(
+            app, ["evaluate", "builtin", "--task", "world", "--receiver", address], catch_exceptions=False
+        )
+
+
 # The service.
 
 
@@ -391,8 +404,8 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 @pytest.fixture
 def client(tape: Tape) -> Iterator[TestClient]:
     """A service whose receiver is on the server."""
-    app = create_app(Settings(receiver=f"vllm:{tape.url}"), {"builtin": "builtin"})
-    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+    served = create_app(Settings(receiver=f"vllm:{tape.url}"), {"builtin": "builtin"})
+    with TestClient(served, "http://127.0.0.1", raise_server_exceptions=False) as client:
         until(lambda: client.get("/health/ready").status_code == 200)
         yield client
 
@@ -445,8 +458,8 @@ def test_a_server_that_is_lost_is_503_and_when_it_is_back_requests_are_answered(
 def test_the_service_becomes_ready_once_the_server_is_there(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentwire.service.inference.runtime.AGAIN_SECONDS", 0.05)
     tape.refuse = 4
-    app = create_app(Settings(receiver=f"vllm:{tape.url}"), {"builtin": "builtin"})
-    with TestClient(app, "http://127.0.0.1") as client:
+    served = create_app(Settings(receiver=f"vllm:{tape.url}"), {"builtin": "builtin"})
+    with TestClient(served, "http://127.0.0.1") as client:
         until(lambda: client.get("/health/ready").status_code == 200)
     assert tape.refuse == 0
 
