@@ -19,7 +19,15 @@ COPY latentwire latentwire
 COPY bridge bridge
 COPY training training
 COPY service service
-RUN pip install --no-deps .
+# That of the image; without it, what pyproject.toml falls back to: there is no git here to ask.
+ARG VERSION=
+RUN SETUPTOOLS_SCM_PRETEND_VERSION=$VERSION pip install --no-deps .
+# What only serves to compile against these packages, to test them, and to install more.
+RUN site=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+    && rm -rf "$site"/torch/include "$site"/torch/test "$site"/torch/bin/test_* "$site"/torch/bin/protoc* "$site"/pyarrow/include \
+    && for package in matplotlib networkx numpy pandas pyarrow scipy sklearn sympy; do \
+        find "$site/$package" -type d -name tests -prune -exec rm -rf {} +; done \
+    && pip uninstall --quiet --yes pip
 
 FROM ${PYTHON_IMAGE}
 # A number, so that Kubernetes can see that it is not root. Clusters that give every pod a user of its own give it group 0.

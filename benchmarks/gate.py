@@ -1,4 +1,4 @@
-"""How many answers of the built-in bridge its gate lets through, and what is kept of the text's score on test examples.
+"""How many answers of a bridge its gate lets through, and what is kept of the text's score on test examples.
 
 Asked: retention .98 reached, with a coverage of at least .8. Several calibrations on examples of their own show how far
 chance moves the threshold.
@@ -10,23 +10,28 @@ from typing import Any
 import numpy as np
 import typer
 
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.evaluation.evaluate import BridgeLender, context_of
 from latentwire.bridge.evaluation.gated import retention_interval
+from latentwire.bridge.evaluation.metrics import metrics_of
 from latentwire.bridge.evaluation.statistics import interval, ratio
 from latentwire.bridge.evaluation.tasks import load_task
 from latentwire.bridge.gate import SIGNALS
 from latentwire.training.calibration import answers, gate_of, probability, unseen
 
 
-def main(target: float = 0.98, examples: int = 500, calibrations: int = 5, limit: int = 500) -> None:
-    """Calibrate several times, and hold each gate to LIMIT test examples."""
-    bridge, task = Bridge.load("builtin"), load_task("world")
-    test = context_of(bridge, task, BridgeLender(bridge), limit=limit)
-    fresh = replace(test, examples=unseen(bridge, task, test.receiver_name, examples * calibrations))
-    signals, ours, texts = answers(fresh, "em")
-    asked, latent, direct = answers(test, "em")
+def main(
+    checkpoint: str = "builtin", task: str = "world", target: float = 0.98, examples: int = 500,
+    calibrations: int = 5, limit: int = 500, name: str = "gate",
+) -> None:  # fmt: skip
+    """Calibrate several times, and hold each gate to LIMIT test examples; recorded as NAME."""
+    bridge, asked_of = Bridge.load(checkpoint), load_task(task)
+    metric = metrics_of(asked_of.kind)[0].name
+    test = context_of(bridge, asked_of, BridgeLender(bridge), limit=limit)
+    fresh = replace(test, examples=unseen(bridge, asked_of, test.receiver_name, examples * calibrations))
+    signals, ours, texts = answers(fresh, metric)
+    asked, latent, direct = answers(test, metric)
     rows: list[dict[str, Any]] = []
     for start in range(0, len(ours), examples):
         part = slice(start, start + examples)
@@ -51,10 +56,11 @@ def main(target: float = 0.98, examples: int = 500, calibrations: int = 5, limit
             }
         )
         print(f"calibrated {rows[-1]['calibrated']}, test {rows[-1]['test']}")
+    of = {} if checkpoint == "builtin" else {"checkpoint": "runs/bridge", "task": f"runs/{asked_of.name}.toml"}
+    counts = {"target": target, "examples": examples, "calibrations": calibrations, "limit": limit}
     record(
-        "gate",
-        f"python -m benchmarks.gate --target {target} --examples {examples} --calibrations {calibrations} "
-        f"--limit {limit}",
+        name,
+        command_of("gate", **of, **counts),
         {
             "bridge_id": bridge.manifest.bridge_id,
             "target_retention": target,

@@ -4,11 +4,12 @@ import statistics
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from queue import SimpleQueue
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,18 +21,18 @@ from latentwire.bridge.errors import LatentWireError, first_line
 from latentwire.bridge.generation.base import Engine, Running, Soft
 from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngine
 from latentwire.bridge.generation.output import OutputTokens
+from latentwire.bridge.generation.steps import MODES, Way, ways
 from latentwire.bridge.memory import weights_bytes
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE, TEXT, Row
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.sampling import SamplingParams
 
+FASTEST = MODES[-1]
 Figures = dict[str, Any]
 Answer = tuple[int, list[int]]
 """The number of a question, and the tokens of the answer."""
 
-SWITCHES: dict[str, dict[str, Any]] = {"as built": {}}
-"""Ways to run an engine that are measured beside each other: more arguments of ``ContinuousEngine``."""
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "top-p": {"temperature": 1.0, "top_p": 0.9},
@@ -59,7 +60,7 @@ class Steps:
     seen: list[tuple[float, int]] = field(default_factory=list)
     all_asked: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, rows: int, _seconds: float) -> None:
+    def __call__(self, rows: int, _tokens: int, _seconds: float) -> None:
         if self.all_asked.is_set():
             self.seen.append((time.perf_counter(), rows))
         else:
@@ -90,26 +91,26 @@ def ask(
 
 
 def decode(bench: Bench) -> Figures:
-    """Milliseconds of a decode step by switch, mode, context and rows."""
+    """Milliseconds of a decode step by how steps are made, what is asked, context and rows."""
     lm = bench.lm("receiver")
     embedding: Any = lm.model.get_input_embeddings()
     weights = weights_bytes(lm.model) - embedding.weight.nbytes  # of which a step looks a few rows up
     found: Figures = {"weight_bytes": weights, "kv_bytes_per_token": lm.kv_bytes(1), "steps": [], "not_run": []}
-    for name, options in SWITCHES.items():
+    for name, way in ways(FASTEST, lm).items():
         try:
-            _stepped(bench, lm, name, options, found)
+            _stepped(bench, lm, name, way, found)
         except (LatentWireError, TypeError, RuntimeError) as error:  # of this switch: the others are measured
             found["not_run"].append({"switch": name, "error": first_line(error)})
     return found
 
 
-def _stepped(bench: Bench, lm: FrozenLM, name: str, options: dict[str, Any], found: Figures) -> None:
+def _stepped(bench: Bench, lm: FrozenLM, name: str, way: Way, found: Figures) -> None:
     scale = bench.scale
     most, longest = max(scale.rows), max(scale.contexts)
     # Beside its context the blocks of every answer to it: when a cache is full, all contexts that wait are dropped.
     room = longest + len(MODES) * len(scale.contexts) * (scale.steps + 2 * PAGE_TOKENS)
-    given = {"max_rows": most, "kv_tokens": most * room, "step_tokens": scale.step_tokens, **options}
-    with closing(ContinuousEngine(lm, **given)) as made:
+    given = {"max_rows": most, "kv_tokens": most * room, "step_tokens": scale.step_tokens}
+    with closing(ContinuousEngine(lm, way=way, **given)) as made:
         # What is read once stays in the cache, so that many rows begin to decode at the same time.
         for first in range(0, most, FILLED_TOGETHER):
             numbers = range(first, min(first + FILLED_TOGETHER, most))
@@ -142,7 +143,12 @@ def of_times(milliseconds: Sequence[float]) -> Figures:
 
 def beside(bench: Bench) -> Figures:
     """Decoding beside a loop that encodes, against decoding alone: answers, and the time from token to token."""
-    return _beside(bench, bench.lm("receiver"))
+    lm = bench.lm("receiver")
+    found = _beside(bench, lm)
+    bench.keep(found)
+    with patch.object(engine, "in_background", lambda device: nullcontext()):
+        other = _beside(bench, lm)
+    return found | {"encoding_on_the_stream_of_all": {name: other[name] for name in ("beside", "encode_ms")}}
 
 
 def race(bench: Bench) -> Figures:
@@ -177,7 +183,8 @@ def _rounds(bench: Bench, lm: FrozenLM, seconds: float) -> tuple[list[float], li
     scale, started = bench.scale, time.monotonic()
     rows, tokens, context = scale.beside_rows, 2 * scale.steps, min(scale.contexts)
     kv_tokens, times, said = ROUNDS * rows * (context + tokens + 2 * PAGE_TOKENS), list[float](), list[Answer]()
-    with closing(ContinuousEngine(lm, max_rows=rows, kv_tokens=kv_tokens, step_tokens=scale.step_tokens)) as made:
+    options: dict[str, Any] = {"max_rows": rows, "kv_tokens": kv_tokens, "step_tokens": scale.step_tokens}
+    with closing(ContinuousEngine(lm, way=Way.of(FASTEST, lm), **options)) as made:
         while len(said) < ROUNDS * rows or (time.monotonic() - started < seconds and not bench.is_over):
             first = len(said) % (ROUNDS * rows)
             asked = [question(lm, first + n, context, scale.soft_tokens) for n in range(rows)]
@@ -264,18 +271,23 @@ def answers(bench: Bench) -> Figures:
         engine.run(lm, [row for row, _ in asked], soft, wanted)
         kv_tokens = ANSWERED * (max(scale.contexts) + scale.steps + 2 * PAGE_TOKENS)
         options: dict[str, Any] = {"max_rows": ANSWERED, "kv_tokens": kv_tokens, "step_tokens": scale.step_tokens}
-        with closing(ContinuousEngine(lm, **options)) as made:
-            said, together = ask(made, asked, greedy), ask(made, asked, drawn)
-        with closing(ContinuousEngine(lm, **options)) as made:
-            alone = [ask(made, [asked[n]], [drawn[n]])[0] for n in range(ALONE)]
-        found[role] = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "greedy_equal": f"{sum(a.ids == b.ids for a, b in zip(said, wanted, strict=True))} of {ANSWERED}",
-            "greedy_tokens_equal_until": _agreement(said, wanted),
-            "logprob_difference_nats": max(map(_apart, said, wanted)),
-            "sampled_alone_equal": f"{sum(a.ids == b.ids for a, b in zip(alone, together, strict=False))} of {ALONE}",
-        }
-        bench.say(f"{role}: {found[role]}")
+        for name, way in ways(FASTEST, lm).items():
+            with closing(ContinuousEngine(lm, way=way, **options)) as made:
+                said, together = ask(made, asked, greedy), ask(made, asked, drawn)
+            with closing(ContinuousEngine(lm, way=way, **options)) as made:
+                alone = [ask(made, [asked[n]], [drawn[n]])[0] for n in range(ALONE)]
+            equal = sum(a.ids == b.ids for a, b in zip(said, wanted, strict=True))
+            equal_alone = sum(a.ids == b.ids for a, b in zip(alone, together, strict=False))
+            found[role if way == Way.of(FASTEST, lm) else f"{role}, {name}"] = {
+                "steps": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "greedy_equal": f"{equal} of {ANSWERED}",
+                "greedy_tokens_equal_until": _agreement(said, wanted),
+                "logprob_difference_nats": max(map(_apart, said, wanted)),
+                "sampled_alone_equal": f"{equal_alone} of {ALONE}",
+            }
+            bench.say(f"{role}, {name}: {found}")
+            bench.keep(found)
         del lm, made
     return found
 

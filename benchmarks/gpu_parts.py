@@ -26,6 +26,7 @@ from latentwire.bridge.generation.continuous import token_bytes
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.memory import device_bytes, free_caches, held_bytes, weights_bytes
 from latentwire.bridge.models import blocks_of, fingerprint_of, load_model
+from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.prompt import IGNORE, Row
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.training import prepare as preparing
@@ -83,7 +84,7 @@ def _seconds(bench: Bench, work: Callable[[], object]) -> float:
 
 
 def load(bench: Bench) -> Figures:
-    """From files that were just written, and so lie in the machine's memory, to the device."""
+    """From files that were just written, and so lie in the machine's memory, to the device; away from it, and back."""
     folder, file = bench.folder / "stored", bench.folder / "stored" / "model.safetensors"
     lm = bench.lm("exact")
     weights = weights_bytes(lm.model)
@@ -106,6 +107,10 @@ def load(bench: Bench) -> Figures:
     timed("fingerprint", lambda: fingerprint_of(str(folder)))
     lm = timed("load_model", lambda: load_model(str(folder), device=bench.device, dtype=bench.scale.dtype))
     held = held_bytes(bench.device) - before
+    copies = HostCopies(2 * weights)
+    timed("leaves first", lambda: copies.park(lm))
+    timed("returns", lambda: copies.bring("returned", lm.fingerprint, bench.device))
+    timed("leaves again", lambda: copies.park(lm))
     del lm
     free_caches()
     return {

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
@@ -37,6 +37,7 @@ from latentwire.bridge.evaluation.conditions import CONDITIONS, soft_tokens
 from latentwire.bridge.evaluation.context import EvaluationContext, open_context
 from latentwire.bridge.evaluation.evaluate import progress_bar
 from latentwire.bridge.evaluation.measure import measure
+from latentwire.bridge.evaluation.metrics import token_f1
 from latentwire.bridge.prompt import collate
 from latentwire.bridge.wire import DType
 from latentwire.training.controls import train_controls
@@ -118,6 +119,7 @@ TINY = (
     "--matrix-learning-rate 0.005 --first-token-weight 1 --reconstruction-weight 0"
 )
 DTYPES: tuple[DType, ...] = ("int8", "int4", "rq8", "rq4", "rq2")
+READ = 40  # sources that are read back
 CODED_EXAMPLES = 1000  # training sources that codebooks are fitted to
 MEASURED = ("bridge", "direct", "same_budget", "none", "mismatched", "noise")
 BRIEFLY = ("bridge", "direct", "none", "mismatched")
@@ -187,12 +189,20 @@ def nats_per_token(context: EvaluationContext) -> dict[str, dict[str, Any]]:
     return found
 
 
+@contextmanager
+def loaded(checkpoint: str | Path) -> Iterator[Bridge]:
+    """A bridge with its models, which are let go."""
+    bridge = Bridge.load(checkpoint, precision="fp32")
+    try:
+        yield bridge
+    finally:
+        bridge.unload()
+
+
 def by_dtype(context: EvaluationContext, task: str, unquantised: float) -> list[Row]:
     """What the bridge scores where its latents travel in fewer bytes, with codebooks fitted to training sources."""
-    bridge = Bridge.load(context.checkpoint, precision="fp32")
-    with progress_bar(console) as progress:
+    with loaded(context.checkpoint) as bridge, progress_bar(console) as progress:
         books, left = fit_codebooks(bridge, task, count=8, examples=CODED_EXAMPLES, progress=progress)
-    bridge.unload()
     coded, rows = replace(context, bridge=replace(context.bridge, codebooks=books)), []
     for dtype in DTYPES:
         report = measure(replace(coded, dtype=dtype), conditions=("bridge",))
@@ -207,6 +217,15 @@ def by_dtype(context: EvaluationContext, task: str, unquantised: float) -> list[
             }
         )
     return [{"codebooks_left": left, "codebooks_examples": CODED_EXAMPLES}, *rows]
+
+
+def read_back(bridge: Bridge, sources: list[str]) -> Row:
+    """What the receiver takes latents to say, held against their own sources, and each against another's."""
+    readings = bridge.read(sources, against=sources, truncate=True)
+    said, nats = [one.text for one in readings], [-one.against.mean for one in readings if one.against]
+    others = [*sources[1:], sources[0]]
+    scores = {name: statistics.fmean(map(token_f1, said, held)) for name, held in (("own", sources), ("other", others))}
+    return {"n": len(sources), "token_f1": scores, "nats_per_token": statistics.fmean(nats), "readings": said[:5]}
 
 
 def run_once(
@@ -253,10 +272,11 @@ def run_once(
                 report = measure(context, conditions=conditions, trained=trained, progress=progress)
             most = context.bridge.config.provenance.recipe["sources_per_example"]
             if name == "facts" and most > 1:
-                asked = Bridge.load(folder / "bridge", precision="fp32")
-                report["several"] = [among(asked, count, limit // 2) for count in SOURCES if count <= most]
-                asked.unload()
+                with loaded(folder / "bridge") as asked:
+                    report["several"] = [among(asked, count, limit // 2) for count in SOURCES if count <= most]
             if not brief:
+                with loaded(folder / "bridge") as asked:
+                    report["read_back"] = read_back(asked, [one.source for one in context.examples[:READ]])
                 report["by_dtype"] = by_dtype(context, file, report["conditions"]["bridge"]["value"])
         events = read_jsonl(folder / "bridge" / "events.jsonl")
         alarms = [line["message"] for line in events if line["event"] == "alarm"]

@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import distillation_ratio
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from latentwire.bridge.engine import answer_logits
 from latentwire.bridge.models import BUILTIN
 from latentwire.bridge.prompt import collate
@@ -150,31 +150,33 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     return {"kills": count, "bit_equal": equal, "steps_done_at_each_kill": landed, "steps": TINY["max_steps"]}
 
 
-def main(steps: int = 300, long: int = 2000, count: int = 20) -> None:
-    """Measure everything and record it."""
+def main(steps: int = 300, long: int = 2000, count: int = 20, part: list[str] | None = None) -> None:
+    """Measure and record each PART (all): throughput of steps, run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pair, small = larger_pair(folder), {"hidden_dim": 128, "latent_dim": 128}
-        record(
-            "throughput",
-            "python -m benchmarks.training",
-            {
-                "threads": torch.get_num_threads(),
-                "built_in_pair": throughput({}, folder / "a", batch_size=32),
-                "larger_pair": throughput(pair, folder / "b", batch_size=16),
-                "larger_pair_small_bridge": throughput({**pair, **small}, folder / "c", batch_size=16),
-            },
-        )
-        record(
-            "training",
-            f"python -m benchmarks.training --steps {steps} --long {long} --count {count}",
-            {
-                "run": of_a_run(folder, steps),
-                "memory": flat_memory(folder, long),
-                "distillation": distillation_ratio(folder / "kd"),
-                "resume": kills(folder, count),
-            },
-        )
+        if part is None or "throughput" in part:
+            pair, small = larger_pair(folder), {"hidden_dim": 128, "latent_dim": 128}
+            record(
+                "throughput",
+                command_of("training", part="throughput"),
+                {
+                    "threads": torch.get_num_threads(),
+                    "built_in_pair": throughput({}, folder / "a", batch_size=32),
+                    "larger_pair": throughput(pair, folder / "b", batch_size=16),
+                    "larger_pair_small_bridge": throughput({**pair, **small}, folder / "c", batch_size=16),
+                },
+            )
+        if part is None or "run" in part:
+            record(
+                "training",
+                command_of("training", steps=steps, long=long, count=count, part="run"),
+                {
+                    "run": of_a_run(folder, steps),
+                    "memory": flat_memory(folder, long),
+                    "distillation": distillation_ratio(folder / "kd"),
+                    "resume": kills(folder, count),
+                },
+            )
 
 
 if __name__ == "__main__":

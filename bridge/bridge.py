@@ -26,6 +26,7 @@ from latentwire.bridge.gate import as_asked, gate_asked, load_gates, watched
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.opened import OpenBridge
+from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.readback import as_said, readings_of, taught
 from latentwire.bridge.remote import addresses_of, answers_of, check_named, parse_addresses
 from latentwire.bridge.residency import Residency
@@ -64,7 +65,7 @@ class Bridge(OpenBridge):
         ['builtin:llama']
 
         Args:
-            name: A checkpoint folder, the name of a Hub repository that holds one, or ``builtin``.
+            name: A checkpoint folder, a Hub repository that holds one (``hf://owner/name``), or ``builtin``.
             device: Where models compute: cpu, cuda, cuda:1, mps or xpu; the best there is, unless given.
             precision: bf16, fp16 or fp32; bf16 on an accelerator and fp32 on a CPU, unless given.
             memory_budget: Most bytes of models at once: ``24GB``, or ``0.8`` of the device. No limit, unless given.
@@ -77,7 +78,8 @@ class Bridge(OpenBridge):
             InvalidRequest: The device is not there, the budget is none, or no server or receiver is spelled like that.
         """
         placed = device_named(device)
-        residency = Residency(budget_bytes(memory_budget, placed), placed, dtype_named(precision, placed))
+        budget, copies = budget_bytes(memory_budget, placed), HostCopies.beside(placed)
+        residency = Residency(budget, placed, dtype_named(precision, placed), copies=copies)
         addresses = parse_addresses(receiver)
         bridge = cls.open(str(name), name, residency, addresses=addresses)
         check_named(addresses, bridge.receivers)

@@ -20,7 +20,7 @@ from latentwire.bridge.codebooks import CODEBOOKS, Codebooks, load_codebooks, sa
 from latentwire.bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
 from latentwire.bridge.devices import default_device
 from latentwire.bridge.encoder import Encoder, encoder_class, make_encoder
-from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, ModelUnavailable, UnknownBridge
+from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, ModelUnavailable, UnknownBridge, first_line
 from latentwire.bridge.families import Role
 from latentwire.bridge.files import replace_file
 from latentwire.bridge.gate import GATE
@@ -30,6 +30,7 @@ from latentwire.bridge.prompt import check_layout
 
 CONFIG = "config.json"
 BUILTIN_BRIDGE = BUILTIN / "bridge"
+HUB = "hf://"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -73,11 +74,19 @@ def make_bridge(config: BridgeConfig) -> BridgeModel:
 
 
 def folder_of_checkpoint(name: str | Path) -> Path:
-    """The folder of ``builtin``, a folder or a reachable Hub name (UnknownBridge where no checkpoint is in it)."""
-    folder = BUILTIN_BRIDGE if str(name) == "builtin" else Path(name)
-    if not folder.exists() and HUB_NAME.fullmatch(str(name)):
+    """The folder of ``builtin``, a folder or a reachable Hub name (UnknownBridge where no checkpoint is in it).
+
+    ``hf://`` before it says that a name is of the Hub; without, a folder of that name comes first.
+    """
+    folder, on_hub = BUILTIN_BRIDGE if str(name) == "builtin" else Path(name), str(name).removeprefix(HUB)
+    if on_hub != str(name):
+        try:
+            folder = hub_folder(on_hub)
+        except ModelUnavailable as error:
+            raise UnknownBridge(f"{name} cannot be had from the Hub: {first_line(error.__cause__ or error)}") from None
+    elif not folder.exists() and HUB_NAME.fullmatch(on_hub):
         with suppress(ModelUnavailable):
-            folder = hub_folder(str(name))
+            folder = hub_folder(on_hub)
     if not (folder / CONFIG).is_file():
         raise UnknownBridge(
             f"no checkpoint at {str(name)!r}: expected a folder with {CONFIG}, the Hub name of one, or 'builtin'"

@@ -15,6 +15,8 @@ RANDOM = "random:"
 """Prefix of a model with the same shape and tokenizer but untrained weights: a control."""
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Mode = Literal["plain", "paged", "graphs", "async"]
+"""How the steps of continuous batching are made, each as those before it and more (``generation/steps.py``)."""
 DEVICE = r"^(cpu|mps|xpu|cuda(:\d+)?)$"
 """What a device may be called, wherever one is named."""
 

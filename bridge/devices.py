@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -122,6 +124,29 @@ def multiply_float32(device: torch.device, *, tf32: bool) -> None:
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+@contextmanager
+def in_background(device: torch.device) -> Iterator[None]:
+    """Have the work of a block done on a stream of its own, which comes behind those of engines; on CUDA alone.
+
+    It begins after what was asked of the device before, and what is asked after it waits for it. What a block makes
+    and hands on should be on the host by its end: memory of another stream is not kept for who reads it here.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream, current = _background(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+@cache
+def _background(device: torch.device) -> torch.cuda.Stream:
+    # Of the lowest priority; an engine's steps have a higher one.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _cpu_has_bf16() -> bool:

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentwire.bridge.checkpoint import BridgeModel
+from latentwire.bridge.devices import in_background
 from latentwire.bridge.generation.output import Generation, IdLogprob, OutputText, OutputTokens, logprobs_of
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
@@ -46,10 +47,11 @@ def encode(bridge: BridgeModel, sender: FrozenLM, sources: Sequence[SourceTokens
     not bit for bit: attention sums over a padded width in another order, products of few rows use another kernel, and
     several threads split by rows. The same batch gives the same bits each time.
     """
-    ids, mask = pad_sources(sender, sources)
-    states = hidden_states(sender, ids, mask, bridge.config.layers, bridge.encoder.lora)
-    latents, slots = bridge.encoder(states, mask)
-    rows = [latent[real].cpu().numpy() for latent, real in zip(latents.float(), slots, strict=True)]
+    with in_background(sender.device):
+        ids, mask = pad_sources(sender, sources)
+        states = hidden_states(sender, ids, mask, bridge.config.layers, bridge.encoder.lora)
+        latents, slots = bridge.encoder(states, mask)
+        rows = [latent[real].cpu().numpy() for latent, real in zip(latents.float(), slots, strict=True)]
     return [
         Encoded(row, len(source.ids), source.full_length > len(source.ids))
         for row, source in zip(rows, sources, strict=True)

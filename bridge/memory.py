@@ -22,6 +22,7 @@ Row = TypeVar("Row")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt
 MAPPED_APART_BYTES = 64 << 10
+_peaks: dict[torch.device, int] = {}
 GLIBC_BYTES = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}  # where glibc's own adjustment ends
 
 
@@ -71,6 +72,11 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return max(min(psutil.virtual_memory().available, device_bytes(device) - held_bytes(device)), 0)
+
+
+def largest_bytes(device: torch.device) -> int:
+    """Most bytes ever allocated on an accelerator: ``peak_bytes`` begins the library's own count again."""
+    return max(_peaks.get(device, 0), int(torch.cuda.max_memory_allocated(device)))
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -132,6 +138,7 @@ def peak_bytes(device: torch.device) -> Iterator[Peak]:
     if device.type != "cuda":
         yield peak
         return
+    _peaks[device] = largest_bytes(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
     yield peak

@@ -40,6 +40,7 @@ LARGE_BYTES = 1 << 30  # a model whose loading deserves a progress bar
 # Of a model, and of a bridge: never pickles, never code, no weights twice.
 WANTED_FILES = [
     "*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "encoder-*.safetensors", "head-*.safetensors",
+    "codebooks.safetensors",
 ]  # fmt: skip
 TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges).*\.(json|txt)|.*\.model")
 SHA256 = re.compile(r"[0-9a-f]{64}")  # other files of the Hub are named by git, with 40 digits
@@ -139,7 +140,7 @@ def hub_folder(name: str) -> Path:
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelUnavailable(
             f"model {name!r} is neither builtin:…, a folder, nor a reachable Hub name ({first_line(error)})"
-        ) from None
+        ) from error
 
 
 def fingerprint_of(name: str) -> Fingerprint:

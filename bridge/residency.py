@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ from latentwire.bridge.devices import default_device, default_dtype, is_out_of_m
 from latentwire.bridge.errors import InsufficientMemory, ModelInUse, first_line
 from latentwire.bridge.memory import free_bytes, free_caches, held_bytes, mapped_apart, weights_bytes
 from latentwire.bridge.models import FrozenLM, fingerprint_of, load_model, predicted_bytes
+from latentwire.bridge.parking import HostCopies
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +63,20 @@ class Residency:
     """Holds frozen models within ``budget_bytes`` (None: no limit), each once whatever the names it goes by.
 
     Into the budget count weights, what is attached to them, and the largest activation noted for a model that stays;
-    the last gives way where a model could otherwise not even run alone. ``history`` keeps the last events, as (event,
-    model, resident bytes after it); ``loading`` names the model being read right now.
+    the last gives way where a model could otherwise not even run alone. ``copies`` keeps weights of models that gave
+    way to others. ``history`` keeps the last events, as (event, model, resident bytes after it), ``counts`` all of them
+    by event and model, and ``load_seconds`` the time that loading took by model; ``loading`` names the model being read
+    right now.
     """
 
     budget_bytes: int | None = None
     device: torch.device = field(default_factory=default_device)
     dtype: torch.dtype | None = None
     load: Callable[..., FrozenLM] = load_model
+    copies: HostCopies | None = None
     history: list[tuple[str, str, int]] = field(default_factory=list)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    load_seconds: dict[str, float] = field(default_factory=dict)
     loading: str | None = None
     _models: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
     _activations: dict[str, int] = field(default_factory=dict)
@@ -212,7 +218,7 @@ class Residency:
                     raise InsufficientMemory(self._does_not_fit(f"what is attached to {name!r}", size_bytes))
                 resident.attached.append((closer, size_bytes))
             for other in leaving:
-                self._drop(other)
+                self._drop(other, gives_way=True)
 
     def detach(self, name: str, closer: Callable[[], object]) -> None:
         """Undo ``attach`` on a model that is still lent: there is nothing to close after all."""
@@ -297,9 +303,13 @@ class Residency:
                 self.loading = name
             try:
                 for resident in leaving:
-                    self._drop(resident)
-                with mapped_apart():
-                    lm = self.load(name, device=self.device, dtype=self.dtype)
+                    self._drop(resident, gives_way=True)
+                started = time.monotonic()
+                lm = self._returned(name)
+                if lm is None:
+                    with mapped_apart():
+                        lm = self.load(name, device=self.device, dtype=self.dtype)
+                self.load_seconds[name] = self.load_seconds.get(name, 0.0) + time.monotonic() - started
                 with self._changed:
                     resident = self._models[lm.name] = Resident(lm, weights_bytes(lm.model), {name})
                     self._note("load", name)
@@ -343,8 +353,11 @@ class Residency:
         del self._models[resident.lm.name]
         self._note_change()
 
-    def _drop(self, resident: Resident) -> int:
-        """Close and free a model that is out of the books; bytes that came back."""
+    def _returned(self, name: str) -> FrozenLM | None:
+        return None if self.copies is None else self.copies.bring(name, fingerprint_of(name), self.device)
+
+    def _drop(self, resident: Resident, *, gives_way: bool = False) -> int:
+        """Close and free a model that is out of the books; bytes that came back. What gives way may leave a copy."""
         name, before = resident.lm.name, held_bytes(self.device)
         for closer, _ in reversed(resident.attached):
             try:
@@ -352,6 +365,8 @@ class Residency:
             except Exception:
                 log.exception("what was attached to %s could not be closed", name)
         resident.attached.clear()
+        if self.copies is not None:
+            (self.copies.park if gives_way else self.copies.forget)(resident.lm)
         del resident.lm  # the caller still holds the resident
         free_caches()
         freed = before - held_bytes(self.device)
@@ -360,6 +375,7 @@ class Residency:
         return freed
 
     def _note(self, event: str, name: str) -> None:
+        self.counts[event, name] += 1
         self.history.append((event, name, self.resident_bytes))
         del self.history[:-256]
 

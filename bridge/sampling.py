@@ -9,7 +9,7 @@ Dimensions used in this file:
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentwire.bridge.errors import InvalidRequest, shorten
 
-MASK = 0xFFFFFFFF
+MASK, MOST = 0xFFFFFFFF, 0x7FFFFFFF
 GOLDEN = -0x61C88647
 """2^32 over the golden ratio as a signed number: its multiples are spread evenly."""
 CACHED = 1 << 16
@@ -92,41 +92,69 @@ def sample_params(base: SamplingParams, sample: int) -> SamplingParams:
 def choose(
     logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], positions: Sequence[int]
 ) -> Float[Tensor, "B V"]:
-    """Scores whose argmax is each row's choice at its position (tokens it has generated so far).
-
-    Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise is a hash of seed, position and
-    token, so batch-mates and order of arrival cannot change it, and every device draws from the same integers.
-    Top-k applies before top-p, both after temperature.
-
-    Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; noise from a counter: Salmon et al. 2011,
-    "Parallel Random Numbers: As Easy as 1, 2, 3"; the hash: MurmurHash3's last mix, Appleby 2011.
-    """
+    """Scores whose argmax is each row's choice at its position (tokens it has generated so far)."""
     scores = logits.float()
     drawn = [row for row, one in enumerate(params) if one.temperature > 0]
     if not drawn:
         return scores
-    rows = max(1, (CACHED if scores.device.type == "cpu" else HELD) // scores.shape[1])
-    parts = (drawn[start : start + rows] for start in range(0, len(drawn), rows))
-    made = [_drawn(scores[part], [params[row] for row in part], [positions[row] for row in part]) for part in parts]
-    return scores.index_copy(0, torch.tensor(drawn, device=scores.device), torch.cat(made))
+    draws = Draws.of([params[row] for row in drawn], [positions[row] for row in drawn])
+    made = draws.draw(scores[drawn], draws.numbers.to(scores.device))
+    return scores.index_copy(0, torch.tensor(drawn, device=scores.device), made)
 
 
-def _drawn(
-    scores: Float[Tensor, "B V"], params: Sequence[SamplingParams], positions: Sequence[int]
-) -> Float[Tensor, "B V"]:
-    device, V = scores.device, scores.shape[1]
-    # Not torch's default, which is another while any thread loads a model.
-    floats = torch.tensor([(one.temperature, one.top_p) for one in params], dtype=torch.float32, device=device)
-    temperature, top_p = floats.T[..., None]
-    kept: Tensor = (scores - scores.amax(dim=1, keepdim=True)) / temperature.clamp(min=COLDEST)
-    if most := min(max(one.top_k for one in params), V):
-        top_k = torch.tensor([[min(one.top_k, V)] for one in params], device=device)
-        least = kept.topk(most).values.gather(1, top_k.clamp(min=1) - 1)
-        kept = kept.masked_fill((kept < least) & (top_k > 0), float("-inf"))
-    if any(one.top_p < 1 for one in params):
-        kept = _nucleus(kept, top_p)
-    seeds = torch.tensor([[one.seed & MASK, one.seed >> 32] for one in params], device=device)
-    return kept + _gumbel(seeds, torch.tensor(positions, device=device), V)
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """How the tokens of some rows are drawn, as numbers that can travel to the device by themselves.
+
+    Attributes:
+        numbers: For each row ``FIELDS``, floats by their bits.
+        top_k: The most that is asked for; 0 where no row asks.
+        top_p: Whether a row asks for it.
+    """
+
+    FIELDS: ClassVar = ("temperature", "top_p", "top_k", "seed, low", "seed, high", "position")
+    numbers: Int[Tensor, "6 B"]
+    top_k: int
+    top_p: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], positions: Sequence[int]) -> "Draws":
+        """Of rows and their positions."""
+        # Not torch's default, which is another while any thread loads a model.
+        floats = torch.tensor([[one.temperature for one in params], [one.top_p for one in params]], dtype=torch.float32)
+        whole = [
+            (min(one.top_k, MOST), one.seed & MASK, one.seed >> 32, at)
+            for one, at in zip(params, positions, strict=True)
+        ]
+        numbers = torch.cat([floats.view(torch.int32), torch.tensor(whole, dtype=torch.int64).T.to(torch.int32)])
+        return cls(numbers, min(max(one.top_k for one in params), MOST), any(one.top_p < 1 for one in params))
+
+    def draw(self, scores: Float[Tensor, "B V"], numbers: Int[Tensor, "6 B"]) -> Float[Tensor, "B V"]:
+        """Scores whose argmax is drawn from each row's tokens by its ``numbers``, which are on the device by now.
+
+        Sampling is argmax(log p + Gumbel noise), which draws from p exactly; the noise is a hash of seed, position and
+        token, so batch-mates and order of arrival cannot change it, and every device draws from the same integers.
+        Top-k applies before top-p, both after temperature. Nothing here waits for the device.
+
+        Source: Gumbel-max, Maddison et al. 2014, arXiv:1411.0030 §2; noise from a counter: Salmon et al. 2011,
+        "Parallel Random Numbers: As Easy as 1, 2, 3"; the hash: MurmurHash3's last mix, Appleby 2011.
+        """
+        rows = max(1, (CACHED if scores.device.type == "cpu" else HELD) // scores.shape[1])
+        parts = zip(torch.split(scores, rows), torch.split(numbers, rows, dim=1), strict=True)
+        return torch.cat([self._drawn(part, its_numbers) for part, its_numbers in parts])
+
+    def _drawn(self, scores: Float[Tensor, "B V"], numbers: Int[Tensor, "6 B"]) -> Float[Tensor, "B V"]:
+        V = scores.shape[1]
+        temperature, top_p = numbers[:2].contiguous().view(torch.float32)[..., None]
+        top_k, low, high, positions = numbers[2:].long()
+        kept: Tensor = (scores - scores.amax(dim=1, keepdim=True)) / temperature.clamp(min=COLDEST)
+        if most := min(self.top_k, V):
+            asked = top_k.clamp(max=V)[:, None]
+            least = kept.topk(most).values.gather(1, asked.clamp(min=1) - 1)
+            kept = kept.masked_fill((kept < least) & (asked > 0), float("-inf"))
+        if self.top_p:
+            kept = _nucleus(kept, top_p)
+        return kept + _gumbel(torch.stack([low, high], dim=1), positions, V)
 
 
 def _nucleus(scores: Float[Tensor, "B V"], top_p: Float[Tensor, "B 1"]) -> Float[Tensor, "B V"]:

@@ -10,11 +10,13 @@ serve=(serve --host 127.0.0.1 --port "$port" --root-path /lw)
 
 if docker info >/dev/null 2>&1; then  # the client alone is not enough
     docker build --tag "$image" "$@" .
+    size=$(docker image inspect --format '{{.Size}}' "$image")
     container=$(docker run --detach --network host --read-only --user "$user" "$image" "${serve[@]}")
     trap 'docker rm --force "$container" >/dev/null' EXIT
     inside=(docker exec "$container")
 else
     buildah bud --isolation chroot --format docker --layers=false --tag "$image" "$@" .
+    size=$(buildah images --format '{{.Size}}' "$image")
     container=$(buildah from --pull-never "$image")
     inside=(buildah run --isolation chroot --user "$user" "$container" --)
     "${inside[@]}" latentwire "${serve[@]}" &
@@ -37,4 +39,8 @@ json generate "{\"inputs\": [{\"text\": \"$text\"}], \"prompt\": \"Question: Whe
 for path in "" docs openapi.json page/page.js static-offline-docs/swagger-ui.css health/live metrics; do
     ask "$path" --output /dev/null
 done
+for tool in cc gcc g++ clang; do
+    if "${inside[@]}" sh -c "command -v $tool"; then echo "the image has a compiler" >&2; exit 1; fi
+done
 echo "the image answers as user $user, on port $port, below /lw/"
+echo "its size: $size"

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from latentwire.service.client.types import BridgeInfo, Evaluation, KeptLatent, ServiceError, Token
     from latentwire.training.train import TrainingRun, train
 
-__version__ = "0.1.0"
+__version__: str
 __all__ = [
     "AsyncClient", "Bridge", "BridgeInfo", "Client", "ConditionResult", "Corpus", "Encoded", "Evaluation", "Generated",
     "KeptLatent", "Latent", "LatentWireError", "Likelihood", "Output", "ReadBack", "Reading", "Report", "Score",
@@ -80,6 +80,10 @@ if not (_here / "bridge").is_dir():  # a checkout, whose folders lie beside this
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("latentwire")
     if name not in _HOMES:
         raise AttributeError(f"module 'latentwire' has no attribute {name!r}")
     try:

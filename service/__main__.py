@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from latentwire import __version__, missing_extra
+import latentwire
+from latentwire import missing_extra
 from latentwire.bridge.errors import InferenceFailed, InvalidRequest, LatentWireError, first_line, shorten
 from latentwire.bridge.files import check_writable_file
 from latentwire.service.cli.corpus import app as corpus
@@ -32,6 +33,7 @@ from latentwire.training.calibrate import calibrate
 from latentwire.training.config import TrainConfig, read_config, read_toml
 from latentwire.training.flags import flags_of
 from latentwire.training.pretrain import ANSWERING, PretrainConfig
+from latentwire.training.publish import pull, push
 from latentwire.training.quantise import quantise
 from latentwire.training.slurm import app as slurm
 
@@ -61,7 +63,7 @@ Receiver = Annotated[str | None, typer.Option(help="Which receiver answers; the 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        _say(f"latentwire {__version__}")
+        _say(f"latentwire {latentwire.__version__}")
         raise typer.Exit
 
 
@@ -269,6 +271,8 @@ app.command()(read)
 
 app.command()(inspect)
 app.command()(serve)
+app.command()(push)
+app.command()(pull)
 
 
 @app.command()

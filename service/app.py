@@ -11,7 +11,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from latentwire.bridge.errors import LatentWireError
-from latentwire.service.api.collector import ModelCollector, RequestCollector
+from latentwire.service.api.collector import RequestCollector, register
 from latentwire.service.api.envelope import Envelope
 from latentwire.service.api.errors import STATUS, deliberate_error, error_body, http_error, invalid_body
 from latentwire.service.api.openai import routes as openai
@@ -22,6 +22,7 @@ from latentwire.service.auth.guard import Guard
 from latentwire.service.auth.pages import Pages
 from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.runtime import Runtime
+from latentwire.service.processes.frames import Door
 from latentwire.service.processes.remote import RemoteJobs, RemoteModels
 from latentwire.service.schemas.inference import ErrorBody
 from latentwire.service.settings import Settings
@@ -34,7 +35,7 @@ CORS: dict[str, Any] = {
 }
 
 
-def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: str | None = None) -> FastAPI:
+def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Door | None = None) -> FastAPI:
     """Build the application over bridges {name: checkpoint}; no global state, so tests can build many.
 
     ``models_at`` is the Unix socket of a process that holds the models; without it this process does.
@@ -45,9 +46,12 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: st
     remote = None if models_at is None else RemoteModels(models_at, settings.stall_timeout)
     runtime = Runtime(settings, checkpoints, remote)
     jobs = Jobs(runtime) if remote is None else RemoteJobs(remote)
+    if remote is not None:
+        ids = {name: bridge.manifest.bridge_id for name, bridge in runtime.bridges.items()}
+        remote.expect(ids, lambda: runtime.on_death())
     runtime.metrics.registry.register(RequestCollector(runtime))
     if isinstance(jobs, Jobs):
-        runtime.local.measures.registry.register(ModelCollector(runtime, runtime.local, jobs))
+        register(runtime, jobs)
     stopped = False
 
     async def stop() -> None:

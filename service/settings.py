@@ -15,11 +15,12 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from latentwire.bridge.config import DEVICE, Precision
+from latentwire.bridge.config import DEVICE, Mode, Precision
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.remote import parse_addresses
 from latentwire.bridge.wire import as_key
+from latentwire.service.metrics import LATENCY_SECONDS
 
 PREFIX = "LW_"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -64,11 +65,18 @@ def _origin(item: str) -> str:
     return item
 
 
+def _ascending(buckets: tuple[float, ...]) -> tuple[float, ...]:
+    if list(buckets) != sorted(set(buckets)) or not buckets:
+        raise ValueError("expected seconds in ascending order, such as 0.01,0.1,1,10")
+    return buckets
+
+
 def _none_for_ever(value: object) -> object:
     return None if value == "forever" else value
 
 
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_listed)]
+Buckets = Annotated[tuple[Seconds, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_ascending)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_listed)]
 
 
@@ -80,6 +88,7 @@ class Sizes:
         max_batch: Rows per forward pass.
         batch_tokens: Tokens per batch of a sender.
         step_tokens: Tokens per step of a receiver.
+        step_mode: How its steps are made.
         memory_budget: Of the device.
         cache_share: Of what models and the largest batch leave of the budget, for caches.
     """
@@ -87,12 +96,13 @@ class Sizes:
     max_batch: int
     batch_tokens: int
     step_tokens: int
+    step_mode: Mode
     memory_budget: str | int | None
     cache_share: float
 
 
-ON_CPU = Sizes(32, 16_384, 512, None, 0.0)
-ON_ACCELERATOR = Sizes(256, 32_768, 2_048, "0.9", 0.8)
+ON_CPU = Sizes(32, 16_384, 512, "plain", None, 0.0)
+ON_ACCELERATOR = Sizes(256, 32_768, 2_048, "async", "0.9", 0.8)
 
 
 class Settings(BaseSettings):
@@ -145,6 +155,11 @@ class Settings(BaseSettings):
         description="Most bytes of models and their caches at once, e.g. 24GB, or a share of the device, e.g. 0.8; "
         "models take turns within it; of each device that is used. [0.9 of an accelerator; no limit on a CPU]",
     )
+    host_memory: Annotated[ByteSize, Field(ge=0)] | None = Field(
+        None,
+        description="Most bytes of the host's memory for weights of models that take turns on a GPU: they are kept "
+        "pinned, and return by a copy; 0 keeps none. [half of what is free]",
+    )
     keep_alive: Seconds | dict[str, Seconds] | None = Field(
         None, description="Seconds for which an idle model stays; for all bridges, or by name as a JSON object."
     )
@@ -160,6 +175,12 @@ class Settings(BaseSettings):
     )
     step_tokens: int | None = Field(
         None, ge=1, description="Tokens per step of a receiver; longer prompts take several. [2048; 512 on a CPU]"
+    )
+    step_mode: Mode | None = Field(
+        None,
+        description="How steps of a receiver are made: plain; paged, attention over the blocks of the cache; graphs, "
+        "and CUDA graphs; async, and each prepared while the one before runs. What is not there is left out. "
+        "[async; plain on a CPU]",
     )
     kv_tokens: int | None = Field(
         None,
@@ -207,6 +228,9 @@ class Settings(BaseSettings):
 
     corpus_dir: Path | None = Field(
         None, description="Serve the corpora in this folder: the document ID of NAME.lw is the latent_id NAME/ID."
+    )
+    latency_buckets: Buckets = Field(
+        LATENCY_SECONDS, description="Bounds of every histogram of seconds in /metrics, with commas between them."
     )
     tasks: dict[str, str] = Field({}, description="Tasks that may be evaluated, by name: files, as a JSON object.")
     jobs_dir: Path | None = Field(

@@ -51,7 +51,10 @@ class Running:
     Attributes:
         on_end: Called once, on the engine's ``CallbackThread``, with the output or the error.
         on_text: When given, called there with each new piece of text, and the log-probabilities that were requested.
+        submitted_at: ``time.monotonic()`` of its submission.
+        waited_seconds: From submission to the first step that read any of it.
         first_token_at: ``time.monotonic()`` of the first token.
+        last_token_at: The same of the last one.
     """
 
     name: str
@@ -60,8 +63,17 @@ class Running:
     tokens: OutputTokens
     on_end: Callable[[Generation | LatentWireError], None]
     on_text: Callable[[str, tuple[TokenLogprob, ...]], None] | None = None
+    submitted_at: float = field(default_factory=time.monotonic)
+    waited_seconds: float = 0.0
     first_token_at: float | None = None
+    last_token_at: float | None = None
     text: OutputText = field(init=False)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """When its first and its last token came; None before the first."""
+        first, last = self.first_token_at, self.last_token_at
+        return None if first is None or last is None else (first, last)
 
     def __post_init__(self) -> None:
         self.text = OutputText(self.tokens)
@@ -108,7 +120,8 @@ class Engine(ABC):
         last_step: ``time.monotonic()`` of the last sign of progress.
         failure: Why the engine is dead, when it is: every request then fails with it.
         out_of_memory: How often a step did not fit.
-        on_step: Called after every step (of a padded engine: every batch) with its rows and seconds.
+        on_step: Called after every step (of a padded engine: every batch) with its rows, its tokens, those it read
+            included, and its seconds.
         on_death: Called after an error that leaves the engine dead.
         submitting: A thread for calls of ``submit``, which make soft tokens, and wait while the engine begins again.
     """
@@ -120,7 +133,7 @@ class Engine(ABC):
         self.last_step = time.monotonic()
         self.failure: LatentWireError | None = None
         self.out_of_memory = 0
-        self.on_step: Callable[[int, float], None] = lambda rows, seconds: None
+        self.on_step: Callable[[int, int, float], None] = lambda rows, tokens, seconds: None
         self.on_death = on_death
         self._count = 0
         self._running: dict[str, Running] = {}  # until their end is reported
@@ -134,9 +147,24 @@ class Engine(ABC):
         return len(self._running)
 
     @property
+    def waiting(self) -> int:
+        """Of these, those that no step has read any of."""
+        return 0
+
+    @property
+    def preemptions(self) -> int:
+        """Requests that gave up their place in a full cache, and were read again; so far."""
+        return 0
+
+    @property
     def capacity_tokens(self) -> int:
         """Most tokens of one request, its output included."""
         return self.lm.max_tokens
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of that cache."""
+        return 1
 
     @property
     def kv_tokens(self) -> int:
@@ -230,8 +258,9 @@ class Engine(ABC):
 
     def _advance(self, running: Running) -> None:
         """After a token, on the thread that steps: have its text decoded where it is needed now."""
+        running.last_token_at = time.monotonic()
         if running.first_token_at is None:
-            running.first_token_at = time.monotonic()
+            running.first_token_at = running.last_token_at
         tokens = running.tokens
         if tokens.over or running.on_text is not None or tokens.params.stop:
             self._callbacks.submit(partial(self._read, running))

@@ -1,43 +1,35 @@
 """Continuous batching: requests join and leave the running batch at every step.
 
 The steps, the paged key/value cache and its blocks are transformers' ``ContinuousBatchingManager``. Ours are the soft
-tokens (``softids``), draws that depend on their request alone, and what becomes of requests that end early or fail.
-
-Dimensions used in this file:
-    B rows of a step    V vocabulary
+tokens (``softids``), draws that depend on their request alone (``steps``), attention over the blocks (``attention``),
+and what becomes of requests that end early or fail.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from itertools import chain
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from latentwire.bridge.devices import is_out_of_memory
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, NotReady, first_line
+from latentwire.bridge.generation import attention
 from latentwire.bridge.generation.base import Engine, Running
-from latentwire.bridge.generation.output import IdLogprob, logprobs_of
 from latentwire.bridge.generation.room import fitted, keep_attention
+from latentwire.bridge.generation.scheduler import Scheduler
 from latentwire.bridge.generation.softids import SoftIds
+from latentwire.bridge.generation.steps import Choices, Next, Runner, Way
 from latentwire.bridge.memory import free_caches
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import TEXT
-from latentwire.bridge.sampling import choose
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +38,7 @@ SOFT_ROWS = 1.5  # rows for soft tokens to each token of the cache: latents nobo
 ROOM_SECONDS = 30.0  # for which soft tokens wait for rows
 SMALLEST_STEP_TOKENS = 32
 POLL_SECONDS = 0.25  # how often a thread that died without a word is looked for
+PLAIN = Way()
 
 
 class ContinuousEngine(Engine):
@@ -63,6 +56,7 @@ class ContinuousEngine(Engine):
         max_rows: int = 32,
         kv_tokens: int = 8192,
         step_tokens: int = 512,
+        way: Way = PLAIN,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread.
@@ -72,17 +66,19 @@ class ContinuousEngine(Engine):
             max_rows: Most requests in one step.
             kv_tokens: Room of the key/value cache, allocated now, in tokens; less where memory is too small for it.
             step_tokens: Most tokens of one step; a longer prompt is read over several.
+            way: How steps are made.
             on_death: Called after an error that leaves the engine dead.
         """
         super().__init__(lm, max_rows=max_rows, on_death=on_death)
-        self._step_tokens = step_tokens
-        self._logprobs: dict[str, IdLogprob | None] = {}
+        self._step_tokens, self._way = step_tokens, way
         self._trouble = threading.Event()
         self._closed = False
         with ExitStack() as stack:  # nobody waits any more, and the model is as it was found
             stack.callback(self._end_threads)
             stack.callback(_exclusive(lm))
             stack.callback(keep_attention(lm))
+            if way.kernel is not None:
+                attention.use(lm)
             self._kv_tokens, (self._manager, self.soft_ids) = fitted(
                 kv_tokens,
                 lambda tokens: (
@@ -102,11 +98,26 @@ class ContinuousEngine(Engine):
         return min(self.lm.max_tokens, self._kv_tokens - PAGE_TOKENS)
 
     @property
+    def waiting(self) -> int:
+        scheduler = self._scheduler
+        return 0 if scheduler is None else len(scheduler.waiting_requests)
+
+    @property
+    def preemptions(self) -> int:
+        """As of ``Engine``; since the engine began with an empty cache."""
+        scheduler = self._scheduler
+        return 0 if scheduler is None else scheduler.preemptions
+
+    @property
     def blocks_in_use(self) -> int:
         """Blocks of the cache that running requests hold."""
         processor = self._manager.batch_processor
         tables = [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
         return sum(len(blocks) for table in tables for blocks in list(table.values()))
+
+    @property
+    def block_tokens(self) -> int:
+        return PAGE_TOKENS
 
     @property
     def kv_tokens(self) -> int:
@@ -144,19 +155,25 @@ class ContinuousEngine(Engine):
                 num_blocks=-(-kv_tokens // PAGE_TOKENS),
                 max_batch_tokens=max(self._step_tokens, self.max_rows),
                 max_requests_per_batch=self.max_rows,
-                scheduler_type=_Scheduler.NAME,
-                use_cuda_graph=False,  # our processor runs Python at every step
-                use_async_batching=False,
+                scheduler_type=Scheduler.NAME,
+                use_cuda_graph=(False, self._way.graphs),  # a prompt has a shape of its own, seen once
+                q_padding_interval_size=1,  # and is not padded beside graphs of other steps
+                kv_padding_interval_size=1,
+                use_async_batching=self._way.overlapped,
                 auto_switch_to_flash=False,  # would fetch kernels from the network
             ),
         )
-        # One processor of ours in place of the library's: those have no seed, and leave logprobs after sampling.
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choose(self)]))
-        processors.tensors_required = 1  # counted by the library for processors it converted itself
-        manager.logit_processor = processors
+        if self._way.kernel is not None:  # the library gives tables to kernels that it knows
+            most = min(self.lm.max_tokens, kv_tokens)
+            manager.continuous_batching_config.max_blocks_per_request = -(-most // PAGE_TOKENS)
+        device, rows = self.lm.device, (self.max_rows, self.lm.rows)
+        self._choices = Choices(self._next, torch.empty(rows, device=device) if self._way.graphs else None)
+        manager.logit_processor = self._choices
         manager.output_router = _Router(self)
-        with torch.accelerator.device_index(self.lm.device.index):  # whose memory the library measures
+        with torch.accelerator.device_index(device.index):  # whose memory the library measures
             manager.batch_processor = manager._create_batch_processor()
+            Runner.take_over(manager.batch_processor, self._way.kernel)
+            manager.warmup()  # makes the graphs, where there are any
         return cast(ContinuousBatchingManager, manager)
 
     def _start_manager(self) -> None:
@@ -187,7 +204,6 @@ class ContinuousEngine(Engine):
                 time.sleep(POLL_SECONDS / 10)
 
     def _discard(self, running: Running) -> None:
-        self._logprobs.pop(running.name, None)
         if running.soft is not None:
             self.soft_ids.release(running.soft.key)
 
@@ -203,27 +219,46 @@ class ContinuousEngine(Engine):
             max_new_tokens=running.tokens.params.max_tokens - len(generated),
             streaming=True,
             eos_token_id=sorted(running.tokens.end_ids) or -1,
-            request=running.name,
         )
 
     def _stop(self, running: Running) -> None:
         self._manager.cancel_request(running.name)
 
     @property
+    def _scheduler(self) -> Scheduler | None:
+        processor = self._manager.batch_processor
+        return None if processor is None else cast(Scheduler, processor.scheduler)
+
+    @property
     def _takes_requests(self) -> bool:
         """Whether the library's thread is well."""
         return self._manager.background_thread_status.can_accept_new_requests() is None
 
+    def _next(self, states: Sequence[RequestState]) -> list[Next | None]:
+        """How the next tokens of requests are chosen, for the step that is prepared; None for one that takes no more.
+
+        Which token it is says what the library will have read by then: the one before may not be known yet.
+        """
+        self.last_step = time.monotonic()
+        rows = [(self._running.get(state.request_id), state.position_offset) for state in states]
+        return [
+            (running.tokens.params, read - len(running.row)) if self._is_live(running) else None
+            for running, read in rows
+        ]
+
     def _take(self, output: GenerationOutput) -> None:
         """A token, or the failure of one request, from the library's thread."""
-        logprob = self._logprobs.pop(output.request_id, None)
         running = self._running.get(output.request_id)
         if not self._is_live(running):
             if not output.is_finished():  # over between two looks of the library: it has not heard
                 self._manager.cancel_request(output.request_id)
         elif output.error is None:
+            token, place = output.generated_tokens[-1], len(running.tokens.ids)
+            if running.first_token_at is None:
+                running.waited_seconds = output.lifespan[0] - output.created_time
             try:
-                if running.tokens.add(output.generated_tokens[-1], logprob) and not output.is_finished():
+                logprob = self._choices.logprob(output.request_id, place, token)
+                if running.tokens.add(token, logprob) and not output.is_finished():
                     self._stop(running)
                 self._advance(running)
             except Exception as error:  # of one request: no reason to end the others
@@ -318,53 +353,6 @@ def _exclusive(lm: FrozenLM) -> Callable[[], None]:
     return let_go
 
 
-class _Scheduler(FIFOScheduler):
-    """The library's; but a request that is cancelled makes room for others, as one that finishes does.
-
-    After it has taken requests out of a full cache, the library lets none in until one finishes; all may be cancelled.
-    """
-
-    NAME = "latentwire"
-
-    def clear_cancelled_requests(self) -> list[RequestState]:
-        cancelled = super().clear_cancelled_requests()
-        if cancelled:
-            self.block_new_requests = False
-        return cancelled
-
-
-SCHEDULER_MAPPING[_Scheduler.NAME] = _Scheduler
-
-
-class _Choose(ContinuousBatchingLogitsProcessor):
-    """Chooses each row's token by its own parameters, seed and position; the library then takes the argmax."""
-
-    def __init__(self, engine: ContinuousEngine) -> None:
-        self.supported_kwargs, self.ignored_kwargs = {"request": str}, ()
-        self._engine = engine
-        self._names: list[str] = []
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        self._engine.last_step = time.monotonic()
-        self._names = [future.state.request_id for future in requests_with_new_token]
-        return torch.zeros(len(self._names), dtype=torch.int32)
-
-    def __call__(self, scores: Float[Tensor, "B V"], tensor_arg: Tensor) -> Float[Tensor, "B V"]:
-        rows = [self._engine._running.get(name) for name in self._names]
-        live = {i: running.tokens for i, running in enumerate(rows) if self._engine._is_live(running)}
-        outputs = list(live.values())
-        if all(output.params.temperature == 0 and output.params.logprobs is None for output in outputs):
-            return scores
-        logits = scores[: len(rows)][list(live)]
-        chosen = choose(logits, [output.params for output in outputs], [len(output.ids) for output in outputs])
-        for i, logprob in zip(live, logprobs_of(outputs, logits, chosen), strict=True):
-            self._engine._logprobs[self._names[i]] = logprob
-        return scores.index_copy(0, torch.tensor(list(live), device=scores.device), chosen)
-
-
 class _Router(OutputRouter):
     """Takes what the library's thread delivers, on that thread."""
 
@@ -378,7 +366,9 @@ class _Router(OutputRouter):
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
             self._engine._take(output)
-        self._engine.on_step(len(outputs), time.monotonic() - self._engine.last_step)
+        scheduler = self._engine._scheduler
+        tokens = len(outputs) if scheduler is None else scheduler.step_tokens
+        self._engine.on_step(len(outputs), tokens, time.monotonic() - self._engine.last_step)
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         super().fail_and_deliver(state, error)

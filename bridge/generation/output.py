@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentwire.bridge.detokenise import Text, decode
@@ -211,14 +212,32 @@ def logprobs_of(
     outputs: Sequence[OutputTokens], logits: Float[Tensor, "B V"], chosen: Float[Tensor, "B V"]
 ) -> list[IdLogprob | None]:
     """For each row that reports them: the log-probability of the chosen token, and the likeliest tokens with theirs."""
-    return [
-        None if output.params.logprobs is None else _logprob(output.params.logprobs, row, int(choice.argmax()))
-        for output, row, choice in zip(outputs, logits, chosen, strict=True)
-    ]
+    counts = {row: count for row, output in enumerate(outputs) if (count := output.params.logprobs) is not None}
+    if not counts:
+        return [None] * len(outputs)
+    tokens = chosen[list(counts)].argmax(dim=1)
+    report = Report.of(logits[list(counts)], tokens, max(counts.values()))
+    ids = tokens.tolist()  # and with this the device has made the report too
+    found = {row: report.row(i, ids[i], counts[row]) for i, row in enumerate(counts)}
+    return [found.get(row) for row in range(len(outputs))]
 
 
-def _logprob(count: int, logits: Float[Tensor, " V"], token: int) -> IdLogprob:
-    scores = logits.float().log_softmax(dim=-1)
-    likeliest = scores.topk(min(count, len(scores)))
-    top = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-    return IdLogprob(token, float(scores[token]), tuple(top))
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """Log-probabilities of some rows: of the token chosen, then of the likeliest; and which these are."""
+
+    values: Float[Tensor, "B _"]
+    tokens: Int[Tensor, "B _"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "B V"], chosen: Int[Tensor, " B"], count: int) -> "Report":
+        """Made on the device; on the host once the device has done what it was asked until now."""
+        scores = logits.float().log_softmax(dim=-1)
+        likeliest = scores.topk(min(count, scores.shape[1]))
+        values = torch.cat([scores.gather(1, chosen[:, None]), likeliest.values], dim=1)
+        return cls(*(found.to("cpu", non_blocking=True) for found in (values, likeliest.indices)))  # into pinned memory
+
+    def row(self, row: int, token: int, count: int) -> IdLogprob:
+        """Of one row, with so many of the likeliest tokens."""
+        own, *others = self.values[row, : 1 + count].tolist()
+        return IdLogprob(token, own, tuple(zip(self.tokens[row, :count].tolist(), others, strict=True)))

@@ -39,6 +39,10 @@ class PaddedEngine(Engine):
         self._thread = threading.Thread(target=self._serve, daemon=True, name="padded-engine")
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
     def close(self) -> None:
         """End the thread after the batch under way; requests still running fail."""
         self._closed = True
@@ -84,6 +88,8 @@ class PaddedEngine(Engine):
     def _run(self, batch: list[Running]) -> None:
         """Bring a batch to its end, in as many parts as memory asks for."""
         parts, started = [batch], time.monotonic()
+        for running in batch:
+            running.waited_seconds = started - running.submitted_at
         while parts:
             with self._lock:  # one that is given up meanwhile has lost its soft tokens
                 part = list(filter(self._is_live, parts.pop()))
@@ -94,7 +100,8 @@ class PaddedEngine(Engine):
                 if len(part) == 1:
                     self._end(part[0], InsufficientMemory(f"the request does not fit in memory ({shortage})"))
                 parts += halves(part)
-        self.on_step(len(batch), time.monotonic() - started)
+        tokens = sum(len(running.row) + running.tokens.token_count for running in batch)
+        self.on_step(len(batch), tokens, time.monotonic() - started)
 
     def _attempt(self, batch: Sequence[Running], soft: Sequence[Float[Tensor, "K D"] | None]) -> str:
         """Run a batch; where memory is too small for it, what the device says."""

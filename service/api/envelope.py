@@ -33,7 +33,8 @@ class Envelope:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         request_id = scope.setdefault("state", {})["request_id"] = given if usable else uuid.uuid4().hex
-        started, status, replied = time.perf_counter(), 500, False
+        state, status, replied = scope["state"], 500, False
+        started = state["arrived"] = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, replied
@@ -61,9 +62,9 @@ class Envelope:
                 await JSONResponse(content, status_code=500)(scope, receive, send_with_id)
         finally:
             known = scope["path"] if scope["path"] in scope["app"].openapi()["paths"] else "unknown"
-            route = getattr(scope.get("route"), "path", known)  # none was looked for where the guard refused
-            self.runtime.metrics.requests.labels(route, str(status)).inc()
-            self.runtime.metrics.latency.labels(route).observe(time.perf_counter() - started)
+            route = str(getattr(scope.get("route"), "path", known))  # none was looked for where the guard refused
+            seconds, ended = time.monotonic() - started, int(state.get("ended", status))
+            self.runtime.metrics.observe_end(route, status, seconds, str(state.get("bridge", "")), ended)
 
     def _is_elsewhere(self, scope: Scope) -> bool:
         """Whether a path is on the other of two ports: what operators ask is apart from what users ask."""

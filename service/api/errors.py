@@ -1,5 +1,6 @@
 """Every decision about status codes, headers and the one error body."""
 
+import asyncio
 import logging
 import math
 from collections.abc import Mapping
@@ -90,9 +91,18 @@ def error_body(request: Request, error: Exception) -> dict[str, Any]:
     return error_body_of(request.scope, STATUS[type(error)], type(error).__name__, str(error), error.param)
 
 
+def status_of(error: BaseException) -> int:
+    """The status that an error deserves, also of one that is raised after the answer has begun."""
+    if isinstance(error, asyncio.CancelledError):
+        return STATUS[errors.CallerLeft]
+    return STATUS[type(error)] if isinstance(error, errors.LatentWireError) else 500
+
+
 async def deliberate_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.LatentWireError)
     code, kind = STATUS[type(error)], type(error).__name__
+    if request.method == "POST":  # a probe that asks whether the service is ready is not refused work
+        request.app.state.runtime.metrics.observe_refusal(kind)
     return error_response(request, code, kind, str(error), error.param, retry_after_seconds=error.retry_after_seconds)
 
 

@@ -10,6 +10,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from latentwire.bridge.errors import CallerLeft, DeadlineExceeded
+from latentwire.service.api.errors import status_of
 
 Result = TypeVar("Result")
 KEEP_ALIVE_SECONDS = 15.0
@@ -98,7 +99,9 @@ class _Events(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)  # what it raised has been told
+            result = (await asyncio.gather(self._task, return_exceptions=True))[0]  # what it raised has been told
+            if isinstance(result, BaseException):
+                scope["state"]["ended"] = status_of(result)
 
 
 async def _kept_alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:

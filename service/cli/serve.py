@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +83,7 @@ def serve(
     with ExitStack() as opened:
         for listener in (*listeners, *operators):
             opened.enter_context(listener)
-        address = None
+        door = None
         if settings.frontends:
             supervisor = Supervisor()
             if supervisor.run() == "models":
@@ -91,10 +92,11 @@ def serve(
                     settings.model_copy(update=dict.fromkeys(("corpus_dir", "api_keys_file", "api_keys"))), bridges
                 )
                 supervisor.note("models", OPENED)
-                sys.exit(answer(runtime, supervisor.listener, lambda: supervisor.note("models", READY)))
+                on_ready = partial(supervisor.note, "models", READY)
+                sys.exit(answer(runtime, supervisor.listener, supervisor.door.secret, on_ready))
             supervisor.wait_opened()
-            address = supervisor.address
-        application = create_app(settings, bridges, address)
+            door = supervisor.door
+        application = create_app(settings, bridges, door)
         if settings.frontends:
             supervisor.note("http", READY)
         if operators:

@@ -57,7 +57,12 @@ class _Ended(Exception):
 
 
 class Jobs:
-    """The evaluations of one service process, and through the store those of others."""
+    """The evaluations of one service process, and through the store those of others.
+
+    Attributes:
+        finished: How many of this process ended in each state.
+        latest: The last report of this process by bridge and task.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         folder = runtime.settings.jobs_dir
@@ -72,6 +77,8 @@ class Jobs:
         self._creating, self._writing = asyncio.Lock(), asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
         self._running: list[asyncio.Task[None]] = []
+        self.finished: Counter[State] = Counter()
+        self.latest: dict[tuple[str, str], dict[str, Any]] = {}
 
     def start(self) -> None:
         """Begin to run what will be posted; on the event loop."""
@@ -149,6 +156,11 @@ class Jobs:
         elif record.state in UNFINISHED:
             await self._store.put("job", _stop_key(job_id), b"1", ttl_seconds=KEEP_SECONDS)
         return record
+
+    def _count(self, record: Record) -> None:
+        self.finished[record.state] += 1
+        if record.state == "done" and record.report is not None:
+            self.latest[record.bridge, record.task] = record.report
 
     def _new(self, tenant: str, body: EvaluationRequest) -> Record:
         bridge = self._runtime.find(body.bridge)
@@ -256,7 +268,7 @@ class Jobs:
                 if packed:
                     await self._store.put_many("job", packed, ttl_seconds=KEEP_SECONDS)
                 for job_id in finished:
-                    del self._live[job_id]
+                    self._count(self._live.pop(job_id))
             except StoreUnavailable as error:
                 log.warning("%d evaluations are not written down for now: %s", len(live), error)
 

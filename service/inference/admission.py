@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ class Admission:
         waiting: Rows in a queue that somebody still waits for.
         running: Rows handed to the device.
         last_progress: ``time.monotonic()`` of the last batch finished or model loaded.
-        out_of_memory: Batches that memory was too small for, so far; each was halved, or was a single row.
+        out_of_memory: Batches that memory was too small for, so far, by what made them; each was halved, or was a
+            single row.
         clock: Tells the time in seconds; tests bring their own.
     """
 
@@ -31,7 +33,7 @@ class Admission:
     waiting: int = 0
     running: int = 0
     last_progress: float = field(default_factory=time.monotonic)
-    out_of_memory: int = 0
+    out_of_memory: Counter[str] = field(default_factory=Counter)
     clock: Callable[[], float] = time.monotonic
     _rate: "_Rate" = field(default_factory=lambda: _Rate())
 

@@ -11,8 +11,9 @@ import asyncio
 import gc
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from latentwire.bridge.errors import InferenceFailed, InsufficientMemory, LatentWireError, NotReady, first_line
@@ -30,6 +31,7 @@ class _Row(Generic[Item, Result]):
     item: Item
     tokens: int
     result: "asyncio.Future[Result]"
+    queued_at: float = field(default_factory=time.monotonic)
     started: bool = False
 
 
@@ -47,6 +49,8 @@ class Batcher(Generic[Item, Result]):
         cost: Tokens of a row, asked once when it is submitted.
         is_out_of_memory: Whether an error of ``run`` says that memory did not suffice.
         free_caches: Gives back what is held unused, before a smaller batch is tried; called off the event loop.
+        name: Under which batches that memory was too small for are counted.
+        on_wait: Called with the seconds that each row has waited, when it reaches ``run``.
     """
 
     def __init__(
@@ -59,6 +63,8 @@ class Batcher(Generic[Item, Result]):
         cost: Callable[[Item], int] = lambda _: 1,
         is_out_of_memory: Callable[[BaseException], bool] = lambda error: isinstance(error, MemoryError),
         free_caches: Callable[[], object] = gc.collect,
+        name: str = "",
+        on_wait: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
@@ -67,6 +73,7 @@ class Batcher(Generic[Item, Result]):
         self._admission = admission
         self._is_out_of_memory = is_out_of_memory
         self._free_caches = free_caches
+        self._name, self._on_wait = name, on_wait
         self._queue: list[_Row[Item, Result]] = []
         self._arrived = asyncio.Event()
 
@@ -151,7 +158,10 @@ class Batcher(Generic[Item, Result]):
         """Run rows and set their results; or, where memory was too small for them, return the reason."""
         results: Sequence[Result | LatentWireError]
         self._admission.running += len(rows)
+        now = time.monotonic()
         for row in rows:
+            if not row.started:
+                self._on_wait(now - row.queued_at)
             row.started = True
         try:
             results = await self._run([row.item for row in rows])
@@ -172,7 +182,7 @@ class Batcher(Generic[Item, Result]):
         return ""
 
     async def _halve(self, rows: list[_Row[Item, Result]], reason: str) -> list[list[_Row[Item, Result]]]:
-        self._admission.out_of_memory += 1
+        self._admission.out_of_memory[self._name] += 1
         await asyncio.to_thread(self._free_caches)
         tokens = max(row.tokens for row in rows)
         log.warning("memory is too small for %d rows of at most %d tokens: %s", len(rows), tokens, reason)

@@ -6,14 +6,15 @@ closed before the model leaves. That of a receiver on a vLLM server stays until 
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from latentwire.bridge.config import Fingerprint
+from latentwire.bridge.config import Fingerprint, Mode
 from latentwire.bridge.errors import InsufficientMemory
 from latentwire.bridge.generation.base import Engine, Kind
 from latentwire.bridge.generation.continuous import token_bytes
@@ -40,10 +41,11 @@ class Engines:
         kv_tokens: int | None,
         cache_bytes: int = 0,
         step_tokens: int,
+        mode: Mode = "plain",
         required: Kind | None = None,
         load_wait: float,
         on_death: Callable[[], None],
-        on_step: Callable[[int, float], None],
+        on_step: Callable[[int, int, float], None],
         remote: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """``kv_tokens`` of a cache; or by default the usual, or where they hold more, ``cache_bytes`` for each.
@@ -52,15 +54,22 @@ class Engines:
         """
         self.residency, self._remote = residency, remote
         self._kv_tokens, self._cache_bytes = kv_tokens, cache_bytes
-        self._options: dict[str, Any] = {"max_rows": max_rows, "step_tokens": step_tokens, "required": required}
+        self._options: dict[str, Any] = {
+            "max_rows": max_rows, "step_tokens": step_tokens, "mode": mode, "required": required,
+        }  # fmt: skip
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint | str, Engine] = {}  # by name where they are on a server
+        self._past: Counter[str] = Counter()  # of engines that were closed: what is counted does not go down
         self._pending: dict[Hashable, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
 
     def all(self) -> list[Engine]:
         """All open engines."""
         return list(self._engines.values())
+
+    def total(self, count: Literal["out_of_memory", "preemptions"]) -> int:
+        """What all engines have counted so far."""
+        return self._past[count] + sum(int(getattr(engine, count)) for engine in self.all())
 
     def kind(self, name: str) -> Kind | None:
         """How a receiver generates: ``continuous``, ``padded`` or ``vllm``; None until it is first asked."""
@@ -145,6 +154,7 @@ class Engines:
 
         def close() -> None:
             if (engine := self._engines.pop(fingerprint, None)) is not None:
+                self._past += Counter(out_of_memory=engine.out_of_memory, preemptions=engine.preemptions)
                 engine.close()
 
         self.residency.attach(lm.name, close, tokens * each)

@@ -55,7 +55,9 @@ MAX_SCORED = 4096  # continuations of one request, over all inputs
 class RequestHandler:
     """Encodes and generates for one request on one bridge; ``usage`` counts what that has cost so far."""
 
-    def __init__(self, runtime: Runtime, tenant: str, bridge: Bridge) -> None:
+    def __init__(self, runtime: Runtime, tenant: str, bridge: Bridge, arrived: float) -> None:
+        """``arrived`` is the ``time.monotonic()`` at which the request came."""
+        self.arrived = arrived
         self.runtime, self.tenant, self.bridge = runtime, tenant, bridge
         self.store, self.cache, self.ttl_seconds = runtime.store, runtime.cache, runtime.settings.store_ttl
         self.usage = Usage()
@@ -65,6 +67,7 @@ class RequestHandler:
 
         ``usage`` counts the tokens that the sender read, also where an error is raised; at the end, those of all texts.
         """
+        started, metrics = time.perf_counter(), self.runtime.metrics
         bridge, bridge_id = self.bridge, self.bridge.manifest.bridge_id
         books = bridge.model.codebooks
         format = wire.sendable(dtype, books) + wire.codebooks_id(dtype, books)
@@ -83,6 +86,8 @@ class RequestHandler:
             await put_encodings(self.cache, made, ttl_seconds=self.ttl_seconds)
         encodings = [hit or made[key] for key, hit in zip(keys, cached, strict=True)]
         self._count_source(sum(encoding.source_tokens for encoding in encodings))
+        metrics.observe_latents(bridge.name, time.perf_counter() - started, [one.message for one in encodings])
+        metrics.window(bridge.name).latents.extend(row.latent.mean(axis=0) for row in encoded)
         return encodings
 
     def _count_source(self, tokens: int) -> None:
@@ -126,18 +131,19 @@ class RequestHandler:
         requests = _requests(body, await self._sources(body), watched(params) if gate else params)
         encode_ms = ms_since(started)
         numbers = [number // body.n for number in range(len(requests))]
-        answers, seconds = await self._answers(receiver, requests, numbers, on_piece)
+        answers = await self._answers(receiver, requests, numbers, on_piece)
         verdicts: Iterable[Any] = [()] * len(answers)
         if gate:
             verdicts = judged = gate.judge(answers)
             self.runtime.metrics.observe_gate(self.bridge.name, judged)
             refused = judged.refused
             asked, of = [instead[number] for number in refused], [numbers[number] for number in refused]
-            told, later = await self._answers(receiver, asked, of)
+            told = await self._answers(receiver, asked, of)
             ours = [as_asked(answer, params) for answer in answers]
-            answers, seconds = judged.given(ours, told), [*seconds, *later]
-        texts = [answer.text for answer in answers]
-        self.runtime.metrics.observe(self.bridge.name, texts, seconds, self.usage)
+            answers = judged.given(ours, told)
+        texts, window = [answer.text for answer in answers], self.runtime.metrics.window(self.bridge.name)
+        for answer in answers:
+            window.add(answer.text, answer.finish_reason == "length")
         return GenerateResponse(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.bridge.name,
@@ -156,8 +162,8 @@ class RequestHandler:
         requests: Sequence[GenerationRequest],
         inputs: Sequence[int],
         on_piece: Callable[[Piece], None] | None = None,
-    ) -> tuple[list[Generation], list[float]]:
-        """Answers, and seconds to their first tokens; ``inputs`` says of which input each is, which counts once."""
+    ) -> list[Generation]:
+        """Answers; ``inputs`` says of which input each is, which counts once."""
 
         def count_usage(prompt_tokens: list[int], generated_tokens: int) -> None:
             """Also of a request that was cancelled."""
@@ -167,9 +173,10 @@ class RequestHandler:
             self.usage.generated_tokens += generated_tokens
 
         if not requests:
-            return [], []
+            return []
         result = await self.runtime.generate(self.bridge, receiver, requests, on_piece, count_usage)
-        return result.generations, result.first_token_seconds
+        self.runtime.metrics.observe_times(self.bridge.name, self.arrived, result.spans, result.generations)
+        return result.generations
 
     async def score(self, receiver: str, body: ScoreRequest) -> ScoreResponse:
         """Score the choices that ``POST /score`` gives."""
@@ -185,7 +192,7 @@ class RequestHandler:
         if gate:
             asked = zip(sources, body.prompts, strict=True)
             requests = [GenerationRequest(*both, how) for both in asked]
-            answers, _ = await self._answers(receiver, requests, range(len(requests)))
+            answers = await self._answers(receiver, requests, range(len(requests)))
             verdicts = judged = gate.judge(answers)
             self.runtime.metrics.observe_gate(self.bridge.name, judged)
             sources = judged.given(sources, [_texts(body.inputs[number]) for number in judged.refused])
@@ -194,7 +201,6 @@ class RequestHandler:
             for source, prompt in zip(sources, body.prompts, strict=True)
         ]
         found = await self._scored(receiver, questions)
-        self.runtime.metrics.observe(self.bridge.name, [], [], self.usage)
         reader = self.bridge.reader(receiver)
         scores = [
             score_of(reader, body.choices, one, *verdict, logprobs=body.logprobs)
@@ -236,8 +242,7 @@ class RequestHandler:
         with _told_of("against"):
             found = await self._scored(receiver, questions) if questions else []
         with _told_of("max_tokens"):
-            answers, seconds = await self._answers(receiver, requests, range(len(requests)))
-        self.runtime.metrics.observe(self.bridge.name, [], seconds, self.usage)
+            answers = await self._answers(receiver, requests, range(len(requests)))
         return ReadResponse(
             id=f"read_{uuid.uuid4().hex}",
             bridge=self.bridge.name,

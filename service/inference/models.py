@@ -22,6 +22,7 @@ from latentwire.bridge.engine import Encoded
 from latentwire.bridge.generation.base import Kind
 from latentwire.bridge.memory import budget_bytes, free_caches, peak_bytes
 from latentwire.bridge.models import pass_bytes
+from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.scoring import Continuation
@@ -122,17 +123,19 @@ class LocalModels:
         self._settings, self._bridges, self._receivers, self._admission = settings, list(bridges), receivers, admission
         self._on_death = on_death
         self.residencies = [receivers] if senders is receivers else [receivers, senders]
+        self.names = {name for bridge in self._bridges for name in bridge.model_names}
         self.sizes = settings.sizes(receivers.device)
         self.ready = False
         self.failure: str | None = None
         self.dead: str | None = None
-        self.measures = ModelMetrics()
+        self.measures = ModelMetrics(settings.latency_buckets)
         self.engines = Engines(
             receivers,
             max_rows=self.sizes.max_batch,
             kv_tokens=settings.kv_tokens,
             cache_bytes=self._cache_bytes(),
             step_tokens=self.sizes.step_tokens,
+            mode=self.sizes.step_mode,
             required=settings.require_engine,
             load_wait=settings.load_wait,
             on_death=self._died,
@@ -156,6 +159,8 @@ class LocalModels:
                 admission=self._admission,
                 is_out_of_memory=is_out_of_memory,
                 free_caches=free_caches,
+                name="encode",
+                on_wait=self.measures.queue_seconds.labels("encode").observe,
             )
             self._tasks.append(asyncio.create_task(self._encoders[bridge.name].serve()))
         self._tasks.append(asyncio.create_task(self._sweep()))
@@ -194,6 +199,8 @@ class LocalModels:
                 return await in_flight.result()
             finally:
                 on_cost(in_flight.generated_tokens)
+                for seconds in in_flight.waited_seconds:
+                    self.measures.queue_seconds.labels("generate").observe(seconds)
 
     async def score(
         self, bridge: Bridge, receiver: str, items: Sequence[ScoreItem], on_cost: Callable[[int], None]
@@ -249,7 +256,7 @@ class LocalModels:
                 residency.note_activation(bridge.sender, peak.bytes)
                 return encoded
 
-        with self.measures.batch("encode", len(sources)):
+        with self.measures.batch("encode", len(sources), sum(len(source.ids) for source in sources)):
             return await asyncio.get_running_loop().run_in_executor(self._device, run)
 
     async def _sweep(self) -> None:
@@ -289,4 +296,5 @@ def residencies(settings: Settings) -> tuple[Residency, Residency]:
 
 def _residency(settings: Settings, device: torch.device) -> Residency:
     budget = budget_bytes(settings.sizes(device).memory_budget, device)
-    return Residency(budget, device, dtype_named(settings.dtype, device))
+    copies = HostCopies.beside(device, settings.host_memory)
+    return Residency(budget, device, dtype_named(settings.dtype, device), copies=copies)

@@ -1,7 +1,6 @@
 """The outputs of one request while they are generated."""
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -65,10 +64,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What was generated for each request, and the seconds to its first token."""
+    """What was generated for each request, and ``time.monotonic()`` of its first and its last token."""
 
     generations: list[Generation]
-    first_token_seconds: list[float]
+    spans: list[tuple[float, float] | None]
 
 
 class InFlightRequest:
@@ -88,12 +87,16 @@ class InFlightRequest:
         self._results: list[asyncio.Future[Generation]] = [self._loop.create_future() for _ in asked]
         self._running: list[Running] = []
         self._cancelled = False
-        self._started = time.monotonic()
 
     @property
     def generated_tokens(self) -> int:
         """Tokens so far, of all outputs."""
         return sum(running.tokens.token_count for running in self._running)
+
+    @property
+    def waited_seconds(self) -> list[float]:
+        """From submission to the first step, of the outputs that have a token."""
+        return [running.waited_seconds for running in self._running if running.span]
 
     async def result(self) -> GenerationResult:
         """Submit all requests to the engine, and wait for their ends; cancelled, they are cancelled too."""
@@ -101,8 +104,7 @@ class InFlightRequest:
         try:
             await asyncio.shield(submitting)
             generations = await asyncio.gather(*self._results)
-            seconds = [(running.first_token_at or self._started) - self._started for running in self._running]
-            return GenerationResult(generations, seconds)
+            return GenerationResult(generations, [running.span for running in self._running])
         finally:
             self._cancelled = True
             await _settled(submitting)

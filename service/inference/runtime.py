@@ -82,7 +82,7 @@ class Runtime:
         self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
         served = {bridge.manifest.bridge_id for bridge in self.bridges.values()}
         self.corpora = Corpora(settings.corpus_dir, served, settings.message_key)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.bridges, settings.latency_buckets)
         self._lanes = Lanes()
         self._warming: asyncio.Task[None] | None = None
 
@@ -152,7 +152,14 @@ class Runtime:
         of_corpora = {param: await self.corpora.get(name) for param, name in ids.items() if self.corpora.holds(name)}
         found = {param: latent for param, latent in of_corpora.items() if latent is not None}
         rest = {param: name for param, name in ids.items() if param not in found}
-        return {**found, **(await get_latents(self.store, rest, tenant=tenant) if rest else {})}
+        lookups = self.metrics.lookups
+        try:
+            kept = await get_latents(self.store, rest, tenant=tenant) if rest else {}
+        except LatentWireError as error:
+            lookups.labels("miss" if isinstance(error, UnknownBridge) else "error").inc()
+            raise
+        lookups.labels("hit").inc(len(ids))
+        return {**found, **kept}
 
     def check_open(self) -> None:
         """Refuse new work while the service stops (NotReady)."""

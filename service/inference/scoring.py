@@ -106,6 +106,8 @@ class Scorers:
                 admission=self._admission,
                 is_out_of_memory=is_out_of_memory,
                 free_caches=free_caches,
+                name="score",
+                on_wait=self._measures.queue_seconds.labels("score").observe,
             )
             self._tasks.append(asyncio.create_task(self._queues[key].serve()))
         return self._queues[key]
@@ -118,5 +120,5 @@ class Scorers:
                 latents = [item.latent for item in items]
                 return score_from_latents(bridge.model, receiver, lm, latents, [item.rows for item in items])
 
-        with self._measures.batch("score", len(items)):
+        with self._measures.batch("score", len(items), sum(item.tokens for item in items)):
             return await asyncio.get_running_loop().run_in_executor(self._thread, run)

@@ -1,23 +1,23 @@
 """The process that holds the models: it does what the HTTP process asks, over a Unix socket."""
 
 import asyncio
+import hmac
 import logging
-import os
 import signal
 import socket
-import struct
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import uvloop
 
 from latentwire.bridge.errors import LatentWireError
-from latentwire.service.api.collector import ModelCollector
+from latentwire.service.api.collector import register
 from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.frames import (
     QUESTIONS,
+    SECRET_BYTES,
     Answer,
     Cancel,
     Encode,
@@ -28,6 +28,7 @@ from latentwire.service.processes.frames import (
     Manage,
     Outbox,
     Question,
+    Restart,
     Said,
     Score,
     messages,
@@ -50,7 +51,9 @@ class Answering:
 
     def take(self, question: Question) -> None:
         """Begin to answer, or to end."""
-        if not isinstance(question, Cancel):
+        if isinstance(question, Restart):
+            self._runtime.on_death()
+        elif not isinstance(question, Cancel):
             task = self._tasks[question.id] = asyncio.create_task(self._answer(question))
             task.add_done_callback(lambda ended: self._end(question.id, ended))
         elif question.id in self._tasks:
@@ -132,15 +135,16 @@ def _rows(question: Question) -> int:
     return 0
 
 
-def answer(runtime: Runtime, listener: socket.socket, on_ready: Callable[[], None]) -> int:
+def answer(runtime: Runtime, listener: socket.socket, secret: bytes, on_ready: Callable[[], None]) -> int:
     """Answer HTTP processes at a listening Unix socket until SIGTERM, or until an engine dies; the exit code.
 
-    ``on_ready`` is called once every bridge has answered. SIGINT is left to the process that started this one.
+    Who does not say the ``secret`` first is not heard. ``on_ready`` is called once every bridge has answered. SIGINT is
+    left to the process that started this one.
     """
-    return uvloop.run(_serve(runtime, listener, on_ready))
+    return uvloop.run(_serve(runtime, listener, secret, on_ready))
 
 
-async def _serve(runtime: Runtime, listener: socket.socket, on_ready: Callable[[], None]) -> int:
+async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_ready: Callable[[], None]) -> int:
     loop, ended, code = asyncio.get_running_loop(), asyncio.Event(), 0
 
     def die() -> None:
@@ -152,39 +156,36 @@ async def _serve(runtime: Runtime, listener: socket.socket, on_ready: Callable[[
     loop.add_signal_handler(signal.SIGTERM, ended.set)
     runtime.on_death = die
     models, jobs = runtime.models, Jobs(runtime)
-    registry = runtime.local.measures.registry
-    registry.register(ModelCollector(runtime, runtime.local, jobs))
+    bridges = {name: bridge.manifest.bridge_id for name, bridge in runtime.bridges.items()}
+    register(runtime, jobs)
     await runtime.start()
     jobs.start()
     connections: set[asyncio.Task[Any]] = set()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer: socket.socket = writer.get_extra_info("socket")
-        _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        task = asyncio.current_task()
-        if task is None or user != os.getuid():  # the address has no owner and no mode
-            writer.close()
-            return
-        connections.add(task)
-        outbox = Outbox(writer)
-        answering = Answering(runtime, jobs, outbox)
+    async def say_health(outbox: Outbox) -> None:
+        while True:
+            outbox.put(Health(bridges, models.ready, models.failure, models.dead, models.stalled))
+            if models.ready:
+                on_ready()
+            await asyncio.sleep(HEALTH_SECONDS)
 
-        async def say_health() -> None:
-            while True:
-                outbox.put(Health(models.ready, models.failure, models.dead, models.stalled))
-                if models.ready:
-                    on_ready()
-                await asyncio.sleep(HEALTH_SECONDS)
-
-        saying = asyncio.create_task(say_health())
+    async def answer_one(reader: asyncio.StreamReader, outbox: Outbox) -> None:
+        answering, saying = Answering(runtime, jobs, outbox), asyncio.create_task(say_health(outbox))
         try:
             async for question in messages(reader, QUESTIONS):
                 answering.take(question)
         finally:
             saying.cancel()
             await answering.close()
-            writer.close()
-            connections.discard(task)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "asyncio calls this as a task"
+        connections.add(task)
+        task.add_done_callback(connections.discard)
+        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
+            if hmac.compare_digest(await reader.readexactly(SECRET_BYTES), secret):  # the address has no owner, no mode
+                await answer_one(reader, Outbox(writer))
 
     server = await asyncio.start_unix_server(connected, sock=listener)
     await ended.wait()

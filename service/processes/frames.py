@@ -4,8 +4,8 @@ Over a Unix socket between processes of one service. Every message is decoded in
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +18,14 @@ from latentwire.service.inference.scoring import ScoreItem
 
 Value = TypeVar("Value")
 LENGTH_BYTES = 8
+SECRET_BYTES = 16
+
+
+class Door(NamedTuple):
+    """Where the process of the models listens, and what a caller says first: the address itself is no secret."""
+
+    address: str
+    secret: bytes
 
 
 class Encode(msgspec.Struct, tag=True):
@@ -71,6 +79,10 @@ class Cancel(msgspec.Struct, tag=True):
     id: int
 
 
+class Restart(msgspec.Struct, tag=True):
+    """End, for the parent to start another process of the models."""
+
+
 class Answer(msgspec.Struct, tag=True):
     """The result, whose type the question decides, and the tokens that reached a model."""
 
@@ -111,15 +123,16 @@ class Said(msgspec.Struct, tag=True):
 
 
 class Health(msgspec.Struct, tag=True):
-    """How the models are, said again and again: as of ``Models``."""
+    """How the models are, said again and again: as of ``Models``; and the ids of the bridges, by name."""
 
+    bridges: Mapping[str, str]
     ready: bool
     failure: str | None
     dead: str | None
     stalled: bool
 
 
-Question = Encode | Generate | Score | Manage | Evaluate | Cancel
+Question = Encode | Generate | Score | Manage | Evaluate | Cancel | Restart
 Reply = Answer | Failure | Said | Health
 
 

@@ -9,7 +9,7 @@ import itertools
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from latentwire.service.processes.frames import (
     REPLIES,
     Answer,
     Cancel,
+    Door,
     Encode,
     Evaluate,
     Failure,
@@ -34,6 +35,7 @@ from latentwire.service.processes.frames import (
     Manage,
     Outbox,
     Reply,
+    Restart,
     Said,
     Score,
     messages,
@@ -70,15 +72,18 @@ class _Connection:
 
 
 class RemoteModels:
-    """As ``Models``, at an address.
+    """As ``Models``, behind a door.
 
     Args:
-        address: Of the Unix socket at which ``processes.answering`` listens.
+        door: Of the Unix socket at which ``processes.answering`` listens.
         stall_timeout: Seconds without a sign of the process after which it counts as stalled.
     """
 
-    def __init__(self, address: str, stall_timeout: float) -> None:
-        self._address, self._stall_timeout = address, stall_timeout
+    def __init__(self, door: Door, stall_timeout: float) -> None:
+        self._door, self._stall_timeout = door, stall_timeout
+        self._bridges: Mapping[str, str] = {}
+        self._on_replaced: Callable[[], None] = lambda: None
+        self._has_asked = False
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._ids = itertools.count()
@@ -103,6 +108,15 @@ class RemoteModels:
     def stalled(self) -> bool:
         """As of ``Models``; also where nothing has been heard of the process for as long."""
         return time.monotonic() - self._heard > self._stall_timeout or bool(self._health and self._health.stalled)
+
+    def expect(self, bridges: Mapping[str, str], on_replaced: Callable[[], None]) -> None:
+        """Ask only a process with the same bridges, by name and id.
+
+        A checkpoint that was replaced is noticed when one of the two processes starts again: the other still has the
+        old one, whose latents the new would answer. The older process is ended, for its parent to start another:
+        that of the models, where this one has never asked any, else this one, by ``on_replaced``.
+        """
+        self._bridges, self._on_replaced = bridges, on_replaced
 
     async def start(self) -> None:
         """Keep a connection, from now on."""
@@ -211,12 +225,13 @@ class RemoteModels:
             end = socket.socket(socket.AF_UNIX)  # connected here: uvloop cannot read an abstract address
             end.setblocking(False)
             try:
-                end.connect(self._address)
+                end.connect(self._door.address)
                 reader, writer = await asyncio.open_unix_connection(sock=end)
             except OSError:
                 end.close()
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
+            writer.write(self._door.secret)
             self._connection = connection = _Connection(Outbox(writer))
             try:
                 async for reply in messages(reader, REPLIES):
@@ -232,11 +247,13 @@ class RemoteModels:
                 writer.close()
             await asyncio.sleep(AGAIN_SECONDS)
 
-    @staticmethod
-    def _take(connection: _Connection, reply: Reply) -> None:
+    def _take(self, connection: _Connection, reply: Reply) -> None:
         match reply:
+            case Health(bridges=bridges) if bridges != self._bridges:
+                log.error("a checkpoint was replaced: the process that still has the old one starts again")
+                self._on_replaced() if self._has_asked else connection.outbox.put(Restart())
             case Health():
-                connection.health = reply
+                connection.health, self._has_asked = reply, True
             case Said():
                 call = connection.calls.get(reply.id)
                 if call is not None and call.on_piece is not None:

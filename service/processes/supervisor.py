@@ -21,6 +21,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Literal
 
+from latentwire.service.processes.frames import SECRET_BYTES, Door
+
 log = logging.getLogger(__name__)
 
 Role = Literal["models", "http"]
@@ -37,13 +39,13 @@ class Supervisor:
 
     Attributes:
         listener: The Unix socket at which the process of the models answers.
-        address: Where that is.
+        door: Where that is, and what to say there.
     """
 
     def __init__(self) -> None:
-        self.address = f"\0latentwire-{os.getpid()}-{os.urandom(8).hex()}"
+        self.door = Door(f"\0latentwire-{os.getpid()}-{os.urandom(8).hex()}", os.urandom(SECRET_BYTES))
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.address)
+        self.listener.bind(self.door.address)
         self.listener.listen()
         self._stage = {role: mmap.mmap(-1, 1) for role in ROLES}  # shared with the children
         self._pipes = {role: os.pipe() for role in ROLES}

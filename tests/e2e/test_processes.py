@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +20,10 @@ import httpx
 import psutil
 import pytest
 
+from latentwire.bridge.checkpoint import BUILTIN_BRIDGE, read_manifest
 from latentwire.service.cli.demo import running
+from latentwire.service.processes.frames import SECRET_BYTES
+from latentwire.service.processes.supervisor import ROLES
 from tests.ports import free_port
 
 WAIT_SECONDS = 60.0
@@ -76,9 +81,9 @@ class Service:
 
 
 @contextmanager
-def serving(folder: Path, **variables: str) -> Iterator[Service]:
+def serving(folder: Path, bridge: str = "builtin", **variables: str) -> Iterator[Service]:
     port = free_port()
-    with running("builtin", port, folder / "log", **variables) as process:
+    with running(bridge, port, folder / "log", **variables) as process:
         yield Service(f"http://127.0.0.1:{port}", psutil.Process(process.pid), folder / "log")
 
 
@@ -218,21 +223,32 @@ def test_models_that_hang_fail_liveness_and_requests_end_at_their_deadline(servi
     assert httpx.post(f"{service.url}/generate", json=ASK).status_code == 200
 
 
-def test_another_user_of_the_machine_cannot_reach_the_models(service: Service) -> None:
-    if os.getuid() != 0:
-        pytest.skip("only root can try as somebody else")
+def test_a_process_that_does_not_say_the_secret_cannot_reach_the_models(service: Service) -> None:
     with open("/proc/net/unix", encoding="utf-8") as table:
         address = next(line.split()[-1] for line in table if f"@latentwire-{service.parent.pid}-" in line)
-    code = f"""
-import os, socket
-os.setuid(65534)
-end = socket.socket(socket.AF_UNIX)
-end.connect("\\0{address[1:]}")
-end.settimeout(10)
-print(len(end.recv(100)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "0"
+    with socket.socket(socket.AF_UNIX) as end:
+        end.connect("\0" + address[1:])
+        end.settimeout(WAIT_SECONDS)
+        end.sendall(bytes(SECRET_BYTES))
+        assert end.recv(100) == b""
+
+
+@pytest.mark.parametrize("role", ["models", "http"])
+def test_a_checkpoint_that_was_replaced_is_read_by_both_processes_when_one_starts_again(
+    checkpoint: Path, tmp_path: Path, role: str
+) -> None:
+    bridge, new = tmp_path / "bridge", read_manifest(checkpoint).bridge_id
+    shutil.copytree(BUILTIN_BRIDGE, bridge)
+    with serving(tmp_path, str(bridge), LW_FRONTENDS="1") as service:
+        before = [service.process(role).pid for role in ROLES]
+        shutil.rmtree(bridge)
+        shutil.copytree(checkpoint, bridge)
+        service.process(role).kill()
+        until(lambda: not {service.process(role).pid for role in ROLES} & {*before})
+        until(service.is_ready)
+        assert httpx.get(f"{service.url}/bridges/demo").json()["bridge_id"] == new
+        assert httpx.post(f"{service.url}/generate", json=ASK).status_code == 200
+        assert "a checkpoint was replaced" in service.log.read_text()
 
 
 def test_a_parent_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:

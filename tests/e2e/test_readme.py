@@ -35,7 +35,7 @@ QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--lim
 A_RUN = [*QUICK["train"], "--validation-examples", "2", "--max-source-tokens", "64", "--cache", "c"]
 SMALL = {**QUICK, "train": A_RUN, "pretrain": A_RUN}
 TRAINING = ROOT / "docs" / "training.md"
-PROGRAMS = {"curl", "docker", "latentwire", "latentwire-lm-eval", "make", "sbatch", "torchrun"} | {
+PROGRAMS = {"curl", "docker", "helm", "kubectl", "latentwire", "latentwire-lm-eval", "make", "sbatch", "torchrun"} | {
     f".venv/bin/{name}" for name in ("pytest", "python", "ruff")
 }
 # What the guide names and a test cannot have: models and layers of the Hub.
@@ -185,8 +185,9 @@ def test_a_test_is_run_as_the_documents_say() -> None:
 
 
 def test_a_key_is_made_as_the_documents_say(tmp_path: Path) -> None:
-    (command,) = [command for command in commands("latentwire") if command[1] == "key"]
-    assert json.loads(latentwire(*command[1:], cwd=tmp_path))["name"] == "team-a"
+    typed = [command for command in commands("latentwire") if command[1] == "key"]
+    made = [json.loads(latentwire(*command[1:], cwd=tmp_path)) for command in typed]
+    assert {(key["name"], *key["scopes"]) for key in made} == {("team-a", "infer"), ("prometheus",)}
 
 
 def test_the_curl_commands_are_answered(service: str) -> None:

@@ -152,17 +152,13 @@ def test_an_engine_that_dies_ends_the_process_with_an_error_for_its_supervisor(s
     process, url = serve(
         code="""
         import sys
-        from latentwire.bridge.generation import continuous
+        from latentwire.bridge.sampling import Draws
         from latentwire.service.__main__ import main
 
-        choose = continuous.choose
+        def broken(self, scores, numbers):
+            raise ValueError("a broken part")
 
-        def broken(scores, params, positions):
-            if params[0].temperature:
-                raise ValueError("a broken part")
-            return choose(scores, params, positions)
-
-        continuous.choose = broken
+        Draws.draw = broken
         main()
         """,
         LW_FRONTENDS="0",

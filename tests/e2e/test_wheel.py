@@ -10,7 +10,6 @@ from venv import EnvBuilder
 
 import pytest
 
-from latentwire import __version__
 from latentwire.service.cli.demo import running
 from tests.ports import free_port
 
@@ -44,6 +43,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT)
     (file,) = folder.glob("*.whl")
     return file
+
+
+def version_of(wheel: Path) -> str:
+    return wheel.name.split("-")[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +85,18 @@ def whole(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_wheel_holds_one_package_with_its_data_and_its_types(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"latentwire", f"latentwire-{__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"latentwire", f"latentwire-{version_of(wheel)}.dist-info"}
     for file in ("py.typed", "bridge/builtin/bridge/config.json", "service/page/index.html", "training/loop.py"):
         assert f"latentwire/{file}" in names
     assert not [name for name in names if "test" in name or name.endswith(".pyc")]
 
 
-def test_a_client_is_installed_without_torch_and_asks_a_service(client: Path, elsewhere: Path, tmp_path: Path) -> None:
+def test_a_client_is_installed_without_torch_and_asks_a_service(
+    wheel: Path, client: Path, elsewhere: Path, tmp_path: Path
+) -> None:
     assert run(client, "-c", "import torch").returncode != 0
     done = run(client.parent / "latentwire", "--version", cwd=elsewhere)
-    assert (done.stdout, done.returncode) == (f"latentwire {__version__}\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == (f"latentwire {version_of(wheel)}\n", 0), done.stderr
     with running("builtin", port := free_port(), tmp_path / "log"):
         url = f"http://127.0.0.1:{port}"
         code = f"import latentwire; print(latentwire.Client('{url}').encode('Mara sings.').latents[0].array.shape)"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ import torch
 from benchmarks.gpu_decode import Encoding, ask, question
 from benchmarks.gpu_models import SCALES, TINY, bridge_between, drawn_on, write_configurations
 from latentwire.bridge import engine
+from latentwire.bridge.devices import in_background
 from latentwire.bridge.errors import InsufficientMemory
 from latentwire.bridge.generation.continuous import ContinuousEngine, token_bytes
 from latentwire.bridge.generation.output import OutputTokens
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.generation.softids import SoftIds
+from latentwire.bridge.generation.steps import MODES, ways
 from latentwire.bridge.memory import device_bytes, free_caches
 from latentwire.bridge.models import FrozenLM, load_model
+from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
 
@@ -30,7 +34,7 @@ FAMILIES = ("llama", "qwen", "mistral", "neox", "gpt2")
 
 
 @contextmanager
-def opened(lm: FrozenLM, rows: int = 16, **options: int) -> Iterator[ContinuousEngine]:
+def opened(lm: FrozenLM, rows: int = 16, **options: Any) -> Iterator[ContinuousEngine]:
     made = ContinuousEngine(lm, max_rows=rows, **options)
     try:
         yield made
@@ -146,3 +150,64 @@ def test_a_second_engine_of_the_same_shape_gives_the_same_answers(llama: FrozenL
         said = answers(first, range(8))
     with opened(llama, step_tokens=64) as second:
         assert answers(second, range(8)) == said
+
+
+@pytest.fixture(scope="module")
+def half(device: torch.device, model_folders: dict[str, Path]) -> FrozenLM:
+    """A receiver in a dtype that attention over blocks takes."""
+    return load_model(str(model_folders["llama"]), device=device, dtype=torch.float16)
+
+
+def test_the_fastest_mode_is_taken_and_every_mode_gives_the_plain_ones_answers_but_for_rounding(
+    half: FrozenLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = ways(MODES[-1], half)
+    assert next(iter(found)) == "async" and found["async"].overlapped and found["async"].kernel is not None
+    made = open_engine(half, mode="async", required="continuous")
+    assert isinstance(made, ContinuousEngine) and made._way == found["async"], caplog.text
+    made.close()
+    asked, params = [question(half, n, TOKENS - n, SOFT) for n in range(8)], SamplingParams(24, logprobs=0)
+    said = {}
+    for mode, way in found.items():
+        with opened(half, way=way) as made:
+            said[mode] = ask(made, asked, [params] * 8)
+    for mode, outputs in said.items():
+        for one, plain in zip(outputs, said["plain"], strict=True):
+            assert abs(one.logprobs[0].logprob - plain.logprobs[0].logprob) < 0.05, mode
+            for a, b in zip(one.logprobs, plain.logprobs, strict=False):
+                if a.token != b.token:
+                    break
+                assert abs(a.logprob - b.logprob) < 0.05, mode
+
+
+def test_the_same_requests_get_the_same_answers_again_in_every_mode(half: FrozenLM) -> None:
+    sampled = SamplingParams(24, 1.0, 0.9, 50)
+    for way in ways(MODES[-1], half).values():
+        with opened(half, way=way) as made:
+            first = answers(made, range(8), sampled)
+        with opened(half, way=way) as made:
+            assert answers(made, range(8), sampled) == first, way
+
+
+def test_steps_and_encoding_have_streams_of_their_own_and_steps_come_first(
+    half: FrozenLM, device: torch.device
+) -> None:
+    with opened(half, way=ways("async", half)["async"]) as made:
+        steps = made._manager.batch_processor.inputs_and_outputs.compute_stream  # type: ignore[union-attr]
+        with in_background(device):
+            encoding = torch.cuda.current_stream(device)
+    every = [torch.cuda.default_stream(device), encoding, steps]
+    assert len({stream.cuda_stream for stream in every}) == 3 and steps.priority < encoding.priority
+
+
+def test_weights_that_leave_are_pinned_on_the_host_and_come_back_as_they_were(
+    device: torch.device, model_folders: dict[str, Path]
+) -> None:
+    lm, copies = load_model(str(model_folders["llama"]), device=device, dtype=torch.float32), HostCopies()
+    before, held = [tensor.clone() for tensor in lm.model.parameters()], torch.cuda.memory_allocated(device)
+    assert copies.park(lm)
+    assert all(tensor.is_pinned() for tensor in lm.model.parameters())
+    assert torch.cuda.memory_allocated(device) < held
+    back = copies.bring(lm.name, lm.fingerprint, device)
+    assert back is not None and back.device.type == "cuda"
+    assert all(torch.equal(a, b) for a, b in zip(before, back.model.parameters(), strict=True))

@@ -45,7 +45,7 @@ from latentwire.bridge.generation.padded import PaddedEngine
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import IGNORE, TEXT, Row
-from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.sampling import Draws, SamplingParams
 from tests.integration.test_engine import rows_of, soft_of, stop_within
 
 PATIENCE = 60.0
@@ -556,7 +556,7 @@ def test_a_single_request_that_cannot_fit_is_refused_and_the_engine_lives(
 
 STAGES = {
     "forward": lambda made: (made.lm.model, "forward"),
-    "choosing": lambda made: (continuous, "choose"),
+    "choosing": lambda made: (Draws, "draw"),
     "scheduling": lambda made: (made._manager.batch_processor.scheduler, "schedule_batch"),
     "preparing": lambda made: (made._manager.batch_processor.inputs_and_outputs, "prepare_batch_tensors"),
     "reading": lambda made: (made._manager.batch_processor.inputs_and_outputs, "prepare_batch_update"),

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from latentwire.bridge.errors import InsufficientMemory, InvalidRequest, ModelInUse, ModelUnavailable
 from latentwire.bridge.memory import budget_bytes, device_bytes, free_bytes
 from latentwire.bridge.models import FrozenLM, load_model, predicted_bytes
+from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.residency import FREE_SHARE, Residency
 from tests.conftest import byte_tokenizer, write_model
 
@@ -293,6 +294,122 @@ def test_a_loan_behind_a_waiting_one_goes_on_when_that_gives_up(pair: tuple[str,
     behind = in_thread(residency.acquire, sender, LONG)
     assert isinstance(first.exception(LONG), InsufficientMemory)
     assert behind.result(LONG).name == sender
+
+
+# Weights kept on the host: between two places of the CPU here, as between it and a GPU
+
+
+def weights_of(lm: FrozenLM) -> dict[str, torch.Tensor]:
+    """All tensors of a model, those too that no file has."""
+    named = dict(lm.model.named_parameters()) | dict(lm.model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+
+def taking_turns(budget: int, copies: HostCopies) -> tuple[Residency, list[str]]:
+    """A residency, and what it has read from files."""
+    read: list[str] = []
+
+    def load(name: str, **where: Any) -> FrozenLM:
+        read.append(name)
+        return load_model(name, **where)
+
+    return Residency(budget, device=CPU, load=load, copies=copies), read
+
+
+def test_models_that_take_turns_are_read_once_and_come_back_as_they_were(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    copies = HostCopies()
+    residency, read = taking_turns(max(size(sender), size(receiver)), copies)
+    ids = torch.tensor([[1, 2, 3]])
+    with residency.use(sender) as lm:
+        before, said = weights_of(lm), lm.model(ids).logits
+    del lm
+    for _ in range(2):
+        with residency.use(receiver):
+            assert residency.resident() == {receiver: size(receiver)} and copies.bytes >= size(sender)
+        with residency.use(sender) as lm:
+            after = weights_of(lm)
+            assert lm.name == sender and torch.equal(lm.model(ids).logits, said)
+        del lm
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert read == [sender, receiver]
+    assert events(residency)[:4] == [("load", sender), ("drop", sender), ("load", receiver), ("drop", receiver)]
+
+
+def places(lm: FrozenLM) -> list[int]:
+    return [tensor.data_ptr() for tensor in lm.model.parameters()]
+
+
+def test_a_copy_stays_while_its_model_is_there_so_that_to_leave_again_copies_nothing(pair: tuple[str, str]) -> None:
+    copies = HostCopies()
+    lm = load_model(pair[0], device=CPU)
+    loaded = places(lm)
+    assert copies.park(lm)
+    parked = places(lm)
+    back = copies.bring("another name", lm.fingerprint, CPU)
+    assert back is not None and back.name == "another name" and back.model is lm.model
+    assert not {*loaded, *places(lm)} & {*parked}  # copied, and not the copy itself
+    assert copies.park(back) and places(lm) == parked
+    assert copies.bring("x", load_model(pair[1]).fingerprint, CPU) is None
+
+
+def test_copies_stay_within_their_bytes_and_the_oldest_go_first(three: tuple[str, str, str]) -> None:
+    lms = [load_model(name, device=CPU) for name in three]
+    copies, sizes = HostCopies(), list[int]()
+    for lm in lms:
+        assert copies.park(lm)
+        sizes.append(copies.bytes - sum(sizes))
+    tight = HostCopies(sizes[1] + sizes[2])
+    assert [tight.park(lm) for lm in lms[1:]] == [True, True] and tight.bytes == tight.most_bytes
+    assert tight.park(lms[0]) and tight.bytes <= sizes[1] + sizes[2]
+    assert tight.bring("x", lms[1].fingerprint, CPU) is None and tight.bring("x", lms[0].fingerprint, CPU) is not None
+    assert not HostCopies(0).park(lms[0]) and not HostCopies(sizes[0] - 1).park(lms[0])
+
+
+def test_a_model_that_was_dropped_on_demand_or_whose_time_is_over_leaves_no_copy(pair: tuple[str, str]) -> None:
+    sender, receiver = pair
+    copies = HostCopies()
+    residency, read = taking_turns(max(size(sender), size(receiver)), copies)
+    touch(residency, sender, receiver, sender)
+    residency.unload(sender)
+    touch(residency, sender)
+    assert read == [sender, receiver, sender]
+    touch(residency, receiver)
+    residency.keep(receiver, 0.0)
+    assert residency.sweep() == [receiver]
+    touch(residency, receiver)
+    assert read == [sender, receiver, sender, receiver]
+
+
+def test_a_model_without_room_on_the_device_stays_on_the_host_whole(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, receiver = pair
+    copies = HostCopies()
+    residency, read = taking_turns(max(size(sender), size(receiver)), copies)
+    touch(residency, sender, receiver)
+    real, calls = torch.Tensor.to, [0]
+
+    def full(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[0] += "copy" in kwargs
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(tensor, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", full)
+        with pytest.raises(InsufficientMemory, match="needs"):
+            residency.acquire(sender)
+    (parked, _) = copies._parked.values()
+    assert places(parked.lm) == [tensor.data_ptr() for tensor in parked.tensors[: len(places(parked.lm))]]
+    touch(residency, sender)
+    assert read == [sender, receiver]
+
+
+@pytest.mark.parametrize("device, kept", [("cpu", False), ("mps", False), ("cuda", True)])
+def test_only_a_device_with_a_memory_of_its_own_has_copies_beside_it(device: str, kept: bool) -> None:
+    copies = HostCopies.beside(torch.device(device), 7)
+    assert (copies is not None and copies.most_bytes == 7) == kept
 
 
 def test_those_who_wait_are_served_in_the_order_of_their_arrival(three: tuple[str, str, str]) -> None:

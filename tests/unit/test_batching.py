@@ -355,7 +355,7 @@ async def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits() ->
     device, admission = SmallDevice(9), Admission(100)
     async with serving(device, admission, max_batch=8, free_caches=device.free) as batcher:
         assert await batcher.submit([3, 4, 3, 4, 3]) == [6, 8, 6, 8, 6]
-        assert (admission.running, admission.waiting, admission.out_of_memory) == (0, 0, 2)
+        assert (admission.running, admission.waiting, admission.out_of_memory.total()) == (0, 0, 2)
     assert device.batches == [[3, 4, 3, 4, 3], [3, 4], [3, 4, 3], [3], [4, 3]]
     assert device.freed == [True, True]  # caches are freed once nothing of the failed batch is alive
 
@@ -367,7 +367,7 @@ async def test_only_a_row_that_does_not_fit_alone_is_refused() -> None:
     assert answers[0] == [6] and answers[2] == [8]
     assert isinstance(answers[1], InsufficientMemory)
     assert str(answers[1]) == "a row of 10 tokens does not fit the device's memory: MemoryError"
-    assert admission.out_of_memory == 3  # three rows, two rows, one row
+    assert admission.out_of_memory.total() == 3  # three rows, two rows, one row
 
 
 async def test_the_caller_says_which_errors_mean_that_memory_ran_out() -> None:

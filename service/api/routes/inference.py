@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 
 from latentwire.bridge import wire
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.results import ms_since
 from latentwire.service.api.lifetime import OnPiece, deadline, event, run_while_connected, stream_response
 from latentwire.service.inference.generation import RequestHandler, check_limits, check_reading, within
@@ -61,7 +62,7 @@ async def encode(body: EncodeRequest, request: Request) -> EncodeResponse | Resp
     within(("inputs", len(body.inputs), runtime.settings.max_inputs))
     for at, text in enumerate(body.inputs):
         runtime.check_text(text, f"inputs.{at}")
-    handler = RequestHandler(runtime, request.state.caller.name, bridge)
+    handler = handler_of(request, bridge)
 
     async def work() -> EncodeResponse | Response:
         try:
@@ -100,7 +101,7 @@ async def run_generate(
     bridge = runtime.find(body.bridge)
     receiver = bridge.receiver(body.receiver)
     check_limits(runtime, body)
-    handler = RequestHandler(runtime, request.state.caller.name, bridge)
+    handler = handler_of(request, bridge)
 
     async def work(on_piece: OnPiece | None = None) -> GenerateResponse:
         with runtime.admission.admit(len(body.inputs) * body.n):
@@ -145,7 +146,7 @@ async def _answered(
     bridge = runtime.find(body.bridge)
     receiver = bridge.receiver(body.receiver)
     check(runtime, body)
-    handler = RequestHandler(runtime, request.state.caller.name, bridge)
+    handler = handler_of(request, bridge)
 
     async def work() -> Answer:
         with runtime.admission.admit(len(body.inputs)):
@@ -157,9 +158,16 @@ async def _answered(
     return await run_while_connected(request, work(), deadline(request, body.timeout_seconds))
 
 
+def handler_of(request: Request, bridge: Bridge) -> RequestHandler:
+    """What does the work of a request, which is counted as this bridge's from here on."""
+    request.state.bridge = bridge.name
+    return RequestHandler(request.app.state.runtime, request.state.caller.name, bridge, request.state.arrived)
+
+
 async def charge(request: Request, usage: Usage) -> None:
-    """Count the tokens of a request for its tenant's limit; afterwards, since they are not known before."""
+    """Count the tokens of a request, also for its tenant's limit; afterwards, since they are not known before."""
     runtime: Runtime = request.app.state.runtime
+    runtime.metrics.observe_usage(usage)
     tokens = usage.source_tokens + usage.prompt_tokens + usage.soft_tokens + usage.generated_tokens
     await runtime.limiter.charge(request.state.caller.name, tokens)
 
@@ -169,7 +177,6 @@ async def _encode(handler: RequestHandler, body: EncodeRequest, *, raw: bool) ->
     rows = [Text(text, body.truncate, f"inputs.{at}") for at, text in enumerate(body.inputs)]
     encodings = await handler.encode(rows, body.dtype)
     encode_ms = ms_since(started)
-    handler.runtime.metrics.tokens.labels("source").inc(handler.usage.source_tokens)
     kept = (
         await handler.keep(list(zip(body.inputs, encodings, strict=True)), handler.ttl_seconds) if body.store else None
     )

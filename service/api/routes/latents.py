@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from latentwire.bridge.errors import Forbidden, InvalidRequest, at_fault, shorten
 from latentwire.bridge.results import ms_since
 from latentwire.service.api.lifetime import deadline, run_while_connected
-from latentwire.service.api.routes.inference import RAW, charge
+from latentwire.service.api.routes.inference import RAW, charge, handler_of
 from latentwire.service.inference.generation import RequestHandler, within
 from latentwire.service.inference.request import Text
 from latentwire.service.inference.runtime import Runtime
@@ -37,7 +37,7 @@ async def keep(body: KeepRequest, request: Request) -> KeepResponse:
     within(("inputs", len(body.inputs), runtime.settings.max_inputs))
     for at, item in enumerate(body.inputs):
         runtime.check_text(item.text or "", f"inputs.{at}.text")
-    handler = RequestHandler(runtime, request.state.caller.name, bridge)
+    handler = handler_of(request, bridge)
 
     async def work() -> KeepResponse:
         try:
@@ -124,7 +124,6 @@ async def _keep(handler: RequestHandler, body: KeepRequest) -> KeepResponse:
     ]
     read = iter(await handler.encode(texts, body.dtype) if texts else [])
     encode_ms = ms_since(started)
-    runtime.metrics.tokens.labels("source").inc(handler.usage.source_tokens)
     pairs = [(item.text, given[at] if at in given else next(read)) for at, item in enumerate(body.inputs)]
     metadata = [item.metadata for item in body.inputs]
     kept = await handler.keep(pairs, body.ttl_or(handler.ttl_seconds), metadata)

@@ -6,6 +6,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.config import Provenance
 from latentwire.bridge.errors import NotReady
+from latentwire.service.inference.models import InMemory
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.schemas.inference import BridgeList, BridgeOut, Health
 
@@ -16,7 +17,8 @@ router = APIRouter(tags=["status"])
 async def bridges(request: Request) -> BridgeList:
     """Every bridge that is served."""
     runtime: Runtime = request.app.state.runtime
-    return BridgeList(bridges=[await describe(runtime, bridge) for bridge in runtime.bridges.values()])
+    memory = await runtime.models.in_memory()
+    return BridgeList(bridges=[_described(runtime, bridge, memory) for bridge in runtime.bridges.values()])
 
 
 @router.get("/bridges/{name}")
@@ -61,10 +63,13 @@ async def metrics(request: Request) -> Response:
 
 async def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
     """A bridge as callers see it."""
+    return _described(runtime, bridge, await runtime.models.in_memory())
+
+
+def _described(runtime: Runtime, bridge: Bridge, memory: InMemory) -> BridgeOut:
     config = bridge.manifest.bridge
     heads = config.heads.items()
     runs = [*config.earlier, config.provenance, *(head.provenance for _, head in heads if head.provenance)]
-    memory = await runtime.models.in_memory()
     return BridgeOut(
         name=bridge.name,
         bridge_id=bridge.manifest.bridge_id,

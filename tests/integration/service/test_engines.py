@@ -31,7 +31,7 @@ def opening(budget: int | None = None, **options: Any) -> Engines:
     return Engines(
         Residency(budget, device=CPU),
         on_death=lambda: None,
-        on_step=lambda rows, seconds: None,
+        on_step=lambda rows, tokens, seconds: None,
         **{"max_rows": 4, "kv_tokens": 512, "step_tokens": 64, "load_wait": 30.0, **options},
     )
 
