@@ -11,7 +11,7 @@ WORKDIR /src
 # Dependencies before the code: a change of code does not download torch again.
 COPY constraints.txt pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
-        print(*(d for d in p['dependencies'] + e['eval'] + e['train'] + e['serve'] if 'latentwire' not in d), sep='\n')" \
+        print(*(d for d in p['dependencies'] + e['eval'] + e['train'] + e['serve'] + e['otel'] if 'latentwire' not in d), sep='\n')" \
         > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
 COPY README.md LICENSE ./

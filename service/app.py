@@ -11,6 +11,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from latentwire.bridge.errors import LatentWireError
+from latentwire.service import tracing
 from latentwire.service.api.collector import RequestCollector, register
 from latentwire.service.api.envelope import Envelope
 from latentwire.service.api.errors import STATUS, deliberate_error, error_body, http_error, invalid_body
@@ -79,6 +80,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
         title="LatentWire", summary="Latent bridges over HTTP", lifespan=lifespan, responses=documented,
         servers=[{"url": "."}],  # relative to /openapi.json, as a proxy shows it
         docs_url=None, redoc_url=None,  # in ``page``, with relative addresses
+        telemetry=tracing.OF_REQUESTS,
         redirect_slashes=False,  # redirects are absolute: behind a proxy they would lead elsewhere
     )  # fmt: skip
     app.state.runtime = runtime

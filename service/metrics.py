@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 
 from latentwire.bridge.diversity import entropy_nats, repetition, similarity
 from latentwire.bridge.gate import Judged
+from latentwire.bridge.generation.base import Times
 from latentwire.bridge.generation.output import Generation
 from latentwire.service.schemas.inference import Usage
 from latentwire.service.schemas.lenient import OTHER
@@ -263,17 +264,16 @@ class Metrics:
             self.latent_bytes.labels(bridge).observe(len(message))
 
     def observe_times(
-        self, bridge: str, arrived: float, spans: Iterable[tuple[float, float] | None], answers: Sequence[Generation]
+        self, bridge: str, arrived: float, times: Iterable[Times | None], answers: Sequence[Generation]
     ) -> None:
         """When the first and the last token of each answer came, by the clock of ``arrived``: ``time.monotonic()``,
         which processes of one machine share."""
-        for span, answer in zip(spans, answers, strict=True):
-            if span is None:
+        for at, answer in zip(times, answers, strict=True):
+            if at is None:
                 continue
-            first, last = span
-            self.first_token.labels(bridge).observe(first - arrived)
+            self.first_token.labels(bridge).observe(at.first - arrived)
             if answer.token_count > 1:
-                self.inter_token.labels(bridge).observe((last - first) / (answer.token_count - 1))
+                self.inter_token.labels(bridge).observe((at.last - at.first) / (answer.token_count - 1))
 
     def window(self, bridge: str) -> Window:
         """The latest of a bridge: over many outputs a collapse shows, in one it may not."""

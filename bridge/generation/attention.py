@@ -58,7 +58,7 @@ def _has_newer(capability: int) -> bool:
     try:
         if current_flash_attention_impl() != name:
             activate_flash_attention_impl(name)
-    except (ImportError, RuntimeError, ValueError):  # another package of that name, or one for another torch
+    except Exception:  # whatever another package of that name trips over, or one for another torch
         return False
     return True
 
@@ -79,13 +79,13 @@ def attention(
 ) -> tuple[Float[Tensor, "B T _ D"], None]:
     """Attention as the library calls it in every layer (ValueError for what it does not know)."""
     if cache is None:
-        made, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **asked)
-        return made, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **asked)
     if unknown := [name for name in UNKNOWN if asked.get(name) is not None]:
         raise ValueError(f"attention with {unknown[0]} is not computed over blocks")
     layer: Any = module.layer_idx
     key, value = cache.update(key, value, layer, asked)  # all keys that were gathered, or the new ones and where to put
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    made: Any
     lengths, attend = asked["cu_seq_lens_k"], partial(varlen_attn, scale=asked.get("scaling"), enable_gqa=True)
     if asked.get("block_table") is None:
         most = asked["max_length_q"], asked["max_length_k"]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import ClassVar, Literal, TypeGuard
+from typing import ClassVar, Literal, NamedTuple, TypeGuard
 
 from jaxtyping import Float
 from torch import Tensor
@@ -44,6 +44,15 @@ class Soft:
     wanted: Callable[[], bool] = lambda: True
 
 
+class Times(NamedTuple):
+    """Of one output, as of ``time.monotonic()``: submitted, first read by a step, first token, last token."""
+
+    submitted: float
+    begun: float
+    first: float
+    last: float
+
+
 @dataclass(eq=False)
 class Running:
     """A request in an engine.
@@ -70,10 +79,11 @@ class Running:
     text: OutputText = field(init=False)
 
     @property
-    def span(self) -> tuple[float, float] | None:
-        """When its first and its last token came; None before the first."""
+    def times(self) -> Times | None:
+        """When its stages were; None before the first token."""
         first, last = self.first_token_at, self.last_token_at
-        return None if first is None or last is None else (first, last)
+        begun = self.submitted_at + self.waited_seconds
+        return None if first is None or last is None else Times(self.submitted_at, begun, first, last)
 
     def __post_init__(self) -> None:
         self.text = OutputText(self.tokens)

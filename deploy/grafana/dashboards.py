@@ -200,7 +200,6 @@ OVERVIEW = Board(
                     "reqps",
                     "Requests not taken on, by the type in their error body.",
                     (rate("latentwire_refusals_total", "reason"),),
-                    ("LatentWireRefusing", ""),
                 ),
                 Panel(
                     "Rows waiting and running",

@@ -4,6 +4,7 @@ For where no Grafana is at hand: the panels' own queries, over a range of time, 
 """
 
 import math
+import re
 import time
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +43,7 @@ def legend(template: str, labels: dict[str, str]) -> str:
     """A legend with its labels filled in."""
     for name, value in labels.items():
         template = template.replace(f"{{{{{name}}}}}", value)
-    return template
+    return re.sub(r"\{\{\w+\}\}", "", template).strip()  # of a label that is empty
 
 
 def draw(axes: Axes, panel: Panel, client: httpx.Client, over: Range) -> None:
@@ -61,7 +62,7 @@ def draw(axes: Axes, panel: Panel, client: httpx.Client, over: Range) -> None:
         sign, value = limit(*panel.alert)
         axes.axhline(value, color="tab:red", linewidth=0.8, linestyle="--", label=f"alert {sign} {value:g}")
     if lines:
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax or 1)
         axes.legend(fontsize=6, frameon=False, loc="upper left")
     else:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="grey")

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentwire.bridge import errors
+from latentwire.service import tracing
 from latentwire.service.api.bodies import Bodies
 from latentwire.service.api.errors import CRASHED, error_body_of, error_response
 from latentwire.service.inference.runtime import Runtime
@@ -33,7 +34,7 @@ class Envelope:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         request_id = scope.setdefault("state", {})["request_id"] = given if usable else uuid.uuid4().hex
-        state, status, replied = scope["state"], 500, False
+        state, status, replied, parent = scope["state"], 500, False, tracing.traceparent()
         started = state["arrived"] = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
@@ -41,6 +42,8 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status, replied = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if parent is not None:
+                    message["headers"].append((b"traceparent", parent.encode()))
                 # The next request should go to another replica. And a caller who waits to be asked for the body, and is
                 # refused instead, may send the body or not: what comes next could be either.
                 if self.runtime.draining or body.unasked:

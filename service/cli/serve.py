@@ -49,6 +49,7 @@ def serve(
     """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the guide: Serving)."""
     from pydantic import ValidationError
 
+    from latentwire.service import tracing
     from latentwire.service.app import create_app
     from latentwire.service.auth.guard import check_binding
     from latentwire.service.cli.server import listen, url
@@ -96,6 +97,7 @@ def serve(
                 sys.exit(answer(runtime, supervisor.listener, supervisor.door.secret, on_ready))
             supervisor.wait_opened()
             door = supervisor.door
+        opened.callback(tracing.start())
         application = create_app(settings, bridges, door)
         if settings.frontends:
             supervisor.note("http", READY)

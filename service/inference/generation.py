@@ -20,6 +20,7 @@ from latentwire.bridge.results import AnsweredFrom, ms_since, timing_since
 from latentwire.bridge.sampling import SamplingParams, sample_params
 from latentwire.bridge.scoring import Continuation, score_of
 from latentwire.bridge.sources import Given, slots_in
+from latentwire.service import tracing
 from latentwire.service.inference.request import GenerationRequest, Piece, Text
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.inference.scoring import ScoreQuestion
@@ -67,7 +68,7 @@ class RequestHandler:
 
         ``usage`` counts the tokens that the sender read, also where an error is raised; at the end, those of all texts.
         """
-        started, metrics = time.perf_counter(), self.runtime.metrics
+        started, metrics = time.monotonic(), self.runtime.metrics
         bridge, bridge_id = self.bridge, self.bridge.manifest.bridge_id
         books = bridge.model.codebooks
         format = wire.sendable(dtype, books) + wire.codebooks_id(dtype, books)
@@ -78,15 +79,18 @@ class RequestHandler:
             if hit is None:
                 missing.setdefault(key, text)
         encoded = await self.runtime.encode(bridge, list(missing.values()), self._count_source) if missing else []
+        read = time.monotonic()
         made = {
             key: CachedEncoding(bridge.message(row.latent, dtype), row.source_tokens, row.truncated)
             for key, row in zip(missing, encoded, strict=True)
         }
+        tracing.told("encode", started, read, texts=len(texts), read=len(missing))
+        tracing.told("wire", read, time.monotonic(), dtype=dtype)
         if made and self.runtime.settings.encode_cache:
             await put_encodings(self.cache, made, ttl_seconds=self.ttl_seconds)
         encodings = [hit or made[key] for key, hit in zip(keys, cached, strict=True)]
         self._count_source(sum(encoding.source_tokens for encoding in encodings))
-        metrics.observe_latents(bridge.name, time.perf_counter() - started, [one.message for one in encodings])
+        metrics.observe_latents(bridge.name, time.monotonic() - started, [one.message for one in encodings])
         metrics.window(bridge.name).latents.extend(row.latent.mean(axis=0) for row in encoded)
         return encodings
 
@@ -174,8 +178,10 @@ class RequestHandler:
 
         if not requests:
             return []
+        asked = time.monotonic()
         result = await self.runtime.generate(self.bridge, receiver, requests, on_piece, count_usage)
-        self.runtime.metrics.observe_times(self.bridge.name, self.arrived, result.spans, result.generations)
+        self.runtime.metrics.observe_times(self.bridge.name, self.arrived, result.times, result.generations)
+        tracing.told_of_answers(self.arrived, asked, result.times)
         return result.generations
 
     async def score(self, receiver: str, body: ScoreRequest) -> ScoreResponse:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.config import Prompt
 from latentwire.bridge.errors import LatentWireError
-from latentwire.bridge.generation.base import Engine, Running
+from latentwire.bridge.generation.base import Engine, Running, Times
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.results import TokenLogprob
@@ -64,10 +64,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What was generated for each request, and ``time.monotonic()`` of its first and its last token."""
+    """What was generated for each request, and when."""
 
     generations: list[Generation]
-    spans: list[tuple[float, float] | None]
+    times: list[Times | None]
 
 
 class InFlightRequest:
@@ -96,7 +96,7 @@ class InFlightRequest:
     @property
     def waited_seconds(self) -> list[float]:
         """From submission to the first step, of the outputs that have a token."""
-        return [running.waited_seconds for running in self._running if running.span]
+        return [running.waited_seconds for running in self._running if running.times]
 
     async def result(self) -> GenerationResult:
         """Submit all requests to the engine, and wait for their ends; cancelled, they are cancelled too."""
@@ -104,7 +104,7 @@ class InFlightRequest:
         try:
             await asyncio.shield(submitting)
             generations = await asyncio.gather(*self._results)
-            return GenerationResult(generations, [running.span for running in self._running])
+            return GenerationResult(generations, [running.times for running in self._running])
         finally:
             self._cancelled = True
             await _settled(submitting)

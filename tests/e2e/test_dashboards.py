@@ -51,6 +51,9 @@ def ask_everything(client: httpx.Client, number: int) -> None:
     ):
         answer = client.post(path, json=asked)
         assert answer.status_code == 200, answer.text
+    long = {**body, "max_tokens": 200, "n": 8, "temperature": 1.0, "stream": True}
+    with client.stream("POST", "/generate", json=long) as answer:
+        next(answer.iter_raw())  # and no more: the caller leaves
     assert client.post("/generate", json={**body, "max_tokens": 0}).status_code == 422
     assert client.post("/generate", json={**body, "n": 16, "inputs": body["inputs"] * 3}).status_code in (413, 429)
 
@@ -147,6 +150,14 @@ def test_every_query_of_every_panel_has_an_answer(measured: httpx.Client) -> Non
             break
         time.sleep(0.5)
     assert {panel.title for panel in waiting} == NEEDS_A_GPU
+
+
+def test_a_stream_that_its_caller_leaves_counts_as_aborted(measured: httpx.Client) -> None:
+    aborted = 'latentwire_outcomes_total{route="/generate", bridge="demo", outcome="aborted"} > 0'
+    until = time.monotonic() + WAIT_SECONDS
+    while not measured.get("/api/v1/query", params={"query": aborted}).json()["data"]["result"]:
+        assert time.monotonic() < until
+        time.sleep(0.5)
 
 
 def test_prometheus_evaluates_every_alert_and_none_fires(measured: httpx.Client) -> None:

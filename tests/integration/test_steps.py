@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngin
 from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.generation.steps import Way, ways
-from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.sampling import SamplingParams
 from tests.integration.test_continuous import (
     MIXED,
@@ -404,3 +405,33 @@ def test_a_mode_that_fails_or_answers_otherwise_gives_way_to_the_next_and_a_warn
     made.close()
     assert "does not run in mode 'paged': the log-probability of token" in caplog.text
     assert lm.model.config._attn_implementation == "sdpa"
+
+
+def test_attention_over_blocks_is_for_full_attention_in_half_precision_and_tables_for_a_newer_kernel(
+    lms: dict[str, FrozenLM], model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = load_model(str(model_folders["llama"]), dtype=torch.float16)
+    assert attention.kernel_for(half) is None  # on a CPU
+    monkeypatch.setattr(FrozenLM, "device", torch.device("cuda"))
+    asked: list[str] = []
+
+    def found(capability: int, *, installed: bool, works: bool = True) -> str | None:
+        def activate(name: str) -> None:
+            asked.append(name)
+            if not works:
+                raise ImportError("built for another torch")
+
+        attention._has_newer.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+        monkeypatch.setattr(attention, "find_spec", lambda name: name if installed else None)
+        monkeypatch.setattr(attention, "activate_flash_attention_impl", activate)
+        return attention.kernel_for(half)
+
+    assert found(9, installed=False) == found(8, installed=True) == "gathering" and asked == []
+    assert found(9, installed=True, works=False) == "gathering"
+    assert found(9, installed=True) == found(10, installed=True) == "reading tables"
+    assert asked == ["FA3", "FA3", "FA4"]
+    attention._has_newer.cache_clear()
+    assert attention.kernel_for(lms["llama"]) is None  # float32
+    monkeypatch.setattr(half.model.config, "sliding_window", 8, raising=False)
+    assert attention.kernel_for(half) is None

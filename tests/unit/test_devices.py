@@ -17,6 +17,7 @@ from latentwire.bridge.devices import (
     device_named,
     dtype_named,
     has_nvidia,
+    in_background,
     multiply_float32,
 )
 from latentwire.bridge.errors import InvalidRequest
@@ -267,3 +268,28 @@ def test_float32_is_multiplied_in_tf32_on_cuda_alone_and_not_where_it_is_refused
         assert [before, *found] == ["highest", "highest", "high", "high", "highest"]
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class Stream:
+    """Of a device that is not there: what waits for what is written down."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_work_in_the_background_waits_for_what_was_asked_before_and_what_comes_after_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(devices, "_background", lambda device: Stream("background", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current", log))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(log.append(f"on {stream.name}")))
+    with in_background(CPU):
+        log.append("work on a CPU")
+    with in_background(CUDA):
+        log.append("work")
+    before, after = "background waits for current", "current waits for background"
+    assert log == ["work on a CPU", before, "on background", "work", after]

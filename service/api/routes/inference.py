@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from latentwire.bridge import wire
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.results import ms_since
+from latentwire.service import tracing
 from latentwire.service.api.lifetime import OnPiece, deadline, event, run_while_connected, stream_response
 from latentwire.service.inference.generation import RequestHandler, check_limits, check_reading, within
 from latentwire.service.inference.request import Piece, Text
@@ -161,6 +162,7 @@ async def _answered(
 def handler_of(request: Request, bridge: Bridge) -> RequestHandler:
     """What does the work of a request, which is counted as this bridge's from here on."""
     request.state.bridge = bridge.name
+    tracing.told("admit", request.state.arrived, time.monotonic())
     return RequestHandler(request.app.state.runtime, request.state.caller.name, bridge, request.state.arrived)
 
 
@@ -168,6 +170,7 @@ async def charge(request: Request, usage: Usage) -> None:
     """Count the tokens of a request, also for its tenant's limit; afterwards, since they are not known before."""
     runtime: Runtime = request.app.state.runtime
     runtime.metrics.observe_usage(usage)
+    tracing.told_of_usage(request.state.bridge, usage)
     tokens = usage.source_tokens + usage.prompt_tokens + usage.soft_tokens + usage.generated_tokens
     await runtime.limiter.charge(request.state.caller.name, tokens)
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,9 @@ def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> 
     assert grew("latentwire_requests_total", "/encode", "200") == 1
     assert grew("latentwire_requests_total", "/encode", "422") == 1
     assert grew("latentwire_requests_total", "unknown", "404") == 1
+    assert grew("latentwire_outcomes_total", "tiny", "ok", "/generate") == 1
+    assert grew("latentwire_outcomes_total", "tiny", "ok", "/encode") == 1
+    assert grew("latentwire_outcomes_total", "", "invalid", "/encode") == 1  # refused before a bridge was found
     assert not [key for key in after if "/nothing/at/all" in key]  # a caller cannot make up labels
     assert grew("latentwire_request_seconds_count", "/generate") == 1
     assert grew("latentwire_tokens_total", "source") == answer["usage"]["source_tokens"] + 4
@@ -272,6 +276,12 @@ def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> 
     assert grew("latentwire_batch_rows_sum", "encode") == 3
     assert grew("latentwire_batch_rows_sum", "generate") == answer["usage"]["generated_tokens"]  # a row is a token
     assert grew("latentwire_first_token_seconds_count", "tiny") == 2
+    assert grew("latentwire_encode_seconds_count", "tiny") == 2
+    assert grew("latentwire_latent_bytes_count", "tiny") == grew("latentwire_queue_seconds_count", "encode") == 3
+    assert grew("latentwire_queue_seconds_count", "generate") == 2
+    assert grew("latentwire_batch_tokens_sum", "encode") == answer["usage"]["source_tokens"] + 4
+    read = answer["usage"]["prompt_tokens"] + answer["usage"]["soft_tokens"]
+    assert grew("latentwire_batch_tokens_sum", "generate") >= read
     assert grew("latentwire_tokens_total", "prompt") == answer["usage"]["prompt_tokens"]
     assert grew("latentwire_device_seconds_count", "encode") == 2
     assert after[("latentwire_ready",)] == 1
@@ -287,6 +297,40 @@ def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> 
     (receiver,) = client.get("/bridges/tiny").json()["receivers"]
     assert after["latentwire_kv_tokens", "room", receiver] == 8192
     assert after["latentwire_kv_tokens", "used", receiver] == 0
+
+
+def test_first_tokens_are_timed_from_the_arrival_of_their_request(
+    start: Start, hold: Callable[..., Gate], samples: Samples
+) -> None:
+    client, held_seconds = start(Settings(encode_cache=False)), 0.2
+    gate = hold(engine, "encode")
+    with ThreadPoolExecutor(1) as caller:
+        asking = caller.submit(client.post, "/generate", json=ASK)
+        assert gate.entered.wait(READY_SECONDS)
+        time.sleep(held_seconds)
+        gate.opened.set()
+        assert asking.result().status_code == 200
+    assert samples(client)["latentwire_first_token_seconds_sum", "tiny"] >= 2 * held_seconds
+
+
+def test_refusals_have_reasons(start: Start, samples: Samples) -> None:
+    client = start(Settings(max_queue=2))
+    assert client.post("/generate", json={**ASK, "n": 3}).status_code == 413
+    assert client.get("/bridges/other").status_code == 404
+    seen = samples(client)
+    assert {key[1]: n for key, n in seen.items() if key[0] == "latentwire_refusals_total" and n} == {"TooLarge": 1}
+
+
+def test_latents_by_id_are_hits_or_misses(client: TestClient, samples: Samples) -> None:
+    before = samples(client)
+    kept = client.post("/encode", json={"inputs": ["Mara sings."], "store": True}).json()["latents"][0]["id"]
+    for name, status in ((kept, 200), ("lat_0", 404)):
+        asked = {**ASK, "inputs": [{"latent_id": name}]}
+        assert client.post("/generate", json=asked).status_code == status
+    after = samples(client)
+    grew = {result: after[key] - before[key] for result in ("hit", "miss", "error") for key in [
+        ("latentwire_latent_lookups_total", result)]}  # fmt: skip
+    assert grew == {"hit": 1, "miss": 1, "error": 0}
 
 
 def test_warming_up_counts_no_tokens(start: Start, samples: Samples) -> None:
