@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def wanted() -> list[str]:
-    """What the image installs, as its Dockerfile reads it."""
+    """What the image installs: of the extras that the step in its Dockerfile names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["eval"], *extras["train"], *extras["serve"], *extras["otel"]]
+    named = re.findall(r"e\['([\w-]+)'\]", (ROOT / "Dockerfile").read_text())
+    return [*project["dependencies"], *(line for extra in named for line in extras[extra])]
 
 
 def closure() -> set[str]:
