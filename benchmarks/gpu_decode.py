@@ -33,7 +33,7 @@ Figures = dict[str, Any]
 Answer = tuple[int, list[int]]
 """The number of a question, and the tokens of the answer."""
 
-MODES: dict[str, dict[str, Any]] = {
+SAMPLED: dict[str, dict[str, Any]] = {
     "greedy": {},
     "top-p": {"temperature": 1.0, "top_p": 0.9},
     "logprobs": {"logprobs": 5},
@@ -108,7 +108,7 @@ def _stepped(bench: Bench, lm: FrozenLM, name: str, way: Way, found: Figures) ->
     scale = bench.scale
     most, longest = max(scale.rows), max(scale.contexts)
     # Beside its context the blocks of every answer to it: when a cache is full, all contexts that wait are dropped.
-    room = longest + len(MODES) * len(scale.contexts) * (scale.steps + 2 * PAGE_TOKENS)
+    room = longest + len(SAMPLED) * len(scale.contexts) * (scale.steps + 2 * PAGE_TOKENS)
     given = {"max_rows": most, "kv_tokens": most * room, "step_tokens": scale.step_tokens}
     with closing(ContinuousEngine(lm, way=way, **given)) as made:
         # What is read once stays in the cache, so that many rows begin to decode at the same time.
@@ -117,13 +117,13 @@ def _stepped(bench: Bench, lm: FrozenLM, name: str, way: Way, found: Figures) ->
             asked = [question(lm, n, longest, scale.soft_tokens) for n in numbers]
             ask(made, asked, [SamplingParams(1)] * len(numbers))
         bench.say(f"{name}: {most} contexts of {longest} tokens read")
-        cases = product(scale.contexts, scale.rows, MODES)
+        cases = product(scale.contexts, scale.rows, SAMPLED)
         for context, rows, mode in sorted(cases, key=lambda case: case[0] * case[1]):  # the longest steps last
             case = {"switch": name, "mode": mode, "context": context, "rows": rows}
             if bench.is_over:
                 found["not_run"].append({**case, "error": "no time was left"})
                 continue
-            params, steps = [SamplingParams(scale.steps, seed=n, **MODES[mode]) for n in range(rows)], Steps()
+            params, steps = [SamplingParams(scale.steps, seed=n, **SAMPLED[mode]) for n in range(rows)], Steps()
             ask(made, [question(lm, n, context, scale.soft_tokens) for n in range(rows)], params, steps)
             found["steps"].append({**case, **of_times(steps.milliseconds(rows))})
             bench.keep(found)

@@ -197,7 +197,10 @@ class Metrics:
             "latentwire_encode_cache", "Texts looked up, by result: hit, miss.", ["result"], registry=r
         )
         self.lookups = Counter(
-            "latentwire_latent_lookups", "Latents asked for by id, by result: hit, miss, error.", ["result"], registry=r
+            "latentwire_latent_lookups",
+            "Requests that name latents by id, by result: all of them were there (hit), miss, error.",
+            ["result"],
+            registry=r,
         )
         self.ignored = Counter(
             "latentwire_ignored_fields", "Fields of /v1 that were taken and not used.", ["field"], registry=r

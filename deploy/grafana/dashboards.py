@@ -337,7 +337,7 @@ LATENCY = Board(
                 Panel(
                     "Latents by id",
                     "reqps",
-                    "Hits in latents, misses and errors in requests.",
+                    "Requests that name latents, by whether all were there.",
                     (rate("latentwire_latent_lookups_total", "result"),),
                 ),
                 Panel(

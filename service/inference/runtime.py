@@ -149,16 +149,16 @@ class Runtime:
 
     async def latents(self, ids: Mapping[str, str], tenant: str) -> dict[str, KeptLatent]:
         """Latents of corpora, and those that a tenant keeps, by the fields that hold their ids (as ``get_latents``)."""
-        of_corpora = {param: await self.corpora.get(name) for param, name in ids.items() if self.corpora.holds(name)}
-        found = {param: latent for param, latent in of_corpora.items() if latent is not None}
-        rest = {param: name for param, name in ids.items() if param not in found}
-        lookups = self.metrics.lookups
+        lookups, corpora = self.metrics.lookups, self.corpora
         try:
+            of_corpora = {param: await corpora.get(name) for param, name in ids.items() if corpora.holds(name)}
+            found = {param: latent for param, latent in of_corpora.items() if latent is not None}
+            rest = {param: name for param, name in ids.items() if param not in found}
             kept = await get_latents(self.store, rest, tenant=tenant) if rest else {}
         except LatentWireError as error:
             lookups.labels("miss" if isinstance(error, UnknownBridge) else "error").inc()
             raise
-        lookups.labels("hit").inc(len(ids))
+        lookups.labels("hit").inc()
         return {**found, **kept}
 
     def check_open(self) -> None:

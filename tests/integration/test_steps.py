@@ -325,7 +325,7 @@ def test_requests_that_are_cancelled_while_a_step_runs_for_them_harm_no_other(
         gone.running.on_text = lambda piece, _, gone=gone, count=count, came=came: (
             came.set() if len(gone.running.tokens.ids) >= count else None
         )
-        came.wait(PATIENCE)
+        assert came.wait(PATIENCE)
         made.cancel(gone.running)
     row, drawn = shared_prefix(lm, 1)
     said = Asked(made, row, SamplingParams(6), Soft("stays", lambda: drawn)).answer()
