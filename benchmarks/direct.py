@@ -33,7 +33,7 @@ from latentwire.bridge.prompt import compose, text_layout
 from latentwire.bridge.reader import tokenize_source
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.bridge.sources import latent_of
-from latentwire.service.inference.request import GenerationRequest, soft_tokens_of
+from latentwire.service.inference.request import GenerationRequest
 
 ROWS = 32  # of a step, and of a static batch
 CALLERS = 64
@@ -101,7 +101,7 @@ class Asking:
         self.engine.submit(
             row,
             question.params,
-            soft_tokens_of(self.bridge, self.name, self.lm, latent_of(question.source)),
+            self.bridge.soft(self.name, self.lm, latent_of(question.source)),
             end,
             first,
         )

@@ -8,7 +8,9 @@ import secrets
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -26,6 +28,7 @@ from latentwire.bridge.memory import budget_bytes
 from latentwire.bridge.opened import OpenBridge
 from latentwire.bridge.parking import HostCopies
 from latentwire.bridge.readback import as_said, readings_of, taught
+from latentwire.bridge.remote import addresses_of, answers_of, check_named, parse_addresses
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.results import Generated, Latent, Output, ReadBack, Scored, Usage, ms_since, timing_since
 from latentwire.bridge.sampling import SamplingParams, check_params, sample_params
@@ -54,6 +57,7 @@ class Bridge(OpenBridge):
         device: str | None = None,
         precision: str | None = None,
         memory_budget: str | int | None = None,
+        receiver: str | None = None,
     ) -> "Bridge":
         """Load a checkpoint. Its models follow when they are needed.
 
@@ -65,16 +69,21 @@ class Bridge(OpenBridge):
             device: Where models compute: cpu, cuda, cuda:1, mps or xpu; the best there is, unless given.
             precision: bf16, fp16 or fp32; bf16 on an accelerator and fp32 on a CPU, unless given.
             memory_budget: Most bytes of models at once: ``24GB``, or ``0.8`` of the device. No limit, unless given.
+            receiver: ``vllm:http://HOST:PORT`` lets the receiver answer on that vLLM server; of several receivers
+                ``NAME=vllm:http://HOST:PORT`` those that are named, with commas between them.
 
         Raises:
             UnknownBridge: No checkpoint there.
             CorruptCheckpoint: A file is missing or damaged.
-            InvalidRequest: The device is not there, or the budget is none.
+            InvalidRequest: The device is not there, the budget is none, or no server or receiver is spelled like that.
         """
         placed = device_named(device)
         budget, copies = budget_bytes(memory_budget, placed), HostCopies.beside(placed)
         residency = Residency(budget, placed, dtype_named(precision, placed), copies=copies)
-        return cls.open(str(name), name, residency)
+        addresses = parse_addresses(receiver)
+        bridge = cls.open(str(name), name, residency, addresses=addresses)
+        check_named(addresses, bridge.receivers)
+        return bridge
 
     @classmethod
     def open(
@@ -85,15 +94,20 @@ class Bridge(OpenBridge):
         *,
         senders: Residency | None = None,
         signing_key: bytes | None = None,
+        addresses: Mapping[str | None, str] = MappingProxyType({}),
     ) -> "Bridge":
         """``load``, under a name of its own, with models that other bridges may share (errors as there).
 
         ``senders`` holds senders on a device of their own. Latents cross between devices as they cross the wire: the
-        encoder is where the sender is, heads are where the receivers are.
+        encoder is where the sender is, heads are where the receivers are. ``addresses`` of vLLM servers are those of
+        ``remote.parse_addresses``, which may name receivers of other bridges.
         """
         manifest, model = load_bridge(checkpoint, device=torch.device("cpu"))
         gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
-        bridge = cls(name, manifest, model, residency, senders=senders, signing_key=signing_key, gates=gates)
+        remote = addresses_of(addresses, list(manifest.bridge.heads))
+        bridge = cls(
+            name, manifest, model, residency, senders=senders, signing_key=signing_key, gates=gates, remote=remote
+        )
         model.encoder.to(bridge.home(bridge.sender).device)
         model.heads.to(residency.device)
         return bridge
@@ -356,6 +370,9 @@ class Bridge(OpenBridge):
 
     def _answers(self, receiver: str, rows: Sequence[engine.LatentPrompt]) -> list[Generation]:
         answers: list[Generation] = []
+        if receiver in self.remote:
+            remote = self.remote_engine(receiver)
+            return answers_of(remote, rows, partial(self.soft, receiver, remote.lm))
         with self.lend(receiver) as lm:
             for start in range(0, len(rows), BATCH_ROWS):
                 answers += engine.generate_from_latents(self.model, receiver, lm, rows[start : start + BATCH_ROWS])[0]

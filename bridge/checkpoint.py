@@ -83,7 +83,8 @@ def folder_of_checkpoint(name: str | Path) -> Path:
         try:
             folder = hub_folder(on_hub)
         except ModelUnavailable as error:
-            raise UnknownBridge(f"{name} cannot be had from the Hub: {first_line(error.__cause__ or error)}") from None
+            why = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise UnknownBridge(f"{name} cannot be had from the Hub: {first_line(why)}") from None
     elif not folder.exists() and HUB_NAME.fullmatch(on_hub):
         with suppress(ModelUnavailable):
             folder = hub_folder(on_hub)

@@ -1,13 +1,14 @@
 """Read a model's weights, whatever their dtype on disk, and tell beforehand how many bytes they will take."""
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from latentwire.bridge.errors import ModelUnavailable
 from latentwire.bridge.quantised import dequantised, dequantising, method_of, refuse_unnamed
@@ -47,6 +48,24 @@ def pretrained(
     )
     model, info = loaded
     return _in(dtype, model) if packed else model, sorted(info["missing_keys"])
+
+
+def embedding_alone(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A model without its layers and its output matrix: it embeds ids as the whole one does, scale and all."""
+    bare = copy.deepcopy(dequantised(config))
+    text = bare.get_text_config()
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = []
+    made: Any = AutoModel._model_mapping[type(bare)]
+    without_layers: Any = type(made.__name__, (made,), {"_keys_to_ignore_on_load_unexpected": [""]})  # silently
+    fixed = {"use_safetensors": True, "output_loading_info": True}
+    model, info = without_layers.from_pretrained(folder, config=bare, dtype=dtype, **fixed)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"its weights lack {missing[0]}")
+    return cast(PreTrainedModel, model.to(device).eval().requires_grad_(False))
 
 
 def untrained(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:

@@ -4,6 +4,8 @@ Dimensions used in this file:
     K slots    C latent width
 """
 
+import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -11,17 +13,22 @@ from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from latentwire.bridge import wire
 from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender
 from latentwire.bridge.config import Manifest, Prompt
 from latentwire.bridge.encoder import slots_of
+from latentwire.bridge.engine import soften
 from latentwire.bridge.errors import InvalidRequest, at_fault
 from latentwire.bridge.gate import Gate, answer_tokens, watched
+from latentwire.bridge.generation.base import Soft
+from latentwire.bridge.generation.remote import RemoteEngine
 from latentwire.bridge.models import FrozenLM, check_role, load_reader
 from latentwire.bridge.prompt import REPEAT, Row, compose
 from latentwire.bridge.readback import reading_params, taught
 from latentwire.bridge.reader import SourceTokens, check_ids, source_tokens
+from latentwire.bridge.remote import open_remote
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.bridge.sources import Given, arrange
@@ -37,16 +44,18 @@ class OpenBridge:
         residency: Its models in memory.
         senders: Those that only send; the same, unless they have a device of their own.
         gates: By receiver, which answers from latents are trusted; ``latentwire calibrate`` makes them.
+        remote: URLs of the vLLM servers on which receivers answer, by their names; these models do not run here.
         signing_key: Signs messages; only messages that bear its signature are then decoded.
     """
 
     def __init__(
         self, name: str, manifest: Manifest, model: BridgeModel, residency: Residency, *,
         senders: Residency | None = None, signing_key: bytes | None = None,
-        gates: Mapping[str, Gate] = MappingProxyType({}),
+        gates: Mapping[str, Gate] = MappingProxyType({}), remote: Mapping[str, str] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.name, self.manifest, self.model, self.gates = name, manifest, model, gates
         self.residency, self.senders, self.signing_key = residency, senders or residency, signing_key
+        self.remote, self._engines, self._opening = remote, dict[str, RemoteEngine](), threading.Lock()
         self.reader = cache(load_reader)
 
     def __repr__(self) -> str:
@@ -64,15 +73,18 @@ class OpenBridge:
 
     @property
     def model_names(self) -> list[str]:
-        """Names of all its models, the sender first."""
-        return [self.sender, *self.receivers]
+        """Names of its models that run here, the sender first."""
+        return [self.sender, *(name for name in self.receivers if name not in self.remote)]
 
     def home(self, name: str) -> Residency:
         """Where a model is held: a sender with the senders, unless it receives too."""
-        return self.residency if name in self.receivers else self.senders
+        return self.residency if name in self.receivers and name not in self.remote else self.senders
 
     def unload(self) -> int:
         """Let the models go; bytes of memory that came back (ModelInUse while one of them works)."""
+        with self._opening:
+            while self._engines:
+                self._engines.popitem()[1].close()
         return sum(self.home(name).unload(name) for name in self.model_names)
 
     def receiver(self, name: str | None) -> str:
@@ -116,6 +128,35 @@ class OpenBridge:
             error.param = error.param or "prompt"
             raise
 
+    def soft(self, receiver: str, lm: FrozenLM, latent: NDArray[np.float32] | None) -> Soft | None:
+        """Soft tokens of a latent, under a key that no other latent, encoder or head has."""
+        if latent is None:
+            return None
+
+        def make() -> Tensor:  # (K, D)
+            tokens = soften(self.model, receiver, lm, [latent])
+            assert tokens is not None
+            return tokens[0]
+
+        digest = hashlib.blake2b(latent.tobytes(), digest_size=32).digest()
+        return Soft((self.manifest.bridge_id, self.manifest.heads[receiver].sha256, digest), make)
+
+    def remote_engine(self, receiver: str) -> RemoteEngine:
+        """What asks the vLLM server of a receiver, opened when it is first needed (errors as ``open_remote``)."""
+        with self._opening:
+            if receiver not in self._engines:
+                self._engines[receiver] = open_remote(receiver, self.remote[receiver], self.residency, self.check)
+            return self._engines[receiver]
+
+    def check_scores(self, receiver: str) -> None:
+        """Refuse a receiver that cannot say how likely given texts are (InvalidRequest)."""
+        if receiver in self.remote:
+            raise InvalidRequest(
+                f"{receiver!r} answers at vllm:{self.remote[receiver]}: vLLM generates from soft tokens, and tells no "
+                "log-probabilities of given texts for them; score and evaluate with the model here",
+                param="receiver",
+            )
+
     def readings(
         self, receiver: str, latents: Sequence[NDArray[np.float32]], max_tokens: int | None
     ) -> tuple[str, list[SamplingParams]]:
@@ -135,7 +176,9 @@ class OpenBridge:
     def continue_with(
         self, receiver: str, given: Given, prompt: Prompt, choices: Sequence[str], *, end: bool
     ) -> list[Row]:
-        """``compose`` with each of some continuations, which are to be scored (InvalidRequest where one is empty)."""
+        """``compose`` with each of some continuations, which are to be scored (InvalidRequest where one is empty, or
+        as of ``check_scores``)."""
+        self.check_scores(receiver)
         if not choices or "" in choices:
             raise InvalidRequest("a choice is empty; expected one text or several", param="choices")
         last = None if end or self.manifest.bridge.heads[receiver].layout.eos_id is None else -1

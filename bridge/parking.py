@@ -1,8 +1,7 @@
 """Weights of models that gave way to others on a device, kept in the host's memory: they return at a copy's speed.
 
 Frozen weights never change. So they are copied to the host once, when they first leave, and the copy stays while they
-are on the device: to leave again then costs nothing. In pinned memory a GPU reads them itself, some 20 GB in a second
-where a disk takes many.
+are on the device: to leave again then costs nothing. In pinned memory a GPU reads them itself.
 """
 
 import logging
@@ -31,7 +30,7 @@ class _Parked:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(map(_held, self.tensors))
 
     def leave(self) -> None:
         """Give back what the model holds on its device."""
@@ -91,14 +90,16 @@ class HostCopies:
     def forget(self, lm: FrozenLM) -> None:
         """Keep a model no longer."""
         self._parked.pop(lm.fingerprint, None)
+        _give_back()
 
     def _copied(self, lm: FrozenLM) -> _Parked | None:
-        need = sum(tensor.nbytes for tensor in _tensors(lm.model))
+        need = sum(map(_held, _tensors(lm.model)))
         most = self.most_bytes if self.most_bytes is not None else int(SHARE * (free_bytes(HOST) + self.bytes))
         if need > most:
             return None
         while self.bytes + need > most:
             self._parked.popitem(last=False)
+        _give_back()
         try:
             return _Parked(lm, [_copy(tensor) for tensor in _tensors(lm.model)])
         except RuntimeError as error:  # there is less to pin than there is free
@@ -110,6 +111,17 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Weights and buffers, each once, in an order that stays."""
     yield from model.parameters()
     yield from model.buffers()
+
+
+def _held(tensor: Tensor) -> int:
+    """Bytes that a copy takes: torch pins blocks whose sizes are powers of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if tensor.nbytes else 0
+
+
+def _give_back() -> None:
+    """To the system, what torch would keep of copies that were forgotten."""
+    if torch.cuda.is_available():
+        torch.accelerator.empty_host_cache()
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from latentwire.bridge.config import DEVICE, Mode, Precision
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.memory import budget_bytes
+from latentwire.bridge.remote import parse_addresses
 from latentwire.bridge.wire import as_key
 from latentwire.service.metrics import LATENCY_SECONDS
 
@@ -141,6 +142,11 @@ class Settings(BaseSettings):
         None, pattern=DEVICE, description="Where senders compute that do not receive too. [LW_DEVICE]"
     )
     receiver_device: str | None = Field(None, pattern=DEVICE, description="Where receivers compute. [LW_DEVICE]")
+    receiver: str | None = Field(
+        None,
+        description="vllm:http://HOST:PORT: receivers answer on this vLLM server; of several, those named by "
+        "NAME=vllm:http://HOST:PORT, with commas between them. [receivers run here]",
+    )
     dtype: Precision | None = Field(
         None, description="What models compute in: bf16, fp16 or fp32. [bf16; fp32 on a CPU]"
     )
@@ -264,6 +270,15 @@ class Settings(BaseSettings):
         except InvalidRequest as error:
             raise ValueError(str(error)) from None
         return budget
+
+    @field_validator("receiver")
+    @classmethod
+    def _is_an_address(cls, receiver: str | None) -> str | None:
+        try:
+            parse_addresses(receiver)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+        return receiver
 
     @field_validator("redis_url")
     @classmethod

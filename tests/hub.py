@@ -7,6 +7,7 @@ addresses do. Large files travel as they do there, beside the commit.
 import base64
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,6 +183,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         while not server.started:
             assert thread.is_alive()
+            time.sleep(0.01)
         yield hub
     finally:
         server.should_exit = True

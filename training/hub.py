@@ -9,10 +9,11 @@ from httpx2 import HTTPError
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from latentwire.bridge.checkpoint import folder_of_checkpoint
+from latentwire.bridge.checkpoint import HUB, folder_of_checkpoint
 from latentwire.bridge.config import Manifest
 from latentwire.bridge.errors import InvalidRequest, ModelUnavailable, first_line
 from latentwire.bridge.evaluation.saved import read_report
+from latentwire.bridge.models import revision_of
 from latentwire.training.export import Exported, export
 
 STALE = ["encoder-*", "head-*", "gate.json", "codebooks.safetensors", "report.json"]  # of what was there before
@@ -92,6 +93,8 @@ def push_to_hub(
             )
         except HFValidationError as error:
             raise InvalidRequest(f"{repository!r} is no name of a repository: {first_line(error)}") from None
+        except ValueError as error:  # of the card, when the Hub has looked at it
+            raise InvalidRequest(f"the Hub refuses the model card: {first_line(error)}") from None
         except (HTTPError, OfflineModeIsEnabled, OSError) as error:
             raise ModelUnavailable(f"{repository!r} cannot be written on the Hub: {_reason(error)}") from None
     return str(commit.repo_url)
@@ -104,7 +107,7 @@ def pull(checkpoint: str, out: Path) -> Exported:
         InvalidRequest: ``out`` holds a checkpoint already.
         UnknownBridge, CorruptCheckpoint: As of ``load_bridge``.
     """
-    return export(folder_of_checkpoint(checkpoint), out)
+    return export(folder_of_checkpoint(HUB + checkpoint.removeprefix(HUB)), out)
 
 
 def card(name: str, manifest: Manifest, report: dict[str, Any] | None) -> str:
@@ -113,7 +116,7 @@ def card(name: str, manifest: Manifest, report: dict[str, Any] | None) -> str:
     models = [bridge.sender.name, *bridge.heads]
     data = ModelCardData(
         library_name="latentwire",
-        base_model=[model for model in models if _is_hub_name(model)] or None,
+        base_model=[revision_of(model)[0] for model in models if _is_hub_name(model)] or None,
         tags=["latent-bridge", "soft-prompt"],
     )
     encoder, run = bridge.encoder, bridge.provenance

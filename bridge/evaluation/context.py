@@ -26,6 +26,7 @@ from latentwire.bridge.gate import Gate, load_gates
 from latentwire.bridge.models import FrozenLM, check_role, load_model
 from latentwire.bridge.prompt import IGNORE, LATENT, TEXT, Row, collate, compose, cut_text, fit, text_layout
 from latentwire.bridge.reader import Reader, SourceTokens, source_tokens, text_ids, text_offsets
+from latentwire.bridge.remote import is_address
 from latentwire.bridge.sampling import SamplingParams
 
 Latent = NDArray[np.float32]
@@ -272,6 +273,11 @@ def open_bridge(
     placed = device_named(device)
     where: dict[str, Any] = {"device": placed, "dtype": dtype_named(precision, placed)}
     manifest, bridge = load_bridge(checkpoint, device=placed)
+    if is_address(receiver):
+        raise InvalidRequest(
+            f"{receiver} generates only, and an evaluation also scores given texts; expected a receiver that runs here",
+            param="receiver",
+        )
     name = receiver or bridge.default_receiver
     bridge.head(name)
     wire.check_codebooks(dtype, bridge.codebooks)

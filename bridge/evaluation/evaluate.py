@@ -186,6 +186,7 @@ def context_of(
 ) -> EvaluationContext:
     """What an evaluation of a bridge runs on, with models lent for each pass (InvalidRequest, UnknownBridge)."""
     name = bridge.receiver(receiver)
+    bridge.check_scores(name)
     check_room(task, bridge.reader(name))
     check_labels(task, bridge.model.config.heads[name].layout)
     held = held_out(task, limit)

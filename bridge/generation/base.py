@@ -1,6 +1,6 @@
 """The life of a request in a generation engine: submitted, running, then ended once, with an output or an error.
 
-What ``ContinuousEngine`` and ``PaddedEngine`` have in common; they differ in how they make steps.
+What ``ContinuousEngine``, ``PaddedEngine`` and ``RemoteEngine`` have in common; they differ in how they make steps.
 """
 
 import logging
@@ -26,7 +26,7 @@ from latentwire.bridge.results import TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
-Kind = Literal["continuous", "padded"]
+Kind = Literal["continuous", "padded", "vllm"]
 
 
 @dataclass(frozen=True, eq=False)

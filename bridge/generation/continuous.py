@@ -70,7 +70,7 @@ class ContinuousEngine(Engine):
             on_death: Called after an error that leaves the engine dead.
         """
         super().__init__(lm, max_rows=max_rows, on_death=on_death)
-        self._step_tokens, self._way = step_tokens, way
+        self._step_tokens, self._way, self._preempted = step_tokens, way, 0
         self._trouble = threading.Event()
         self._closed = False
         with ExitStack() as stack:  # nobody waits any more, and the model is as it was found
@@ -104,9 +104,8 @@ class ContinuousEngine(Engine):
 
     @property
     def preemptions(self) -> int:
-        """As of ``Engine``; since the engine began with an empty cache."""
         scheduler = self._scheduler
-        return 0 if scheduler is None else scheduler.preemptions
+        return self._preempted if scheduler is None else scheduler.preemptions
 
     @property
     def blocks_in_use(self) -> int:
@@ -167,11 +166,14 @@ class ContinuousEngine(Engine):
             most = min(self.lm.max_tokens, kv_tokens)
             manager.continuous_batching_config.max_blocks_per_request = -(-most // PAGE_TOKENS)
         device, rows = self.lm.device, (self.max_rows, self.lm.rows)
-        self._choices = Choices(self._next, torch.empty(rows, device=device) if self._way.graphs else None)
+        self._choices = Choices(
+            self._next, torch.empty(rows, dtype=torch.float32, device=device) if self._way.graphs else None
+        )
         manager.logit_processor = self._choices
         manager.output_router = _Router(self)
         with torch.accelerator.device_index(device.index):  # whose memory the library measures
             manager.batch_processor = manager._create_batch_processor()
+            manager.batch_processor.scheduler.preemptions = self._preempted
             Runner.take_over(manager.batch_processor, self._way.kernel)
             manager.warmup()  # makes the graphs, where there are any
         return cast(ContinuousBatchingManager, manager)
@@ -283,6 +285,7 @@ class ContinuousEngine(Engine):
     def _recover(self) -> None:
         """Begin again with an empty cache; raises what no smaller step would mend."""
         self._stop_manager()
+        self._preempted = self.preemptions
         self._trouble.clear()
         status = self._manager.background_thread_status
         if (error := status.fatal_error) is not None:
@@ -366,9 +369,8 @@ class _Router(OutputRouter):
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
             self._engine._take(output)
-        scheduler = self._engine._scheduler
-        tokens = len(outputs) if scheduler is None else scheduler.step_tokens
-        self._engine.on_step(len(outputs), tokens, time.monotonic() - self._engine.last_step)
+        if (scheduler := self._engine._scheduler) is not None:
+            self._engine.on_step(len(outputs), *scheduler.made(int(self._engine._way.overlapped)))
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         super().fail_and_deliver(state, error)

@@ -87,8 +87,8 @@ def memory(kind: str) -> str:
 
 TAKEN = f"1 - {memory('free')} / {memory('total')}"
 FAILING = (
-    f'sum(rate(latentwire_requests_total{{{INSTANCE}, status=~"5..", {WORK}}}{RATE})) '
-    f"/ sum(rate(latentwire_requests_total{{{INSTANCE}, {WORK}}}{RATE})) or vector(0)"
+    f'sum(rate(latentwire_outcomes_total{{{INSTANCE}, outcome=~"failed|late"}}{RATE})) '
+    f"/ sum(rate(latentwire_outcomes_total{{{INSTANCE}}}{RATE})) or vector(0)"
 )
 
 OVERVIEW = Board(
@@ -110,8 +110,8 @@ OVERVIEW = Board(
                 Panel(
                     "Requests failing",
                     "percentunit",
-                    "Share of requests that end in 5xx.",
-                    ((FAILING, "5xx"),),
+                    "Share of requests that fail or are late, streams that end so included.",
+                    ((FAILING, "failed or late"),),
                     ("LatentWireFailing", ""),
                     "stat",
                     4,

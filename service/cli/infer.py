@@ -16,6 +16,7 @@ from latentwire.bridge.errors import InferenceFailed, InvalidMessage, InvalidReq
 from latentwire.service.cli.corpus import encode_here
 
 if TYPE_CHECKING:
+    from latentwire.bridge import bridge
     from latentwire.bridge.results import Latent
     from latentwire.service.client.client import Client
     from latentwire.service.client.types import GenerateOptions, Input, ReadOptions, ScoreOptions
@@ -78,7 +79,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the receiver is asked; {latent} places the soft tokens.")],
     text: Annotated[str | None, typer.Option(help="A text for the sender; the receiver does not see it.")] = None,
     latent: Annotated[Path | None, typer.Option(help="A message written by 'latentwire encode'.")] = None,
-    receiver: Annotated[str | None, typer.Option(help="Which receiver answers; the first when absent.")] = None,
+    receiver: Annotated[
+        str | None,
+        typer.Option(help="Which receiver answers, or vllm:http://HOST:PORT where it does; the first when absent."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 32,
     temperature: Annotated[
         float, typer.Option(min=0, help="How freely it is sampled; 0 takes the likeliest token.")
@@ -102,10 +106,7 @@ def generate(
         }  # fmt: skip
         _say_there(url, message if text is None else text, asked, options)
         return
-    from latentwire.bridge.bridge import Bridge
-
-    here = Bridge.load(checkpoint)
-    here.receiver(receiver)
+    here, receiver = _opened(checkpoint, receiver)
     source = here.encode(text, dtype="float32", truncate=truncate)[0] if text is not None else message
     here.unload()  # one model in memory at a time
     answers = here.generate(
@@ -136,10 +137,7 @@ def score(
             options: ScoreOptions = {"bridge": checkpoint, "receiver": receiver, "end": end, "truncate": truncate}
             scored = client.score(message if text is None else text, *given, **options)
     else:
-        from latentwire.bridge.bridge import Bridge
-
-        here = Bridge.load(checkpoint)
-        here.receiver(receiver)
+        here, receiver = _opened(checkpoint, receiver)
         source = message if text is None else here.encode(text, dtype="float32", truncate=truncate)[0]
         here.unload()  # one model in memory at a time
         scored = here.score(source, *given, receiver=receiver, end=end)
@@ -175,10 +173,7 @@ def read(
             }  # fmt: skip
             back = client.read(text or messages, **options)
     else:
-        from latentwire.bridge.bridge import Bridge
-
-        here = Bridge.load(checkpoint)
-        here.receiver(receiver)
+        here, receiver = _opened(checkpoint, receiver)
         sources = here.encode(text, dtype="float32", truncate=truncate) if text else messages
         here.unload()  # one model in memory at a time
         back = here.read(sources, against=originals, receiver=receiver, max_tokens=max_tokens)
@@ -191,6 +186,16 @@ def read(
             if said is not None:
                 nats = f"{said.logprob:9.3f} nats  {said.token_count:3} tokens"
                 typer.echo(f"{what:7}  {nats}  {said.text!r}{cut if said is reading else ''}")
+
+
+def _opened(checkpoint: str, receiver: str | None) -> "tuple[bridge.Bridge, str]":
+    """A checkpoint and which of its receivers is asked, here or where an address says."""
+    from latentwire.bridge.bridge import Bridge
+    from latentwire.bridge.remote import is_address
+
+    remote = receiver if is_address(receiver) else None
+    here = Bridge.load(checkpoint, receiver=remote)
+    return here, next(iter(here.remote)) if remote else here.receiver(receiver)
 
 
 def _encoded_here(checkpoint: str, text: str, dtype: str, truncate: bool) -> "Latent":

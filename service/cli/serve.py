@@ -35,6 +35,13 @@ def serve(
     corpus: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder of corpora (NAME.lw), whose latents are served.")
     ] = None,
+    receiver: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vllm:URL",
+            help="Let receivers answer on a vLLM server, vllm:http://HOST:PORT; or NAME=vllm:… for one of several.",
+        ),
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
     ] = None,
@@ -54,6 +61,7 @@ def serve(
 
     flags: dict[str, Any] = {
         "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
+        "receiver": receiver,
         "corpus_dir": corpus,
     }  # fmt: skip
     try:

@@ -1,16 +1,17 @@
 """The generation engines of a service: one for each receiver in memory, opened when it is first needed.
 
 An engine lives with its model: it is attached to it in ``bridge.residency``, counted in the budget with its cache, and
-closed before the model leaves.
+closed before the model leaves. That of a receiver on a vLLM server stays until the service ends.
 """
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from latentwire.bridge.config import Fingerprint, Mode
@@ -20,6 +21,7 @@ from latentwire.bridge.generation.continuous import token_bytes
 from latentwire.bridge.generation.room import SMALLEST_KV_TOKENS
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM
+from latentwire.bridge.remote import open_remote
 from latentwire.bridge.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -44,15 +46,19 @@ class Engines:
         load_wait: float,
         on_death: Callable[[], None],
         on_step: Callable[[int, int, float], None],
+        remote: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """``kv_tokens`` of a cache; or by default the usual, or where they hold more, ``cache_bytes`` for each."""
-        self.residency = residency
+        """``kv_tokens`` of a cache; or by default the usual, or where they hold more, ``cache_bytes`` for each.
+
+        ``remote`` are URLs of vLLM servers, by the names of receivers that answer there.
+        """
+        self.residency, self._remote = residency, remote
         self._kv_tokens, self._cache_bytes = kv_tokens, cache_bytes
         self._options: dict[str, Any] = {
             "max_rows": max_rows, "step_tokens": step_tokens, "mode": mode, "required": required,
         }  # fmt: skip
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
-        self._engines: dict[Fingerprint, Engine] = {}
+        self._engines: dict[Fingerprint | str, Engine] = {}  # by name where they are on a server
         self._past: Counter[str] = Counter()  # of engines that were closed: what is counted does not go down
         self._pending: dict[Hashable, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
@@ -66,7 +72,7 @@ class Engines:
         return self._past[count] + sum(int(getattr(engine, count)) for engine in self.all())
 
     def kind(self, name: str) -> Kind | None:
-        """How a receiver generates: ``continuous`` or ``padded``; None while it is not in memory."""
+        """How a receiver generates: ``continuous``, ``padded`` or ``vllm``; None until it is first asked."""
         names = {engine.lm.name: engine.kind for engine in self.all()}
         return names.get(name)
 
@@ -77,7 +83,14 @@ class Engines:
         Raises:
             InsufficientMemory: There is no room beside the models in use, and none came within the time to wait.
             ModelUnavailable: It cannot be read.
+            LatentWireError: As of ``open_remote``, where it is on a server.
         """
+        if name in self._remote:
+            while (remote := self._engines.get(name)) is None:
+                await self._run_once(f"engine of {name}", partial(self._connect, name, check))
+            check(remote.lm)
+            yield remote
+            return
         lm = await self.acquire(name)
         try:
             check(lm)
@@ -128,6 +141,10 @@ class Engines:
 
     async def _open(self, lm: FrozenLM) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, self._open_on_thread, lm)
+
+    async def _connect(self, name: str, check: Callable[[FrozenLM], None]) -> None:
+        opening = partial(open_remote, name, self._remote[name], self.residency, check)
+        self._engines[name] = await asyncio.get_running_loop().run_in_executor(self._threads, opening)
 
     def _open_on_thread(self, lm: FrozenLM) -> None:
         """On a thread: make room for the cache, then the engine."""

@@ -140,6 +140,7 @@ class LocalModels:
             load_wait=settings.load_wait,
             on_death=self._died,
             on_step=partial(self.measures.observe_batch, "generate"),
+            remote={name: url for bridge in self._bridges for name, url in bridge.remote.items()},
         )
         self.scorers = Scorers(receivers, admission, self.measures, self.sizes, settings.load_wait)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -211,7 +212,8 @@ class LocalModels:
         """As ``Models.in_memory``."""
         homes = {name: bridge.home(name) for bridge in self._bridges for name in bridge.model_names}
         loaded = {name: found.bytes for name, home in homes.items() if (found := home.find(name)) is not None}
-        kinds = {name: kind for name in homes if (kind := self.engines.kind(name)) is not None}
+        receivers = {name for bridge in self._bridges for name in bridge.receivers}
+        kinds = {name: kind for name in receivers if (kind := self.engines.kind(name)) is not None}
         return InMemory(loaded, kinds, [name for name, home in homes.items() if home.is_pinned(name)])
 
     async def load(self, bridge: Bridge) -> None:
@@ -272,7 +274,7 @@ class LocalModels:
         dtype = held.dtype or torch.float32
         largest = max((pass_bytes(name, self.sizes.batch_tokens, dtype) for name in here), default=0)
         left = (held.budget_bytes or 0) - sum(map(held.predict, here)) - largest
-        receivers = {name for bridge in self._bridges for name in bridge.receivers}
+        receivers = {name for bridge in self._bridges for name in bridge.receivers if name not in bridge.remote}
         return max(int(self.sizes.cache_share * left), 0) // max(len(receivers), 1)
 
     def _died(self) -> None:

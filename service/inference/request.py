@@ -1,7 +1,6 @@
 """The outputs of one request while they are generated."""
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,15 +8,12 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.config import Prompt
-from latentwire.bridge.engine import soften
 from latentwire.bridge.errors import LatentWireError
-from latentwire.bridge.generation.base import Engine, Running, Soft, Times
+from latentwire.bridge.generation.base import Engine, Running, Times
 from latentwire.bridge.generation.output import Generation
-from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import Row
 from latentwire.bridge.results import TokenLogprob
 from latentwire.bridge.sampling import SamplingParams
@@ -122,7 +118,7 @@ class InFlightRequest:
         for index, asked in enumerate(self._asked):
             if self._cancelled:
                 return
-            soft = soft_tokens_of(self._bridge, self._receiver, self._engine.lm, asked.latent)
+            soft = self._bridge.soft(self._receiver, self._engine.lm, asked.latent)
             self._running.append(
                 self._engine.submit(
                     asked.row,
@@ -157,17 +153,3 @@ async def _settled(submitting: asyncio.Future[None]) -> None:
     while not submitting.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([submitting])
-
-
-def soft_tokens_of(bridge: Bridge, receiver: str, lm: FrozenLM, latent: NDArray[np.float32] | None) -> Soft | None:
-    """Soft tokens of a latent, under a key that no other latent, encoder or head has."""
-    if latent is None:
-        return None
-
-    def make() -> Tensor:  # (K, D)
-        tokens = soften(bridge.model, receiver, lm, [latent])
-        assert tokens is not None
-        return tokens[0]
-
-    digest = hashlib.blake2b(latent.tobytes(), digest_size=32).digest()
-    return Soft((bridge.manifest.bridge_id, bridge.manifest.heads[receiver].sha256, digest), make)

@@ -15,6 +15,7 @@ from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
 from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
+from latentwire.bridge.remote import check_named, parse_addresses
 from latentwire.bridge.residency import Residency
 from latentwire.bridge.sampling import SamplingParams
 from latentwire.bridge.scoring import Continuation
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 WARM_UP_TEXT = "Mara wants a cup of tea."
 JOB_BYTES = 16 << 20  # of evaluations: some hundred reports
+AGAIN_SECONDS = 2.0  # until a server that was not reached is tried again
 QUIET_SECONDS = 0.25  # without work, before the service stops: requests on their way still get their 503
 
 
@@ -66,7 +68,9 @@ class Runtime:
         self.limiter = Limiter(self.keys, redis)
         nothing = Residency(None, torch.device("cpu"))
         self.senders, self.residency = (nothing, nothing) if self._elsewhere else residencies(settings)
-        self.bridges = {name: self._open(name, path) for name, path in checkpoints.items()}
+        addresses = parse_addresses(settings.receiver)
+        self.bridges = {name: self._open(name, path, addresses) for name, path in checkpoints.items()}
+        check_named(addresses, [name for bridge in self.bridges.values() for name in bridge.receivers])
         self.admission = Admission(settings.max_queue)
         self.draining = False
         self.admin_port: int | None = None
@@ -82,16 +86,19 @@ class Runtime:
         self._lanes = Lanes()
         self._warming: asyncio.Task[None] | None = None
 
-    def _open(self, name: str, path: str) -> Bridge:
+    def _open(self, name: str, path: str, addresses: Mapping[str | None, str]) -> Bridge:
         """A bridge from its checkpoint; what no request could ever use stops the start."""
         settings = self.settings
-        bridge = Bridge.open(name, path, self.residency, senders=self.senders, signing_key=settings.message_key)
+        bridge = Bridge.open(
+            name, path, self.residency, senders=self.senders, signing_key=settings.message_key, addresses=addresses
+        )
         if not self._elsewhere:
             check_models(bridge.manifest.bridge)
         for model in bridge.model_names:
             if not self._elsewhere:
                 bridge.home(model).predict(model)
                 bridge.home(model).keep(model, settings.keep_alive_of(name))
+        for model in {bridge.sender, *bridge.receivers}:
             bridge.reader(model)
         return bridge
 
@@ -226,18 +233,27 @@ class Runtime:
 
     async def _warm_up(self) -> None:
         try:
-            for bridge in self.bridges.values():
-                encoded = await self.encode(bridge, [Text(WARM_UP_TEXT, True, "inputs")])
-                for receiver in bridge.receivers:
-                    request = GenerationRequest(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
-                    await self.generate(bridge, receiver, [request])
-            self.local.ready = True
+            while not self.local.ready:
+                try:
+                    await self._answer_once()
+                    self.local.ready = True
+                except NotReady as error:  # a vLLM server that is not up yet
+                    log.warning("not ready: %s", error)
+                    await asyncio.sleep(AGAIN_SECONDS)
         except LatentWireError as error:
             log.error("warming up failed: %s", error)
             self.local.failure = str(error)
         except Exception as error:
             log.exception("warming up failed")
             self.local.failure = first_line(error)
+
+    async def _answer_once(self) -> None:
+        """Let every receiver of every bridge answer from a latent."""
+        for bridge in self.bridges.values():
+            encoded = await self.encode(bridge, [Text(WARM_UP_TEXT, True, "inputs")])
+            for receiver in bridge.receivers:
+                request = GenerationRequest(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
+                await self.generate(bridge, receiver, [request])
 
 
 def _budgets(settings: Settings) -> dict[Kind, int]:

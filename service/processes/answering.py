@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -17,6 +18,7 @@ from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.frames import (
     QUESTIONS,
+    REPLACED,
     SECRET_BYTES,
     Answer,
     Cancel,
@@ -45,14 +47,14 @@ ENGINE_DIED = 1
 class Answering:
     """Answers one HTTP process: each question is a task, which ends with that process."""
 
-    def __init__(self, runtime: Runtime, jobs: Jobs, outbox: Outbox) -> None:
-        self._runtime, self._jobs, self._outbox = runtime, jobs, outbox
+    def __init__(self, runtime: Runtime, jobs: Jobs, outbox: Outbox, restart: Callable[[], None]) -> None:
+        self._runtime, self._jobs, self._outbox, self._restart = runtime, jobs, outbox, restart
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def take(self, question: Question) -> None:
         """Begin to answer, or to end."""
         if isinstance(question, Restart):
-            self._runtime.on_death()
+            self._restart()
         elif not isinstance(question, Cancel):
             task = self._tasks[question.id] = asyncio.create_task(self._answer(question))
             task.add_done_callback(lambda ended: self._end(question.id, ended))
@@ -147,14 +149,14 @@ def answer(runtime: Runtime, listener: socket.socket, secret: bytes, on_ready: C
 async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_ready: Callable[[], None]) -> int:
     loop, ended, code = asyncio.get_running_loop(), asyncio.Event(), 0
 
-    def die() -> None:
+    def end(with_code: int) -> None:
         """From an engine's thread: those who wait have been told already."""
         nonlocal code
-        code = ENGINE_DIED
+        code = with_code
         loop.call_soon_threadsafe(ended.set)
 
     loop.add_signal_handler(signal.SIGTERM, ended.set)
-    runtime.on_death = die
+    runtime.on_death = partial(end, ENGINE_DIED)
     models, jobs = runtime.models, Jobs(runtime)
     bridges = {name: bridge.manifest.bridge_id for name, bridge in runtime.bridges.items()}
     register(runtime, jobs)
@@ -170,7 +172,10 @@ async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_re
             await asyncio.sleep(HEALTH_SECONDS)
 
     async def answer_one(reader: asyncio.StreamReader, outbox: Outbox) -> None:
-        answering, saying = Answering(runtime, jobs, outbox), asyncio.create_task(say_health(outbox))
+        answering, saying = (
+            Answering(runtime, jobs, outbox, partial(end, REPLACED)),
+            asyncio.create_task(say_health(outbox)),
+        )
         try:
             async for question in messages(reader, QUESTIONS):
                 answering.take(question)

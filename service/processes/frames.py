@@ -19,6 +19,7 @@ from latentwire.service.inference.scoring import ScoreItem
 Value = TypeVar("Value")
 LENGTH_BYTES = 8
 SECRET_BYTES = 16
+REPLACED = 75  # exit code of models whose checkpoint was replaced: to be started again, ready or not
 
 
 class Door(NamedTuple):

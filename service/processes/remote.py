@@ -69,6 +69,7 @@ class _Connection:
     outbox: Outbox
     calls: dict[int, _Call] = field(default_factory=dict)
     health: Health | None = None
+    is_other: bool = False
 
 
 class RemoteModels:
@@ -250,6 +251,9 @@ class RemoteModels:
     def _take(self, connection: _Connection, reply: Reply) -> None:
         match reply:
             case Health(bridges=bridges) if bridges != self._bridges:
+                if connection.is_other:
+                    return  # said already
+                connection.is_other = True
                 log.error("a checkpoint was replaced: the process that still has the old one starts again")
                 self._on_replaced() if self._has_asked else connection.outbox.put(Restart())
             case Health():

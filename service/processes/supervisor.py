@@ -21,7 +21,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Literal
 
-from latentwire.service.processes.frames import SECRET_BYTES, Door
+from latentwire.service.processes.frames import REPLACED, SECRET_BYTES, Door
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Supervisor:
             role, code = self._running.pop(pid), os.waitstatus_to_exitcode(status)
             if self._signals and role == "models":
                 continue  # HTTP still tells those who wait
-            if self._signals or self._stage[role][0] < READY:
+            if self._signals or (self._stage[role][0] < READY and code != REPLACED):
                 self._end()
                 sys.exit(code if code >= 0 else int(not self._signals))
             log.error("the %s process ended with %d; another is started", role, code)

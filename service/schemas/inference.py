@@ -339,9 +339,9 @@ class BridgeOut(BaseModel):
     task: str
     steps: int = Field(description="Optimiser steps of all runs that made it, those of added heads included.")
     loaded: dict[str, int] = Field(description="Models of this bridge now in memory, and their bytes.")
-    engines: dict[str, Literal["continuous", "padded"] | None] = Field(
+    engines: dict[str, Literal["continuous", "padded", "vllm"] | None] = Field(
         description="How each receiver generates: it joins requests at every step, or in left-padded batches where "
-        "its family allows no more; null while it is not in memory."
+        "its family allows no more, or a vLLM server does; null while it is not in memory, or not asked yet."
     )
     sources_per_example: dict[str, int] = Field(
         description="The most sources in one prompt that each receiver was trained for."

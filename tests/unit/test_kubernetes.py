@@ -142,10 +142,24 @@ def test_a_field_that_kubernetes_does_not_know_would_be_found(kustomized: dict[s
 
 @pytest.mark.parametrize(
     "arguments, complaint",
-    [(["--set", "replica=3"], "additional properties 'replica'"), (["--set", "bridges={news}"], "does not match")],
+    [
+        ("replica=3", "additional properties 'replica'"),
+        ("bridges={news}", "does not match"),
+        ("replicas=2", "several replicas find each other's latents in a Redis"),
+        (
+            "autoscaling.enabled=true,redis.enabled=true",
+            "autoscaling.enabled asks Prometheus, which monitoring.enabled",
+        ),
+        ("autoscaling.minReplicas=9", "autoscaling.minReplicas is 9, above maxReplicas, 4"),
+        ("redis.enabled=true,env[0].name=LW_REDIS_URL", "redis.enabled makes another"),
+        ("env[0].name=LW_DRAIN_TIMEOUT", "env names LW_DRAIN_TIMEOUT, which the chart sets: use drainSeconds"),
+        ("keysSecret=,env[0].name=LW_ALLOWED_HOSTS", "use allowedHosts"),
+    ],
 )
-def test_the_chart_refuses_values_that_it_does_not_know(arguments: list[str], complaint: str) -> None:
-    command = [tool("helm"), "template", str(CHART), *arguments]
+def test_the_chart_refuses_values_that_it_does_not_know_or_that_do_not_go_together(
+    arguments: str, complaint: str
+) -> None:
+    command = [tool("helm"), "template", str(CHART), "--set", arguments]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert refused.returncode and complaint in refused.stderr
 

@@ -8,7 +8,6 @@ import numpy as np
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import load_bridge
 from latentwire.bridge.residency import Residency
-from latentwire.service.inference.request import soft_tokens_of
 
 
 def test_two_checkpoints_with_one_encoder_and_different_heads_share_no_soft_tokens() -> None:
@@ -19,7 +18,7 @@ def test_two_checkpoints_with_one_encoder_and_different_heads_share_no_soft_toke
 
     def key(of: Any) -> Any:
         served = Bridge("b", of, bridge, Residency())
-        soft = soft_tokens_of(served, receiver, lm, latent)  # type: ignore[arg-type]
+        soft = served.soft(receiver, lm, latent)  # type: ignore[arg-type]
         assert soft is not None
         return soft.key
 

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from latentwire.bridge.diversity import diversity, repetition, similarity
 from latentwire.bridge.errors import InvalidRequest
+from latentwire.bridge.generation.base import Times
 from latentwire.bridge.generation.output import Generation
 from latentwire.service.api.errors import STATUS
 from latentwire.service.metrics import OUTCOMES, REASONS, ROUTES, WINDOW, Metrics, ModelMetrics, Window, outcome_of
@@ -73,7 +74,7 @@ def test_refusals_are_counted_by_reasons_that_are_known() -> None:
 def test_first_tokens_are_timed_from_the_arrival_and_later_ones_from_the_first() -> None:
     metrics = Metrics(["news"])
     answers = [Generation("a b c", "stop", 5), Generation("", "stop", 1), Generation("", "stop", 0)]
-    metrics.observe_times("news", 10.0, [(12.0, 14.0), (13.0, 13.0), None], answers)
+    metrics.observe_times("news", 10.0, [Times(10.0, 11.0, 12.0, 14.0), Times(10.0, 11.0, 13.0, 13.0), None], answers)
     seen = samples(metrics)
     assert (
         seen["latentwire_first_token_seconds_count", "news"],
