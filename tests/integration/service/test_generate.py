@@ -15,10 +15,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from latentwire.bridge import engine, wire
+from latentwire.bridge import engine, opened, wire
 from latentwire.bridge.checkpoint import load_bridge, make_bridge, save_bridge
 from latentwire.bridge.generation.continuous import token_bytes
-from latentwire.service.inference import request as in_flight
 from latentwire.service.settings import Settings
 
 Refused = Callable[..., dict[str, Any]]
@@ -143,7 +142,7 @@ def test_top_k_and_top_p_leave_only_likely_tokens_to_choose_from(client: TestCli
 
 
 def test_a_text_crosses_the_same_wire_as_a_message(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, read = in_flight.soften, []
+    real, read = opened.soften, []
 
     def spied(*given: Any) -> Any:
         read.extend(given[-1])
@@ -151,7 +150,7 @@ def test_a_text_crosses_the_same_wire_as_a_message(client: TestClient, monkeypat
 
     text = "Nobody has asked about this before."
     rounded, exact = (message_of(client, text, dtype=dtype) for dtype in ("float16", "float32"))
-    monkeypatch.setattr(in_flight, "soften", spied)
+    monkeypatch.setattr(opened, "soften", spied)
     generate(client, {"text": text})
     (latent,) = read
     np.testing.assert_array_equal(latent, wire.decode(rounded).latent)
