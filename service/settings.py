@@ -232,6 +232,12 @@ class Settings(BaseSettings):
     latency_buckets: Buckets = Field(
         LATENCY_SECONDS, description="Bounds of every histogram of seconds in /metrics, with commas between them."
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How the log is written to stderr: lines for people, or a JSON object a line."
+    )
+    log_requests: bool = Field(
+        False, description="Log every request when it is over: its route, status, seconds and id; never a text."
+    )
     tasks: dict[str, str] = Field({}, description="Tasks that may be evaluated, by name: files, as a JSON object.")
     jobs_dir: Path | None = Field(
         None, description="Without Redis: keep evaluations in this folder, so that they outlive the service."

@@ -16,6 +16,8 @@ from latentwire.service.inference.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+UNLOGGED = ("/health/live", "/health/ready", "/metrics")  # asked all the time
+
 
 class Envelope:
     """Around every request: its id, the limits of its body, its metrics, and the one error body for a crash.
@@ -36,6 +38,7 @@ class Envelope:
         request_id = scope.setdefault("state", {})["request_id"] = given if usable else uuid.uuid4().hex
         state, status, replied, parent = scope["state"], 500, False, tracing.traceparent()
         started = state["arrived"] = time.monotonic()
+        about = {"request_id": request_id, "trace_id": parent and parent.split("-")[1]}
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, replied
@@ -59,7 +62,7 @@ class Envelope:
             with self.bodies.receiving(scope, receive) as body:
                 await app(scope, body.receive, send_with_id)
         except Exception:
-            log.exception("request %s failed", request_id)
+            log.exception("request %s failed", request_id, extra=about)
             if not replied:
                 content = error_body_of(scope, 500, *CRASHED, None)
                 await JSONResponse(content, status_code=500)(scope, receive, send_with_id)
@@ -68,6 +71,8 @@ class Envelope:
             route = str(getattr(scope.get("route"), "path", known))  # none was looked for where the guard refused
             seconds, ended = time.monotonic() - started, int(state.get("ended", status))
             self.runtime.metrics.observe_end(route, status, seconds, str(state.get("bridge", "")), ended)
+            if self.runtime.settings.log_requests and route not in UNLOGGED:
+                log.info("%s %s: %d after %.3f s", scope["method"], route, ended, seconds, extra=about)
 
     def _is_elsewhere(self, scope: Scope) -> bool:
         """Whether a path is on the other of two ports: what operators ask is apart from what users ask."""

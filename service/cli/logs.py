@@ -36,7 +36,7 @@ CHATTY = {
 BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"  # those of transformers are up to ``bridge.models``, model by model
 
 
-def configure(level: str, *, file: Path | None = None, console: Console | TextIO) -> None:
+def configure(level: str, *, file: Path | None = None, console: Console | TextIO, as_json: bool = False) -> None:
     """Send the logs of this process to ``console`` from ``level`` on, and to ``file`` from ``info`` on or lower.
 
     A warning that repeats is shown the 1st, 10th, 100th … time, and its total at the end. Python's warnings are logged
@@ -47,6 +47,7 @@ def configure(level: str, *, file: Path | None = None, console: Console | TextIO
         level: One of ``LEVELS``.
         file: JSON lines; ``FILE_BYTES`` and ``FILES`` bound what is kept.
         console: A rich console, whose progress bars then stay whole, or a stream.
+        as_json: Whether the console gets JSON lines too.
 
     Raises:
         InvalidRequest: There is no such level, or the file cannot be written.
@@ -55,7 +56,7 @@ def configure(level: str, *, file: Path | None = None, console: Console | TextIO
         raise InvalidRequest(f"log level {level!r}: expected one of {', '.join(LEVELS)}", param="log_level")
     lowest = logging.getLevelNamesMapping()[level.upper()]
     shown = _ConsoleHandler(console) if isinstance(console, Console) else logging.StreamHandler(console)
-    shown.setFormatter(logging.Formatter(FORMAT))
+    shown.setFormatter(_JsonFormatter() if as_json else logging.Formatter(FORMAT))
     shown.setLevel(lowest)
     targets: list[logging.Handler] = [shown]
     if file is not None:
@@ -110,7 +111,9 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a line: time (UTC), level, logger, message; step and exception where there are any."""
+    """One object a line: time (UTC), level, logger, message; what it is about and an exception where there are any."""
+
+    ABOUT = ("step", "request_id", "trace_id")
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -119,8 +122,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if hasattr(record, "step"):
-            line["step"] = record.step
+        line |= {name: value for name in self.ABOUT if (value := getattr(record, name, None)) is not None}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -78,7 +78,7 @@ def serve(
     bridges = _named(bridge or ["builtin=builtin"])
     listeners = listen(settings.host, settings.port)
     operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)
-    configure("info", console=sys.stderr)
+    configure("info", console=sys.stderr, as_json=settings.log_format == "json")
     if links := service_links():
         log.warning("left aside, as links to a Service of Kubernetes (enableServiceLinks: false): %s", ", ".join(links))
     with ExitStack() as opened:

@@ -1,5 +1,6 @@
 """Traces of a service, as a collector receives them over OTLP."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,11 +75,18 @@ def attributes(span: Span) -> dict[str, object]:
 def test_a_request_is_a_span_of_its_caller_with_its_stages_below(collector: Collector, tmp_path: Path) -> None:
     port = free_port()
     where = f"http://127.0.0.1:{collector.server_address[1]}"
-    with running("builtin", port, tmp_path / "log", OTEL_EXPORTER_OTLP_ENDPOINT=where):
-        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    with running(
+        "builtin", port, tmp_path / "log", OTEL_EXPORTER_OTLP_ENDPOINT=where, LW_LOG_FORMAT="json", LW_LOG_REQUESTS="1"
+    ):
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ASK, headers=headers)
         httpx.post(f"http://127.0.0.1:{port}/generate", json={**ASK, "bridge": "nobody"})
         httpx.get(f"http://127.0.0.1:{port}/metrics")
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    (logged,) = (line for line in lines if line.get("request_id") == "mine")
+    assert logged["message"].startswith("POST /generate: 200 after ") and logged["trace_id"] == TRACE
+    assert not [line for line in lines if "/metrics" in line["message"] or "Mara" in str(line)]
+
     spans = collector.spans  # the last are sent when the service ends
     resource = {one.key: one.value.string_value for one in collector.received[0].resource_spans[0].resource.attributes}
     assert resource["service.name"] == "latentwire"

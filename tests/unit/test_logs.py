@@ -47,6 +47,15 @@ def said(stream: io.StringIO) -> list[str]:
     return [line.split(" ", 2)[2] for line in stream.getvalue().splitlines()]
 
 
+def test_the_console_may_have_objects_that_name_the_request() -> None:
+    stream = io.StringIO()
+    configure("info", console=stream, as_json=True)
+    log.info("POST /generate: 200 after 0.1 s", extra={"request_id": "abc", "trace_id": None})
+    (line,) = map(json.loads, stream.getvalue().splitlines())
+    assert line["message"] == "POST /generate: 200 after 0.1 s" and line["request_id"] == "abc"
+    assert "trace_id" not in line
+
+
 def test_the_console_has_lines_from_its_level_on_and_the_file_has_objects(tmp_path: Path) -> None:
     stream, file = io.StringIO(), tmp_path / "deep" / "run.log"
     configure("warning", file=file, console=stream)
