@@ -383,11 +383,11 @@ def _read_all(run: Run, seen: Sequence[int], folder: Path, asked: str, console: 
 
 def code_version() -> str:
     """The package's version, with the commit where the code runs from a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root, number = Path(__file__).resolve().parents[1], version("latentwire").partition("+")[0]
     git = shutil.which("git") if (root / ".git").exists() else None
     if git is None:
         return version("latentwire")
     command = [git, "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     commit = done.stdout.strip() if done.returncode == 0 else ""
-    return version("latentwire") + (f"+{commit}" if commit else "")
+    return number + (f"+{commit}" if commit else "")

@@ -35,9 +35,18 @@ QUICK = {"train": ["--max-steps", "2", "--batch-size", "2"], "evaluate": ["--lim
 A_RUN = [*QUICK["train"], "--validation-examples", "2", "--max-source-tokens", "64", "--cache", "c"]
 SMALL = {**QUICK, "train": A_RUN, "pretrain": A_RUN}
 TRAINING = ROOT / "docs" / "training.md"
-PROGRAMS = {"curl", "docker", "helm", "kubectl", "latentwire", "latentwire-lm-eval", "make", "sbatch", "torchrun"} | {
-    f".venv/bin/{name}" for name in ("pytest", "python", "ruff")
-}
+PROGRAMS = {
+    "curl",
+    "docker",
+    "helm",
+    "kubectl",
+    "latentwire",
+    "latentwire-lm-eval",
+    "make",
+    "sbatch",
+    "torchrun",
+    "vllm",
+} | {f".venv/bin/{name}" for name in ("pytest", "python", "ruff")}
 # What the guide names and a test cannot have: models and layers of the Hub.
 HERE = {
     "Qwen/Qwen2.5-1.5B": "builtin:neox",
@@ -116,7 +125,7 @@ def test_the_block_about_corpora_works_from_top_to_bottom(tmp_path: Path, monkey
     assert list(Corpus(served)) == ["Ben", "Mara"] and (tmp_path / "facts.parquet").is_file()
 
 
-@pytest.mark.parametrize("part", ["latentwire serve --bridge news", "latentwire plan", "latentwire pretrain"])
+@pytest.mark.parametrize("part", ["latentwire serve --bridge news=runs", "latentwire plan", "latentwire pretrain"])
 def test_the_blocks_about_a_task_of_ones_own_work_from_top_to_bottom(
     news: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers.generation.continuous_batching.requests import RequestState
 
-from latentwire.bridge.generation.continuous import _Scheduler
 from latentwire.bridge.generation.output import OutputTokens
+from latentwire.bridge.generation.scheduler import Scheduler
 from latentwire.bridge.models import load_reader
 from latentwire.bridge.sampling import SamplingParams
 
@@ -19,7 +19,7 @@ def test_a_request_that_is_cancelled_lets_those_in_that_wait_for_a_full_cache(
     cancelled: set[str], blocked: bool
 ) -> None:
     freed: list[str] = []
-    scheduler: Any = object.__new__(_Scheduler)
+    scheduler: Any = object.__new__(Scheduler)
     scheduler.__dict__ |= {
         "_cancellation_lock": Lock(), "_requests_to_cancel": cancelled,
         "active_requests": {"a": object.__new__(RequestState)},

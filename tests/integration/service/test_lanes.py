@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from latentwire.bridge import reader
-from latentwire.service.inference import request as in_flight
+from latentwire.bridge import opened, reader
 from latentwire.service.inference.lanes import LONG_CHARACTERS, Lanes
 from tests.integration.service.conftest import HELD_SECONDS, Gate, Start, until
 
@@ -57,7 +56,7 @@ def test_texts_are_read_while_a_request_waits_for_its_engine(
     start: Start, hold: Callable[..., Gate], client: TestClient
 ) -> None:
     client = start()
-    gate = hold(in_flight, "soften")
+    gate = hold(opened, "soften")
     with ThreadPoolExecutor() as threads:
         asking = threads.submit(client.post, "/generate", json={"inputs": [{"text": "another"}], **ASKED})
         assert gate.entered.wait(HELD_SECONDS)

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from latentwire.bridge import wire
-from latentwire.bridge.generation import continuous
+from latentwire.bridge.generation.steps import Choices
 from latentwire.service.app import create_app
 from latentwire.service.auth.guard import access_of
 from latentwire.service.auth.keys import SCOPES, hash_of, key_line
@@ -160,13 +160,13 @@ def test_requests_over_a_keys_limit_are_told_when_to_come_back(guarded: TestClie
 def test_tokens_of_an_answer_that_nobody_waited_for_are_charged_too(
     guarded: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = continuous._Choose.prepare_tensor_args
+    real = Choices.prepare_tensor_args
 
-    def slowly(*given: Any) -> Any:
+    def slowly(*given: Any, **named: Any) -> Any:
         time.sleep(0.05)
-        return real(*given)
+        return real(*given, **named)
 
-    monkeypatch.setattr(continuous._Choose, "prepare_tensor_args", slowly)
+    monkeypatch.setattr(Choices, "prepare_tensor_args", slowly)
     asked = {"inputs": [{"text": "a"}], "prompt": "Where?", "max_tokens": 100, "timeout_seconds": 2.0}
     assert guarded.post("/generate", json=asked, headers=bearing("leaver")).status_code == 504
     refused = guarded.post("/generate", json=asked, headers=bearing("leaver"))

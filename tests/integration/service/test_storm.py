@@ -28,7 +28,6 @@ from latentwire.service.auth.limits import Limiter
 from latentwire.service.cli.server import Server
 from latentwire.service.inference import engines
 from latentwire.service.inference import generation as answering
-from latentwire.service.inference import request as in_flight
 from latentwire.service.metrics import Metrics
 from latentwire.service.settings import Settings
 from latentwire.service.store.memory import MemoryStore
@@ -242,14 +241,14 @@ STAGES: dict[str, tuple[Any, str]] = {
     "read a message": (opening.wire, "decode"),
     "compose": (opening, "compose"),
     "check the receiver": (opening, "check_receiver"),
-    "soften": (in_flight, "soften"),
+    "soften": (opening, "soften"),
     "submit": (continuous.ContinuousEngine, "_begin"),
     "take a token": (answer.OutputTokens, "add"),
     SHOW: (answer.OutputText, "read"),
     "finish": (answer, "Generation"),
     "find": (MemoryStore, "get_many"),
     "keep": (MemoryStore, "put_many"),
-    "count": (Metrics, "observe"),
+    "count": (Metrics, "observe_times"),
     "measure": (answering, "diversity"),
     "charge": (Limiter, "charge"),
 }
