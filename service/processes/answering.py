@@ -188,7 +188,8 @@ async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_re
         assert task is not None, "asyncio calls this as a task"
         connections.add(task)
         task.add_done_callback(connections.discard)
-        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
+        # Ended here where the service ends: asyncio would log that as an error.
+        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             if hmac.compare_digest(await reader.readexactly(SECRET_BYTES), secret):  # the address has no owner, no mode
                 await answer_one(reader, Outbox(writer))
 

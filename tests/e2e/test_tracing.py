@@ -86,6 +86,7 @@ def test_a_request_is_a_span_of_its_caller_with_its_stages_below(collector: Coll
     (logged,) = (line for line in lines if line.get("request_id") == "mine")
     assert logged["message"].startswith("POST /generate: 200 after ") and logged["trace_id"] == TRACE
     assert not [line for line in lines if "/metrics" in line["message"] or "Mara" in str(line)]
+    assert not [line for line in lines if line["level"] == "error"]  # nor at the end
 
     spans = collector.spans  # the last are sent when the service ends
     resource = {one.key: one.value.string_value for one in collector.received[0].resource_spans[0].resource.attributes}
