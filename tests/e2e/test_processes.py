@@ -61,7 +61,11 @@ class Service:
 
         def look() -> bool:
             children = self.parent.children()
-            listens = {child.pid: any(c.status == "LISTEN" for c in child.net_connections("tcp")) for child in children}
+            try:
+                ports = {child.pid: child.net_connections("tcp") for child in children}
+            except psutil.NoSuchProcess:  # it ended meanwhile
+                return False
+            listens = {pid: any(port.status == "LISTEN" for port in found) for pid, found in ports.items()}
             found[:] = [child for child in children if listens[child.pid] == (role == "http")]
             return len(children) == 2 and len(found) == 1
 
