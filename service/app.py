@@ -48,8 +48,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
     runtime = Runtime(settings, checkpoints, remote)
     jobs = Jobs(runtime) if remote is None else RemoteJobs(remote)
     if remote is not None:
-        ids = {name: bridge.manifest.bridge_id for name, bridge in runtime.bridges.items()}
-        remote.expect(ids, lambda: runtime.on_death())
+        remote.expect(runtime.bridge_ids, lambda: runtime.on_death())
     runtime.metrics.registry.register(RequestCollector(runtime))
     if isinstance(jobs, Jobs):
         register(runtime, jobs)

@@ -80,8 +80,7 @@ class Runtime:
         )
         self.cache: Store = redis or MemoryStore(_budgets(settings))
         self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
-        served = {bridge.manifest.bridge_id for bridge in self.bridges.values()}
-        self.corpora = Corpora(settings.corpus_dir, served, settings.message_key)
+        self.corpora = Corpora(settings.corpus_dir, set(self.bridge_ids.values()), settings.message_key)
         self.metrics = Metrics(self.bridges, settings.latency_buckets)
         self._lanes = Lanes()
         self._warming: asyncio.Task[None] | None = None
@@ -101,6 +100,11 @@ class Runtime:
         for model in {bridge.sender, *bridge.receivers}:
             bridge.reader(model)
         return bridge
+
+    @property
+    def bridge_ids(self) -> dict[str, str]:
+        """The id of each bridge, by its name."""
+        return {name: bridge.manifest.bridge_id for name, bridge in self.bridges.items()}
 
     @property
     def local(self) -> LocalModels:

@@ -158,7 +158,7 @@ async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_re
     loop.add_signal_handler(signal.SIGTERM, ended.set)
     runtime.on_death = partial(end, ENGINE_DIED)
     models, jobs = runtime.models, Jobs(runtime)
-    bridges = {name: bridge.manifest.bridge_id for name, bridge in runtime.bridges.items()}
+    bridges = runtime.bridge_ids
     register(runtime, jobs)
     await runtime.start()
     jobs.start()

@@ -1,7 +1,8 @@
 """Two processes and who looks after them: one answers HTTP, the other holds the models.
 
 The parent is small: it listens, forks, passes signals on, and starts whichever of the two has ended without being told
-to. One that ends before it was ready is not started again: what is wrong would be wrong the next time.
+to. One that ends before it was ready is not started again: what is wrong would be wrong the next time. But models whose
+checkpoint was replaced meanwhile are.
 
 A process learns that its parent has gone from a pipe that nobody writes to: it ends with the last who could. That of
 the models hangs on the one that answers HTTP as well, which has answers to finish.
