@@ -221,10 +221,6 @@ def _whole_shards(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return whole, known
 
 
-def _as_left(path: Path, part: Part, changed: int | None) -> bool:
-    return path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (part.bytes, changed)
-
-
 def _shards(
     lm: FrozenLM, layers: tuple[int, ...], sources: Sequence[SourceTokens]
 ) -> Iterator[tuple[list[SourceTokens], Float[Tensor, "T N"]]]:

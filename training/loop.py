@@ -185,14 +185,17 @@ def _validate(run: Run, done: int, monitor: Monitor) -> None:
         monitor.say(f"step {done}: validation {metric} {value:.3f}" + (" (best so far)" if best else ""))
     if run.ranks.any(best, run.bridge.encoder.norm.weight.device):
         run.best = value
-        _write(run, run.config.out / BEST)
+        _write(run, run.config.out / BEST, finished=True)
     run.ranks.barrier()
 
 
-def _write(run: Run, folder: Path) -> int:
-    """Write the checkpoint and what its latents are like; all processes come here, the first one writes. Its bytes."""
+def _write(run: Run, folder: Path, *, finished: bool) -> int:
+    """Write the checkpoint, and what its latents are like where it is one to serve; its bytes.
+
+    All processes come here, and the first one writes.
+    """
     # A sharded sender reads only with all processes at it.
-    statistics = usual(run) if run.ranks.first or run.config.fsdp else None
+    statistics = usual(run) if finished and (run.ranks.first or run.config.fsdp) else None
     if not run.ranks.first:
         return 0
     manifest = save_bridge(folder, run.bridge)
@@ -229,7 +232,7 @@ def _save(run: Run, step: int, monitor: Monitor) -> Manifest:
     if run.ranks.first:
         numbers = {name: getattr(run, name) for name in NUMBERS}
         state_bytes = save_state(run.config.out, run.identity, step, run, keep=run.config.keep_last, **numbers)
-    checkpoint_bytes = _write(run, run.config.out)
+    checkpoint_bytes = _write(run, run.config.out, finished=step == run.config.max_steps)
     if run.ranks.first:
         seconds = time.perf_counter() - started
         monitor.event(step, "save", state_bytes=state_bytes, checkpoint_bytes=checkpoint_bytes, seconds=seconds)
