@@ -26,6 +26,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import psutil
 import simpy
 import typer
 
@@ -36,6 +37,7 @@ from benchmarks.rolling import PORT, balancer, replicas
 
 ROWS, QUEUE = 16, 48  # LW_MAX_BATCH, LW_MAX_QUEUE
 CALLERS = (1, 2, 4, 8, 16)  # who keep one replica busy; at most ROWS, so that nobody waits for a row
+QUESTIONS = 64
 LOADS = (0.4, 0.7, 1.5)  # of what two replicas can do
 Arrival = tuple[float, int]  # when, in seconds, and how many tokens it wants
 
@@ -179,13 +181,13 @@ class Answer:
 
     Attributes:
         number: Of the question.
-        tokens: Of the answer; 0 where it was refused.
+        tokens: Of the answer; None where it was refused.
         callers: How many asked at once, where that was fixed.
     """
 
     number: int
     seconds: float
-    tokens: int
+    tokens: int | None
     callers: int = 0
 
 
@@ -195,7 +197,7 @@ async def asked(session: aiohttp.ClientSession, content: bytes, number: int, cal
     async with session.post("/generate", data=content, headers=JSON) as response:
         body = await response.read()
         assert response.status in (200, 429), body
-    tokens = json.loads(body)["usage"]["generated_tokens"] if response.status == 200 else 0
+    tokens = json.loads(body)["usage"]["generated_tokens"] if response.status == 200 else None
     return Answer(number, time.perf_counter() - started, tokens, callers)
 
 
@@ -227,73 +229,75 @@ async def opened(port: int, questions: Sequence[bytes], times: Sequence[float]) 
             place = number % len(questions)
             found.append(asyncio.create_task(asked(opened, questions[place], place)))
         answers = await asyncio.gather(*found)
-    took = [answer.seconds for answer in answers if answer.tokens]
+    took = [answer.seconds for answer in answers if answer.tokens is not None]
     return Outcome(took, len(answers) - len(took), times[-1] - times[0])
 
 
 def fitted(answers: Sequence[Answer]) -> Steps:
     """The replica whose ``answers`` these are: the least squares of what each took."""
     took = [answer.seconds for answer in answers]
-    made_of = [(1, answer.tokens, answer.tokens * answer.callers) for answer in answers]
+    made_of = [(1, tokens, tokens * answer.callers) for answer in answers if (tokens := answer.tokens) is not None]
     (fixed, base, each), *_ = np.linalg.lstsq(np.array(made_of, float), np.array(took))
     return Steps(max(base, 0.0), max(each, 0.0), max(fixed, 0.0))
 
 
-def compared(seconds: float, rounds: int) -> dict[str, Any]:
-    """One replica, and two beside what the simulation says of them."""
-    questions = [json.dumps(body).encode() for body in bodies(256)]
-    ports = [PORT + 1, PORT + 2]
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    variables = {"LW_MAX_BATCH": str(ROWS), "LW_MAX_QUEUE": str(QUEUE)}
-    found: dict[str, Any] = {"rounds": []}
+def one_replica(port: int, questions: Sequence[bytes], seconds: float) -> tuple[Steps, list[int], dict[str, Any]]:
+    """What it is to the simulation, how many tokens each question's answer has, and figures for people."""
+    met = {callers: asyncio.run(closed(port, questions, callers, seconds)) for callers in CALLERS}
+    answers = [answer for found in met.values() for answer in found]
+    steps, of_number = fitted(answers), {answer.number: answer.tokens for answer in answers}
+    tokens = [of_number[number] or 1 for number in range(len(questions))]  # KeyError: more seconds are needed
+    return (
+        steps,
+        tokens,
+        {
+            "fitted": asdict(steps),
+            "answers_per_second": {callers: len(found) / seconds for callers, found in met.items()},
+            "tokens_of_an_answer": statistics.mean(tokens),
+        },
+    )
+
+
+def two_replicas(
+    port: int, questions: Sequence[bytes], steps: Steps, tokens: Sequence[int], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """At each load: measured, beside what the simulation says of the same requests at the same times."""
+    capacity = 2 * steps.capacity_per_second(statistics.mean(tokens))
+    for load in LOADS:
+        times = poisson(load * capacity, seconds)
+        yield {
+            "load": load,
+            "requests": len(times),
+            "measured": asyncio.run(opened(port, questions, times)).figures(),
+            "simulated": simulate(steps, 2, list(zip(times, itertools.cycle(tokens)))).figures(),
+        }
+
+
+def main(seconds: float = 10.0, rounds: int = 3) -> None:
+    """Measure one replica, SECONDS for each number of callers, simulate two and measure two; ROUNDS times."""
+    questions = [json.dumps(body).encode() for body in bodies(QUESTIONS)]
+    ports, cores, found = [PORT + 1, PORT + 2], sorted(os.sched_getaffinity(0))[:2], list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
+        (folder / "both").mkdir()
+        variables = {"LW_MAX_BATCH": str(ROWS), "LW_MAX_QUEUE": str(QUEUE)}
         stack.enter_context(replicas(ports, folder, [{core} for core in cores], **variables))
         stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[:1])
         stack.enter_context(balancer("haproxy", PORT, ports[:1] * 2, folder))  # before the first alone
         os.sched_setaffinity(0, cores)
-        (folder / "both").mkdir()
-        stack.enter_context(balancer("haproxy", PORT + 3, ports, folder / "both"))
+        both = psutil.Process(stack.enter_context(balancer("haproxy", PORT + 3, ports, folder / "both")))
         for _ in range(rounds):
             os.sched_setaffinity(0, cores[:1])
-            answers = [
-                answer for callers in CALLERS for answer in asyncio.run(closed(PORT, questions, callers, seconds))
-            ]
-            tokens = {answer.number: answer.tokens for answer in answers}
-            assert len(tokens) == len(questions), "a question was never asked: more seconds are needed"
-            steps = fitted(answers)
+            steps, tokens, one = one_replica(PORT, questions, seconds)
             os.sched_setaffinity(0, cores)
-            capacity = 2 * steps.capacity_per_second(statistics.mean(tokens.values()))
-            loads = {}
-            for load in LOADS:
-                times = poisson(load * capacity, 2 * seconds)
-                wanted = [(at, tokens[number % len(questions)]) for number, at in enumerate(times)]
-                loads[str(load)] = {
-                    "arrivals_per_second": load * capacity,
-                    "measured": asyncio.run(opened(PORT + 3, questions, times)).figures(),
-                    "simulated": simulate(steps, 2, wanted).figures(),
-                }
-            found["rounds"].append(
-                {
-                    "one_replica": {
-                        "fitted": asdict(steps),
-                        "answers_per_second": {
-                            callers: sum(answer.callers == callers for answer in answers) / seconds
-                            for callers in CALLERS
-                        },
-                        "tokens_of_an_answer": statistics.mean(tokens.values()),
-                    },
-                    "two_replicas": loads,
-                }
-            )
-            print(json.dumps(found["rounds"][-1], indent=2), flush=True)
-    return found
-
-
-def main(seconds: float = 10.0, rounds: int = 3) -> None:
-    """Measure one replica, SECONDS for each number of callers, simulate two and measure two; ROUNDS times."""
-    record("capacity", command_of("capacity", seconds=seconds, rounds=rounds), compared(seconds, rounds))
+            used = sum(both.cpu_times()[:2])
+            two = list(two_replicas(PORT + 3, questions, steps, tokens, 2 * seconds))
+            busy = (sum(both.cpu_times()[:2]) - used) / sum(each["requests"] for each in two)
+            found.append({"one_replica": one, "two_replicas": two, "balancer_seconds_of_a_request": busy})
+            print(json.dumps(found[-1], indent=2), flush=True)
+    figures = {"rows": ROWS, "queue": QUEUE, "rounds": found}
+    record("capacity", command_of("capacity", seconds=seconds, rounds=rounds), figures)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import os
 import socket
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import redis
 import typer
 
@@ -22,7 +24,7 @@ from benchmarks.rolling import PORT, replicas
 
 
 def cost(count: int) -> dict[str, Any]:
-    """What a request costs in Redis and on the network: on average over ``count`` of each kind."""
+    """What a request costs in Redis and on the network: over ``count`` of each kind."""
     sources, prompt = texts(count), "Question: What does Mara want?\nAnswer:"
     with tempfile.TemporaryDirectory() as name, replicas([PORT + 1], Path(name)) as (replica,):
         client = redis.Redis(unix_socket_path=f"{name}/redis")
@@ -43,28 +45,31 @@ def cost(count: int) -> dict[str, Any]:
         }
         keys = {kind: list(client.scan_iter(f"latentwire:{kind}:*")) for kind in ("latent", "encode")}
         held = {
-            f"{kind}_bytes": statistics.mean(client.memory_usage(key) for key in named)  # type: ignore[misc]
-            for kind, named in keys.items()
+            f"{kind}_bytes": statistics.mean(client.memory_usage(key) for key in named) for kind, named in keys.items()
         }
-        value = statistics.mean(client.strlen(key) for key in keys["latent"])  # type: ignore[misc]
+        value = statistics.mean(client.strlen(key) for key in keys["latent"])
         return {"requests": found, "redis": {**held, "latent_value_bytes": value, **commands(client, int(value))}}
 
 
+OF_REDIS = {
+    "redis_commands": "total_commands_processed",
+    "redis_bytes_in": "total_net_input_bytes",
+    "redis_bytes_out": "total_net_output_bytes",
+}
+
+
 def spent(client: Any, ask: Callable[[str], tuple[int, int]], given: Sequence[str]) -> dict[str, float]:
-    """On average over what is given: commands and bytes of Redis, bytes over HTTP."""
-    before = client.info()
-    http = [ask(one) for one in given]
-    after = client.info()
-    of_redis = {
-        "redis_commands": "total_commands_processed",
-        "redis_bytes_in": "total_net_input_bytes",
-        "redis_bytes_out": "total_net_output_bytes",
-    }
-    return {
-        **{name: (after[field] - before[field]) / len(given) for name, field in of_redis.items()},
-        "http_bytes_in": statistics.mean(sent for sent, _ in http),
-        "http_bytes_out": statistics.mean(received for _, received in http),
-    }
+    """Commands and bytes of Redis, and bytes over HTTP, for each of what is given: medians."""
+
+    def one(item: str | None) -> list[int]:
+        before = client.info()
+        http = (0, 0) if item is None else ask(item)
+        after = client.info()
+        return [*(after[field] - before[field] for field in OF_REDIS.values()), *http]
+
+    nothing = np.median([one(None) for _ in range(20)], axis=0)  # what it costs to look
+    medians = np.median([one(item) for item in given], axis=0) - nothing
+    return dict(zip([*OF_REDIS, "http_bytes_in", "http_bytes_out"], medians.tolist(), strict=True))
 
 
 def exchanged(port: int, path: str, body: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:
@@ -78,11 +83,12 @@ def exchanged(port: int, path: str, body: Mapping[str, Any]) -> tuple[int, int, 
         "Connection: close",
     ]
     request, answer = "\r\n".join([*head, "", ""]).encode() + content, b""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(request)
-        while got := connection.recv(1 << 16):
-            answer += got
-    assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
+    while not answer.startswith(b"HTTP/1.1 200"):
+        assert not answer or b"StoreUnavailable" in answer, answer
+        time.sleep(1 if answer else 0)  # on a busy machine Redis may be late
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(request)
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     return len(request), len(answer), json.loads(answer.partition(b"\r\n\r\n")[2])
 
 
@@ -98,7 +104,7 @@ def commands(client: Any, value_bytes: int, count: int = 20_000) -> dict[str, fl
 
 
 def main(requests: int = 300) -> None:
-    """Measure, on average over REQUESTS of each kind, and record."""
+    """Measure over REQUESTS of each kind, and record."""
     figures = cost(requests)
     print(json.dumps(figures, indent=2))
     record("cost", command_of("cost", requests=requests), figures)

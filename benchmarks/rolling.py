@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import aiohttp
 import httpx
@@ -227,8 +227,8 @@ def said_in(stream: str) -> str:
 
 
 @contextmanager
-def balancer(kind: Balancer, port: int, replicas: Sequence[int], folder: Path) -> Iterator[None]:
-    """A real one with the configuration of ``deploy/proxy``, before services at these ports.
+def balancer(kind: Balancer, port: int, replicas: Sequence[int], folder: Path) -> Iterator[int]:
+    """A real one with the configuration of ``deploy/proxy``, before services at these ports: its process id.
 
     Raises:
         FileNotFoundError: It is not installed.
@@ -256,7 +256,7 @@ def balancer(kind: Balancer, port: int, replicas: Sequence[int], folder: Path) -
     try:
         wait_for(lambda: process.poll() is not None or is_ready(port))
         assert process.poll() is None, (folder / f"{kind}.log").read_text()
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.wait(WAIT_SECONDS)
@@ -335,21 +335,23 @@ def restarts(made: Sequence[Replica], how: End, pause: float = 2.0) -> Callable[
 
 
 def main(requests: int = 5000, callers: int = 8, only: str = "") -> None:
-    """Restart, and kill, behind each balancer (or ONLY one), under at least so many requests each."""
+    """Restart, and kill, behind each balancer, under so many requests at least; ONLY: as haproxy, or haproxy-kill."""
     ports, figures = [PORT + 1, PORT + 2], dict[str, Any]()
-    for kind in ("haproxy", "nginx"):
-        if only not in ("", kind):
+    for kind in get_args(Balancer):
+        ways = [how for how in get_args(End) if f"{kind}-{how}".startswith(only)]
+        if not ways:
             continue
         with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
-            folder, found = Path(name), figures.setdefault(kind, {})
+            folder = Path(name)
             made = opened.enter_context(replicas(ports, folder, LW_DRAIN_DELAY=str(DRAIN_DELAY_SECONDS)))
             opened.enter_context(balancer(kind, PORT, ports, folder))
-            for how in ("sigterm", "kill"):
+            for how in ways:
                 met = asyncio.run(under_load(PORT, requests, callers, restarts(made, how)))
-                found[how] = met.figures()
-                print(kind, how, json.dumps(found[how], indent=2), flush=True)
-    given = {"requests": requests, "callers": callers, "only": only}
-    record("rolling", command_of("rolling", **given), {"drain_delay_seconds": DRAIN_DELAY_SECONDS, **figures})
+                figures[f"{kind}-{how}"] = met.figures()
+                print(json.dumps(figures, indent=2), flush=True)
+    command = command_of("rolling", requests=requests, callers=callers, only=only)
+    name = f"rolling-{only}" if only else "rolling"
+    record(name, command, {"drain_delay_seconds": DRAIN_DELAY_SECONDS, **figures})
 
 
 if __name__ == "__main__":
