@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -45,8 +45,7 @@ End = Literal["sigterm", "kill"]
 CONFIGURATIONS = Path(__file__).parent.parent / "deploy/proxy"
 TOOLS = Path(sys.executable).parent.parent / "proxies"  # where the Makefile unpacks what is not installed
 PORT = 8130  # of the balancer; the replicas' come after it
-KINDS = ("encode", "generate", "by_id", "stream")
-WEIGHTS = (1, 2, 2, 2)
+KINDS = {"encode": 1, "generate": 2, "by_id": 2, "stream": 2}  # and how often each is asked
 TOKENS = 16  # of an answer, at most
 TRIES = 2  # of a stream that was cut
 WAIT_SECONDS = 60.0
@@ -153,13 +152,13 @@ class Met:
 class Caller:
     """Asks mixed questions through one address."""
 
-    def __init__(self, session: aiohttp.ClientSession, met: Met, seed: int) -> None:
-        self._session, self._met, self._rng = session, met, random.Random(seed)
+    def __init__(self, session: aiohttp.ClientSession, met: Met, kinds: Mapping[str, int], seed: int) -> None:
+        self._session, self._met, self._kinds, self._rng = session, met, kinds, random.Random(seed)
         self._examples = world_task().test
 
     async def ask(self) -> None:
         """One question; by the id of a latent, where one is kept."""
-        kind, example = self._rng.choices(KINDS, WEIGHTS)[0], self._rng.choice(self._examples)
+        kind, example = self._rng.choices([*self._kinds], [*self._kinds.values()])[0], self._rng.choice(self._examples)
         if kind == "encode" or (kind == "by_id" and not self._met.kept):
             await self._noted("encode", self._encode(example))
         elif kind == "by_id":
@@ -299,7 +298,11 @@ def replicas(
 
 
 async def under_load(
-    port: int, requests: int, callers: int, during: Callable[[], None] = lambda: None, seed: int = 0
+    port: int,
+    requests: int,
+    callers: int,
+    during: Callable[[], None] = lambda: None,
+    kinds: Mapping[str, int] = KINDS,
 ) -> Met:
     """Ask until so many requests were made and what happens ``during`` them is over."""
     met, over = Met(), asyncio.Event()
@@ -314,7 +317,7 @@ async def under_load(
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
 
         async def call(number: int) -> None:
-            caller = Caller(session, met, seed + number)
+            caller = Caller(session, met, kinds, number)
             while met.requests < requests or not over.is_set():
                 await caller.ask()
 
