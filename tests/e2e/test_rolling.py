@@ -12,7 +12,7 @@ from tests.ports import free_port
 REQUESTS = 200
 CALLERS = 6
 ENDED: dict[End, int] = {"sigterm": 2, "kill": 1}
-DELAY_SECONDS = "2"  # HAProxy has looked twice by then
+DELAY_SECONDS = "3"  # HAProxy has looked three times by then
 
 
 @pytest.fixture(scope="module")
