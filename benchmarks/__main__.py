@@ -7,6 +7,8 @@ import torch
 from benchmarks import (
     ablation,
     bytes,
+    capacity,
+    cost,
     fuzz,
     gate,
     gpu,
@@ -14,6 +16,7 @@ from benchmarks import (
     readback,
     real,
     residency,
+    rolling,
     serve,
     service,
     texts,
@@ -36,5 +39,8 @@ readback.main()
 real.main()
 bytes.main()
 ablation.main()
+cost.main()
+capacity.main()
+rolling.main()
 if torch.cuda.is_available():
     gpu.main()

@@ -59,7 +59,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
         nonlocal stopped
         if stopped:
             return
-        stopped = runtime.draining = True
+        stopped = runtime.leaving = runtime.draining = True
         await jobs.stop()
         await runtime.stop()
 

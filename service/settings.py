@@ -199,8 +199,15 @@ class Settings(BaseSettings):
     stall_timeout: Seconds = Field(
         120.0, description="Work without progress for this long fails /health/live, seconds."
     )
+    drain_delay: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="After SIGTERM, new requests are still taken for this long while /health/ready says 503, for "
+        "balancers to send them elsewhere, seconds.",
+    )
     drain_timeout: Seconds = Field(
-        30.0, description="After SIGTERM, accepted requests have this long to be answered, seconds."
+        30.0, description="After that, accepted requests have this long to be answered, seconds."
     )
     max_inputs: int = Field(64, ge=1, description="Inputs of one request, and sources of all of them.")
     max_samples: int = Field(16, ge=1, description="Largest n.")

@@ -49,7 +49,7 @@ class Envelope:
                     message["headers"].append((b"traceparent", parent.encode()))
                 # The next request should go to another replica. And a caller who waits to be asked for the body, and is
                 # refused instead, may send the body or not: what comes next could be either.
-                if self.runtime.draining or body.unasked:
+                if self.runtime.leaving or body.unasked:
                     message["headers"].append((b"connection", b"close"))
             elif not (message.get("more_body") or body.whole):
                 await send({**message, "more_body": True})

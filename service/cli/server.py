@@ -1,8 +1,9 @@
 """A service as a process: its sockets, its signals, its end.
 
-SIGTERM or SIGINT: not ready any more → new requests are refused with 503 while those accepted are answered, for
-``drain_timeout`` at most → what still runs is given up with an error → exit code 0. A second signal does not wait. An
-engine that died ends the process with exit code 1, for its supervisor to start another.
+SIGTERM or SIGINT: not ready any more, for ``drain_delay``, in which balancers turn away → new requests are refused with
+503 while those accepted are answered, for ``drain_timeout`` at most → what still runs is given up with an error → exit
+code 0. A second signal does not wait. An engine that died ends the process with exit code 1, for its supervisor to
+start another.
 """
 
 import asyncio
@@ -101,12 +102,12 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; the second ends."""
-        if self._loop is None or self.runtime.draining:
+        if self._loop is None or self.runtime.leaving:
             self.should_exit = True
             self.force_exit = self._loop is not None  # what has not begun to start ends in order
             return
         log.info("%s: answering %d rows, then stopping", signal.Signals(sig).name, self.runtime.admission.admitted)
-        self.runtime.draining = True
+        self.runtime.leaving = True
         self._loop.call_soon_threadsafe(self._begin_to_end)
 
     def _begin_to_end(self) -> None:

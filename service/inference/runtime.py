@@ -54,7 +54,8 @@ class Runtime:
         store: What is kept: latents, evaluations.
         corpora: Latents that are served from a folder.
         cache: Encodings, which could be made again; the same store, except where the other one is on disk.
-        draining: Whether it takes no new requests, because it is about to stop.
+        leaving: Whether it is about to stop: not ready, and every answer closes its connection.
+        draining: Whether it takes no new requests either.
         admin_port: Where /admin and /metrics are alone, when they are.
         on_death: Called when an engine has died: the process should end, for its supervisor to start another.
     """
@@ -72,7 +73,7 @@ class Runtime:
         self.bridges = {name: self._open(name, path, addresses) for name, path in checkpoints.items()}
         check_named(addresses, [name for bridge in self.bridges.values() for name in bridge.receivers])
         self.admission = Admission(settings.max_queue)
-        self.draining = False
+        self.leaving = self.draining = False
         self.admin_port: int | None = None
         self.on_death: Callable[[], None] = lambda: None
         self.models: Models = models or LocalModels(
@@ -119,7 +120,11 @@ class Runtime:
             self._warming = asyncio.create_task(self._warm_up())
 
     async def drain(self) -> None:
-        """Take no more requests, and wait until those accepted are answered, ``drain_timeout`` at most."""
+        """Not ready for ``drain_delay``, take no more requests then, and wait until those accepted are answered,
+        ``drain_timeout`` at most.
+        """
+        self.leaving = True
+        await asyncio.sleep(self.settings.drain_delay)
         self.draining = True
         quiet_since = time.monotonic()
         with suppress(TimeoutError):

@@ -148,6 +148,17 @@ def test_a_stopping_service_is_not_ready_and_tells_new_callers_to_come_back(serv
     caller.join()
 
 
+def test_a_service_that_leaves_answers_new_requests_until_balancers_have_noticed(serve: Serve) -> None:
+    process, url = serve(LW_DRAIN_DELAY="600")
+    process.send_signal(signal.SIGTERM)
+    until(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
+    assert httpx.get(f"{url}/health/live").status_code == 200
+    response = httpx.post(f"{url}/generate", json=ASK)
+    assert (response.status_code, response.headers["connection"]) == (200, "close")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(ENDS_SECONDS) == 0
+
+
 def test_an_engine_that_dies_ends_the_process_with_an_error_for_its_supervisor(serve: Serve) -> None:
     process, url = serve(
         code="""

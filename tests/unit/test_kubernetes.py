@@ -152,6 +152,7 @@ def test_a_field_that_kubernetes_does_not_know_would_be_found(kustomized: dict[s
         ),
         ("autoscaling.minReplicas=9", "autoscaling.minReplicas is 9, above maxReplicas, 4"),
         ("redis.enabled=true,env[0].name=LW_REDIS_URL", "redis.enabled makes another"),
+        ("env[0].name=LW_DRAIN_DELAY", "env names LW_DRAIN_DELAY, which the chart sets: use drainDelaySeconds"),
         ("env[0].name=LW_DRAIN_TIMEOUT", "env names LW_DRAIN_TIMEOUT, which the chart sets: use drainSeconds"),
         ("keysSecret=,env[0].name=LW_ALLOWED_HOSTS", "use allowedHosts"),
     ],
@@ -231,10 +232,10 @@ def test_ports_lead_to_where_the_service_listens(manifests: list[Manifest]) -> N
 
 
 def test_a_pod_has_the_time_that_its_end_takes(manifests: list[Manifest]) -> None:
-    spec, (preparing, pause) = pod(manifests)["spec"], container(manifests)["lifecycle"]["preStop"]["exec"]["command"]
-    assert preparing == "sleep"
-    drain = float(environment(manifests)["LW_DRAIN_TIMEOUT"])
-    assert spec["terminationGracePeriodSeconds"] >= float(pause) + drain + CLOSING_SECONDS + END_SECONDS
+    spec, given = pod(manifests)["spec"], environment(manifests)
+    pause, drain = float(given["LW_DRAIN_DELAY"]), float(given["LW_DRAIN_TIMEOUT"])
+    assert spec["terminationGracePeriodSeconds"] >= pause + drain + CLOSING_SECONDS + END_SECONDS
+    assert pause >= 5  # in which every node has heard that nothing is sent here any more
     assert drain >= Settings().request_timeout  # whoever was accepted is answered
 
 

@@ -41,9 +41,10 @@ async def live(request: Request) -> Health:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Health:
-    """Whether every bridge has been loaded and has answered once."""
+    """Whether every bridge has been loaded and has answered once, and the service is not about to stop."""
     runtime: Runtime = request.app.state.runtime
-    runtime.check_open()
+    if runtime.leaving:
+        raise NotReady("the service is stopping")
     if runtime.models.failure is not None:
         raise NotReady(runtime.models.failure)
     if not runtime.models.ready:

@@ -1,5 +1,5 @@
 {{- define "check" -}}
-{{- $set := dict "LW_DRAIN_TIMEOUT" "drainSeconds" "LW_ALLOWED_HOSTS" "allowedHosts" "LW_API_KEYS_FILE" "keysSecret" "LW_INSECURE" "keysSecret" -}}
+{{- $set := dict "LW_DRAIN_DELAY" "drainDelaySeconds" "LW_DRAIN_TIMEOUT" "drainSeconds" "LW_ALLOWED_HOSTS" "allowedHosts" "LW_API_KEYS_FILE" "keysSecret" "LW_INSECURE" "keysSecret" -}}
 {{- $named := list -}}
 {{- range .Values.env }}{{ $named = append $named .name }}{{ end -}}
 {{- range $name, $value := $set -}}
