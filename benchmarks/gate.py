@@ -18,7 +18,7 @@ from latentwire.bridge.evaluation.metrics import metrics_of
 from latentwire.bridge.evaluation.statistics import interval, ratio
 from latentwire.bridge.evaluation.tasks import load_task
 from latentwire.bridge.gate import SIGNALS
-from latentwire.training.calibration import answers, gate_of, probability, unseen
+from latentwire.training.calibration import answers, gate_of, latents_of, probability, unseen
 
 
 def main(
@@ -30,8 +30,8 @@ def main(
     metric = metrics_of(asked_of.kind)[0].name
     test = context_of(bridge, asked_of, BridgeLender(bridge), limit=limit)
     fresh = replace(test, examples=unseen(bridge, asked_of, test.receiver_name, examples * calibrations))
-    signals, ours, texts = answers(fresh, metric)
-    asked, latent, direct = answers(test, metric)
+    signals, ours, texts = answers(fresh, metric, latents_of(fresh))
+    asked, latent, direct = answers(test, metric, latents_of(test))
     rows: list[dict[str, Any]] = []
     for start in range(0, len(ours), examples):
         part = slice(start, start + examples)

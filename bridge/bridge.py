@@ -21,6 +21,7 @@ from latentwire.bridge.checkpoint import folder_of_checkpoint, load_bridge
 from latentwire.bridge.config import Prompt
 from latentwire.bridge.devices import device_named, dtype_named
 from latentwire.bridge.diversity import diversity
+from latentwire.bridge.drift import load_statistics
 from latentwire.bridge.errors import InvalidRequest, at_fault
 from latentwire.bridge.gate import as_asked, gate_asked, load_gates, watched
 from latentwire.bridge.generation.output import Generation
@@ -103,11 +104,11 @@ class Bridge(OpenBridge):
         ``remote.parse_addresses``, which may name receivers of other bridges.
         """
         manifest, model = load_bridge(checkpoint, device=torch.device("cpu"))
-        gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
-        remote = addresses_of(addresses, list(manifest.bridge.heads))
+        folder, remote = folder_of_checkpoint(checkpoint), addresses_of(addresses, list(manifest.bridge.heads))
         bridge = cls(
-            name, manifest, model, residency, senders=senders, signing_key=signing_key, gates=gates, remote=remote
-        )
+            name, manifest, model, residency, senders=senders, signing_key=signing_key, remote=remote,
+            gates=load_gates(folder, manifest), statistics=load_statistics(folder, manifest),
+        )  # fmt: skip
         model.encoder.to(bridge.home(bridge.sender).device)
         model.heads.to(residency.device)
         return bridge

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from latentwire.bridge.codebooks import CODEBOOKS, Codebooks, load_codebooks, save_codebooks
 from latentwire.bridge.config import BridgeConfig, Fingerprint, Manifest, ModelRef, Part, dump_manifest, parse_manifest
 from latentwire.bridge.devices import default_device
+from latentwire.bridge.drift import STATISTICS
 from latentwire.bridge.encoder import Encoder, encoder_class, make_encoder
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, ModelUnavailable, UnknownBridge, first_line
 from latentwire.bridge.families import Role
@@ -98,13 +99,13 @@ def folder_of_checkpoint(name: str | Path) -> Path:
 def save_bridge(folder: Path, bridge: BridgeModel) -> Manifest:
     """Write a checkpoint; atomic, and safe to repeat into the same folder.
 
-    A gate there was of the old weights, and so were codebooks, unless the bridge brings its own.
+    A gate there was of the old weights, and so were statistics, and codebooks unless the bridge brings its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoder = write_part(folder, "encoder", bridge.encoder.state_dict())
     heads = {name: write_part(folder, "head", bridge.head(name).state_dict()) for name in bridge.config.heads}
     manifest = Manifest(1, _bridge_id(bridge.config, encoder), bridge.config, encoder, heads)
-    for old in (GATE, CODEBOOKS):
+    for old in (GATE, STATISTICS, CODEBOOKS):
         (folder / old).unlink(missing_ok=True)
     replace_file(folder / CONFIG, dump_manifest(manifest))
     if bridge.codebooks is not None and bridge.codebooks.about["bridge_id"] == manifest.bridge_id:

@@ -3,8 +3,9 @@
 Frozen dataclasses, read back through pydantic so that a damaged or unknown field is named. No torch.
 """
 
+from collections.abc import Callable
 from dataclasses import field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -21,6 +22,7 @@ DEVICE = r"^(cpu|mps|xpu|cuda(:\d+)?)$"
 """What a device may be called, wherever one is named."""
 
 STRICT = ConfigDict(extra="forbid")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -229,9 +231,14 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Read ``config.json`` (CorruptCheckpoint, naming the field that is missing, unknown or of the wrong type)."""
+    return parsed(_MANIFEST.validate_json, data, where)
+
+
+def parsed(read: Callable[[bytes], T], data: bytes, where: str) -> T:
+    """What ``read`` makes of a file of a checkpoint (CorruptCheckpoint, as of ``parse_manifest``)."""
     try:
-        return _MANIFEST.validate_json(data)
+        return read(data)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        field = ".".join(map(str, first["loc"])) or "the document"
         raise CorruptCheckpoint(f"{where}: {field}: {first['msg']}") from None

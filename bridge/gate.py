@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from latentwire.bridge.config import STRICT, Manifest
+from latentwire.bridge.config import STRICT, Manifest, parsed
 from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge, InvalidRequest
 from latentwire.bridge.files import replace_file
 from latentwire.bridge.generation.output import Generation
@@ -184,15 +184,11 @@ def load_gates(folder: Path, manifest: Manifest) -> dict[str, Gate]:
     """
     path = folder / GATE
     try:
-        found = _FILE.validate_json(path.read_bytes())
+        found = parsed(_FILE.validate_json, path.read_bytes(), str(path))
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the document"
-        raise CorruptCheckpoint(f"{path}: {field}: {first['msg']}") from None
     if found.bridge_id != manifest.bridge_id:
         have = manifest.bridge_id
         raise IncompatibleBridge(

@@ -18,6 +18,7 @@ from torch import Tensor
 from latentwire.bridge import wire
 from latentwire.bridge.checkpoint import BridgeModel, check_receiver, check_sender
 from latentwire.bridge.config import Manifest, Prompt
+from latentwire.bridge.drift import LatentStatistics
 from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import soften
 from latentwire.bridge.errors import InvalidRequest, at_fault
@@ -44,6 +45,7 @@ class OpenBridge:
         residency: Its models in memory.
         senders: Those that only send; the same, unless they have a device of their own.
         gates: By receiver, which answers from latents are trusted; ``latentwire calibrate`` makes them.
+        statistics: Of the latents of training texts; None in a checkpoint of before there were any.
         remote: URLs of the vLLM servers on which receivers answer, by their names; these models do not run here.
         signing_key: Signs messages; only messages that bear its signature are then decoded.
     """
@@ -52,8 +54,9 @@ class OpenBridge:
         self, name: str, manifest: Manifest, model: BridgeModel, residency: Residency, *,
         senders: Residency | None = None, signing_key: bytes | None = None,
         gates: Mapping[str, Gate] = MappingProxyType({}), remote: Mapping[str, str] = MappingProxyType({}),
+        statistics: LatentStatistics | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.manifest, self.model, self.gates = name, manifest, model, gates
+        self.name, self.manifest, self.model, self.gates, self.statistics = name, manifest, model, gates, statistics
         self.residency, self.senders, self.signing_key = residency, senders or residency, signing_key
         self.remote, self._engines, self._opening = remote, dict[str, RemoteEngine](), threading.Lock()
         self.reader = cache(load_reader)

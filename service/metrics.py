@@ -7,16 +7,18 @@ start their series are too, so that a first event is an increase.
 import time
 from collections import Counter as Counted
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 
 from latentwire.bridge.diversity import entropy_nats, repetition, similarity
+from latentwire.bridge.drift import LatentStatistics
 from latentwire.bridge.gate import Judged
 from latentwire.bridge.generation.base import Times
 from latentwire.bridge.generation.output import Generation
@@ -26,6 +28,7 @@ from latentwire.service.schemas.lenient import OTHER
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nothing here asks for
 
 WINDOW = 256  # latest outputs, and latents, of a bridge over which diversity is measured
+FEWEST = 64  # latents that a drift is told of
 LATENCY_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TRUST = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -115,9 +118,10 @@ class Window:
 
     What ``bridge.diversity`` measures of them is kept up to date output by output: to count all words anew took 5 ms of
     every scrape. ``latents`` holds the mean slot (C,) of each text that was not in the cache: one that is asked about
-    again and again should not look like a collapse.
+    again and again should not look like a collapse. ``usual`` is what they are compared with, where that is known.
     """
 
+    usual: LatentStatistics | None = None
     latents: deque[NDArray[np.float32]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _outputs: deque[Said] = field(default_factory=deque)
     _texts: Tally = field(default_factory=Tally)
@@ -135,9 +139,11 @@ class Window:
                 tally.forget(gone)
 
     def measured(self) -> dict[str, float]:
-        """Every number about the window by the name of its gauge."""
+        """Every number about the window by the name of its gauge; a drift only where it can be told."""
         outputs, latents = list(self._outputs), list(self.latents)
         count, words = max(len(outputs), 1), max(self._words.total(), 1)
+        usual = self.usual if len(latents) >= FEWEST else None
+        drift = {} if usual is None else {"latent_drift": usual.drift(latents)}
         return {
             "outputs": len(outputs),
             "distinct_ratio": len(self._texts) / count,
@@ -151,13 +157,18 @@ class Window:
             "truncated_ratio": sum(said.cut for said in outputs) / count,
             "latents": len(latents),
             "latent_similarity": similarity(latents),
+            **drift,
         }
 
 
 class Metrics:
-    """Counters of requests, and the latest outputs of each bridge."""
+    """Counters of requests, and the latest outputs of each bridge; ``bridges`` says what its latents usually are."""
 
-    def __init__(self, bridges: Iterable[str] = (), buckets: Sequence[float] = LATENCY_SECONDS) -> None:
+    def __init__(
+        self,
+        bridges: Mapping[str, LatentStatistics | None] = MappingProxyType({}),
+        buckets: Sequence[float] = LATENCY_SECONDS,
+    ) -> None:
         self.registry = r = CollectorRegistry()
         self.requests = Counter("latentwire_requests", "Requests answered.", ["route", "status"], registry=r)
         self.outcomes = Counter(
@@ -213,7 +224,7 @@ class Metrics:
             "latentwire_trust", "Trust in the latent's answer, where a fallback was asked for.", ["bridge"],
             buckets=TRUST, registry=r,
         )  # fmt: skip
-        self.windows = {name: Window() for name in bridges}
+        self.windows = {name: Window(usual) for name, usual in bridges.items()}
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:

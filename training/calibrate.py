@@ -1,4 +1,4 @@
-"""``latentwire calibrate``: from which trust on a bridge answers from latents, saved in its checkpoint.
+"""``latentwire calibrate``: from which trust on a bridge answers from latents, and what latents are like.
 
 Importing this module needs no torch.
 """
@@ -30,8 +30,12 @@ def calibrate(
     ] = None,
     precision: Annotated[str | None, typer.Option(help=r"bf16, fp16 or fp32. \[default: bf16; fp32 on a CPU]")] = None,
 ) -> None:
-    """Find out which answers from latents can be trusted, on examples that the bridge was not trained on."""
+    """Find out which answers from latents can be trusted, on examples that the bridge was not trained on.
+
+    What their latents are like is kept too: the service tells by it whether those of its requests drift.
+    """
     from latentwire.bridge.bridge import Bridge
+    from latentwire.bridge.drift import save_statistics
     from latentwire.bridge.evaluation.evaluate import progress_bar
     from latentwire.bridge.evaluation.report import spread
     from latentwire.bridge.gate import GATE, load_gates, save_gates
@@ -49,6 +53,8 @@ def calibrate(
     except (CorruptCheckpoint, IncompatibleBridge):  # what it held serves nobody
         others = {}
     save_gates(folder, bridge.manifest.bridge_id, {**others, made.receiver: made.gate})
+    if made.statistics is not None:
+        save_statistics(folder, bridge.manifest.bridge_id, made.statistics)
     gate, reached = made.gate, made.gate.reached
     for line in (
         f"{gate.examples} examples not trained on, {made.metric}: {made.bridge:.3f} from latents, {made.direct:.3f} "

@@ -22,6 +22,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.config import Provenance
+from latentwire.bridge.drift import LatentStatistics
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.conditions import generate
 from latentwire.bridge.evaluation.context import EvaluationContext, check_room
@@ -44,13 +45,14 @@ FRESH = 1  # seed of a generated task's examples that no run has seen: runs draw
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A gate, for which receiver, and the scores it was made from."""
+    """A gate, for which receiver, the scores it was made from, and what the latents of its examples are like."""
 
     gate: Gate
     receiver: str
     metric: str
     bridge: float
     direct: float
+    statistics: LatentStatistics | None
 
 
 def calibrate(
@@ -97,7 +99,8 @@ def calibrate(
         lender=BridgeLender(bridge),
     )
     scored_in = _metric(loaded, metric)
-    signals, ours, texts = answers(context, scored_in, progress)
+    latents = latents_of(context, progress)
+    signals, ours, texts = answers(context, scored_in, latents, progress)
     if not texts.any():
         raise InvalidRequest(
             f"from the text itself {name!r} scores 0 on {len(texts)} examples of {loaded.name!r}: nothing to retain",
@@ -110,7 +113,8 @@ def calibrate(
         dtype=context.dtype,
         **gate_of(signals, ours, texts, target_retention),
     )
-    return Calibrated(gate, name, scored_in, float(ours.mean()), float(texts.mean()))
+    statistics = LatentStatistics.of(latents, loaded.name, loaded.data_sha256)
+    return Calibrated(gate, name, scored_in, float(ours.mean()), float(texts.mean()), statistics)
 
 
 def unseen(bridge: Bridge, task: Task, receiver: str, most: int) -> Sequence[Example]:
@@ -231,16 +235,24 @@ def probability(odds: Any) -> Any:
     return (1 + np.tanh(odds / 2)) / 2
 
 
+def latents_of(context: EvaluationContext, progress: Progress = lambda *_: None) -> list[NDArray[np.float32]]:
+    """The latents (K, C) of all examples."""
+    everything, latents = range(len(context.examples)), list[NDArray[np.float32]]()
+    for chosen in chunks(everything, BATCH_ROWS):
+        latents += context.latents(chosen)
+        progress("the sender reads", chosen[-1] + 1, len(everything))
+    return latents
+
+
 def answers(
-    context: EvaluationContext, metric: str, progress: Progress = lambda *_: None
+    context: EvaluationContext,
+    metric: str,
+    latents: Sequence[NDArray[np.float32]],
+    progress: Progress = lambda *_: None,
 ) -> tuple[NDArray[np.float64], Scores, Scores]:
     """Signals of the answers from latents (N, S), their scores, and those of the answers from texts (N)."""
     everything = range(len(context.examples))
     batches = list(chunks(everything, BATCH_ROWS))
-    latents = []
-    for chosen in batches:
-        latents += context.latents(chosen)
-        progress("the sender reads", chosen[-1] + 1, len(everything))
     signals: list[list[float]] = []
     said: dict[str, list[str]] = {"from latents": [], "from texts": []}
     for chosen in batches:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from latentwire.bridge.checkpoint import CONFIG, load_bridge, save_bridge
 from latentwire.bridge.config import Manifest
+from latentwire.bridge.drift import load_statistics, save_statistics
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.gate import load_gates, save_gates
 from latentwire.training.loop import BEST
@@ -20,7 +21,7 @@ class Exported:
 
 
 def export(run: Path, out: Path, *, best: bool = False) -> Exported:
-    """Write the checkpoint of a run, its last or its best, into a folder of its own, with its gate if it has one.
+    """Write the checkpoint of a run, its last or its best, into a folder of its own, with its gate and statistics.
 
     Raises:
         InvalidRequest: ``out`` holds a checkpoint already, or there is no best one because nothing was validated.
@@ -33,11 +34,13 @@ def export(run: Path, out: Path, *, best: bool = False) -> Exported:
         raise InvalidRequest(f"--out {out} already holds a checkpoint", param="out")
     source = run / BEST if best else run
     before, bridge = load_bridge(source)
-    gates = load_gates(source, before)
+    gates, statistics = load_gates(source, before), load_statistics(source, before)
     try:
         manifest = save_bridge(out, bridge)
         if gates:
             save_gates(out, manifest.bridge_id, gates)
+        if statistics:
+            save_statistics(out, manifest.bridge_id, statistics)
     except OSError as error:
         raise InvalidRequest(f"--out {out}: {error.strerror}", param="out") from None
     states = sum(path.stat().st_size for path in run.glob("state-*"))

@@ -16,7 +16,8 @@ from latentwire.bridge.evaluation.saved import read_report
 from latentwire.bridge.models import revision_of
 from latentwire.training.export import Exported, export
 
-STALE = ["encoder-*", "head-*", "gate.json", "codebooks.safetensors", "report.json"]  # of what was there before
+# Of what was there before.
+STALE = ["encoder-*", "head-*", "gate.json", "statistics.json", "codebooks.safetensors", "report.json"]
 TEXTS = ("examples", "slots", "latents")  # of a report: other people's data
 CARD = """---
 {yaml}

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from latentwire.bridge.checkpoint import CONFIG, read_manifest, save_bridge
 from latentwire.bridge.config import Manifest
+from latentwire.bridge.drift import save_statistics
 from latentwire.bridge.errors import InvalidRequest, TrainingFailed
 from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.training.alarms import Alarm, Alarms
@@ -27,7 +28,7 @@ from latentwire.training.run import Run
 from latentwire.training.state import load_state, save_state, states_in
 from latentwire.training.step import take_step
 from latentwire.training.tokens import Tokens
-from latentwire.training.validation import validate
+from latentwire.training.validation import usual, validate
 
 log = logging.getLogger(__name__)
 
@@ -178,14 +179,26 @@ def _observe(alarms: Alarms, record: StepRecord, monitor: Monitor) -> list[Alarm
 def _validate(run: Run, done: int, monitor: Monitor) -> None:
     # A sharded receiver answers only with all processes at it.
     metric, value = validate(run, monitor.say) if run.ranks.first or run.config.fsdp else ("loss", 0.0)
+    best = run.ranks.first and (run.best is None or METRICS[metric].is_better(value, run.best))
     if run.ranks.first:
-        best = run.best is None or METRICS[metric].is_better(value, run.best)
         monitor.event(done, "validation", metric=metric, value=value, best=best)
         monitor.say(f"step {done}: validation {metric} {value:.3f}" + (" (best so far)" if best else ""))
-        if best:
-            run.best = value
-            save_bridge(run.config.out / BEST, run.bridge)
+    if run.ranks.any(best, run.bridge.encoder.norm.weight.device):
+        run.best = value
+        _write(run, run.config.out / BEST)
     run.ranks.barrier()
+
+
+def _write(run: Run, folder: Path) -> int:
+    """Write the checkpoint and what its latents are like; all processes come here, the first one writes. Its bytes."""
+    # A sharded sender reads only with all processes at it.
+    statistics = usual(run) if run.ranks.first or run.config.fsdp else None
+    if not run.ranks.first:
+        return 0
+    manifest = save_bridge(folder, run.bridge)
+    if statistics is not None:
+        save_statistics(folder, manifest.bridge_id, statistics)
+    return manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
 
 
 def _check_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -212,12 +225,12 @@ def _save(run: Run, step: int, monitor: Monitor) -> Manifest:
     """State first: killed between the two, the run goes on from the state and writes the checkpoint again."""
     if not all(bool(p.isfinite().all()) for p in run.parameters):
         raise TrainingFailed(f"step {step}: a weight is not finite; what was saved before is kept")
+    started, state_bytes = time.perf_counter(), 0
     if run.ranks.first:
-        started = time.perf_counter()
         numbers = {name: getattr(run, name) for name in NUMBERS}
         state_bytes = save_state(run.config.out, run.identity, step, run, keep=run.config.keep_last, **numbers)
-        manifest = save_bridge(run.config.out, run.bridge)
-        checkpoint_bytes = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
+    checkpoint_bytes = _write(run, run.config.out)
+    if run.ranks.first:
         seconds = time.perf_counter() - started
         monitor.event(step, "save", state_bytes=state_bytes, checkpoint_bytes=checkpoint_bytes, seconds=seconds)
     run.ranks.barrier()

@@ -1,4 +1,4 @@
-"""How good a bridge is by now, on examples held out of the training split."""
+"""How good a bridge is by now, on examples held out of the training split; and what is usual of those trained on."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -8,16 +8,20 @@ import torch
 from numpy.typing import NDArray
 
 from latentwire.bridge import engine
+from latentwire.bridge.drift import LatentStatistics
 from latentwire.bridge.evaluation.conditions import predict, soft_tokens
 from latentwire.bridge.evaluation.context import PredictionContext, Reading, Tuned
 from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import METRICS, Metric, metrics_of
 from latentwire.bridge.prompt import collate
-from latentwire.bridge.reader import source_tokens
+from latentwire.bridge.reader import SourceTokens, source_tokens
 from latentwire.training.data import chunks
 from latentwire.training.objectives import OBJECTIVES, answer_loss, weights_of
+from latentwire.training.prepare import sampler_of
 from latentwire.training.pretrain import PretrainConfig
 from latentwire.training.run import Forward, Run
+
+USUAL_TEXTS = 128  # of which a checkpoint keeps what latents are like
 
 
 def metric_of(run: Run) -> str:
@@ -33,7 +37,9 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
     """
     if isinstance(run.config, PretrainConfig):
         return "loss", statistics.fmean(_repeating(run, name) for name in run.config.receivers)
-    metric, latents, values = METRICS[metric_of(run)], _latents(run), []
+    side = run.tokenisers[run.config.receivers[0]].sender
+    texts = [source_tokens(run.bridge.config, side, e.source, truncate=True) for e in run.validation]
+    metric, latents, values = METRICS[metric_of(run)], _latents(run, texts), []
     readings: list[Reading] = [*latents]
     if run.config.source_text:
         sources = [example.source for example in run.validation]
@@ -49,6 +55,18 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
     return metric.name, statistics.fmean(values)
 
 
+@torch.inference_mode()
+def usual(run: Run) -> LatentStatistics | None:
+    """What the latents of the first training texts of the run are like by now; None where that says nothing.
+
+    Those of its first steps: their states are there also where the sender's are cached.
+    """
+    sampler, steps = sampler_of(run), range(min(-(-USUAL_TEXTS // run.rows_per_step), run.config.max_steps))
+    drawn = dict.fromkeys(i for step in steps for i in sampler.batch(step))
+    sources = [run.sample(run.config.receivers[0], i).source for i in list(drawn)[:USUAL_TEXTS]]
+    return LatentStatistics.of(_latents(run, sources), run.task.name, run.task.data_sha256)
+
+
 def _repeating(run: Run, receiver_name: str) -> float:
     """Mean loss of the first objective that is on, with its mode tokens, as a step computes it."""
     objective = OBJECTIVES[next(iter(weights_of(run.config, "answer")))]
@@ -60,12 +78,10 @@ def _repeating(run: Run, receiver_name: str) -> float:
     return statistics.fmean(losses)
 
 
-def _latents(run: Run) -> list[NDArray[np.float32]]:
-    config, side = run.bridge.config, run.tokenisers[run.config.receivers[0]].sender
+def _latents(run: Run, sources: Sequence[SourceTokens]) -> list[NDArray[np.float32]]:
     found: list[NDArray[np.float32]] = []
-    for part in chunks(list(run.validation), run.micro_batch):
-        sources = [source_tokens(config, side, e.source, truncate=True) for e in part]
-        latents, slots = run.bridge.encoder(*run.states.read(sources))
+    for part in chunks(sources, run.micro_batch):
+        latents, slots = run.bridge.encoder(*run.states.read(part))
         found += [row[real].float().cpu().numpy() for row, real in zip(latents, slots, strict=True)]
     return found
 

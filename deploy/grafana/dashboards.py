@@ -514,6 +514,13 @@ QUALITY = Board(
                     ("LatentWireLatentsAlike", "latent_similarity"),
                 ),
                 Panel(
+                    "Drift of latents",
+                    "short",
+                    "From those of training texts, in standard deviations of one. Red: texts are of another kind.",
+                    of_bridge("latentwire_latent_drift"),
+                    ("LatentWireLatentsDrift", ""),
+                ),
+                Panel(
                     "Windows",
                     "short",
                     "Outputs and latents that these numbers are of; few say little.",

@@ -13,5 +13,5 @@ mkdir -p "$to"/{base,components/{replicas/redis,monitoring,autoscaling}}
 cp "$one"/*.yaml "$to/base"
 cp "$several"/redis/*.yaml "$to/components/replicas/redis"
 cp "$several/networkpolicy.yaml" "$to/components/replicas"
-cp "$several/servicemonitor.yaml" "$to/components/monitoring"
+cp "$several"/{servicemonitor,prometheusrule}.yaml "$to/components/monitoring"
 cp "$several/scaledobject.yaml" "$to/components/autoscaling"

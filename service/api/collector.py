@@ -28,8 +28,11 @@ WINDOW = {
     "truncated_ratio": "Share of the latest outputs that their limit of tokens cut.",
     "latents": "Latents in the window: of the latest 256 texts that were not in the cache.",
     "latent_similarity": "Mean cosine between the mean slots of those latents; 1 where texts make no difference.",
+    "latent_drift": "Distance between the mean of those latents and that of the training texts', in standard "
+    "deviations of a single text's; from 64 on, where the checkpoint has statistics.",
 }
-NAMES = {"outputs": "output_window", "latents": "latent_window", "latent_similarity": "latent_similarity"}
+NAMES = {"outputs": "output_window", "latents": "latent_window"}
+NAMES |= {name: name for name in WINDOW if name.startswith("latent_")}
 
 
 def register(runtime: Runtime, jobs: Jobs) -> None:
@@ -72,7 +75,8 @@ class RequestCollector(Collector):
         for name, meaning in WINDOW.items():
             gauge = GaugeMetricFamily(f"latentwire_{NAMES.get(name, f'output_{name}')}", meaning, labels=["bridge"])
             for bridge, values in measured.items():
-                gauge.add_metric([bridge], values[name])
+                if name in values:
+                    gauge.add_metric([bridge], values[name])
             yield gauge
 
 

@@ -12,10 +12,12 @@ def inspect(checkpoint: Checkpoint) -> None:
     """Show what a checkpoint is: models, fingerprints, sizes, gates, codebooks; and whether the models are those."""
     from latentwire.bridge.checkpoint import check_models, folder_of_checkpoint, load_bridge
     from latentwire.bridge.config import dump_manifest
+    from latentwire.bridge.drift import load_statistics
     from latentwire.bridge.gate import load_gates
 
     manifest, bridge = load_bridge(checkpoint)
-    gates = load_gates(folder_of_checkpoint(checkpoint), manifest)
+    folder = folder_of_checkpoint(checkpoint)
+    gates, statistics = load_gates(folder, manifest), load_statistics(folder, manifest)
     weights = sum(p.numel() for p in bridge.parameters())
     size = manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())
     Console().print_json(dump_manifest(manifest).decode())
@@ -24,5 +26,7 @@ def inspect(checkpoint: Checkpoint) -> None:
         typer.echo(f"gate of {receiver!r}: {gate}")
     if (books := bridge.codebooks) is not None:
         typer.echo(f"{len(books.vectors)} codebooks of {books.about['task']!r}, fitted to {books.about['slots']} slots")
+    if statistics is not None:
+        typer.echo(f"statistics of the latents of {statistics.texts} texts of {statistics.task!r}")
     check_models(manifest.bridge)
     typer.echo("sender and receivers are the models it was trained with")

@@ -81,7 +81,7 @@ class Runtime:
         self.cache: Store = redis or MemoryStore(_budgets(settings))
         self.store = redis or (self.cache if settings.store_dir is None else _on_disk(settings.store_dir, settings))
         self.corpora = Corpora(settings.corpus_dir, set(self.bridge_ids.values()), settings.message_key)
-        self.metrics = Metrics(self.bridges, settings.latency_buckets)
+        self.metrics = Metrics({name: one.statistics for name, one in self.bridges.items()}, settings.latency_buckets)
         self._lanes = Lanes()
         self._warming: asyncio.Task[None] | None = None
 

@@ -20,6 +20,7 @@ import yaml
 from deploy.grafana.build import RULES
 from deploy.grafana.dashboards import DASHBOARDS, Panel
 from latentwire.service.cli.demo import running
+from latentwire.service.metrics import FEWEST
 from tests.ports import free_port
 
 WAIT_SECONDS = 60.0
@@ -72,6 +73,9 @@ def under_load(url: str) -> Iterator[None]:
 
     evaluation = {"bridge": "demo", "task": "world", "conditions": ["bridge", "direct"], "limit": 4}
     httpx.post(f"{url}/evaluations", json=evaluation, trust_env=False).raise_for_status()
+    for start in range(0, FEWEST, 16):  # a drift is told of no fewer
+        texts = {"inputs": [f"Mara has {start + number} cups." for number in range(16)]}
+        httpx.post(f"{url}/encode", json=texts, trust_env=False, timeout=WAIT_SECONDS).raise_for_status()
     with ThreadPoolExecutor(1) as caller:
         calling = caller.submit(call)
         try:

@@ -53,7 +53,8 @@ def test_the_command_saves_a_gate_and_says_what_it_reaches(builtin: Path) -> Non
     assert (gate.task, gate.examples, gate.target_retention, gate.dtype) == ("world", 60, 0.85, "float16")
     assert gate.reached.low >= 0.85 and gate.reached.coverage > 0.5
     assert f"{gate.reached.coverage:.1%}" in said.output and "1.000 from texts" in said.output
-    assert "gate of 'builtin:llama'" in CliRunner().invoke(app, ["inspect", str(builtin)]).output
+    shown = CliRunner().invoke(app, ["inspect", str(builtin)]).output
+    assert "gate of 'builtin:llama'" in shown and "latents of 60 texts of 'world'" in shown
     slim = builtin.parent / "slim"
     export(builtin, slim)
     assert load_gates(slim, read_manifest(slim)) == {"builtin:llama": gate}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from latentwire.bridge import engine
+from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import save_bridge
 from latentwire.bridge.evaluation import measure as measuring
 from latentwire.bridge.evaluation.conditions import CONDITIONS, predict
@@ -20,8 +21,10 @@ from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import METRICS
 from latentwire.bridge.evaluation.tasks import Example
 from latentwire.bridge.prompt import collate
+from latentwire.training.export import export
 from latentwire.training.loop import BEST, train
 from latentwire.training.objectives import answer_loss
+from latentwire.training.prepare import sampler_of
 from latentwire.training.run import Run
 from latentwire.training.validation import metric_of, validate
 from tests.integration.conftest import MakeConfig
@@ -272,3 +275,26 @@ def test_an_evaluation_without_latents_shows_what_the_receiver_says_on_its_own(
     assert len(lines) == 4 and all(len(shares(line)) == 3 for line in lines[2:])
     none = list(shown(context, [None, None], 1, 3))
     assert len(none) == 2 and none[0] != lines[0]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_checkpoint_keeps_what_the_latents_of_its_training_texts_are_like(
+    make: MakeConfig, tmp_path: Path, cached: bool
+) -> None:
+    config = make(max_steps=10, save_every=20, validate_every=10, validation_examples=2, cache_features=cached)
+    train(config, quiet())
+    bridge, run = Bridge.load(config.out), prepared(config.model_copy(update={"out": tmp_path / "again"}))
+    drawn = [run.train[i].source for step in range(10) for i in sampler_of(run).batch(step)]
+    latents = [latent.array for latent in bridge.encode(drawn, dtype="float32", truncate=True)]
+    assert bridge.statistics is not None and bridge.statistics.texts == 40
+    assert bridge.statistics.mean == pytest.approx(np.mean([one.mean(axis=0) for one in latents], axis=0), abs=1e-4)
+    assert bridge.statistics.std == pytest.approx(np.std([one.mean(axis=0) for one in latents], axis=0), abs=1e-4)
+    assert Bridge.load(config.out / BEST).statistics == bridge.statistics  # validated once, after the last step
+    export(config.out, tmp_path / "slim")
+    assert Bridge.load(tmp_path / "slim").statistics == bridge.statistics
+
+
+def test_a_run_of_too_few_texts_says_nothing_of_them(make: MakeConfig) -> None:
+    config = make(max_steps=7)  # of four
+    train(config, quiet())
+    assert Bridge.load(config.out).statistics is None

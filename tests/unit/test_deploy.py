@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy import metrics_md
 from deploy.grafana import build
 from latentwire.service.app import create_app
+from latentwire.service.metrics import FEWEST
 from latentwire.service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,8 @@ def exposed(checkpoint: Path) -> Iterator[dict[str, set[str]]]:
         body = {"inputs": [{"text": "Mara sings."}], "prompt": "What does Mara do?", "max_tokens": 2}
         for asked in ({"bridge": "tiny"}, {"bridge": "gated", "fallback": "text"}):
             assert client.post("/generate", json={**body, **asked}).status_code == 200
+        texts = {"bridge": "gated", "inputs": [f"Mara has {i} cups." for i in range(FEWEST)]}  # for a drift
+        assert client.post("/encode", json=texts).status_code == 200
         text = client.get("/metrics").text
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):

@@ -32,7 +32,7 @@ SAME = {
     "base + openshift": ["openshift"],
     "overlays/replicas + openshift": ["gpu", "replicas", "openshift"],
 }
-CUSTOM = {"ServiceMonitor", "ScaledObject"}  # of operators: Kubernetes has no schema of them
+CUSTOM = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}  # of operators: Kubernetes has no schema of them
 
 
 def rendered(*command: str | Path) -> list[Manifest]:
@@ -193,6 +193,29 @@ def test_probes_and_the_monitor_ask_what_the_service_answers(
     assert answer.status_code == 200
     metrics = [metric for query in queries for metric in re.findall(r"latentwire_\w+", query)]
     assert len(metrics) == 2 and all(f"# TYPE {metric} gauge" in answer.text for metric in metrics)
+
+
+def test_the_alerts_of_the_cluster_are_those_of_compose_with_the_job_of_the_release(
+    kustomized: dict[str, list[Manifest]],
+) -> None:
+    rules = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())
+    assert one(kustomized["overlays/replicas"], "PrometheusRule")["spec"] == rules
+    given = ("--set", "monitoring.enabled=true", "--set", "monitoring.labels.release=kps")
+    command = (tool("helm"), "template", "news", CHART, *given)
+    manifests = rendered(*command)
+    rule, monitor = one(manifests, "PrometheusRule", "news"), one(manifests, "ServiceMonitor", "news")
+    labels = rule["metadata"]["labels"]
+    assert labels == monitor["metadata"]["labels"] and labels["release"] == "kps"
+    (down,) = (each for each in rule["spec"]["groups"][0]["rules"] if each["alert"] == "LatentWireDown")
+    assert down["expr"] == 'up{job="news"} == 0' and one(manifests, "Service", "news")
+    assert not [each for each in by_chart() if each["kind"] in CUSTOM]
+
+
+def test_a_packed_chart_has_the_alerts_in_it(tmp_path: Path) -> None:
+    run(tool("helm"), "package", CHART, "--destination", tmp_path)
+    (packed,) = tmp_path.glob("*.tgz")
+    manifests = rendered(tool("helm"), "template", NAMESPACE, packed, "--set", "monitoring.enabled=true")
+    assert one(manifests, "PrometheusRule") == one(by_chart("--set", "monitoring.enabled=true"), "PrometheusRule")
 
 
 def test_ports_lead_to_where_the_service_listens(manifests: list[Manifest]) -> None:

@@ -43,7 +43,7 @@ def test_every_status_has_an_outcome(status: int, outcome: str) -> None:
 
 
 def test_series_are_there_before_the_first_event() -> None:
-    seen = samples(Metrics(["news"]))
+    seen = samples(Metrics({"news": None}))
     for route in ROUTES:
         for outcome in OUTCOMES:
             assert seen["latentwire_outcomes_total", "news", outcome, route] == 0
@@ -54,7 +54,7 @@ def test_series_are_there_before_the_first_event() -> None:
 
 
 def test_a_stream_counts_by_its_end_and_other_routes_have_no_outcome() -> None:
-    metrics = Metrics(["news"])
+    metrics = Metrics({"news": None})
     metrics.observe_end("/generate", 200, 0.5, "news", 499)
     metrics.observe_end("/metrics", 200, 0.5, "", 200)
     seen = samples(metrics)
@@ -72,7 +72,7 @@ def test_refusals_are_counted_by_reasons_that_are_known() -> None:
 
 
 def test_first_tokens_are_timed_from_the_arrival_and_later_ones_from_the_first() -> None:
-    metrics = Metrics(["news"])
+    metrics = Metrics({"news": None})
     answers = [Generation("a b c", "stop", 5), Generation("", "stop", 1), Generation("", "stop", 0)]
     metrics.observe_times("news", 10.0, [Times(10.0, 11.0, 12.0, 14.0), Times(10.0, 11.0, 13.0, 13.0), None], answers)
     seen = samples(metrics)
@@ -142,7 +142,7 @@ def test_similarity_is_the_mean_cosine_of_all_pairs() -> None:
 def test_buckets_of_seconds_are_what_the_operator_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LW_LATENCY_BUCKETS", "0.5, 2,8")
     buckets = Settings().latency_buckets
-    for metrics in (Metrics(["news"], buckets), ModelMetrics(buckets)):
+    for metrics in (Metrics({"news": None}, buckets), ModelMetrics(buckets)):
         bounds = {
             key[-1] if key[0] == "latentwire_queue_seconds_bucket" else key[2]
             for key in samples(metrics)
