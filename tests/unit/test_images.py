@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -55,11 +57,28 @@ def test_nothing_that_compiles_is_installed_and_what_is_deleted_is_for_compiling
     assert not [step for step in STEPS if re.search(r"\b(apt|apk|gcc|build-essential)\b", step)]
     (deleting,) = (step for step in STEPS if "rm -rf" in step)
     folders = re.findall(r'"\$site"/(\S+)', deleting)
-    assert len(folders) > 4 and all(re.search(r"include|test|protoc", folder) for folder in folders)
+    assert len(folders) > 4 and all(re.search(r"include|[tT]est|protoc|flight", folder) for folder in folders)
     packages = re.findall(r"for package in ([\w ]+);", deleting)[0].split()
     assert "-type d -name tests" in deleting and len(packages) > 4
     last = max(i for i, line in enumerate(DOCKERFILE) if line.startswith("FROM "))
     assert not [line for line in DOCKERFILE[last:] if "pip install" in line]
+
+
+def test_bytecode_is_that_of_what_runs_and_is_made_after_the_deleting() -> None:
+    assert all("--no-compile" in step for step in STEPS if "pip install" in step)
+    (deleting,) = (i for i, step in enumerate(STEPS) if "rm -rf" in step)
+    running = STEPS[deleting + 1]
+    assert re.match(r"find /opt/latentwire -name '\*\.py' -exec touch .*&& latentwire evaluate builtin", running)
+    modules = re.findall(r'python -Pc "import ([\w., ]+)"', running)[0].split(", ")
+    assert len(modules) == 4 and all(find_spec(module) for module in modules)
+
+
+def test_what_the_image_lacks_of_arrow_is_asked_for_by_nothing_that_reads_arrow() -> None:
+    site = Path(sysconfig.get_path("purelib"))
+    for folder in (ROOT / "bridge", ROOT / "training", site / "datasets", site / "pandas"):
+        files = [file for file in folder.rglob("*.py") if "tests" not in file.parts]
+        assert any("pyarrow" in file.read_text() for file in files)
+        assert not [file for file in files if re.search(r"(pyarrow|pa)\.flight|import flight", file.read_text())]
 
 
 def test_compose_runs_the_service_on_a_read_only_root() -> None:
