@@ -15,6 +15,7 @@ from ray.serve.config import ProxyLocation
 
 from latentwire.bridge.errors import InvalidRequest, first_line
 from latentwire.service.app import create_app
+from latentwire.service.auth.guard import check_binding
 from latentwire.service.ray.remote import RayModels
 from latentwire.service.ray.replicas import Encoder, Generator
 from latentwire.service.settings import Settings
@@ -24,12 +25,17 @@ NOT_THEIRS = (
     "api_keys_file", "api_keys", "signing_key", "redis_url", "store_dir", "jobs_dir", "corpus_dir", "tasks",
 )  # fmt: skip
 
+EVERYWHERE = "0.0.0.0"  # where proxies listen, http_options say, which a replica does not see
+
 
 class Front:
     """The HTTP service in a replica; Ray's proxies send it what they are asked."""
 
     def __init__(self, encoder: Any, generator: Any, bridges: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-        self._made = (Settings(**settings), dict(bridges), encoder, generator)
+        made = Settings(**settings)
+        has_keys = made.api_keys_file is not None or made.api_keys is not None
+        check_binding(EVERYWHERE, has_keys=has_keys, insecure=made.insecure)
+        self._made = (made, dict(bridges), encoder, generator)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray once this is made."""

@@ -1,13 +1,14 @@
 """Models that run in replicas on Ray, as the HTTP side sees them.
 
 A replica that ends, or whose node does, takes no request with it: each is asked again of another. What a model does
-depends on the question alone, so the answer is the same. Only a stream of which the caller has seen a part ends there.
+depends on the question alone, its seed included, so the answer is the same, and a stream goes on where it was.
 """
 
 import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -162,9 +163,13 @@ class RayModels:
         on_cost: Callable[[int], None] = lambda cost: None,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> Value:
-        """Ask, and again where a replica goes before the caller has seen anything (NotReady: in vain)."""
+        """Ask, and again where a replica goes.
+
+        Raises:
+            NotReady: None could answer, or another one says something else than the caller has seen already.
+        """
         data, bridge_id = encoded(question), "" if bridge is None else bridge.manifest.bridge_id
-        said: list[Piece] = []
+        told = _Told(on_piece)
         if not self._asked:
             self._heard = time.monotonic()
         self._asked += 1
@@ -175,17 +180,13 @@ class RayModels:
                     async with aclosing(_replies(half, data, bridge_id, on_piece is not None)) as replies:
                         async for reply in replies:
                             self._heard = time.monotonic()
-                            if isinstance(reply, Said) and on_piece is not None:
-                                said.append(reply.piece)
-                                on_piece(reply.piece)
+                            if isinstance(reply, Said):
+                                told.take(reply.piece)
                             elif isinstance(reply, Answer | Failure):
                                 return _value(reply, type_, on_cost)
                 except GONE as error:
                     log.warning("a replica of %s has gone: %s", half.deployment_name, first_line(error))
-                    if said:
-                        raise NotReady(
-                            "the replica that was answering ended", retry_after_seconds=RETRY_SECONDS
-                        ) from None
+                    told.begin_again()
             raise NotReady("no replica could answer", retry_after_seconds=RETRY_SECONDS)
         finally:
             self._asked -= 1
@@ -221,6 +222,30 @@ class RayModels:
                 log.exception("Ray says nothing of the replicas")
                 self.ready = False
             await asyncio.sleep(POLL_SECONDS)
+
+
+class _Told:
+    """The pieces of text that a caller has been told; those that another replica says again are not told again."""
+
+    def __init__(self, on_piece: Callable[[Piece], None] | None) -> None:
+        self._on_piece = on_piece
+        self._told: dict[int, list[str]] = {}
+        self._said: Counter[int] = Counter()
+
+    def begin_again(self) -> None:
+        """The next piece of each output is its first."""
+        self._said.clear()
+
+    def take(self, piece: Piece) -> None:
+        """Tell a piece, unless it was told (NotReady where another was told in its place)."""
+        told, number = self._told.setdefault(piece.index, []), self._said[piece.index]
+        self._said[piece.index] += 1
+        if number == len(told):
+            told.append(piece.text)
+            if self._on_piece is not None:
+                self._on_piece(piece)
+        elif told[number] != piece.text:
+            raise NotReady("the replica that was answering ended", retry_after_seconds=RETRY_SECONDS)
 
 
 async def _replies(half: DeploymentHandle, data: bytes, bridge_id: str, stream: bool) -> AsyncIterator[Reply]:
