@@ -142,6 +142,9 @@ class Settings(BaseSettings):
     )
     ray_encoders: int = Field(1, ge=1, description="With ray: replicas that encode.")
     ray_generators: int = Field(1, ge=1, description="With ray: replicas that generate and score.")
+    ray_cpus: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="With ray: CPUs that are set aside for each replica."
+    )
     ray_gpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="With ray: GPUs of each replica, e.g. 0.5.")
     device: str | None = Field(
         None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"

@@ -44,13 +44,20 @@ class Cluster:
                 return node
         raise RuntimeError(f"no node of Ray could be started: {(self._folder / 'log').read_text()[-2000:]}")
 
+    def run(self, *command: str) -> None:
+        """A command of Ray's on this cluster."""
+        run = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+        done = subprocess.run(run, env=os.environ | self.variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
     def _start(self, cpus: int) -> psutil.Process | None:
         host, log = f"127.0.0.{len(self._nodes) + 2}", self._folder / "log"
-        place = ["--address", self.variables["RAY_ADDRESS"]]
-        if not self._nodes:
-            self.variables["RAY_ADDRESS"] = f"{host}:{free_port(host)}"
-            port = self.variables["RAY_ADDRESS"].rpartition(":")[2]
-            place = ["--head", "--port", port, "--include-dashboard=false", "--temp-dir", str(self._folder)]
+        if self._nodes:
+            place = ["--address", self.variables["RAY_ADDRESS"]]
+        else:
+            port = free_port(host)
+            self.variables["RAY_ADDRESS"] = f"{host}:{port}"
+            place = ["--head", "--port", str(port), "--include-dashboard=false", "--temp-dir", str(self._folder)]
         command = [
             *(str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address", host),
             *("--num-cpus", str(cpus), "--object-store-memory", str(100 << 20), "--include-log-monitor=false", *place),

@@ -66,7 +66,7 @@ def halves(settings: Settings, bridges: Mapping[str, str]) -> tuple[Application,
             num_replicas=replicas,
             max_ongoing_requests=settings.max_queue,  # batches are made of those that wait in a replica
             graceful_shutdown_timeout_s=settings.drain_timeout,
-            ray_actor_options={"num_gpus": settings.ray_gpus},
+            ray_actor_options={"num_cpus": settings.ray_cpus, "num_gpus": settings.ray_gpus},
         )
         made.append(deployment.bind(dict(bridges), theirs))
     return made[0], made[1]

@@ -8,8 +8,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -47,12 +46,12 @@ from latentwire.service.processes.frames import (
     unframed,
     unpack,
 )
+from latentwire.service.ray.told import RETRY_SECONDS, Told
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 AGAIN_SECONDS = (0.0, 0.1, 0.5, 2.0, 5.0)  # before a question is asked again: Ray learns meanwhile who has gone
-RETRY_SECONDS = 5.0  # what a caller is told to wait where no replica could answer
 POLL_SECONDS = 1.0  # between signs of life
 SOON_SECONDS = 5.0  # within which a replica that does not hang says how it is
 GONE = (
@@ -169,7 +168,7 @@ class RayModels:
             NotReady: None could answer, or another one says something else than the caller has seen already.
         """
         data, bridge_id = encoded(question), "" if bridge is None else bridge.manifest.bridge_id
-        told = _Told(on_piece)
+        told = Told(on_piece)
         if not self._asked:
             self._heard = time.monotonic()
         self._asked += 1
@@ -224,31 +223,7 @@ class RayModels:
             await asyncio.sleep(POLL_SECONDS)
 
 
-class _Told:
-    """The pieces of text that a caller has been told; those that another replica says again are not told again."""
-
-    def __init__(self, on_piece: Callable[[Piece], None] | None) -> None:
-        self._on_piece = on_piece
-        self._told: dict[int, list[str]] = {}
-        self._said: Counter[int] = Counter()
-
-    def begin_again(self) -> None:
-        """The next piece of each output is its first."""
-        self._said.clear()
-
-    def take(self, piece: Piece) -> None:
-        """Tell a piece, unless it was told (NotReady where another was told in its place)."""
-        told, number = self._told.setdefault(piece.index, []), self._said[piece.index]
-        self._said[piece.index] += 1
-        if number == len(told):
-            told.append(piece.text)
-            if self._on_piece is not None:
-                self._on_piece(piece)
-        elif told[number] != piece.text:
-            raise NotReady("the replica that was answering ended", retry_after_seconds=RETRY_SECONDS)
-
-
-async def _replies(half: DeploymentHandle, data: bytes, bridge_id: str, stream: bool) -> AsyncIterator[Reply]:
+async def _replies(half: DeploymentHandle, data: bytes, bridge_id: str, stream: bool) -> AsyncGenerator[Reply, None]:
     """What a replica replies; closed before its end, the replica stops."""
     if stream:
         pieces = half.options(stream=True).stream.remote(data, bridge_id)
