@@ -13,15 +13,8 @@ from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from ray import serve
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RpcError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
@@ -51,13 +44,9 @@ from latentwire.service.ray.told import RETRY_SECONDS, Told
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
-AGAIN_SECONDS = (0.0, 0.1, 0.5, 2.0, 5.0)  # before a question is asked again: Ray learns meanwhile who has gone
+AGAIN_SECONDS = (0.0, 0.1, 0.2, 0.5, *[1.0] * 30)  # before a question is asked, and again: Ray learns who has gone
 POLL_SECONDS = 1.0  # between signs of life
 SOON_SECONDS = 5.0  # within which a replica that does not hang says how it is
-GONE = (
-    RayActorError, NodeDiedError, WorkerCrashedError, ObjectLostError, RpcError, TaskCancelledError,
-    DeploymentUnavailableError, ReplicaUnavailableError,
-)  # fmt: skip
 
 
 class RayModels:
@@ -175,6 +164,7 @@ class RayModels:
         try:
             for pause in AGAIN_SECONDS:
                 await asyncio.sleep(pause)
+                told.begin()
                 try:
                     async with aclosing(_replies(half, data, bridge_id, on_piece is not None)) as replies:
                         async for reply in replies:
@@ -183,9 +173,9 @@ class RayModels:
                                 told.take(reply.piece)
                             elif isinstance(reply, Answer | Failure):
                                 return _value(reply, type_, on_cost)
-                except GONE as error:
+                    log.warning("a replica of %s ended its answer early", half.deployment_name)
+                except (RayError, RayServeException) as error:
                     log.warning("a replica of %s has gone: %s", half.deployment_name, first_line(error))
-                    told.begin_again()
             raise NotReady("no replica could answer", retry_after_seconds=RETRY_SECONDS)
         finally:
             self._asked -= 1
@@ -197,7 +187,7 @@ class RayModels:
             told = half.broadcast("ask", encoded(question), bridge.manifest.bridge_id)
             try:
                 replies = await told.results_async()
-            except GONE as error:
+            except (RayError, RayServeException) as error:
                 raise NotReady(f"a replica has gone: {first_line(error)}", retry_after_seconds=RETRY_SECONDS) from None
             answers += [_value(reply, type_) for data in replies for reply in unframed(data)]
         return answers

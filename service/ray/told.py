@@ -17,7 +17,7 @@ class Told:
         self._told: dict[int, list[str]] = {}
         self._said: Counter[int] = Counter()
 
-    def begin_again(self) -> None:
+    def begin(self) -> None:
         """The next piece of each output is its first."""
         self._said.clear()
 

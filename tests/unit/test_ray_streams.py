@@ -12,7 +12,7 @@ def test_what_was_told_is_not_told_again_whatever_the_order_of_outputs() -> None
     told = Told(lambda piece: heard.append((piece.index, piece.text)))
     for index, text in [(0, "a"), (1, "x"), (0, "b")]:
         told.take(Piece(index, text, ()))
-    told.begin_again()
+    told.begin()
     for index, text in [(1, "x"), (1, "y"), (0, "a"), (0, "b"), (0, "c")]:
         told.take(Piece(index, text, ()))
     assert heard == [(0, "a"), (1, "x"), (0, "b"), (1, "y"), (0, "c")]
@@ -21,6 +21,6 @@ def test_what_was_told_is_not_told_again_whatever_the_order_of_outputs() -> None
 def test_a_replica_that_says_something_else_does_not_go_on() -> None:
     told = Told(lambda piece: None)
     told.take(Piece(0, "a", ()))
-    told.begin_again()
+    told.begin()
     with pytest.raises(NotReady, match="ended"):
         told.take(Piece(0, "b", ()))
