@@ -63,6 +63,31 @@ def saturation(seconds: float, rounds: int) -> dict[str, Any]:
     }
 
 
+def front(seconds: float) -> dict[str, Any]:
+    """What the process that answers HTTP takes of a core: for a request, for one that is encoded, for a token of a
+    stream. One of it serves what a core holds of these."""
+    asked, took = bodies(256), dict[str, dict[str, float]]()
+    streams = [{**body, "stream": True} for body in asked]
+    sources = [{"inputs": [text]} for text in texts(4096)]
+    with serving(LW_ENCODE_CACHE="false") as pid:
+        _, http = psutil.Process(pid).children()
+        for name, path, sent in (
+            ("generate", "/generate", asked),
+            ("stream", "/generate", streams),
+            ("encode", "/encode", sources),
+        ):
+            asyncio.run(closed_loop(path, sent, CALLERS, 1, 1))
+            before = http.cpu_times()
+            met = asyncio.run(closed_loop(path, sent, CALLERS, seconds, 0))
+            after = http.cpu_times()
+            busy = after.user + after.system - before.user - before.system
+            count = len(met.seconds["200"])
+            took[name] = {"ms_per_request": busy / count * 1000, "requests_per_core_second": count / busy}
+    tokens = statistics.mean(body["max_tokens"] for body in asked)
+    streamed = took["stream"]["ms_per_request"] - took["generate"]["ms_per_request"]
+    return {"front": {**took, "mean_tokens": tokens, "stream_ms_per_token": streamed / tokens}}
+
+
 def encoding(seconds: float, rounds: int) -> dict[str, Any]:
     """Texts per second over HTTP, and of the encoder called directly with the size of batch it likes best."""
     found: dict[str, list[float]] = {"direct": [], "http": []}
@@ -254,6 +279,7 @@ def main(
         "saturation": lambda: saturation(seconds, rounds),
         "encoding": lambda: encoding(seconds, rounds),
         "idle": lambda: idle(200),
+        "front": lambda: front(2 * seconds),
         "first_token": lambda: first_token(20),
         "overload": lambda: overload(overload_seconds),
         "evaluation": lambda: evaluating(overload_seconds / 3, 3),

@@ -72,7 +72,7 @@ class ContinuousEngine(Engine):
         super().__init__(lm, max_rows=max_rows, on_death=on_death)
         self._step_tokens, self._way, self._preempted = step_tokens, way, 0
         self._trouble = threading.Event()
-        self._closed = False
+        self._closed = self._recovering = False
         with ExitStack() as stack:  # nobody waits any more, and the model is as it was found
             stack.callback(self._end_threads)
             stack.callback(_exclusive(lm))
@@ -210,6 +210,8 @@ class ContinuousEngine(Engine):
             self.soft_ids.release(running.soft.key)
 
     def _begin(self, running: Running) -> None:
+        if self._recovering:  # it begins with those before it
+            return
         ids = running.row.ids
         if running.soft is not None:
             soft = self.soft_ids.ids(running.soft.key)
@@ -283,7 +285,12 @@ class ContinuousEngine(Engine):
             self.on_death()
 
     def _recover(self) -> None:
-        """Begin again with an empty cache; raises what no smaller step would mend."""
+        """Begin again with an empty cache; raises what no smaller step would mend.
+
+        Whoever submits or cancels meanwhile waits for none of it: making graphs takes long.
+        """
+        with self._lock:
+            self._recovering = True
         self._stop_manager()
         self._preempted = self.preemptions
         self._trouble.clear()
@@ -293,9 +300,10 @@ class ContinuousEngine(Engine):
                 raise error
             status.fatal_error = error = None  # its frames hold the old cache, where the new one should go
             free_caches()
+        self._kv_tokens, self._manager = fitted(self._kv_tokens, self._new_manager)
         with self._lock:
+            self._recovering = False
             self.soft_ids.renumber()
-            self._kv_tokens, self._manager = fitted(self._kv_tokens, self._new_manager)
             self._start_manager()
             for running in filter(self._is_live, list(self._running.values())):
                 if len(running.row) + running.tokens.params.max_tokens > self.capacity_tokens:

@@ -6,6 +6,7 @@ closed before the model leaves. That of a receiver on a vLLM server stays until 
 
 import asyncio
 import logging
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ class Engines:
         self._load_wait, self._on_death, self._on_step = load_wait, on_death, on_step
         self._engines: dict[Fingerprint | str, Engine] = {}  # by name where they are on a server
         self._past: Counter[str] = Counter()  # of engines that were closed: what is counted does not go down
+        self._closing = threading.Lock()  # an engine is among those that are open, or in the past
         self._pending: dict[Hashable, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loader")  # each model that is waited for takes one
 
@@ -69,7 +71,8 @@ class Engines:
 
     def total(self, count: Literal["out_of_memory", "preemptions"]) -> int:
         """What all engines have counted so far."""
-        return self._past[count] + sum(int(getattr(engine, count)) for engine in self.all())
+        with self._closing:
+            return self._past[count] + sum(int(getattr(engine, count)) for engine in self.all())
 
     def kind(self, name: str) -> Kind | None:
         """How a receiver generates: ``continuous``, ``padded`` or ``vllm``; None until it is first asked."""
@@ -153,8 +156,10 @@ class Engines:
         fingerprint = lm.fingerprint  # and nothing else of the model: it must be free when what came back is measured
 
         def close() -> None:
-            if (engine := self._engines.pop(fingerprint, None)) is not None:
-                self._past += Counter(out_of_memory=engine.out_of_memory, preemptions=engine.preemptions)
+            with self._closing:
+                if (engine := self._engines.pop(fingerprint, None)) is not None:
+                    self._past += Counter(out_of_memory=engine.out_of_memory, preemptions=engine.preemptions)
+            if engine is not None:
                 engine.close()
 
         self.residency.attach(lm.name, close, tokens * each)

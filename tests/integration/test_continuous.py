@@ -389,6 +389,36 @@ def test_out_of_memory_halves_the_steps_and_every_request_goes_on_where_it_was(
     assert made.out_of_memory == 2 and made.max_rows == 1
 
 
+def test_while_an_engine_begins_again_requests_are_taken_and_cancelled_without_waiting_for_it(
+    lms: dict[str, FrozenLM], model_folders: dict[str, Path], opened: Callable[..., Any]
+) -> None:
+    lm = load_model(str(model_folders["llama"]))
+    made = opened(ContinuousEngine, lm, max_rows=4)
+    begins, may = threading.Event(), threading.Event()
+    begin_again = lm.model.init_continuous_batching
+
+    def held_up(**named: Any) -> Any:
+        begins.set()
+        assert may.wait(PATIENCE)
+        return begin_again(**named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm.model, "init_continuous_batching", held_up)
+        fails(patch, lm.model, "forward", OUT, times=1, after=2)
+        before, dropped = ask(made, range(2), [SamplingParams(6)] * 2)
+        assert begins.wait(PATIENCE)
+        late: list[Asked] = []
+        asking = threading.Thread(target=lambda: late.extend(ask(made, [2], [SamplingParams(6)])), daemon=True)
+        asking.start()
+        asking.join(PATIENCE)
+        made.cancel(dropped.running)
+        assert late and not may.is_set()
+        may.set()
+        said = [one.answer() for one in (before, *late)]
+    assert [told(one) for one in said] == [told(alone(lms["llama"], i, SamplingParams(6))) for i in (0, 2)]
+    assert made.running == 0
+
+
 @contextmanager
 def memory_of(more_bytes: int) -> Iterator[None]:
     """This process may take so much more memory, and what would take it beyond fails."""
