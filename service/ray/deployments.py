@@ -78,13 +78,13 @@ def deployed(settings: Settings, bridges: Mapping[str, str]) -> RayModels:
     It comes up in the background. On a cluster that was there it stays when this process ends, for others.
 
     Raises:
-        InvalidRequest: There is no such cluster.
+        InvalidRequest: There is no such cluster, or none can be started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address or "local", include_dashboard=None if address else False, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray has no error of its own for a node that cannot start, or be found
         raise InvalidRequest(f"--engine ray: {first_line(error)}") from None
     serve.start(proxy_location=ProxyLocation.Disabled)
     names = ("latentwire-encoder", "latentwire-generator")
