@@ -17,6 +17,7 @@ from latentwire.bridge.quantised import check_quantisation
 log = logging.getLogger(__name__)
 
 Role = Literal["sender", "receiver"]
+ROLES: tuple[Role, ...] = ("sender", "receiver")
 LENGTHS = ("max_position_embeddings", "max_seq_len")
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 BY_LONGEST = ("longrope",)

@@ -22,6 +22,7 @@ from latentwire.bridge.drift import LatentStatistics
 from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import soften
 from latentwire.bridge.errors import InvalidRequest, at_fault
+from latentwire.bridge.families import ROLES
 from latentwire.bridge.gate import Gate, answer_tokens, watched
 from latentwire.bridge.generation.base import Soft
 from latentwire.bridge.generation.remote import RemoteEngine
@@ -47,6 +48,7 @@ class OpenBridge:
         gates: By receiver, which answers from latents are trusted; ``latentwire calibrate`` makes them.
         statistics: Of the latents of training texts; None in a checkpoint of before there were any.
         remote: URLs of the vLLM servers on which receivers answer, by their names; these models do not run here.
+        roles: What its models do here; those of the other role run elsewhere.
         signing_key: Signs messages; only messages that bear its signature are then decoded.
     """
 
@@ -59,7 +61,7 @@ class OpenBridge:
         self.name, self.manifest, self.model, self.gates, self.statistics = name, manifest, model, gates, statistics
         self.residency, self.senders, self.signing_key = residency, senders or residency, signing_key
         self.remote, self._engines, self._opening = remote, dict[str, RemoteEngine](), threading.Lock()
-        self.reader = cache(load_reader)
+        self.reader, self.roles = cache(load_reader), ROLES
 
     def __repr__(self) -> str:
         return f"Bridge({self.name!r}: {self.sender} → {', '.join(self.receivers)})"
@@ -77,7 +79,8 @@ class OpenBridge:
     @property
     def model_names(self) -> list[str]:
         """Names of its models that run here, the sender first."""
-        return [self.sender, *(name for name in self.receivers if name not in self.remote)]
+        receivers = [name for name in self.receivers if name not in self.remote and "receiver" in self.roles]
+        return [self.sender, *receivers] if "sender" in self.roles else receivers
 
     def home(self, name: str) -> Residency:
         """Where a model is held: a sender with the senders, unless it receives too."""

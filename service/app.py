@@ -21,7 +21,8 @@ from latentwire.service.api.prefix import Prefix
 from latentwire.service.api.routes import admin, evaluations, inference, latents, page, status
 from latentwire.service.auth.guard import Guard
 from latentwire.service.auth.pages import Pages
-from latentwire.service.evaluations.jobs import Jobs
+from latentwire.service.evaluations.jobs import Jobs, JobsElsewhere
+from latentwire.service.inference.models import Models
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.frames import Door
 from latentwire.service.processes.remote import RemoteJobs, RemoteModels
@@ -36,22 +37,27 @@ CORS: dict[str, Any] = {
 }
 
 
-def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Door | None = None) -> FastAPI:
+def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Door | Models | None = None) -> FastAPI:
     """Build the application over bridges {name: checkpoint}; no global state, so tests can build many.
 
-    ``models_at`` is the Unix socket of a process that holds the models; without it this process does.
+    ``models_at`` is the Unix socket of a process that holds the models, or what asks those that do; without it this
+    process does.
 
     Raises:
         LatentWireError: A checkpoint cannot be read.
     """
-    remote = None if models_at is None else RemoteModels(models_at, settings.stall_timeout)
-    runtime = Runtime(settings, checkpoints, remote)
-    jobs = Jobs(runtime) if remote is None else RemoteJobs(remote)
-    if remote is not None:
-        remote.expect(runtime.bridge_ids, lambda: runtime.on_death())
-    runtime.metrics.registry.register(RequestCollector(runtime))
-    if isinstance(jobs, Jobs):
+    models = RemoteModels(models_at, settings.stall_timeout) if isinstance(models_at, Door) else models_at
+    runtime = Runtime(settings, checkpoints, models)
+    jobs: Jobs | RemoteJobs
+    if isinstance(models, RemoteModels):
+        models.expect(runtime.bridge_ids, lambda: runtime.on_death())
+        jobs = RemoteJobs(models)
+    elif models is None:
+        jobs = Jobs(runtime)
         register(runtime, jobs)
+    else:
+        jobs = JobsElsewhere(runtime)
+    runtime.metrics.registry.register(RequestCollector(runtime))
     stopped = False
 
     async def stop() -> None:

@@ -135,6 +135,17 @@ class Settings(BaseSettings):
         description="Origins of web pages that may call, such as https://example.com, with commas between them; * is "
         "any. Without keys other pages are refused.",
     )
+    engine: Literal["local", "ray"] = Field(
+        "local",
+        description="ray: models run on Ray, encoders and generators as deployments of their own; RAY_ADDRESS names "
+        "the cluster, and without it one is started on this machine.",
+    )
+    ray_encoders: int = Field(1, ge=1, description="With ray: replicas that encode.")
+    ray_generators: int = Field(1, ge=1, description="With ray: replicas that generate and score.")
+    ray_cpus: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="With ray: CPUs that are set aside for each replica."
+    )
+    ray_gpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="With ray: GPUs of each replica, e.g. 0.5.")
     device: str | None = Field(
         None, pattern=DEVICE, description="Where models compute: cpu, cuda, cuda:1, mps or xpu. [the best there is]"
     )

@@ -3,10 +3,11 @@
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,10 @@ from latentwire.bridge.errors import InvalidRequest
 from latentwire.service.cli.logs import configure
 from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import written_down
+
+if TYPE_CHECKING:
+    from latentwire.service.inference.models import Models
+    from latentwire.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,9 @@ def serve(
             help="Let receivers answer on a vLLM server, vllm:http://HOST:PORT; or NAME=vllm:… for one of several.",
         ),
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help=r"Where models run: local, or ray (encoders and generators on Ray). \[local]")
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Most bytes of weights in memory, e.g. 24GB; models take turns within it.")
     ] = None,
@@ -56,12 +64,13 @@ def serve(
     from latentwire.service.cli.server import serve as run
     from latentwire.service.inference.runtime import Runtime
     from latentwire.service.processes.answering import answer
+    from latentwire.service.processes.frames import Door
     from latentwire.service.processes.supervisor import OPENED, READY, Supervisor
     from latentwire.service.settings import Settings, service_links
 
     flags: dict[str, Any] = {
         "host": host, "port": port, "root_path": root_path, "insecure": insecure, "memory_budget": memory_budget,
-        "receiver": receiver,
+        "receiver": receiver, "engine": engine,
         "corpus_dir": corpus,
     }  # fmt: skip
     try:
@@ -84,8 +93,10 @@ def serve(
     with ExitStack() as opened:
         for listener in (*listeners, *operators):
             opened.enter_context(listener)
-        door = None
-        if settings.frontends:
+        models: Any = None
+        if settings.engine == "ray":
+            models = _on_ray(settings, bridges)
+        elif settings.frontends:
             supervisor = Supervisor()
             if supervisor.run() == "models":
                 opened.close()  # a port is free when nobody answers on it any more
@@ -96,10 +107,10 @@ def serve(
                 on_ready = partial(supervisor.note, "models", READY)
                 sys.exit(answer(runtime, supervisor.listener, supervisor.door.secret, on_ready))
             supervisor.wait_opened()
-            door = supervisor.door
+            models = supervisor.door
         opened.callback(tracing.start())
-        application = create_app(settings, bridges, door)
-        if settings.frontends:
+        application = create_app(settings, bridges, models)
+        if isinstance(models, Door):
             supervisor.note("http", READY)
         if operators:
             application.state.runtime.admin_port = operators[0].getsockname()[1]
@@ -107,6 +118,19 @@ def serve(
         typer.echo(f"LatentWire listens on {shown} (page: {shown}/, reference: {shown}/docs)")
         with written_down(listeners[0]):
             sys.exit(run(application, [*listeners, *operators]))
+
+
+def _on_ray(settings: "Settings", bridges: Mapping[str, str]) -> "Models":
+    """What asks replicas on Ray, which are on their way."""
+    if settings.tasks:
+        raise InvalidRequest("LW_TASKS: evaluations do not run on Ray; measure a bridge with latentwire evaluate")
+    try:
+        from latentwire.service.ray.deployments import deployed
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise InvalidRequest("--engine ray: ray is not installed; pip install 'latentwire[ray]'") from None
+    return deployed(settings, bridges)
 
 
 def _named(bridges: list[str]) -> dict[str, str]:

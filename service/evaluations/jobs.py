@@ -273,6 +273,17 @@ class Jobs:
                 log.warning("%d evaluations are not written down for now: %s", len(live), error)
 
 
+class JobsElsewhere(Jobs):
+    """Of a service whose models take turns with no evaluation: it shows what others over its store have measured."""
+
+    def start(self) -> None:
+        """Nothing runs here."""
+
+    async def create(self, tenant: str, body: EvaluationRequest, key: str | None = None) -> Record:
+        """Refused (InvalidRequest)."""
+        raise InvalidRequest("evaluations do not run on Ray; measure a bridge with latentwire evaluate", param="bridge")
+
+
 def _checked(names: list[str] | None) -> list[str]:
     for name in names or ():
         if name in TRAINED:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import check_models
+from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import Encoded
 from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
+from latentwire.bridge.families import ROLES, Role
 from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.remote import check_named, parse_addresses
@@ -60,8 +63,15 @@ class Runtime:
         on_death: Called when an engine has died: the process should end, for its supervisor to start another.
     """
 
-    def __init__(self, settings: Settings, checkpoints: Mapping[str, str], models: Models | None = None) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoints: Mapping[str, str],
+        models: Models | None = None,
+        roles: tuple[Role, ...] = ROLES,
+    ) -> None:
+        """``models`` run elsewhere, where they are given; of those that run here only ``roles`` do."""
+        self.settings, self._roles = settings, roles
         self._elsewhere = models is not None
         secret = settings.api_keys
         self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
@@ -92,8 +102,9 @@ class Runtime:
         bridge = Bridge.open(
             name, path, self.residency, senders=self.senders, signing_key=settings.message_key, addresses=addresses
         )
+        bridge.roles = self._roles
         if not self._elsewhere:
-            check_models(bridge.manifest.bridge)
+            check_models(bridge.manifest.bridge, self._roles)
         for model in bridge.model_names:
             if not self._elsewhere:
                 bridge.home(model).predict(model)
@@ -118,6 +129,11 @@ class Runtime:
         await self.models.start()
         if not self._elsewhere:
             self._warming = asyncio.create_task(self._warm_up())
+
+    async def warmed(self) -> None:
+        """Wait until the bridges have answered, or never will: ``models`` says which."""
+        if self._warming is not None:
+            await self._warming
 
     async def drain(self) -> None:
         """Not ready for ``drain_delay``, take no more requests then, and wait until those accepted are answered,
@@ -257,11 +273,14 @@ class Runtime:
             self.local.failure = first_line(error)
 
     async def _answer_once(self) -> None:
-        """Let every receiver of every bridge answer from a latent."""
+        """Let every receiver of every bridge answer from a latent: a text's, or any where the sender is elsewhere."""
         for bridge in self.bridges.values():
-            encoded = await self.encode(bridge, [Text(WARM_UP_TEXT, True, "inputs")])
-            for receiver in bridge.receivers:
-                request = GenerationRequest(encoded[0].latent, "Question:", SamplingParams(max_tokens=2))
+            encoder = bridge.manifest.bridge.encoder
+            latent = np.ones((slots_of(encoder, 1), encoder.latent_dim), np.float32)
+            if "sender" in self._roles:
+                latent = (await self.encode(bridge, [Text(WARM_UP_TEXT, True, "inputs")]))[0].latent
+            for receiver in bridge.receivers if "receiver" in self._roles else ():
+                request = GenerationRequest(latent, "Question:", SamplingParams(max_tokens=2))
                 await self.generate(bridge, receiver, [request])
 
 

@@ -30,6 +30,7 @@ from latentwire.service.processes.frames import (
     Manage,
     Outbox,
     Question,
+    Reply,
     Restart,
     Said,
     Score,
@@ -45,10 +46,15 @@ ENGINE_DIED = 1
 
 
 class Answering:
-    """Answers one HTTP process: each question is a task, which ends with that process."""
+    """Answers one HTTP process: each question is a task, which ends with that process.
 
-    def __init__(self, runtime: Runtime, jobs: Jobs, outbox: Outbox, restart: Callable[[], None]) -> None:
-        self._runtime, self._jobs, self._outbox, self._restart = runtime, jobs, outbox, restart
+    ``put`` takes the replies; it raises ValueError for one that cannot cross. Without ``jobs`` nothing is evaluated.
+    """
+
+    def __init__(
+        self, runtime: Runtime, jobs: Jobs | None, put: Callable[[Reply], None], restart: Callable[[], None]
+    ) -> None:
+        self._runtime, self._jobs, self._put, self._restart = runtime, jobs, put, restart
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def take(self, question: Question) -> None:
@@ -71,7 +77,7 @@ class Answering:
     def _end(self, id: int, task: asyncio.Task[None]) -> None:
         del self._tasks[id]
         if task.cancelled():  # before its first step: it has said nothing
-            self._outbox.put(Failure.of(id, asyncio.CancelledError(), None))
+            self._put(Failure.of(id, asyncio.CancelledError(), None))
 
     async def _answer(self, question: Any) -> None:
         cost: list[int] = []
@@ -79,15 +85,15 @@ class Answering:
         admission.admitted += rows  # counted for evaluations, which wait; HTTP has admitted or refused already
         try:
             result = packed(await self._do(question, cost.append))
-            self._outbox.put(Answer(question.id, result, sum(cost) if cost else None))
+            self._put(Answer(question.id, result, sum(cost) if cost else None))
         except BaseException as error:
             if not isinstance(error, LatentWireError | asyncio.CancelledError):
                 log.exception("a request failed")
             failure = Failure.of(question.id, error, sum(cost) if cost else None)
             try:
-                self._outbox.put(failure)
+                self._put(failure)
             except ValueError:  # half a character in a path, say
-                self._outbox.put(Failure(question.id, "InferenceFailed", "the model failed", cost=failure.cost))
+                self._put(Failure(question.id, "InferenceFailed", "the model failed", cost=failure.cost))
         finally:
             admission.admitted -= rows
 
@@ -97,7 +103,7 @@ class Answering:
             case Encode(bridge=name, sources=sources):
                 return models.encode(find(name), sources, on_cost)
             case Generate(id=id, bridge=name, receiver=receiver, asked=asked, stream=stream):
-                show = (lambda piece: self._outbox.put(Said(id, piece))) if stream else None
+                show = (lambda piece: self._put(Said(id, piece))) if stream else None
                 return models.generate(find(name), receiver, asked, show, on_cost)
             case Score(bridge=name, receiver=receiver, items=items):
                 return models.score(find(name), receiver, items, on_cost)
@@ -117,6 +123,7 @@ class Answering:
 
     async def _evaluate(self, asked: Evaluate) -> str:
         jobs = self._jobs
+        assert jobs is not None, "who asks knows where evaluations run"
         if asked.name == "all":
             return RECORDS.dump_json(await jobs.all(asked.tenant)).decode()
         if asked.name == "create":
@@ -173,7 +180,7 @@ async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_re
 
     async def answer_one(reader: asyncio.StreamReader, outbox: Outbox) -> None:
         answering, saying = (
-            Answering(runtime, jobs, outbox, partial(end, REPLACED)),
+            Answering(runtime, jobs, outbox.put, partial(end, REPLACED)),
             asyncio.create_task(say_health(outbox)),
         )
         try:

@@ -1,10 +1,10 @@
-"""What the HTTP process and the process of the models say to each other: msgpack, each message after its length.
+"""What the HTTP side and those that hold models say to each other: msgpack, each message after its length.
 
-Over a Unix socket between processes of one service. Every message is decoded into its type, and nothing else.
+Over a Unix socket between processes of one service, or by Ray. Every message is decoded into its type alone.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -142,10 +142,24 @@ def packed(value: Any) -> msgspec.Raw:
     return msgspec.Raw(_encoder.encode(value))
 
 
+def encoded(message: Question | Reply) -> bytes:
+    """A message alone (ValueError for one that cannot cross)."""
+    return _encoder.encode(message)
+
+
 def framed(message: Question | Reply) -> bytes:
     """A message with its length before it."""
-    body = _encoder.encode(message)
+    body = encoded(message)
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+def unframed(data: bytes) -> Iterator["Reply"]:
+    """The replies of whole frames."""
+    view = memoryview(data)
+    while view:
+        end = LENGTH_BYTES + int.from_bytes(view[:LENGTH_BYTES], "big")
+        yield REPLIES.decode(view[LENGTH_BYTES:end])
+        view = view[end:]
 
 
 def unpack(data: msgspec.Raw, type_: type[Value]) -> Value:

@@ -1,0 +1,1 @@
+"""The service on Ray Serve: encoders and generators as deployments that scale separately."""

@@ -1,0 +1,188 @@
+"""Models on Ray: one service to whoever calls, on two nodes, one of which is killed."""
+
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tests.cluster import Cluster, cluster, kill
+from tests.e2e.test_processes import ASK, CALLS, comparable, serving
+from tests.ports import free_port
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'latentwire[ray]'")
+
+CONFIG = Path(__file__).parents[2] / "deploy/ray/serve.yaml"
+LONG = {**ASK, "max_tokens": 60, "temperature": 1.0, "n": 2}
+CALLERS, EACH = 6, 12
+WAIT_SECONDS = 400.0  # six processes that import torch, beside the rest of the suite
+
+
+@dataclass
+class OnRay:
+    """A service over a cluster."""
+
+    url: str
+    cluster: Cluster
+    second: psutil.Process
+    proxy: int
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRay]:
+    """Two nodes, two replicas of each half of the models on them, and on the head a proxy for who wants one."""
+    folder, port, proxy = tmp_path_factory.mktemp("on_ray"), free_port(), free_port()
+    with cluster() as made:
+        made.add()
+        at = ["--proxy-location", "HeadOnly", "--http-host", "127.0.0.1", "--http-port", str(proxy)]
+        made.run("serve", "start", *at)
+        second = made.add()
+        settings = {"LW_ENGINE": "ray", "LW_RAY_CPUS": "0.5", "LW_RAY_ENCODERS": "2", "LW_RAY_GENERATORS": "2"}
+        command = [sys.executable, "-m", "latentwire", "serve", "--bridge", "demo=builtin", "--port", str(port)]
+        with (folder / "log").open("w") as out:
+            server = psutil.Popen(command, env=os.environ | made.variables | settings, stdout=out, stderr=out)
+        try:
+            found = OnRay(f"http://127.0.0.1:{port}", made, second, proxy, folder / "log")
+            until(lambda: is_ready(found.url) or server.poll() is not None)
+            assert server.poll() is None, found.log.read_text()
+            yield found
+            server.terminate()
+            assert server.wait(WAIT_SECONDS) == 0
+        finally:
+            kill(server)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same service in one process."""
+    with serving(tmp_path_factory.mktemp("alone"), LW_FRONTENDS="0") as service:
+        yield service.url
+
+
+def test_a_service_on_ray_gives_the_answers_of_a_local_one(service: OnRay, alone: str) -> None:
+    for name, (path, body) in CALLS.items():
+        answers = [httpx.post(f"{at}{path}", json=body, timeout=60) for at in (service.url, alone)]
+        assert answers[0].status_code == answers[1].status_code, name
+        assert same(*(comparable(answer.json()) for answer in answers)), (name, [answer.text for answer in answers])
+    for path in ("/bridges", "/v1/models", "/openapi.json"):
+        both = [comparable(httpx.get(f"{at}{path}", timeout=60).json()) for at in (service.url, alone)]
+        assert both[0] == both[1], path
+
+
+def test_pieces_come_from_a_replica_as_they_are_said(service: OnRay, alone: str) -> None:
+    streams = [
+        httpx.post(f"{at}/generate", json={**LONG, "seed": 1, "stream": True}).text for at in (service.url, alone)
+    ]
+    pieces = [re.findall(r"event: token\ndata: (.*)", stream) for stream in streams]
+    assert sorted(pieces[0]) == sorted(pieces[1]) and len(pieces[0]) > 3
+
+
+def test_models_come_and_go_in_every_replica(service: OnRay) -> None:
+    def ask(verb: str) -> Any:
+        return httpx.post(f"{service.url}/admin/bridges/demo/{verb}", timeout=60).json()
+
+    assert ask("unload")["freed_bytes"] > 0
+    for _ in range(4):  # whichever replica says
+        assert httpx.get(f"{service.url}/bridges/demo").json()["loaded"] == {}
+    assert len(ask("load")["loaded"]) == 2
+    assert ask("pin")["pinned"] is True and ask("unpin")["pinned"] is False
+
+
+def test_an_evaluation_is_refused_in_one_sentence(service: OnRay) -> None:
+    refused = httpx.post(f"{service.url}/evaluations", json={"bridge": "demo", "task": "world"})
+    assert refused.status_code == 422 and "do not run on Ray" in refused.json()["error"]["message"]
+    assert httpx.get(f"{service.url}/evaluations").json()["evaluations"] == []
+
+
+def test_a_node_killed_under_load_loses_no_request(service: OnRay, alone: str) -> None:
+    expected = [outputs(alone, seed, stream=False) for seed in range(EACH)]
+    met: Counter[str] = Counter()
+
+    def call(number: int) -> None:
+        for seed in range(EACH):
+            said = outputs(service.url, seed, stream=bool(number % 2))
+            met["right" if said == expected[seed] else f"lost: {str(said)[-400:]}"] += 1
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(CALLERS)]
+    for caller in callers:
+        caller.start()
+    until(lambda: met.total() >= CALLERS)
+    ended = kill(service.second)
+    for caller in callers:
+        caller.join()
+    assert any("ServeReplica" in name or "SERVE_REPLICA" in name for name in ended), ended
+    assert met == {"right": CALLERS * EACH}, met
+    assert "has gone" in service.log.read_text()  # requests were asked again
+
+
+def test_a_serve_config_serves_the_same_routes_through_the_proxies_of_ray(
+    service: OnRay, alone: str, tmp_path: Path
+) -> None:
+    config = yaml.safe_load(CONFIG.read_text())
+    config["http_options"]["port"] = service.proxy
+    (application,) = config["applications"]
+    application["args"]["bridges"] = {"demo": "builtin"}
+    for deployment in application["deployments"]:
+        deployment["ray_actor_options"] = {"num_cpus": 0.1}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    service.cluster.run("serve", "run", str(tmp_path / "serve.yaml"), "--non-blocking")
+    url = f"http://127.0.0.1:{service.proxy}"
+    until(lambda: is_ready(url))
+    for name, (path, body) in CALLS.items():
+        answers = [httpx.post(f"{at}{path}", json=body, timeout=60) for at in (url, alone)]
+        assert answers[0].status_code == answers[1].status_code, name
+        assert same(*(comparable(answer.json()) for answer in answers)), (name, [answer.text for answer in answers])
+    assert outputs(url, 1, stream=True) == outputs(alone, 1, stream=False)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two answers are, but for the rounding of numbers, in which batches differ."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/ready", timeout=60).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def outputs(url: str, seed: int, *, stream: bool) -> Any:
+    """The texts that a seed gives; of a stream, put together of its pieces."""
+    response = httpx.post(f"{url}/generate", json={**LONG, "seed": seed, "stream": stream}, timeout=90)
+    if not stream:
+        return [output["text"] for output in response.json()["outputs"]] if response.is_success else response.text
+    if "event: done" not in response.text:
+        return response.text
+    texts = ["", ""]
+    for line in re.findall(r"event: token\ndata: (.*)", response.text):
+        piece = json.loads(line)
+        texts[piece["index"]] += piece["text"]
+    return texts
