@@ -126,7 +126,7 @@ def test_a_node_killed_under_load_loses_no_request(service: OnRay, alone: str) -
         caller.join()
     assert any("ServeReplica" in name or "SERVE_REPLICA" in name for name in ended), ended
     assert met == {"right": CALLERS * EACH}, met
-    assert "has gone" in service.log.read_text()  # requests were asked again
+    assert re.search("has gone|is temporarily unavailable", service.log.read_text())  # asked again, by us or by Ray
 
 
 def test_a_serve_config_serves_the_same_routes_through_the_proxies_of_ray(
