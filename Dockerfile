@@ -5,7 +5,7 @@ FROM ${PYTHON_IMAGE} AS build
 # Where the CPU build of torch comes from. Empty takes pip's own index, whose build is the CUDA one unless pip is
 # configured otherwise.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/latentwire/bin:$PATH
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE= PATH=/opt/latentwire/bin:$PATH
 RUN python3 -m venv /opt/latentwire
 WORKDIR /src
 # Dependencies before the code: a change of code does not download torch again.
@@ -34,7 +34,8 @@ RUN site=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
 # newer than its source is not used.
 RUN find /opt/latentwire -name '*.py' -exec touch --date=2026-01-01 {} + \
     && latentwire evaluate builtin --task world --limit 5 \
-    && python -Pc "import latentwire.service.app, latentwire.service.health, latentwire.service.processes.answering, latentwire.training.loop"
+    && python -Pc "import latentwire.service.app, latentwire.service.health, latentwire.service.processes.answering, \
+        latentwire.training.loop, datasets, opentelemetry.exporter.otlp.proto.http.trace_exporter, pyarrow.parquet, sklearn.linear_model"
 
 FROM ${PYTHON_IMAGE}
 # A number, so that Kubernetes can see that it is not root. Clusters that give every pod a user of its own give it group 0.

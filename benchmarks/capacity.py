@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 import simpy
 import typer
+from scipy.optimize import nnls
 
 from benchmarks.callers import JSON
 from benchmarks.direct import bodies
@@ -235,11 +236,11 @@ async def opened(port: int, questions: Sequence[bytes], times: Sequence[float]) 
 
 
 def fitted(answers: Sequence[Answer]) -> Steps:
-    """The replica whose ``answers`` these are: the least squares of what each took."""
+    """The replica whose ``answers`` these are: the least squares of what each took, none of its numbers below zero."""
     took = [answer.seconds for answer in answers]
     made_of = [(1, tokens, tokens * answer.callers) for answer in answers if (tokens := answer.tokens) is not None]
-    (fixed, base, each), *_ = np.linalg.lstsq(np.array(made_of, float), np.array(took))
-    return Steps(max(base, 0.0), max(each, 0.0), max(fixed, 0.0))
+    (fixed, base, each), _ = nnls(np.array(made_of, float), np.array(took))
+    return Steps(float(base), float(each), float(fixed))
 
 
 def one_replica(port: int, questions: Sequence[bytes], seconds: float) -> tuple[Steps, list[int], dict[str, Any]]:

@@ -7,6 +7,7 @@ Dimensions used in this file:
     N texts    K slots    C latent width
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +18,10 @@ from pydantic import Field, FiniteFloat, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from latentwire.bridge.config import STRICT, Manifest, parsed
-from latentwire.bridge.errors import CorruptCheckpoint, IncompatibleBridge
+from latentwire.bridge.errors import CorruptCheckpoint
 from latentwire.bridge.files import replace_file
+
+log = logging.getLogger(__name__)
 
 STATISTICS = "statistics.json"
 FEWEST = 32  # texts whose spread says what is usual
@@ -43,10 +46,15 @@ class LatentStatistics:
 
     @classmethod
     def of(cls, latents: Sequence[NDArray[np.float32]], task: str, data_sha256: str) -> "LatentStatistics | None":
-        """Of latents (K, C) of one text each; None of fewer than ``FEWEST``, or where no text makes a difference."""
+        """Of latents (K, C) of one text each; None of fewer than ``FEWEST``, or where no text makes a difference.
+
+        Also None where one of them is not finite: that says nothing of what is usual.
+        """
         if len(latents) < FEWEST:
             return None
         slots = np.stack([latent.mean(axis=0) for latent in latents]).astype(np.float64)
+        if not np.isfinite(slots).all():
+            return None
         mean, std = (values.round(6).tolist() for values in (slots.mean(axis=0), slots.std(axis=0)))
         return cls(task, data_sha256, len(latents), mean, std) if any(std) else None
 
@@ -76,9 +84,10 @@ _FILE = TypeAdapter(_File)
 def load_statistics(folder: Path, manifest: Manifest) -> LatentStatistics | None:
     """The statistics of the checkpoint in ``folder``; None where it has none.
 
+    Those of another encoder are left aside with a warning: they change no answer.
+
     Raises:
         CorruptCheckpoint: ``statistics.json`` is damaged; the field is named.
-        IncompatibleBridge: It is of another encoder; both are named.
     """
     path, width = folder / STATISTICS, manifest.bridge.encoder.latent_dim
     try:
@@ -88,7 +97,8 @@ def load_statistics(folder: Path, manifest: Manifest) -> LatentStatistics | None
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     if found.bridge_id != manifest.bridge_id:
-        raise IncompatibleBridge(f"{path} is of bridge {found.bridge_id}; this one is {manifest.bridge_id} {REMEDY}")
+        log.warning("%s is of bridge %s, and this one is %s: left aside", path, found.bridge_id, manifest.bridge_id)
+        return None
     for name in ("mean", "std"):
         if (have := len(getattr(found.latents, name))) != width:
             raise CorruptCheckpoint(f"{path}: latents.{name} has {have} numbers, expected {width} {REMEDY}")

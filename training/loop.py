@@ -194,11 +194,11 @@ def _write(run: Run, folder: Path, *, finished: bool) -> int:
 
     All processes come here, and the first one writes.
     """
+    manifest = save_bridge(folder, run.bridge) if run.ranks.first else None
     # A sharded sender reads only with all processes at it.
     statistics = usual(run) if finished and (run.ranks.first or run.config.fsdp) else None
-    if not run.ranks.first:
+    if manifest is None:
         return 0
-    manifest = save_bridge(folder, run.bridge)
     if statistics is not None:
         save_statistics(folder, manifest.bridge_id, statistics)
     return manifest.encoder.bytes + sum(part.bytes for part in manifest.heads.values())

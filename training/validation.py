@@ -15,7 +15,7 @@ from latentwire.bridge.evaluation.debug import shown
 from latentwire.bridge.evaluation.metrics import METRICS, Metric, metrics_of
 from latentwire.bridge.prompt import collate
 from latentwire.bridge.reader import SourceTokens, source_tokens
-from latentwire.training.data import chunks
+from latentwire.training.data import GROUPED, chunks
 from latentwire.training.objectives import OBJECTIVES, answer_loss, weights_of
 from latentwire.training.prepare import sampler_of
 from latentwire.training.pretrain import PretrainConfig
@@ -57,14 +57,20 @@ def validate(run: Run, say: Callable[[str], None] = print) -> tuple[str, float]:
 
 @torch.inference_mode()
 def usual(run: Run) -> LatentStatistics | None:
-    """What the latents of the first training texts of the run are like by now; None where that says nothing.
-
-    Those of its first steps: their states are there also where the sender's are cached.
-    """
-    sampler, steps = sampler_of(run), range(min(-(-USUAL_TEXTS // run.rows_per_step), run.config.max_steps))
-    drawn = dict.fromkeys(i for step in steps for i in sampler.batch(step))
-    sources = [run.sample(run.config.receivers[0], i).source for i in list(drawn)[:USUAL_TEXTS]]
+    """What the latents of the first training texts of the run are like by now; None where that says nothing."""
+    sources = [run.sample(run.config.receivers[0], i).source for i in first_texts(run)]
     return LatentStatistics.of(_latents(run, sources), run.task.name, run.task.data_sha256)
+
+
+def first_texts(run: Run) -> list[int]:
+    """Training examples of its first steps, whose states are there also where the sender's are cached.
+
+    Of whole groups of steps: one step alone may have texts of one length.
+    """
+    sampler, groups = sampler_of(run), -(-USUAL_TEXTS // (GROUPED * run.rows_per_step))
+    steps = range(min(groups * GROUPED, run.config.max_steps))
+    drawn = list(dict.fromkeys(i for step in steps for i in sampler.batch(step)))
+    return drawn[:: -(-len(drawn) // USUAL_TEXTS)]
 
 
 def _repeating(run: Run, receiver_name: str) -> float:

@@ -291,8 +291,8 @@ class ContinuousEngine(Engine):
         """
         with self._lock:
             self._recovering = True
-        self._stop_manager()
         self._preempted = self.preemptions
+        self._stop_manager()
         self._trouble.clear()
         status = self._manager.background_thread_status
         if (error := status.fatal_error) is not None:

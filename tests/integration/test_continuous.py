@@ -285,7 +285,7 @@ def test_the_use_of_the_cache_is_what_running_requests_take_and_shared_blocks_co
 
 
 def test_more_requests_than_the_cache_holds_all_get_their_answer(
-    lms: dict[str, FrozenLM], opened: Callable[..., Engine]
+    lms: dict[str, FrozenLM], opened: Callable[..., Any]
 ) -> None:
     lm = lms["neox"]
     made = opened(ContinuousEngine, lm, kv_tokens=256, max_rows=16)
@@ -293,6 +293,12 @@ def test_more_requests_than_the_cache_holds_all_get_their_answer(
     asked = ask(made, [i % 4 for i in range(16)], params)
     for i, one in enumerate(asked):
         assert told(one.answer()) == told(alone(lm, i % 4, params[i]))
+    before, manager = made.preemptions, made._manager
+    made._trouble.set()  # it begins again
+    while made._manager is manager:
+        assert made.failure is None
+        time.sleep(0.01)
+    assert made.preemptions == before > 0
 
 
 @pytest.mark.parametrize("kind", [ContinuousEngine, PaddedEngine])

@@ -26,7 +26,7 @@ from latentwire.training.loop import BEST, train
 from latentwire.training.objectives import answer_loss
 from latentwire.training.prepare import sampler_of
 from latentwire.training.run import Run
-from latentwire.training.validation import metric_of, validate
+from latentwire.training.validation import first_texts, metric_of, validate
 from tests.integration.conftest import MakeConfig
 from tests.integration.runs import events_of, prepared, quiet, said, step_of, task_of
 
@@ -292,6 +292,16 @@ def test_a_checkpoint_keeps_what_the_latents_of_its_training_texts_are_like(
     assert Bridge.load(config.out / BEST).statistics == bridge.statistics  # validated once, after the last step
     export(config.out, tmp_path / "slim")
     assert Bridge.load(tmp_path / "slim").statistics == bridge.statistics
+
+
+@pytest.mark.parametrize("batch_size", [16, 64, 128])
+def test_what_is_usual_is_of_texts_of_all_lengths_however_many_a_step_takes(make: MakeConfig, batch_size: int) -> None:
+    run = prepared(make(max_steps=8, batch_size=batch_size, group_by_length=True))
+    lengths = [len(run.train[i].source) for i in first_texts(run)]
+    every = [len(run.train[i].source) for step in range(8) for i in sampler_of(run).batch(step)]
+    assert len(lengths) == len(set(first_texts(run))) and 64 <= len(lengths) <= 128
+    assert abs(np.mean(lengths) - np.mean(every)) < 0.3 * np.std(every)
+    assert np.std(lengths) == pytest.approx(np.std(every), rel=0.3)
 
 
 def test_a_run_of_too_few_texts_says_nothing_of_them(make: MakeConfig) -> None:
