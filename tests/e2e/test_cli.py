@@ -574,6 +574,7 @@ def test_serve_on_ray_refuses_what_cannot_be_there(refuse: Refuse, monkeypatch: 
     assert "nowhere" in refuse("serve", "--engine", "ray", "--port", 0, "--bridge", "a=nowhere")
     monkeypatch.setenv("LW_TASKS", '{"news": "news.toml"}')
     assert "LW_TASKS: evaluations do not run on Ray" in refuse("serve", "--engine", "ray", "--port", 0)
+    monkeypatch.delitem(sys.modules, "latentwire.service.ray.deployments")
     monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
     said = refuse("serve", "--engine", "ray", "--port", 0)
     assert "ray is not installed; pip install 'latentwire[ray]'" in said
