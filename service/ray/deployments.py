@@ -89,7 +89,7 @@ def halves(settings: Settings, bridges: Mapping[str, str], code: str | None = No
     for kind, replicas in ((Encoder, settings.ray_encoders), (Generator, settings.ray_generators)):
         options = _options(settings) | {"num_replicas": replicas, "ray_actor_options": on}
         deployment = serve.deployment(kind, name=kind.__name__, **options)
-        if code is not None:  # Ray's own for a Serve config; without one it takes each deployment for another
+        if code is not None:  # without one Ray takes each for another, save in a Serve config; its public name is gone
             said = json.dumps([code, theirs, dict(bridges)], sort_keys=True)
             deployment = deployment.options(version=hashlib.sha256(said.encode()).hexdigest(), _internal=True)
         made.append(deployment.bind(dict(bridges), theirs))
