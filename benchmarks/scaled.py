@@ -8,9 +8,9 @@ and one caller alone, for the time that Ray adds to a request.
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -78,11 +78,9 @@ def load(url: str, callers: int, seconds: float) -> list[float]:
                 client.post("/generate", json=body).raise_for_status()
                 took.append(time.monotonic() - began)
 
-    threads = [threading.Thread(target=call) for _ in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(callers) as pool:
+        for asked in [pool.submit(call) for _ in range(callers)]:
+            asked.result()  # a caller who was refused ends the run
     return took
 
 

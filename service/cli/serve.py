@@ -17,7 +17,8 @@ from latentwire.service.cli.signals import ended_by_signals
 from latentwire.service.health import written_down
 
 if TYPE_CHECKING:
-    from latentwire.service.inference.models import Models
+    from fastapi import FastAPI
+
     from latentwire.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,7 @@ def serve(
         for listener in (*listeners, *operators):
             opened.enter_context(listener)
         models: Any = None
-        if settings.engine == "ray":
-            models = _on_ray(settings, bridges)
-        elif settings.frontends:
+        if settings.engine == "local" and settings.frontends:
             supervisor = Supervisor()
             if supervisor.run() == "models":
                 opened.close()  # a port is free when nobody answers on it any more
@@ -109,7 +108,7 @@ def serve(
             supervisor.wait_opened()
             models = supervisor.door
         opened.callback(tracing.start())
-        application = create_app(settings, bridges, models)
+        application = _on_ray(settings, bridges) if settings.engine == "ray" else create_app(settings, bridges, models)
         if isinstance(models, Door):
             supervisor.note("http", READY)
         if operators:
@@ -120,17 +119,15 @@ def serve(
             sys.exit(run(application, [*listeners, *operators]))
 
 
-def _on_ray(settings: "Settings", bridges: Mapping[str, str]) -> "Models":
-    """What asks replicas on Ray, which are on their way."""
-    if settings.tasks:
-        raise InvalidRequest("LW_TASKS: evaluations do not run on Ray; measure a bridge with latentwire evaluate")
+def _on_ray(settings: "Settings", bridges: Mapping[str, str]) -> "FastAPI":
+    """The application over replicas on Ray, which are on their way."""
     try:
-        from latentwire.service.ray.deployments import deployed
+        from latentwire.service.ray.deployments import application
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise InvalidRequest("--engine ray: ray is not installed; pip install 'latentwire[ray]'") from None
-    return deployed(settings, bridges)
+    return application(settings, bridges)
 
 
 def _named(bridges: list[str]) -> dict[str, str]:

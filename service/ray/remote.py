@@ -8,19 +8,19 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.engine import Encoded
-from latentwire.bridge.errors import NotReady, first_line, shorten
+from latentwire.bridge.errors import InferenceFailed, LatentWireError, NotReady, first_line, shorten
 from latentwire.bridge.reader import SourceTokens
 from latentwire.bridge.scoring import Continuation
 from latentwire.service.inference.models import InMemory
@@ -39,61 +39,64 @@ from latentwire.service.processes.frames import (
     unframed,
     unpack,
 )
+from latentwire.service.ray.replicas import EngineDied, identity, shifted
 from latentwire.service.ray.told import RETRY_SECONDS, Told
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 AGAIN_SECONDS = (0.0, 0.1, 0.2, 0.5, *[1.0] * 30)  # before a question is asked, and again: Ray learns who has gone
+DIED = (EngineDied, RayActorError)
+GONE = (*DIED, TaskCancelledError, RayServeException)
+DEATHS = 3  # of replicas, all while they had one request: it is not asked of the next
 POLL_SECONDS = 1.0  # between signs of life
 SOON_SECONDS = 5.0  # within which a replica that does not hang says how it is
 
 
 class RayModels:
-    """As ``Models``, by handles.
-
-    Args:
-        encoder: Of the deployment that encodes.
-        generator: Of that which generates and scores.
-        stall_timeout: Seconds without any answer, while there are questions, after which they count as stalled.
+    """As ``Models``, by handles, which ``attach`` gives.
 
     Attributes:
         ready: Whether a replica of each deployment has answered lately; Ray shows none that is not warm.
         failure: What Ray says of a deployment that could not start.
         dead: Never set: Ray replaces a replica whose engine has died.
+        stalled: Never set: it replaces one that hangs, too.
     """
 
     dead: str | None = None
+    stalled = False
 
-    def __init__(self, encoder: DeploymentHandle, generator: DeploymentHandle, stall_timeout: float) -> None:
-        self._encoder, self._generator, self._stall_timeout = encoder, generator, stall_timeout
+    def __init__(self) -> None:
+        self._halves: tuple[DeploymentHandle, ...] = ()
         self.failure: str | None = None
-        self.ready = False
-        self._heard, self._asked = time.monotonic(), 0
+        self.ready = self._was_ready = False
+        self._heard: dict[str, float] = {}  # when each deployment answered last
         self._ids = itertools.count()
+        self._waiting: set[asyncio.Timeout] = set()
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def stalled(self) -> bool:
-        """As of ``Models``."""
-        return self._asked > 0 and time.monotonic() - self._heard > self._stall_timeout
+    def attach(self, encoder: DeploymentHandle, generator: DeploymentHandle) -> None:
+        """Ask these: the deployment that encodes, and that which generates and scores."""
+        self._halves = self._encoder, self._generator = encoder, generator
 
     async def start(self) -> None:
         """Look again and again whether replicas are there, from now on."""
         self._task = asyncio.create_task(self._keep_looking())
 
     async def stop(self) -> None:
-        """Look no more. The replicas are not this process's."""
+        """Look no more; whoever still waits gets an error. The replicas are not this process's."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        for waiting in self._waiting:
+            waiting.reschedule(0.0)
 
     async def encode(
         self, bridge: Bridge, sources: Sequence[SourceTokens], on_cost: Callable[[int], None]
     ) -> list[Encoded]:
         """As ``Models.encode``."""
         question = Encode(next(self._ids), bridge.name, sources)
-        return await self._ask(self._encoder, question, bridge, list[Encoded], on_cost)
+        return await self._ask(self._encoder, question, bridge, Told(None), list[Encoded], on_cost)
 
     async def generate(
         self,
@@ -105,18 +108,19 @@ class RayModels:
     ) -> GenerationResult:
         """As ``Models.generate``."""
         question = Generate(next(self._ids), bridge.name, receiver, asked, on_piece is not None)
-        return await self._ask(self._generator, question, bridge, GenerationResult, on_cost, on_piece)
+        told = Told(on_piece)
+        return shifted(await self._ask(self._generator, question, bridge, told, GenerationResult, on_cost), told.began)
 
     async def score(
         self, bridge: Bridge, receiver: str, items: Sequence[ScoreItem], on_cost: Callable[[int], None]
     ) -> list[list[Continuation]]:
         """As ``Models.score``."""
         question = Score(next(self._ids), bridge.name, receiver, items)
-        return await self._ask(self._generator, question, bridge, list[list[Continuation]], on_cost)
+        return await self._ask(self._generator, question, bridge, Told(None), list[list[Continuation]], on_cost)
 
     async def in_memory(self) -> InMemory:
         """As ``Models.in_memory``, in one replica of each deployment; nothing is, while there is none."""
-        parts = await asyncio.gather(*map(self._look, (self._encoder, self._generator)))
+        parts = await asyncio.gather(*map(self._look, self._halves))
         held = [part for part in parts if part is not None]
         return InMemory(
             {name: size for part in held for name, size in part.bytes.items()},
@@ -143,93 +147,121 @@ class RayModels:
         )
 
     async def _ask(
-        self,
-        half: DeploymentHandle,
-        question: Any,
-        bridge: Bridge | None,
-        type_: type[Value],
-        on_cost: Callable[[int], None] = lambda cost: None,
-        on_piece: Callable[[Piece], None] | None = None,
-    ) -> Value:
-        """Ask, and again where a replica goes.
+        self, half: DeploymentHandle, question: Any, bridge: Bridge, told: Told, type_: type[Value],
+        on_cost: Callable[[int], None],
+    ) -> Value:  # fmt: skip
+        """Ask about a bridge, until an answer comes or the service stops.
 
         Raises:
             NotReady: None could answer, or another one says something else than the caller has seen already.
+            InferenceFailed: It ends replicas, or they have failed in an unknown way.
         """
-        data, bridge_id = encoded(question), "" if bridge is None else bridge.manifest.bridge_id
-        told = Told(on_piece)
-        if not self._asked:
-            self._heard = time.monotonic()
-        self._asked += 1
+        self._check_there()
         try:
-            for pause in AGAIN_SECONDS:
-                await asyncio.sleep(pause)
-                told.begin()
-                try:
-                    async with aclosing(_replies(half, data, bridge_id, on_piece is not None)) as replies:
-                        async for reply in replies:
-                            self._heard = time.monotonic()
-                            if isinstance(reply, Said):
-                                told.take(reply.piece)
-                            elif isinstance(reply, Answer | Failure):
-                                return _value(reply, type_, on_cost)
-                    log.warning("a replica of %s ended its answer early", half.deployment_name)
-                except (RayError, RayServeException) as error:
-                    log.warning("a replica of %s has gone: %s", half.deployment_name, first_line(error))
-            raise NotReady("no replica could answer", retry_after_seconds=RETRY_SECONDS)
+            async with asyncio.timeout(None) as waiting:
+                self._waiting.add(waiting)
+                reply = await self._answer(half, question, identity(bridge), told)
+        except TimeoutError:
+            raise NotReady("the service is stopping") from None
         finally:
-            self._asked -= 1
+            self._waiting.discard(waiting)
+        return _value(reply, type_, on_cost)
+
+    async def _answer(self, half: DeploymentHandle, question: Any, of: str, told: Told) -> Answer | Failure:
+        """Ask, and again where a replica goes."""
+        name, data, deaths = half.deployment_name, encoded(question), 0
+        for pause in AGAIN_SECONDS:
+            await asyncio.sleep(pause)
+            told.begin()
+            try:
+                async with aclosing(_replies(half, data, of, getattr(question, "stream", False))) as replies:
+                    async for reply in replies:
+                        self._heard[name] = time.monotonic()
+                        if isinstance(reply, Said):
+                            told.take(reply.piece)
+                        elif isinstance(reply, Answer | Failure):
+                            return reply
+                log.warning("a replica of %s ended its answer early", name)
+            except (RayError, RayServeException) as error:
+                cause = _why(error)
+                deaths += isinstance(cause, DIED)
+                if deaths == DEATHS:
+                    raise InferenceFailed(f"{deaths} replicas ended while they answered this") from None
+                what = type(question).__name__
+                log.warning("a replica of %s has gone: %s; %s is asked again", name, first_line(cause), what)
+        raise NotReady("no replica could answer", retry_after_seconds=RETRY_SECONDS)
+
+    def _check_there(self) -> None:
+        """What starts, or cannot, takes no questions yet: who waits for it would wait in vain (NotReady)."""
+        if self.failure is not None or not self._was_ready:
+            raise NotReady(self.failure or "the models are still loading", retry_after_seconds=RETRY_SECONDS)
 
     async def _tell(self, question: Manage, bridge: Bridge, type_: type[Value]) -> list[Value]:
         """Ask every replica of both deployments."""
+        self._check_there()
         answers: list[Value] = []
-        for half in (self._encoder, self._generator):
-            told = half.broadcast("ask", encoded(question), bridge.manifest.bridge_id)
+        for half in self._halves:
+            told = half.broadcast("ask", encoded(question), identity(bridge))
             try:
                 replies = await told.results_async()
             except (RayError, RayServeException) as error:
-                raise NotReady(f"a replica has gone: {first_line(error)}", retry_after_seconds=RETRY_SECONDS) from None
+                gone = f"a replica has gone: {first_line(_why(error))}"
+                raise NotReady(gone, retry_after_seconds=RETRY_SECONDS) from None
             answers += [_value(reply, type_) for data in replies for reply in unframed(data)]
         return answers
 
     async def _look(self, half: DeploymentHandle) -> InMemory | None:
         """What a replica of a deployment has in memory; None where none answers."""
-        with suppress(NotReady, TimeoutError):
+        with suppress(LatentWireError, TimeoutError):
             async with asyncio.timeout(SOON_SECONDS):
-                return await self._ask(half, Manage(next(self._ids), "in_memory"), None, InMemory)
+                question = Manage(next(self._ids), "in_memory")
+                return _value(await self._answer(half, question, "", Told(None)), InMemory)
         return None
 
+    async def _is_there(self, half: DeploymentHandle) -> bool:
+        """Whether a replica answers; those that are busy answered others lately."""
+        found = await self._look(half)
+        heard = self._heard.get(half.deployment_name)
+        return found is not None or (heard is not None and time.monotonic() - heard < SOON_SECONDS)
+
     async def _keep_looking(self) -> None:
-        halves = (self._encoder, self._generator)
+        names = {half.app_name for half in self._halves}
         while True:
             try:
-                self.ready = None not in await asyncio.gather(*map(self._look, halves))
-                self.failure = (
-                    None if self.ready else await asyncio.to_thread(_failure, {half.app_name for half in halves})
-                )
+                self.ready = all(await asyncio.gather(*map(self._is_there, self._halves)))
+                self._was_ready |= self.ready
+                self.failure = None if self.ready else await asyncio.to_thread(_failure, names)
             except Exception:  # Ray is on its way up, or down
                 log.exception("Ray says nothing of the replicas")
                 self.ready = False
             await asyncio.sleep(POLL_SECONDS)
 
 
-async def _replies(half: DeploymentHandle, data: bytes, bridge_id: str, stream: bool) -> AsyncGenerator[Reply, None]:
+async def _replies(half: DeploymentHandle, data: bytes, of: str, stream: bool) -> AsyncGenerator[Reply, None]:
     """What a replica replies; closed before its end, the replica stops."""
-    if stream:
-        pieces = half.options(stream=True).stream.remote(data, bridge_id)
-        try:
-            async for frames in pieces:
-                for reply in unframed(frames):
-                    yield reply
-        finally:
-            pieces.cancel()
-    else:
-        answer = half.ask.remote(data, bridge_id)
-        try:
-            for reply in unframed(await answer):
+    asked = half.options(stream=True).stream.remote(data, of) if stream else half.ask.remote(data, of)
+    is_over = False
+    try:
+        async for frames in asked if stream else _alone(asked):
+            for reply in unframed(frames):
+                is_over = isinstance(reply, Answer | Failure)
                 yield reply
-        finally:
-            answer.cancel()
+    finally:
+        if not is_over:
+            asked.cancel()
+
+
+async def _alone(answer: Awaitable[bytes]) -> AsyncIterator[bytes]:
+    yield await answer
+
+
+def _why(error: Exception) -> Exception:
+    """Why a replica has gone (InferenceFailed where it has not: the error is then in what it runs)."""
+    cause: Exception = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, RayTaskError) and not isinstance(cause, GONE):
+        log.error("a replica failed", exc_info=error)
+        raise InferenceFailed.of(cause) from None
+    return cause
 
 
 def _value(reply: Reply, type_: type[Value], on_cost: Callable[[int], None] = lambda cost: None) -> Value:

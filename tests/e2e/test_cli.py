@@ -570,11 +570,14 @@ def test_serve_refuses_a_bad_value_and_names_it(refuse: Refuse, options: list[st
 
 def test_serve_on_ray_refuses_what_cannot_be_there(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "'local' or 'ray', got 'dask'" in refuse("serve", "--engine", "dask")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nobody is there, and nobody is asked before bridges are open
+    assert "nowhere" in refuse("serve", "--engine", "ray", "--port", 0, "--bridge", "a=nowhere")
+    monkeypatch.setenv("LW_TASKS", '{"news": "news.toml"}')
+    assert "LW_TASKS: evaluations do not run on Ray" in refuse("serve", "--engine", "ray", "--port", 0)
+    monkeypatch.delitem(sys.modules, "latentwire.service.ray.deployments")
     monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
     said = refuse("serve", "--engine", "ray", "--port", 0)
     assert "ray is not installed; pip install 'latentwire[ray]'" in said
-    monkeypatch.setenv("LW_TASKS", '{"news": "news.toml"}')
-    assert "LW_TASKS: evaluations do not run on Ray" in refuse("serve", "--engine", "ray", "--port", 0)
 
 
 def test_serve_refuses_a_misspelt_variable_and_names_it(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not ins
 
 CONFIG = Path(__file__).parents[2] / "deploy/ray/serve.yaml"
 LONG = {**ASK, "max_tokens": 60, "temperature": 1.0, "n": 2}
+SETTINGS = {"LW_ENGINE": "ray", "LW_RAY_CPUS": "0.5", "LW_RAY_ENCODERS": "2", "LW_RAY_GENERATORS": "2"}
 CALLERS, EACH = 6, 12
 WAIT_SECONDS = 400.0  # six processes that import torch, beside the rest of the suite
 
@@ -51,10 +52,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRay]:
         at = ["--proxy-location", "HeadOnly", "--http-host", "127.0.0.1", "--http-port", str(proxy)]
         made.run("serve", "start", *at)
         second = made.add()
-        settings = {"LW_ENGINE": "ray", "LW_RAY_CPUS": "0.5", "LW_RAY_ENCODERS": "2", "LW_RAY_GENERATORS": "2"}
         command = [sys.executable, "-m", "latentwire", "serve", "--bridge", "demo=builtin", "--port", str(port)]
         with (folder / "log").open("w") as out:
-            server = psutil.Popen(command, env=os.environ | made.variables | settings, stdout=out, stderr=out)
+            server = psutil.Popen(command, env=os.environ | made.variables | SETTINGS, stdout=out, stderr=out)
         try:
             found = OnRay(f"http://127.0.0.1:{port}", made, second, proxy, folder / "log")
             until(lambda: is_ready(found.url) or server.poll() is not None)
@@ -87,8 +87,7 @@ def test_pieces_come_from_a_replica_as_they_are_said(service: OnRay, alone: str)
     streams = [
         httpx.post(f"{at}/generate", json={**LONG, "seed": 1, "stream": True}).text for at in (service.url, alone)
     ]
-    pieces = [re.findall(r"event: token\ndata: (.*)", stream) for stream in streams]
-    assert sorted(pieces[0]) == sorted(pieces[1]) and len(pieces[0]) > 3
+    assert texts(streams[0]) == texts(streams[1]) and streams[0].count("event: token") > 3
 
 
 def test_models_come_and_go_in_every_replica(service: OnRay) -> None:
@@ -100,6 +99,21 @@ def test_models_come_and_go_in_every_replica(service: OnRay) -> None:
         assert httpx.get(f"{service.url}/bridges/demo").json()["loaded"] == {}
     assert len(ask("load")["loaded"]) == 2
     assert ask("pin")["pinned"] is True and ask("unpin")["pinned"] is False
+
+
+def test_another_service_of_the_same_bridges_leaves_the_replicas_alone(service: OnRay) -> None:
+    before, port = replicas(), free_port()
+    command = [sys.executable, "-m", "latentwire", "serve", "--bridge", "demo=builtin", "--port", str(port)]
+    with (service.log.parent / "other").open("w") as out:
+        other = psutil.Popen(command, env=os.environ | service.cluster.variables | SETTINGS, stdout=out, stderr=out)
+    try:
+        until(lambda: is_ready(f"http://127.0.0.1:{port}") or other.poll() is not None)
+        assert outputs(f"http://127.0.0.1:{port}", 1, stream=False) == outputs(service.url, 1, stream=False)
+        other.terminate()
+        assert other.wait(WAIT_SECONDS) == 0
+        assert len(before) == 4 and replicas() == before
+    finally:
+        kill(other)
 
 
 def test_an_evaluation_is_refused_in_one_sentence(service: OnRay) -> None:
@@ -124,9 +138,9 @@ def test_a_node_killed_under_load_loses_no_request(service: OnRay, alone: str) -
     ended = kill(service.second)
     for caller in callers:
         caller.join()
-    assert any("ServeReplica" in name or "SERVE_REPLICA" in name for name in ended), ended
+    assert any(map(is_replica, ended)), ended
     assert met == {"right": CALLERS * EACH}, met
-    assert re.search("has gone|is temporarily unavailable", service.log.read_text())  # asked again, by us or by Ray
+    assert re.search("(Encode|Generate) is asked again", service.log.read_text())
 
 
 def test_a_serve_config_serves_the_same_routes_through_the_proxies_of_ray(
@@ -160,6 +174,16 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def replicas() -> set[int]:
+    """The processes that hold models."""
+    children = psutil.Process().children(recursive=True)
+    return {process.pid for process in children if is_replica(process.name())}
+
+
+def is_replica(name: str) -> bool:
+    return "ServeReplica" in name or "SERVE_REPLICA" in name
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
@@ -181,8 +205,13 @@ def outputs(url: str, seed: int, *, stream: bool) -> Any:
         return [output["text"] for output in response.json()["outputs"]] if response.is_success else response.text
     if "event: done" not in response.text:
         return response.text
-    texts = ["", ""]
-    for line in re.findall(r"event: token\ndata: (.*)", response.text):
+    return texts(response.text)
+
+
+def texts(stream: str) -> list[str]:
+    """Of each of two outputs, put together of its pieces."""
+    made = ["", ""]
+    for line in re.findall(r"event: token\ndata: (.*)", stream):
         piece = json.loads(line)
-        texts[piece["index"]] += piece["text"]
-    return texts
+        made[piece["index"]] += piece["text"]
+    return made
