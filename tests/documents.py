@@ -4,7 +4,7 @@ import re
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import dropwhile, groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,6 +13,7 @@ PAGES = [
     ROOT / "training" / "NOTES.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+VARIABLE = re.compile(r"[A-Z_]+=")
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?', re.DOTALL | re.MULTILINE)
 
 
@@ -28,13 +29,14 @@ class Block:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each command of a shell block, without comments and redirections."""
+        """The words of each command of a shell block, without comments, redirections and variables before it."""
         typed, begun = [], ""
         for line in self.code.replace("\\\n", " ").splitlines() if self.kind == "sh" else ():
             begun += line + "\n"
             with suppress(ValueError):  # a quotation that goes on in the next line
                 words, begun = shlex.split(begun, comments=True), ""
-                typed += [list(part) for end, part in groupby(words, "&&".__eq__) if not end]
+                parts = [list(part) for end, part in groupby(words, "&&".__eq__) if not end]
+                typed += [list(dropwhile(VARIABLE.match, part)) for part in parts]
         return [words[: words.index(">>")] if ">>" in words else words for words in typed if words]
 
 
