@@ -80,7 +80,7 @@ def test_a_service_with_a_device_for_each_half_answers_measures_and_manages_mode
     assert {key[1] for key in metrics if key[0] == "latentwire_model_bytes"} == set(bridge["loaded"])
     assert metrics[("latentwire_memory_budget_bytes",)] == sum(budgets)
     made = client.post("/evaluations", json={"bridge": "builtin", "task": "world", "limit": 2}).json()
-    until(lambda: client.get(f"/evaluations/{made['id']}").json()["state"] in ("done", "failed"), seconds=90)
+    until(lambda: client.get(f"/evaluations/{made['id']}").json()["state"] in ("done", "failed"))
     assert client.get(f"/evaluations/{made['id']}").json()["state"] == "done"
     admin = "/admin/bridges/builtin"
     assert client.post(f"{admin}/pin").json()["pinned"] is True
