@@ -27,7 +27,7 @@ from latentwire.bridge.detokenise import decode
 from latentwire.bridge.engine import encode, generate
 from latentwire.bridge.evaluation.context import RELAY_TOKENS
 from latentwire.bridge.evaluation.tasks import world_task
-from latentwire.bridge.generation.continuous import ContinuousEngine
+from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import load_model
 from latentwire.bridge.prompt import compose, text_layout
 from latentwire.bridge.reader import tokenize_source
@@ -85,7 +85,7 @@ class Asking:
         self.bridge = Bridge.load()
         self.name = self.bridge.receiver(None)
         self.lm = load_model(self.name)
-        self.engine = ContinuousEngine(self.lm, max_rows=ROWS)
+        self.engine = open_engine(self.lm, max_rows=ROWS, mode="paged", required="continuous")  # as it is served
 
     def ask(
         self, question: GenerationRequest, done: Callable[[int], None], first: Callable[..., None] | None = None
@@ -197,7 +197,7 @@ def one_at_a_time() -> Work:
 def first_tokens() -> Work:
     """Seconds until a receiver's first token: from a stored latent, reading the source, after a sender's summary."""
     asking, sender = Asking(), load_model(Bridge.load().sender)
-    writer = ContinuousEngine(sender, max_rows=ROWS)
+    writer = open_engine(sender, max_rows=ROWS, mode="paged", required="continuous")
     limit = asking.lm.max_tokens - 2 * RELAY_TOKENS  # the sender writes its summary behind the source
     source = " ".join(texts(40))
     kept = asking.bridge.manifest.bridge.source

@@ -32,13 +32,14 @@ SERVICES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3) -> None:
-    """Ask each service in turns, ROUNDS times for SECONDS, and record answers a second and one caller's latency."""
+def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, bridge: str = "builtin") -> None:
+    """Ask each service of BRIDGE in turns, ROUNDS times for SECONDS, and record answers a second and one caller's
+    latency."""
     found: dict[str, dict[str, list[float]]] = {name: {"per_second": [], "alone_ms": []} for name in SERVICES}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         urls = {}
         for port, (name, variables) in enumerate(SERVICES.items(), PORT):
-            opened.enter_context(running("builtin", port, Path(folder) / name, **variables))
+            opened.enter_context(running(bridge, port, Path(folder) / name, **variables))
             urls[name] = f"http://127.0.0.1:{port}"
             load(urls[name], callers, 2.0)
         for _ in range(rounds):
@@ -48,8 +49,8 @@ def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3) -> None:
     median = {name: {what: statistics.median(all) for what, all in one.items()} for name, one in found.items()}
     per_second = {name: one["per_second"] for name, one in median.items()}
     record(
-        "scaled",
-        command_of("scaled", callers=callers, seconds=seconds, rounds=rounds),
+        "scaled" if bridge == "builtin" else f"scaled-{Path(bridge).name}",
+        command_of("scaled", callers=callers, seconds=seconds, rounds=rounds, bridge=Path(bridge).name),
         {
             "cores": os.cpu_count(),
             "services": median,

@@ -86,6 +86,9 @@ class Bridge(OpenBridge):
         check_named(addresses, bridge.receivers)
         return bridge
 
+    from_pretrained = load
+    """The word of the Hub's libraries for it."""
+
     @classmethod
     def open(
         cls,

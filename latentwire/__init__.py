@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from latentwire.service.client.client import AsyncClient, Client
     from latentwire.service.client.types import BridgeInfo, Evaluation, KeptLatent, ServiceError, Token
+    from latentwire.training.hub import push_to_hub
     from latentwire.training.train import TrainingRun, train
 
 __version__: str
@@ -44,7 +45,7 @@ __all__ = [
     "AsyncClient", "Bridge", "BridgeInfo", "Client", "ConditionResult", "Corpus", "Encoded", "Evaluation", "Generated",
     "KeptLatent", "Latent", "LatentWireError", "Likelihood", "Output", "ReadBack", "Reading", "Report", "Score",
     "Scored", "ScoredChoice", "ServiceError", "Timing", "Token", "TokenLogprob", "TrainingRun", "Usage", "__version__",
-    "encode_corpus", "evaluate", "train",
+    "encode_corpus", "evaluate", "push_to_hub", "train",
 ]  # fmt: skip
 
 _MODULES = {
@@ -70,6 +71,7 @@ _MODULES = {
     ),
     "service.client.client": ("AsyncClient", "Client"),
     "service.client.types": ("BridgeInfo", "Evaluation", "KeptLatent", "ServiceError", "Token"),
+    "training.hub": ("push_to_hub",),
     "training.train": ("TrainingRun", "train"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

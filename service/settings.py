@@ -101,7 +101,7 @@ class Sizes:
     cache_share: float
 
 
-ON_CPU = Sizes(32, 16_384, 512, "plain", None, 0.0)
+ON_CPU = Sizes(32, 16_384, 512, "paged", None, 0.0)
 ON_ACCELERATOR = Sizes(256, 32_768, 2_048, "async", "0.9", 0.8)
 
 
@@ -191,7 +191,7 @@ class Settings(BaseSettings):
         None,
         description="How steps of a receiver are made: plain; paged, attention over the blocks of the cache; graphs, "
         "and CUDA graphs; async, and each prepared while the one before runs. What is not there is left out. "
-        "[async; plain on a CPU]",
+        "[async; paged on a CPU]",
     )
     kv_tokens: int | None = Field(
         None,

@@ -67,6 +67,9 @@ def push_to_hub(
     The commit holds the checkpoint as ``export`` writes it, a model card, and the report without its texts. What the
     repository held of another checkpoint goes. The token is the Hub's own: ``HF_TOKEN``, or ``hf auth login``.
 
+    >>> latentwire.push_to_hub("runs/news", "someone/news-bridge")  # doctest: +SKIP
+    'https://huggingface.co/someone/news-bridge'
+
     Args:
         checkpoint: As of ``Bridge.load``.
         repository: ``owner/name``; made where it is not there.

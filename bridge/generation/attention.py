@@ -1,4 +1,4 @@
-"""Attention over the blocks of the key/value cache by torch's ``varlen_attn``, each request over its own keys alone.
+"""Attention over the blocks of the key/value cache, each request over its own keys alone: on a GPU by ``varlen_attn``.
 
 With ``sdpa`` a step multiplies the tokens of all its rows with the keys of all its rows, under a mask that leaves each
 its own: 256 rows of 1,000 tokens compute 256 times what they need. The library lets an attention do without the mask
@@ -6,7 +6,7 @@ whose name contains ``flash``, and for steps that read one token a row it then h
 
 Kernels that read such a table are Flash Attention 3 on Hopper and 4 on Blackwell, packages beside torch. Torch's own
 one, Flash Attention 2, refuses it (torch 2.13): there the device makes of the table the indices to gather keys by,
-which the host would otherwise make one by one in Python.
+which the host would otherwise make one by one in Python. On a CPU ``rows.py`` attends.
 
 Dimensions used in this file:
     T tokens of a step    N rows of a step, padding included    P blocks of a row    D width of a head
@@ -28,9 +28,10 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from latentwire.bridge.generation.rows import Rows
 from latentwire.bridge.models import FrozenLM
 
-Kernel = Literal["gathering", "reading tables"]
+Kernel = Literal["by rows", "gathering", "reading tables"]
 
 NAME = "latentwire_flash"
 UNKNOWN = ("softcap", "s_aux", "sliding_window", "position_bias")  # what some models ask of attention, and this is not
@@ -39,12 +40,14 @@ MASK = torch.zeros(1, 1, 1, 1)  # looks like one that was made already, so that 
 
 
 def kernel_for(lm: FrozenLM) -> Kernel | None:
-    """What ``varlen_attn`` can do for a model where it is; None where it cannot be used."""
-    if lm.device.type != "cuda" or lm.model.dtype not in (torch.float16, torch.bfloat16):
-        return None
+    """What there is for a model where it is; None where that is nothing."""
     if lm.model.config._attn_implementation not in ("sdpa", NAME):
         return None
     if set(group_layers_by_attn_type(lm.model.config.get_text_config())) != {"full_attention"}:
+        return None
+    if lm.device.type == "cpu":
+        return "by rows"
+    if lm.device.type != "cuda" or lm.model.dtype not in (torch.float16, torch.bfloat16):
         return None
     return "reading tables" if _has_newer(torch.cuda.get_device_capability(lm.device)[0]) else "gathering"
 
@@ -75,6 +78,7 @@ def attention(
     value: Float[Tensor, "B _ S D"],
     attention_mask: Tensor | None,
     cache: PagedAttentionCache | None = None,
+    rows: Rows | None = None,
     **asked: Any,
 ) -> tuple[Float[Tensor, "B T _ D"], None]:
     """Attention as the library calls it in every layer (ValueError for what it does not know)."""
@@ -83,6 +87,11 @@ def attention(
     if unknown := [name for name in UNKNOWN if asked.get(name) is not None]:
         raise ValueError(f"attention with {unknown[0]} is not computed over blocks")
     layer: Any = module.layer_idx
+    if rows is not None:
+        stored: Any = cache.layer_to_allocator[layer]
+        key_cache, value_cache = (blocks.flatten(0, 1) for blocks in stored.get_cache_for_block_table(layer))
+        queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+        return rows.attend(queries, keys, values, (key_cache, value_cache), asked.get("scaling"))[None], None
     key, value = cache.update(key, value, layer, asked)  # all keys that were gathered, or the new ones and where to put
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     made: Any
@@ -94,10 +103,10 @@ def attention(
         key_blocks, value_blocks, table = asked["k_cache"], asked["v_cache"], asked["block_table"]
         nobodys: Any = cache.layer_to_allocator[layer]
         used = _stored(keys, values, key_blocks, value_blocks, table, lengths.diff(), nobodys.write_trash_index)
-        rows = torch.arange(len(used) + 1, dtype=torch.int32, device=used.device)
+        each = torch.arange(len(used) + 1, dtype=torch.int32, device=used.device)
         most = 1, table.shape[1] * key_blocks.shape[1]
         table = table.clamp(min=0)  # of padding, of which nothing is read
-        made = attend(queries, key_blocks, value_blocks, rows, None, *most, seqused_k=used, block_table=table)
+        made = attend(queries, key_blocks, value_blocks, each, None, *most, seqused_k=used, block_table=table)
     return made[None], None
 
 

@@ -27,6 +27,7 @@ from transformers.generation.continuous_batching.utils import stream_context
 from latentwire.bridge.config import Mode
 from latentwire.bridge.generation import attention
 from latentwire.bridge.generation.output import IdLogprob, Report
+from latentwire.bridge.generation.rows import Rows
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.sampling import Draws, SamplingParams
 
@@ -41,7 +42,7 @@ class Way:
     """What a mode comes to for a model on its device: as much of it as there is there, nothing on a CPU.
 
     Attributes:
-        kernel: Attention over blocks; None is the model's own, under a mask.
+        kernel: Attention over each row's own keys; None is the model's own, over all rows' under a mask.
         graphs: Steps of one token a row are replayed as CUDA graphs: their kernels start without the host.
         overlapped: The host prepares a step while the device computes the one before.
     """
@@ -52,10 +53,13 @@ class Way:
 
     @classmethod
     def of(cls, mode: Mode, lm: FrozenLM) -> "Way":
-        """Each mode does what those before it do; a graph needs a kernel that reads tables, whose shapes are fixed."""
+        """Each mode does what those before it do; a graph needs a kernel that reads tables, whose shapes are fixed.
+
+        On a CPU there is nothing to overlap: the host is the device.
+        """
         level = MODES.index(mode)
         kernel = attention.kernel_for(lm) if level else None
-        return cls(kernel, kernel == "reading tables" and level >= 2, kernel is not None and level >= 3)
+        return cls(kernel, kernel == "reading tables" and level >= 2, kernel not in (None, "by rows") and level >= 3)
 
 
 def ways(mode: Mode, lm: FrozenLM) -> dict[Mode, Way]:
@@ -102,6 +106,8 @@ class Runner(ModelRunner):
         """What the library's inputs lack for attention over blocks."""
         if self._kernel is None:
             return {}
+        if self._kernel == "by rows":
+            return {"attention_mask": attention.MASK, "rows": Rows.of(batch_data, self.cb_config.page_size)}
         more: dict[str, Any] = {"attention_mask": attention.MASK}
         if batch_data["block_table"] is not None and self._kernel == "gathering":
             io: Any = self.inputs_and_outputs

@@ -33,7 +33,7 @@ from latentwire.service.settings import Settings
 THEIRS = (
     "device", "sender_device", "receiver_device", "receiver", "dtype", "memory_budget", "host_memory", "keep_alive",
     "load_wait", "max_batch", "batch_tokens", "step_tokens", "step_mode", "kv_tokens", "require_engine", "max_queue",
-    "stall_timeout",
+    "stall_timeout", "latency_buckets",
 )  # fmt: skip
 
 EVERYWHERE = "0.0.0.0"  # where proxies listen, http_options say, which a replica does not see

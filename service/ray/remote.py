@@ -39,6 +39,7 @@ from latentwire.service.processes.frames import (
     unframed,
     unpack,
 )
+from latentwire.service.ray.measures import merged
 from latentwire.service.ray.replicas import EngineDied, identity, shifted
 from latentwire.service.ray.told import RETRY_SECONDS, Told
 
@@ -141,10 +142,14 @@ class RayModels:
         await self._tell(Manage(next(self._ids), "pin" if stay else "unpin", bridge.name), bridge, type(None))
 
     async def metrics(self) -> bytes:
-        """Whether they are ready: what runs in replicas is Ray's to tell."""
-        return b"# HELP latentwire_ready 1 once warmed up.\n# TYPE latentwire_ready gauge\nlatentwire_ready %d\n" % (
-            self.ready
-        )
+        """As ``Models.metrics``: of the replicas of each deployment, where they all answer soon."""
+        halves = self._halves if self.ready else ()
+        told = [
+            half.broadcast("metrics").results_async(timeout_s=SOON_SECONDS, return_exceptions=True) for half in halves
+        ]
+        answers = await asyncio.gather(*told, return_exceptions=True)
+        replies = [reply for answer in answers if isinstance(answer, list) for reply in answer]
+        return merged(self.ready, dict(reply for reply in replies if isinstance(reply, tuple)))
 
     async def _ask(
         self, half: DeploymentHandle, question: Any, bridge: Bridge, told: Told, type_: type[Value],

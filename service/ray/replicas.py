@@ -12,10 +12,14 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ray import serve
+
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.errors import IncompatibleBridge, InferenceFailed
 from latentwire.bridge.families import Role
 from latentwire.bridge.generation.base import Times
+from latentwire.service.api.collector import register
+from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.request import GenerationResult
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.answering import Answering
@@ -75,6 +79,7 @@ class Replica:
             loop.call_soon_threadsafe(loop.call_later, TELLING_SECONDS, os._exit, 1)
 
         self._runtime.on_death = end
+        register(self._runtime, Jobs(self._runtime))
         await self._runtime.start()
         await self._runtime.warmed()
         if self._runtime.models.failure is not None:
@@ -95,6 +100,12 @@ class Replica:
         """As ``ask``, after the pieces of text as they are said; those that came together are sent together."""
         async for reply, _ in self._replies(question, of):
             yield reply
+
+    async def metrics(self) -> tuple[str, str]:
+        """Which replica this is, and what it counts in Prometheus's text format."""
+        context = serve.get_replica_context()
+        text = await self._runtime.models.metrics()
+        return f"{context.deployment}-{context.replica_tag}", text.decode()
 
     def check_health(self) -> None:
         """Ray replaces a replica for which this raises."""

@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster import Cluster, cluster, kill
 from tests.e2e.test_processes import ASK, CALLS, comparable, serving
@@ -29,6 +30,7 @@ CONFIG = Path(__file__).parents[2] / "deploy/ray/serve.yaml"
 LONG = {**ASK, "max_tokens": 60, "temperature": 1.0, "n": 2}
 SETTINGS = {"LW_ENGINE": "ray", "LW_RAY_CPUS": "0.5", "LW_RAY_ENCODERS": "2", "LW_RAY_GENERATORS": "2"}
 CALLERS, EACH = 6, 12
+HELD = 3.0
 WAIT_SECONDS = 400.0  # six processes that import torch, beside the rest of the suite
 
 
@@ -90,6 +92,17 @@ def test_pieces_come_from_a_replica_as_they_are_said(service: OnRay, alone: str)
     assert texts(streams[0]) == texts(streams[1]) and streams[0].count("event: token") > 3
 
 
+def test_metrics_tell_what_each_replica_counts(service: OnRay) -> None:
+    families = list(text_string_to_metric_families(httpx.get(f"{service.url}/metrics", timeout=60).text))
+    assert len({family.name for family in families}) == len(families)
+    samples = [sample for family in families for sample in family.samples]
+    batches = {one.labels["replica"]: one for one in samples if one.name == "latentwire_batch_rows_count"}
+    assert Counter(name.partition("-")[0] for name in batches) == {"Encoder": 2, "Generator": 2}
+    used = {one.labels["replica"].partition("-")[0]: one.value for one in samples if one.name == "latentwire_kv_tokens"}
+    assert set(used) == {"Generator"} and used["Generator"] > 0
+    assert [one.labels for one in samples if one.name == "latentwire_ready"] == [{}]
+
+
 def test_models_come_and_go_in_every_replica(service: OnRay) -> None:
     def ask(verb: str) -> Any:
         return httpx.post(f"{service.url}/admin/bridges/demo/{verb}", timeout=60).json()
@@ -125,21 +138,29 @@ def test_an_evaluation_is_refused_in_one_sentence(service: OnRay) -> None:
 def test_a_node_killed_under_load_loses_no_request(service: OnRay, alone: str) -> None:
     expected = [outputs(alone, seed, stream=False) for seed in range(EACH)]
     met: Counter[str] = Counter()
+    asked: dict[int, float] = {}
+    took: list[float] = []
 
     def call(number: int) -> None:
         for seed in range(EACH):
+            asked[number] = time.monotonic()
             said = outputs(service.url, seed, stream=bool(number % 2))
+            took.append(time.monotonic() - asked.pop(number))
             met["right" if said == expected[seed] else f"lost: {str(said)[-400:]}"] += 1
 
     callers = [threading.Thread(target=call, args=(number,)) for number in range(CALLERS)]
     for caller in callers:
         caller.start()
     until(lambda: met.total() >= CALLERS)
-    ended = kill(service.second)
+    held = [process for process in service.second.children(recursive=True) if is_replica(process.name())]
+    for process in held:
+        process.suspend()
+    longest = HELD * max(took)  # who waits so much longer than any did waits for a replica that is held
+    until(lambda: any(time.monotonic() - at > longest for at in list(asked.values())))
+    kill(service.second)
     for caller in callers:
         caller.join()
-    assert any(map(is_replica, ended)), ended
-    assert met == {"right": CALLERS * EACH}, met
+    assert held and met == {"right": CALLERS * EACH}, met
     assert re.search("(Encode|Generate) is asked again", service.log.read_text())
 
 

@@ -43,6 +43,7 @@ from latentwire.bridge.generation.continuous import PAGE_TOKENS, ContinuousEngin
 from latentwire.bridge.generation.output import Generation, OutputText
 from latentwire.bridge.generation.padded import PaddedEngine
 from latentwire.bridge.generation.select import open_engine
+from latentwire.bridge.generation.steps import ways
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import IGNORE, TEXT, Row
 from latentwire.bridge.sampling import Draws, SamplingParams
@@ -84,6 +85,8 @@ def opened() -> Iterator[Callable[..., Any]]:
     made: list[Engine] = []
 
     def open_(kind: type[Engine], lm: FrozenLM, **options: Any) -> Engine:
+        if kind is ContinuousEngine and "way" not in options:
+            options["way"] = next(iter(ways("paged", lm).values()))  # as it is served here
         made.append(kind(lm, **options))
         return made[-1]
 

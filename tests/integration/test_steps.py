@@ -43,7 +43,7 @@ from tests.integration.test_continuous import (
 )
 from tests.integration.test_engine import stop_within
 
-GATHERING, TABLES = Way("gathering"), Way("reading tables")
+ROWS, GATHERING, TABLES = Way("by rows"), Way("gathering"), Way("reading tables")
 GRAPHS, LATE = Way("reading tables", graphs=True), Way("gathering", overlapped=True)
 ALL = Way("reading tables", graphs=True, overlapped=True)
 
@@ -176,7 +176,7 @@ def wanted(lms: dict[str, FrozenLM]) -> Callable[[str], list[Generation]]:
     return answers
 
 
-@pytest.mark.parametrize("way", [GATHERING, TABLES, GRAPHS, LATE, ALL], ids=str)
+@pytest.mark.parametrize("way", [ROWS, GATHERING, TABLES, GRAPHS, LATE, ALL], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_mode_gives_the_answers_of_the_plain_one_to_requests_that_come_and_go(
     lms: dict[str, FrozenLM],
@@ -364,8 +364,10 @@ def test_more_requests_than_the_cache_holds_all_get_their_answer_also_a_step_lat
     assert [told(one.answer()) for one in asked] == [told(one) for one in wanted]
 
 
-def test_on_a_cpu_every_mode_is_the_plain_one(lms: dict[str, FrozenLM]) -> None:
-    assert {mode: ways(mode, lms["llama"]) for mode in steps.MODES} == {mode: {"plain": Way()} for mode in steps.MODES}
+def test_on_a_cpu_every_mode_but_the_plain_one_attends_row_by_row(lms: dict[str, FrozenLM]) -> None:
+    for mode in steps.MODES[1:]:
+        assert ways(mode, lms["llama"]) == {"paged": ROWS, "plain": Way()}
+    assert ways("plain", lms["llama"]) == ways("async", lms["mistral"]) == {"plain": Way()}  # a window slides
 
 
 def test_a_mode_comes_to_what_the_device_has(lms: dict[str, FrozenLM], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +413,7 @@ def test_attention_over_blocks_is_for_full_attention_in_half_precision_and_table
     lms: dict[str, FrozenLM], model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = load_model(str(model_folders["llama"]), dtype=torch.float16)
-    assert attention.kernel_for(half) is None  # on a CPU
+    assert attention.kernel_for(half) == "by rows"  # on a CPU
     monkeypatch.setattr(FrozenLM, "device", torch.device("cuda"))
     asked: list[str] = []
 

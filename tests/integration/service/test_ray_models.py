@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'latentwire[ray]'")
 
@@ -23,6 +24,13 @@ from latentwire.service.ray.remote import RayModels
 from latentwire.service.ray.replicas import EngineDied
 from latentwire.service.settings import Settings
 
+# Of who answers HTTP. A new setting is named here, or where replicas find theirs.
+NOT_THEIRS = set(
+    "host port admin_port root_path frontends insecure allowed_hosts cors_origins engine ray_encoders ray_generators"
+    " ray_cpus ray_gpus request_timeout drain_delay drain_timeout max_inputs max_samples max_tokens max_text_characters"
+    " max_body max_bodies redis_url store_memory encode_cache_memory encode_cache store_dir store_disk store_ttl"
+    " corpus_dir log_format log_requests tasks jobs_dir api_keys_file api_keys signing_key".split()
+)
 BUG, DEATH = (RayTaskError("ask", "a traceback", of, ip="127.0.0.1") for of in (ValueError("odd"), EngineDied()))
 UP: Any = None
 
@@ -32,9 +40,19 @@ class Half:
 
     app_name = deployment_name = "latentwire-half"
 
-    def __init__(self, *met: Any) -> None:
-        self._met, self.asked = list(met), 0
+    def __init__(self, *met: Any, metrics: Any = ()) -> None:
+        self._met, self._metrics, self.asked = list(met), metrics, 0
         self.ask = self
+
+    def broadcast(self, name: str) -> Any:
+        assert name == "metrics"
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> Any:
+        assert timeout_s and return_exceptions
+        if isinstance(self._metrics, Exception):
+            raise self._metrics
+        return list(self._metrics)
 
     def remote(self, data: bytes, of: str) -> Any:
         question = QUESTIONS.decode(data)
@@ -122,6 +140,39 @@ async def test_nobody_waits_for_replicas_that_were_never_there(bridge: Bridge) -
         await encode(models, bridge)
 
 
+async def test_metrics_are_of_the_replicas_that_answer_each_by_its_name() -> None:
+    met: list[Any] = [
+        (
+            "Encoder-a",
+            "# HELP latentwire_ready Up.\n# TYPE latentwire_ready gauge\nlatentwire_ready 1.0\n" + counted(3),
+        ),
+        ("Encoder-b", counted(4)),
+        ActorDiedError(),
+    ]
+    models = await over(Half(metrics=met))
+    text = (await models.metrics()).decode()
+    assert text.count("# TYPE latentwire_rows_total counter") == 1 and text.count("latentwire_ready 1.0") == 1
+    found = {
+        sample.labels["replica"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "latentwire_rows_total"
+    }
+    assert found == {"Encoder-a": 3, "Encoder-b": 4}
+    await models.stop()
+
+
+async def test_metrics_wait_for_no_replica_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = await over(Half(metrics=TimeoutError()))
+    assert b"latentwire_ready 1.0" in await models.metrics()
+    await models.stop()
+    assert b"latentwire_ready 0.0" in await RayModels().metrics()
+
+
+def counted(rows: int) -> str:
+    return f"# HELP latentwire_rows_total Rows.\n# TYPE latentwire_rows_total counter\nlatentwire_rows_total {rows}\n"
+
+
 async def test_replicas_that_answer_others_are_there_though_nobody_who_looks_is_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -139,7 +190,7 @@ async def test_replicas_that_answer_others_are_there_though_nobody_who_looks_is_
 
 
 def test_replicas_get_the_settings_of_models_alone_and_stay_where_those_are_the_same() -> None:
-    assert set(THEIRS) <= set(Settings.model_fields)
+    assert sorted([*THEIRS, *NOT_THEIRS]) == sorted(Settings.model_fields)
     secret = Settings(port=1, max_batch=7, api_keys="a key", redis_url="redis://:secret@here")
     versions, same = [], Settings(max_batch=7)
     for settings, code in ((secret, "a"), (same, "a"), (same, "b"), (Settings(), "a")):
