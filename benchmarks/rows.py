@@ -1,19 +1,23 @@
-"""A receiver's step on a CPU, each row over its own keys against all rows under a mask: ``python -m benchmarks.rows``.
+"""A receiver's step on a CPU: each row over its own keys against all rows under a mask.
 
-Prompts of like length are read first, and then every row gets a token a step: what a step takes, and how many tokens a
-second came from the first prompt to the last token. Both ways take turns.
+``python -m benchmarks.rows --model DIR``. Prompts of like length are read first, and then every row gets a token a
+step: what a step takes, and how many tokens a second came from the first prompt to the last token. Both ways take
+turns.
 """
 
 import statistics
-import threading
 import time
-from typing import Any
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from benchmarks.record import command_of, record
 from latentwire.bridge.config import Mode
+from latentwire.bridge.errors import LatentWireError
+from latentwire.bridge.generation.output import Generation
 from latentwire.bridge.generation.select import open_engine
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import IGNORE, TEXT, Row
@@ -26,21 +30,25 @@ MODES: tuple[Mode, ...] = ("plain", "paged")
 
 def answered(lm: FrozenLM, mode: Mode, rows: int, context: int) -> dict[str, float]:
     """Answer so many prompts at once: tokens a second, and milliseconds of a step in which each row got a token."""
-    engine, ended, took = open_engine(lm, max_rows=rows, kv_tokens=32_768, mode=mode), threading.Semaphore(0), []
+    engine = open_engine(lm, max_rows=rows, kv_tokens=32_768, mode=mode, required="continuous")
+    took, ended = list[float](), SimpleQueue[Generation | LatentWireError]()
     engine.on_step = lambda made, tokens, seconds: took.append(seconds) if made == tokens == rows else None
     started = time.perf_counter()
     for number in range(rows):
         ids = [(7 * place + 13 * number) % (lm.rows - 8) + 4 for place in range(context)]
         row = Row(ids, [TEXT] * context, [IGNORE] * context)
-        engine.submit(row, SamplingParams(max_tokens=ANSWER_TOKENS), None, lambda _: ended.release())
+        engine.submit(row, SamplingParams(max_tokens=ANSWER_TOKENS), None, ended.put)
+    tokens = 0
     for _ in range(rows):
-        ended.acquire()
+        if isinstance(answer := ended.get(), LatentWireError):
+            raise answer
+        tokens += answer.token_count
     seconds = time.perf_counter() - started
     engine.close()
-    return {"tokens_per_second": rows * ANSWER_TOKENS / seconds, "step_ms": 1000 * statistics.median(took)}
+    return {"tokens_per_second": tokens / seconds, "step_ms": 1000 * statistics.median(took)}
 
 
-def main(model: str = "builtin:llama", threads: int = 1, rounds: int = 3) -> None:
+def main(model: Annotated[str, typer.Option()], threads: int = 1, rounds: int = 3) -> None:
     """Measure ROUNDS of both ways for each number of rows, and record them."""
     torch.set_num_threads(threads)
     lm = load_model(model, device=torch.device("cpu"))
@@ -59,7 +67,7 @@ def main(model: str = "builtin:llama", threads: int = 1, rounds: int = 3) -> Non
         print(
             rows, context, {mode: {k: round(v, 1) for k, v in one.items()} for mode, one in median.items()}, flush=True
         )
-    short = model.rpartition("/")[2].replace("builtin:", "")
+    short = Path(model).name
     record(
         f"rows-{short}",
         command_of("rows", model=short, threads=threads, rounds=rounds),

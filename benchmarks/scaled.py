@@ -20,6 +20,7 @@ import httpx
 import typer
 
 from benchmarks.record import command_of, record
+from benchmarks.stock import untrained
 from latentwire.bridge.evaluation.tasks import world_task
 from latentwire.service.cli.demo import running
 
@@ -32,12 +33,12 @@ SERVICES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, bridge: str = "builtin") -> None:
-    """Ask each service of BRIDGE in turns, ROUNDS times for SECONDS, and record answers a second and one caller's
-    latency."""
+def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, model: str = "") -> None:
+    """Ask each service in turns, ROUNDS times for SECONDS, and record answers a second and one caller's latency; of the
+    built-in bridge, or of an untrained one to the receiver MODEL."""
     found: dict[str, dict[str, list[float]]] = {name: {"per_second": [], "alone_ms": []} for name in SERVICES}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
-        urls = {}
+        urls, bridge = {}, str(untrained(model, Path(folder) / "bridge")) if model else "builtin"
         for port, (name, variables) in enumerate(SERVICES.items(), PORT):
             opened.enter_context(running(bridge, port, Path(folder) / name, **variables))
             urls[name] = f"http://127.0.0.1:{port}"
@@ -48,9 +49,10 @@ def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, bridge: str =
                 found[name]["alone_ms"].append(statistics.median(load(url, 1, seconds / 4)) * 1000)
     median = {name: {what: statistics.median(all) for what, all in one.items()} for name, one in found.items()}
     per_second = {name: one["per_second"] for name, one in median.items()}
+    short = Path(model).name
     record(
-        "scaled" if bridge == "builtin" else f"scaled-{Path(bridge).name}",
-        command_of("scaled", callers=callers, seconds=seconds, rounds=rounds, bridge=Path(bridge).name),
+        f"scaled-{short}" if model else "scaled",
+        command_of("scaled", callers=callers, seconds=seconds, rounds=rounds, model=short),
         {
             "cores": os.cpu_count(),
             "services": median,

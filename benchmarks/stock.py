@@ -112,7 +112,8 @@ def equal_tokens(checkpoint: Path, port: int, count: int = 32) -> dict[str, Any]
     here = Bridge.load(checkpoint, device="cpu")
     there = Bridge.load(checkpoint, device="cpu", receiver=f"vllm:http://127.0.0.1:{port}")
     asked = questions(count)
-    latents = [Latent(here.message(np.asarray(one.source), "float32"), np.asarray(one.source).shape) for one in asked]
+    arrays = [np.asarray(one.source) for one in asked]
+    latents = [Latent(here.message(array, "float32"), array.shape, 0, "float32") for array in arrays]
     answers = [
         bridge.generate(latents, [str(one.prompt) for one in asked], max_tokens=32, logprobs=0)
         for bridge in (here, there)

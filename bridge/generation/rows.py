@@ -1,8 +1,8 @@
 """Attention on a CPU: each row of a step over its own keys, where they stand in the cache.
 
 With ``sdpa`` a step multiplies the tokens of all its rows with the keys of all its rows, under a mask that leaves each
-its own, and the host writes down one by one where these keys stand. Here rows that read one token are taken together
-where they are of like length, padded to the longest, and prompts one by one.
+its own, which the host writes row by row. Here rows that read one token are taken together where they are of like
+length, padded to the longest, and prompts one by one.
 
 Dimensions used in this file:
     T tokens of a step    N rows of a group    S keys of its longest row    Q tokens that each reads
@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SHORT = 127
-"""Rows of up to so many keys are of one group, and longer ones with those up to four times as long: a call takes as
-long as some hundred keys that are read in vain."""
+"""Rows of up to so many keys are of one group; beyond, the longest of a group has up to four times the keys of the
+shortest. A call takes as long as some hundred keys that are read in vain."""
 Caches = tuple[Float[Tensor, "_ _ D"], Float[Tensor, "_ _ D"]]
 """Of keys and of values, in one layer."""
 
@@ -49,7 +49,7 @@ class Group:
         scale: float | None,
     ) -> Float[Tensor, "N _ Q D"]:
         """Attend to what is in a layer's caches; layer after layer is read into the same memory."""
-        if not self._read or self._read[0].shape[1:] != caches[0].shape[1:]:
+        if not self._read:
             self._read = [cache.new_empty(len(self._places), *cache.shape[1:]) for cache in caches]
         for cache, read in zip(caches, self._read, strict=True):
             torch.index_select(cache, 0, self._places, out=read)
@@ -72,28 +72,27 @@ class Rows:
         """Of the library's inputs, whose blocks have ``size`` tokens."""
         starts, ends = step["cu_seq_lens_q"].tolist(), next(iter(step["cu_seq_lens_k"].values())).tolist()
         read, used = ([end - start for start, end in pairwise(at)] for at in (starts, ends))
-        most, table = max(used), step["block_table"]
+        table, most = step["block_table"], np.arange(max(used))
+        own = np.minimum(most, np.array(used)[:, None] - 1)  # padded with a key of the row, whatever others left
         if table is not None:  # each row reads one token
-            blocks = (
-                table[0].numpy()[:, : -(-most // size)].clip(0).astype(np.int64)
-            )  # what is seen of none is anywhere
-            places = (blocks[:, :, None] * size + np.arange(size)).reshape(len(used), -1)
-            new = torch.from_numpy(places[range(len(used)), np.array(used) - 1])
+            blocks = table[0, :, : -(-len(most) // size)].numpy().astype(np.int64)
+            places = np.take_along_axis(blocks, own // size, axis=1) * size + own % size
+            new = torch.from_numpy(places[:, -1].copy())
         else:
             new = step["write_index"][0]
             stands = (
                 step["read_index"][0] if len(step["read_index"][0]) else new
             ).numpy()  # of no row but the new ones
-            places = stands[np.add.outer(ends[:-1], np.arange(most)).clip(max=len(stands) - 1)]
+            places = stands[np.array(ends[:-1])[:, None] + own]
         alike: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for row, tokens in enumerate(read):
             alike[tokens, max(used[row], SHORT).bit_length() // 2 if tokens == 1 else -row].append(row)
         groups = []
         for (tokens, _), rows in alike.items():
-            lengths, own = np.array([used[row] for row in rows]), np.arange(tokens)
+            lengths, offsets = np.array([used[row] for row in rows]), np.arange(tokens)
             keys, is_all = int(lengths.max()), len(rows) == len(new)
-            seen = np.arange(keys) <= (lengths[:, None] - tokens + own)[..., None]  # a token's own key is its last
-            reads = None if is_all else torch.from_numpy(np.array([starts[row] for row in rows])[:, None] + own)
+            seen = np.arange(keys) <= (lengths[:, None] - tokens + offsets)[..., None]  # a token's own key is its last
+            reads = None if is_all else torch.from_numpy(np.array([starts[row] for row in rows])[:, None] + offsets)
             there = torch.from_numpy(places[:, :keys] if is_all else places[rows, :keys])
             groups.append(Group(reads, there, None if seen.all() else torch.from_numpy(seen[:, None])))
         return cls(new, groups)

@@ -39,7 +39,7 @@ Next = tuple[SamplingParams, int]
 
 @dataclass(frozen=True)
 class Way:
-    """What a mode comes to for a model on its device: as much of it as there is there, nothing on a CPU.
+    """What a mode comes to for a model on its device: as much of it as there is there.
 
     Attributes:
         kernel: Attention over each row's own keys; None is the model's own, over all rows' under a mask.

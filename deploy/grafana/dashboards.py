@@ -82,7 +82,7 @@ def of_bridge(metric: str) -> tuple[tuple[str, str], ...]:
 
 def memory(kind: str) -> str:
     """Bytes of a kind, by device."""
-    return f'max by (instance, device) (latentwire_memory_bytes{{{INSTANCE}, kind="{kind}"}})'
+    return f'max by (instance, replica, device) (latentwire_memory_bytes{{{INSTANCE}, kind="{kind}"}})'
 
 
 TAKEN = f"1 - {memory('free')} / {memory('total')}"

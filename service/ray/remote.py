@@ -148,7 +148,10 @@ class RayModels:
             half.broadcast("metrics").results_async(timeout_s=SOON_SECONDS, return_exceptions=True) for half in halves
         ]
         answers = await asyncio.gather(*told, return_exceptions=True)
-        replies = [reply for answer in answers if isinstance(answer, list) for reply in answer]
+        replies = [reply for answer in answers for reply in (answer if isinstance(answer, list) else [answer])]
+        for error in replies:
+            if isinstance(error, Exception):
+                log.warning("a replica's metrics cannot be had: %s", first_line(error))
         return merged(self.ready, dict(reply for reply in replies if isinstance(reply, tuple)))
 
     async def _ask(

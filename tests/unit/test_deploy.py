@@ -31,8 +31,8 @@ PANELS: list[dict[str, Any]] = [panel for board in BOARDS.values() for panel in 
 RULES: list[dict[str, Any]] = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"][0]["rules"]
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
 
-# Labels that Prometheus adds, or a histogram has.
-ADDED = {"instance", "job", "le"}
+# Labels that Prometheus adds, a histogram has, or replicas on Ray.
+ADDED = {"instance", "job", "le", "replica"}
 METRIC = re.compile(r"\b(latentwire_\w+)(?:\{(.*?)\})?")
 
 

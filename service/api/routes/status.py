@@ -1,5 +1,7 @@
 """What is bridge, and whether it is well: bridges, health, metrics."""
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -58,7 +60,10 @@ async def ready(request: Request) -> Health:
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     runtime: Runtime = request.app.state.runtime
-    text = generate_latest(runtime.metrics.registry) + await runtime.models.metrics()
+    theirs = asyncio.create_task(runtime.models.metrics())
+    await asyncio.sleep(0)  # where another process holds the models it is asked first, and writes meanwhile
+    await asyncio.sleep(0)
+    text = generate_latest(runtime.metrics.registry) + await theirs
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
