@@ -9,11 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/slurm/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / "deploy" / name for name in ("README.md", "SCALING.md", "ray/README.md", "slurm/README.md")),
     ROOT / "training" / "NOTES.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-VARIABLE = re.compile(r"[A-Z_]+=")
+VARIABLE = re.compile(r"export$|[A-Z_]+=")
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?', re.DOTALL | re.MULTILINE)
 
 

@@ -43,7 +43,9 @@ PROGRAMS = {
     "latentwire",
     "latentwire-lm-eval",
     "make",
+    "ray",
     "sbatch",
+    "serve",
     "torchrun",
     "vllm",
 } | {f".venv/bin/{name}" for name in ("pytest", "python", "ruff")}
@@ -165,6 +167,16 @@ def test_every_flag_in_the_documents_exists() -> None:
     assert len(typed) >= 20
     for command in typed:
         parsed(get_command(app), command[1:])
+
+
+def test_ray_is_called_as_the_documents_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for program, module in (("ray", "ray.scripts.scripts"), ("serve", "ray.serve.scripts")):
+        cli = pytest.importorskip(module).cli
+        typed = commands(program)
+        assert typed
+        for _, name, *arguments in typed:
+            cli.commands[name].make_context(name, arguments)
 
 
 def test_the_harness_is_called_as_the_documents_say() -> None:

@@ -56,7 +56,7 @@ def test_a_wrong_value_stops_the_start_and_is_named(monkeypatch: pytest.MonkeyPa
 def test_how_much_is_done_at_once_follows_the_device_where_the_operator_says_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert Settings().sizes(torch.device("cpu")) == Sizes(32, 16_384, 512, "plain", None, 0.0)
+    assert Settings().sizes(torch.device("cpu")) == Sizes(32, 16_384, 512, "paged", None, 0.0)
     for device in ("cuda:1", "xpu", "mps"):
         assert Settings().sizes(torch.device(device)) == Sizes(256, 32_768, 2_048, "async", "0.9", 0.8)
     monkeypatch.setenv("LW_MAX_BATCH", "7")
