@@ -126,8 +126,6 @@ def _deployed(
     made = halves(settings, checkpoints, "/".join(code))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         ray.init(address or "local", include_dashboard=None if address else False, log_to_driver=False)
     except Exception as error:  # Ray has no error of its own for a node that cannot start, or be found

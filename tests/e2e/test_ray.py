@@ -206,6 +206,13 @@ def test_a_serve_config_serves_the_same_routes_through_the_proxies_of_ray(
     assert outputs(url, 1, stream=True) == outputs(alone, 1, stream=False)
 
 
+def test_a_service_starts_a_ray_of_its_own_that_wants_a_token_also_where_there_never_was_one(tmp_path: Path) -> None:
+    with serving(tmp_path, LW_ENGINE="ray", LW_RAY_CPUS="0.1", HOME=str(tmp_path)) as made:
+        until(lambda: is_ready(made.url))
+        assert outputs(made.url, 1, stream=True) == outputs(made.url, 1, stream=False)
+    assert (tmp_path / ".ray/auth_token").read_text()
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two answers are, but for the rounding of numbers, in which batches differ."""
     if isinstance(one, float) and isinstance(other, float):
