@@ -79,10 +79,8 @@ class Rows:
             places = np.take_along_axis(blocks, own // size, axis=1) * size + own % size
             new = torch.from_numpy(places[:, -1].copy())
         else:
-            new = step["write_index"][0]
-            stands = (
-                step["read_index"][0] if len(step["read_index"][0]) else new
-            ).numpy()  # of no row but the new ones
+            new, before = step["write_index"][0], step["read_index"][0]
+            stands = (before if len(before) else new).numpy()  # empty where no row has older keys
             places = stands[np.array(ends[:-1])[:, None] + own]
         alike: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for row, tokens in enumerate(read):

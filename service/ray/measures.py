@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -19,12 +19,13 @@ class ReplicaCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every family once, with the samples of all replicas: the format wants them together."""
-        families = {READY: Metric(READY, "", "gauge")}  # theirs: each is ready, or Ray would not show it
+        families: dict[str, Metric] = {}
         for replica, text in self._texts.items():
             for family in text_string_to_metric_families(text):
                 all_of_it = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 all_of_it.samples += [one._replace(labels={**one.labels, "replica": replica}) for one in family.samples]
-        families[READY] = GaugeMetricFamily(READY, "1 once warmed up.", value=float(self._ready))
+        families.pop(READY, None)  # each replica is, or Ray would not show it
+        yield GaugeMetricFamily(READY, "1 once warmed up.", value=float(self._ready))
         yield from families.values()
 
 
@@ -40,6 +41,4 @@ def merged(ready: bool, texts: Mapping[str, str]) -> bytes:
     rows{replica="a1"} 2.0
     <BLANKLINE>
     """
-    registry = CollectorRegistry()
-    registry.register(ReplicaCollector(ready, texts))
-    return generate_latest(registry)
+    return generate_latest(ReplicaCollector(ready, texts))

@@ -1,4 +1,4 @@
-"""What is bridge, and whether it is well: bridges, health, metrics."""
+"""Which bridges are served, and whether the service is well: bridges, health, metrics."""
 
 import asyncio
 
