@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NVIDIA = Path("/proc/driver/nvidia/version")
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of each so many, or "max"
 NO_HALF = (7, 0)  # compute capability below which half precision is no faster than float32
 
 
@@ -35,6 +36,27 @@ def device_named(name: str | None) -> torch.device:
     if trouble := _missing(device):
         raise InvalidRequest(f"device {name!r} was asked for, but {trouble}", param="device")
     return device
+
+
+def cores() -> int:
+    """Cores that this process may keep busy: those it is bound to, or as many as a container's quota pays for."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, QUOTA.read_text().split())
+    except (OSError, ValueError):
+        return bound
+    return max(1, min(bound, quota // period))
+
+
+def use_threads(count: int | None) -> None:
+    """Compute with so many threads on a CPU, in all of this process; None leaves a core to the process of HTTP.
+
+    With as many threads as cores each product waits for the thread whose core HTTP has just taken: on two cores, two
+    threads answered less than one did (``benchmarks/threads.py``). ``OMP_NUM_THREADS`` stands.
+    """
+    if count is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(count or max(1, min(torch.get_num_threads(), cores() - 1)))
 
 
 def is_same(one: torch.device, other: torch.device) -> bool:

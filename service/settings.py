@@ -187,6 +187,12 @@ class Settings(BaseSettings):
     step_tokens: int | None = Field(
         None, ge=1, description="Tokens per step of a receiver; longer prompts take several. [2048; 512 on a CPU]"
     )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Threads with which models compute on a CPU. [torch's own number, at most one less than there are "
+        "cores, which HTTP has; OMP_NUM_THREADS where that is set]",
+    )
     step_mode: Mode | None = Field(
         None,
         description="How steps of a receiver are made: plain; paged, attention over the blocks of the cache; graphs, "

@@ -58,6 +58,7 @@ def serve(
     """Serve bridges over HTTP. Every other setting is an LW_* environment variable (see the guide: Serving)."""
     from pydantic import ValidationError
 
+    from latentwire.bridge.devices import use_threads
     from latentwire.service import tracing
     from latentwire.service.app import create_app
     from latentwire.service.auth.guard import check_binding
@@ -85,6 +86,7 @@ def serve(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
     check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
+    use_threads(settings.threads)
     bridges = _named(bridge or ["builtin=builtin"])
     listeners = listen(settings.host, settings.port)
     operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)

@@ -32,8 +32,8 @@ from latentwire.service.settings import Settings
 # What runs models needs; the rest is that of who answers HTTP, and nothing secret goes to replicas.
 THEIRS = (
     "device", "sender_device", "receiver_device", "receiver", "dtype", "memory_budget", "host_memory", "keep_alive",
-    "load_wait", "max_batch", "batch_tokens", "step_tokens", "step_mode", "kv_tokens", "require_engine", "max_queue",
-    "stall_timeout", "latency_buckets",
+    "load_wait", "max_batch", "batch_tokens", "step_tokens", "threads", "step_mode", "kv_tokens", "require_engine",
+    "max_queue", "stall_timeout", "latency_buckets",
 )  # fmt: skip
 
 EVERYWHERE = "0.0.0.0"  # where proxies listen, http_options say, which a replica does not see

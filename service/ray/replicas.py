@@ -15,6 +15,7 @@ from typing import Any
 from ray import serve
 
 from latentwire.bridge.bridge import Bridge
+from latentwire.bridge.devices import use_threads
 from latentwire.bridge.errors import IncompatibleBridge, InferenceFailed
 from latentwire.bridge.families import Role
 from latentwire.bridge.generation.base import Times
@@ -70,7 +71,9 @@ class Replica:
 
     async def __init__(self, bridges: Mapping[str, str], settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
         """Of bridges {name: checkpoint}; Ray awaits this."""
-        self._runtime = Runtime(Settings(**settings), bridges, roles=(self.role,))
+        made = Settings(**settings)
+        use_threads(made.threads)
+        self._runtime = Runtime(made, bridges, roles=(self.role,))
         loop = asyncio.get_running_loop()
         self._identities = {name: identity(bridge) for name, bridge in self._runtime.bridges.items()}
 

@@ -12,6 +12,7 @@ import torch
 from latentwire.bridge import devices
 from latentwire.bridge.devices import (
     DTYPES,
+    cores,
     default_device,
     default_dtype,
     device_named,
@@ -19,6 +20,7 @@ from latentwire.bridge.devices import (
     has_nvidia,
     in_background,
     multiply_float32,
+    use_threads,
 )
 from latentwire.bridge.errors import InvalidRequest
 from latentwire.bridge.evaluation.context import open_context
@@ -293,3 +295,47 @@ def test_work_in_the_background_waits_for_what_was_asked_before_and_what_comes_a
         log.append("work")
     before, after = "background waits for current", "current waits for background"
     assert log == ["work on a CPU", before, "on background", "work", after]
+
+
+@pytest.mark.parametrize(
+    ("quota", "wanted"),
+    [("max 100000", 8), ("350000 100000", 3), ("50000 100000", 1), ("1600000 100000", 8), (None, 8)],
+)
+def test_cores_are_those_a_container_may_keep_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, wanted: int
+) -> None:
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert cores() == wanted
+
+
+@pytest.mark.parametrize(
+    ("told", "there", "usual", "wanted"),
+    [(None, 1, 1, 1), (None, 2, 2, 1), (None, 16, 16, 15), (None, 32, 16, 16), (3, 2, 2, 3)],
+    ids=["one core", "two", "sixteen", "two threads a core", "told"],
+)
+def test_models_leave_a_core_to_http_unless_told(
+    monkeypatch: pytest.MonkeyPatch, told: int | None, there: int, usual: int, wanted: int
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(devices, "cores", lambda: there)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: usual)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    use_threads(told)
+    assert used == [wanted]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    use_threads(told)
+    assert used == [wanted] * (1 if told is None else 2)
+
+
+def test_the_threads_of_a_service_are_set_before_it_has_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setenv("LW_THREADS", "7")
+    monkeypatch.setattr("sys.argv", ["latentwire", "serve", "--bridge", "no name"])
+    with pytest.raises(SystemExit):
+        main()
+    assert used == [7]
