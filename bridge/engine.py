@@ -23,7 +23,14 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentwire.bridge.checkpoint import BridgeModel
 from latentwire.bridge.devices import in_background
-from latentwire.bridge.generation.output import Generation, IdLogprob, OutputText, OutputTokens, logprobs_of
+from latentwire.bridge.generation.output import (
+    Generation,
+    IdLogprob,
+    OutputText,
+    OutputTokens,
+    entropies_of,
+    logprobs_of,
+)
 from latentwire.bridge.models import FrozenLM, hidden_states, pad_sources
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
 from latentwire.bridge.reader import SourceTokens
@@ -240,13 +247,14 @@ class _Watch:
         self.outputs, self.on_token = outputs, on_token
         self.params = [output.params for output in outputs]
         self.logprobs: list[IdLogprob | None] = []
+        self.entropies = torch.empty(0)
         self.started = time.perf_counter()
         self.first_token_seconds = 0.0
 
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The logits processor: scores whose argmax is the choice."""
         chosen = choose(scores, self.params, [len(output.ids) for output in self.outputs])
-        self.logprobs = logprobs_of(self.outputs, scores, chosen)
+        self.logprobs, self.entropies = logprobs_of(self.outputs, scores, chosen), entropies_of(scores)
         if not self.first_token_seconds:
             chosen.argmax(dim=-1).tolist()  # wait for the device: this is the moment a user sees a token
             self.first_token_seconds = time.perf_counter() - self.started
@@ -254,8 +262,9 @@ class _Watch:
 
     def hand_over(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         """The stopping criterion: each row gets its token; the batch ends when its last row has ended."""
-        for row, (output, token) in enumerate(zip(self.outputs, input_ids[:, -1].tolist(), strict=True)):
+        tokens, entropies = input_ids[:, -1].tolist(), self.entropies.tolist()
+        for row, (output, token) in enumerate(zip(self.outputs, tokens, strict=True)):
             if not output.over:
-                output.add(token, self.logprobs[row])
+                output.add(token, self.logprobs[row], entropies[row])
                 self.on_token[row]()
         return torch.tensor([output.over for output in self.outputs], device=input_ids.device)

@@ -98,18 +98,20 @@ class ModelMetrics:
 
 @dataclass(frozen=True)
 class Said:
-    """An output as it is counted: its words and their pairs, its ``repetition``, and whether its limit cut it."""
+    """An output as it is counted: its words and their pairs, its ``repetition``, whether its limit cut it, and the mean
+    entropy of its tokens, where the receiver is here."""
 
     text: str
     words: Sequence[str]
     pairs: Sequence[tuple[str, str]]
     repetition: float
     cut: bool
+    entropy: float | None
 
     @classmethod
-    def of(cls, text: str, cut: bool) -> "Said":
+    def of(cls, text: str, cut: bool, entropy: float | None) -> "Said":
         words = text.split()
-        return cls(text, words, list(pairwise(words)), repetition([text]), cut)
+        return cls(text, words, list(pairwise(words)), repetition([text]), cut, entropy)
 
 
 @dataclass
@@ -128,9 +130,9 @@ class Window:
     _words: Tally = field(default_factory=Tally)
     _pairs: Tally = field(default_factory=Tally)
 
-    def add(self, text: str, cut: bool) -> None:
+    def add(self, text: str, cut: bool, entropy: float | None = None) -> None:
         """Remember an output, and forget the oldest of more than ``WINDOW``."""
-        self._outputs.append(said := Said.of(text, cut))
+        self._outputs.append(said := Said.of(text, cut, entropy))
         for tally, what in ((self._texts, [text]), (self._words, said.words), (self._pairs, said.pairs)):
             tally.update(what)
         if len(self._outputs) > WINDOW:
@@ -139,11 +141,14 @@ class Window:
                 tally.forget(gone)
 
     def measured(self) -> dict[str, float]:
-        """Every number about the window by the name of its gauge; a drift only where it can be told."""
+        """Every number about the window by the name of its gauge; a drift, and how unsure the receiver was, only where
+        they can be told."""
         outputs, latents = list(self._outputs), list(self.latents)
         count, words = max(len(outputs), 1), max(self._words.total(), 1)
         usual = self.usual if len(latents) >= FEWEST else None
         drift = {} if usual is None else {"latent_drift": usual.drift(latents)}
+        unsure = [said.entropy for said in outputs if said.entropy is not None]
+        entropy = {"token_entropy_nats": sum(unsure) / len(unsure)} if unsure else {}
         return {
             "outputs": len(outputs),
             "distinct_ratio": len(self._texts) / count,
@@ -157,6 +162,7 @@ class Window:
             "truncated_ratio": sum(said.cut for said in outputs) / count,
             "latents": len(latents),
             "latent_similarity": similarity(latents),
+            **entropy,
             **drift,
         }
 

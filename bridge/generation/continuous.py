@@ -261,8 +261,8 @@ class ContinuousEngine(Engine):
             if running.first_token_at is None:
                 running.waited_seconds = output.lifespan[0] - output.created_time
             try:
-                logprob = self._choices.logprob(output.request_id, place, token)
-                if running.tokens.add(token, logprob) and not output.is_finished():
+                found = self._choices.found(output.request_id, place, token)
+                if running.tokens.add(token, *found) and not output.is_finished():
                     self._stop(running)
                 self._advance(running)
             except Exception as error:  # of one request: no reason to end the others

@@ -41,7 +41,8 @@ class Generation:
     """A finished output. ``finish_reason`` is ``stop`` at EOS, a stop id or a stop string, ``length`` at the limit.
 
     ``token_count`` includes EOS or the stop id; ``logprobs``, where requested, has an entry for each token of the text,
-    and ``end_logprob`` is that of EOS or the stop id.
+    and ``end_logprob`` is that of EOS or the stop id. ``entropy_nats`` is how unsure the receiver was, mean over its
+    tokens: a measurement beside the answer, and None where the receiver runs elsewhere.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Generation:
     token_count: int
     logprobs: tuple[TokenLogprob, ...] | None = None
     end_logprob: float | None = None
+    entropy_nats: float | None = field(default=None, compare=False)
 
 
 @dataclass(eq=False)
@@ -59,6 +61,7 @@ class OutputTokens:
         ids: Generated tokens, without the one that ended the output.
         logprobs: Of each of them, where log-probabilities were requested.
         end_logprob: Of the token that ended the output, where one did.
+        entropies: In nats, of what each token was chosen from, the one that ended the output included.
         ended_by: Set by the token that ends the output; more tokens are refused.
     """
 
@@ -67,6 +70,7 @@ class OutputTokens:
     ids: list[int] = field(default_factory=list)
     logprobs: list[IdLogprob] = field(default_factory=list)
     end_logprob: float | None = None
+    entropies: list[float] = field(default_factory=list)
     ended_by: FinishReason | None = None
     _closing: int = 0  # 1 when a token that is not text ended the output
     _kept: int | None = None  # tokens that count, where it was cut
@@ -93,10 +97,18 @@ class OutputTokens:
         """Tokens so far, EOS or the stop id included."""
         return len(self.ids) + self._closing if self._kept is None else self._kept
 
-    def add(self, token: int, logprob: IdLogprob | None = None) -> bool:
+    @property
+    def entropy_nats(self) -> float | None:
+        """Mean of ``entropies`` over the tokens that count."""
+        counted = self.entropies[: self.token_count]
+        return sum(counted) / len(counted) if counted else None
+
+    def add(self, token: int, logprob: IdLogprob | None = None, entropy: float | None = None) -> bool:
         """Add the next token; True when the output is over."""
         if self.over:  # another thread has just cut or cancelled it
             return True
+        if entropy is not None:
+            self.entropies.append(entropy)
         if token in self.end_ids:
             self.end_logprob = None if logprob is None else logprob.logprob
             self._closing, self.ended_by = 1, "stop"
@@ -144,7 +156,8 @@ class OutputText:
             return None
         logprobs = tuple(self._logprobs) if self.tokens.params.logprobs is not None else None
         end_logprob = self.tokens.end_logprob if self._cut is None else None
-        return Generation(self.text, self._ended_by, self.tokens.token_count, logprobs, end_logprob)
+        count, entropy = self.tokens.token_count, self.tokens.entropy_nats
+        return Generation(self.text, self._ended_by, count, logprobs, end_logprob, entropy)
 
     def finish(self) -> Generation:
         """Read the rest of an output that has ended."""
@@ -220,6 +233,12 @@ def logprobs_of(
     ids = tokens.tolist()  # and with this the device has made the report too
     found = {row: report.row(i, ids[i], counts[row]) for i, row in enumerate(counts)}
     return [found.get(row) for row in range(len(outputs))]
+
+
+def entropies_of(logits: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
+    """Entropy in nats of each row's next token as the model has it, before temperature, top-k and top-p."""
+    found: Tensor = torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

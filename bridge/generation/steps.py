@@ -11,6 +11,7 @@ Dimensions used in this file:
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 import torch
@@ -26,7 +27,7 @@ from transformers.generation.continuous_batching.utils import stream_context
 
 from latentwire.bridge.config import Mode
 from latentwire.bridge.generation import attention
-from latentwire.bridge.generation.output import IdLogprob, Report
+from latentwire.bridge.generation.output import IdLogprob, Report, entropies_of
 from latentwire.bridge.generation.rows import Rows
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.sampling import Draws, SamplingParams
@@ -117,17 +118,35 @@ class Runner(ModelRunner):
         return more
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Step:
-    """What a step chooses beside the likeliest tokens.
+    """What a step chooses beside the likeliest tokens, and what it finds.
 
     Attributes:
+        rows: By request and place in its answer: the row of the step.
         draws: For rows that are drawn; None where none is.
-        reported: By request and place in its answer: the row among those that report log-probabilities, and how many.
+        reported: Of rows that report log-probabilities: which of them it is, and how many are asked for.
+        entropies: Of all rows, on the host once the device has done what it was asked until then.
+        report: Of the rows in ``reported``.
     """
 
+    rows: dict[tuple[str, int], int]
     draws: Draws | None
-    reported: dict[tuple[str, int], tuple[int, int]]
+    reported: dict[int, tuple[int, int]]
+    entropies: Float[Tensor, " B"] | None = None
+    report: Report | None = None
+
+    @cached_property
+    def nats(self) -> list[float]:
+        """``entropies``, read once for all rows."""
+        return [] if self.entropies is None else self.entropies.tolist()
+
+    def logprob(self, row: int, token: int) -> IdLogprob | None:
+        """Of the token of a row; None where nobody asked."""
+        if self.report is None or row not in self.reported:
+            return None
+        which, count = self.reported[row]
+        return self.report.row(which, token, count)
 
 
 class Choices(ContinuousBatchingLogitsProcessorList):
@@ -148,8 +167,8 @@ class Choices(ContinuousBatchingLogitsProcessorList):
         self.tensors_required, self.do_processing = self.ROWS, True
         self._asked, self._logits = asked, logits
         self._scores: Tensor | None = None
-        self._step = _Step(None, {})
-        self._reports: deque[tuple[_Step, Report]] = deque(maxlen=IN_FLIGHT)
+        self._step = _Step({}, None, {})
+        self._made: deque[_Step] = deque(maxlen=IN_FLIGHT)
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         """Nothing is read that was not written."""
@@ -167,11 +186,9 @@ class Choices(ContinuousBatchingLogitsProcessorList):
             arg_storage[2:, : len(drawn)] = draws.numbers
         if told:
             arg_storage[1, : len(told)] = torch.tensor(list(told), dtype=torch.int32)
-        reported = {
-            (states[row].request_id, place): (i, params.logprobs or 0)
-            for i, (row, (params, place)) in enumerate(told.items())
-        }
-        self._step = _Step(draws, reported)
+        places = {(states[row].request_id, place): row for row, (_, place) in rows.items()}
+        reported = {row: (i, params.logprobs or 0) for i, (row, (params, _)) in enumerate(told.items())}
+        self._step = _Step(places, draws, reported)
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
@@ -183,7 +200,7 @@ class Choices(ContinuousBatchingLogitsProcessorList):
         return scores
 
     def choose(self, arguments: Int[Tensor, "_ B"], output_ids: Int[Tensor, "_ _"]) -> None:
-        """After the pass: put what is drawn in the place of the likeliest tokens; find log-probabilities."""
+        """After the pass: put what is drawn in the place of the likeliest tokens; find what is told of them."""
         step, scores = self._step, self._scores if self._logits is None else self._logits
         self._scores = None
         assert scores is not None
@@ -196,13 +213,15 @@ class Choices(ContinuousBatchingLogitsProcessorList):
         if step.reported:
             rows = arguments[1, : len(step.reported)].long()
             most = max(count for _, count in step.reported.values())
-            report = Report.of(scores.index_select(0, rows), tokens.index_select(0, rows).long(), most)
-            self._reports.append((step, report))
+            step.report = Report.of(scores.index_select(0, rows), tokens.index_select(0, rows).long(), most)
+        last = max(step.rows.values(), default=-1)
+        step.entropies = entropies_of(scores[: last + 1]).to("cpu", non_blocking=True)  # into pinned memory
+        self._made.append(step)
 
-    def logprob(self, request: str, place: int, token: int) -> IdLogprob | None:
-        """Of the token of a request at a place in its answer, once the library has read the token; None if unasked."""
-        for step, report in self._reports:
-            if (found := step.reported.get((request, place))) is not None:
-                row, count = found
-                return report.row(row, token, count)
-        return None
+    def found(self, request: str, place: int, token: int) -> tuple[IdLogprob | None, float | None]:
+        """Of the token of a request at a place in its answer, once the library has read it: its log-probability, None
+        where nobody asked, and the entropy of what it was chosen from."""
+        for step in self._made:
+            if (row := step.rows.get((request, place))) is not None:
+                return step.logprob(row, token), step.nats[row]
+        return None, None

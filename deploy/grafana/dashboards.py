@@ -500,6 +500,13 @@ QUALITY = Board(
                     ("LatentWireFewWords", "entropy_nats"),
                 ),
                 Panel(
+                    "Entropy of tokens",
+                    "short",
+                    "Nats, of what the receiver chose from, mean over the latest outputs. Near 0: it is sure of each "
+                    "token, as a bridge that says labels is. A rise: it no longer knows what to say.",
+                    of_bridge("latentwire_output_token_entropy_nats"),
+                ),
+                Panel(
                     "Share of the commonest word",
                     "percentunit",
                     "Of all words of the latest outputs.",

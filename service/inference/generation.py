@@ -147,7 +147,7 @@ class RequestHandler:
             answers = judged.given(ours, told)
         texts, window = [answer.text for answer in answers], self.runtime.metrics.window(self.bridge.name)
         for answer in answers:
-            window.add(answer.text, answer.finish_reason == "length")
+            window.add(answer.text, answer.finish_reason == "length", answer.entropy_nats)
         return GenerateResponse(
             id=f"gen_{uuid.uuid4().hex}",
             bridge=self.bridge.name,

@@ -126,6 +126,7 @@ def test_every_request_gets_the_references_answer_whoever_runs_beside_it(
         said, wanted = one.answer(), alone(lm, i, p)
         assert told(said) == told(wanted)
         assert "".join(one.pieces) == said.text and one.ends == 1
+        assert said.entropy_nats == pytest.approx(wanted.entropy_nats, abs=1e-4)
         if wanted.logprobs is not None and said.logprobs is not None:
             assert [t.token for t in said.logprobs] == [t.token for t in wanted.logprobs]
             assert [t.logprob for t in said.logprobs] == pytest.approx([t.logprob for t in wanted.logprobs], abs=1e-4)

@@ -13,7 +13,7 @@ from torch import Tensor
 from latentwire.bridge import engine
 from latentwire.bridge.checkpoint import load_bridge
 from latentwire.bridge.engine import answer_logits, encode, generate, soften, token_losses
-from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.generation.output import Generation, OutputText, OutputTokens
 from latentwire.bridge.models import FrozenLM, load_model
 from latentwire.bridge.prompt import IGNORE, Row, collate, compose, embed, layout_for
 from latentwire.bridge.reader import tokenize_source
@@ -58,6 +58,23 @@ def test_greedy_in_a_batch_is_greedy_alone_is_the_librarys_own(lm: FrozenLM) -> 
         )[0].tolist()  # fmt: skip
         assert together[i].text == text_of(lm, ids[: ids.index(1)] if 1 in ids else ids)
     assert len({g.text for g in together}) == 4  # the rows do say different things
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_how_unsure_the_receiver_was_is_the_entropy_of_its_own_logits_whatever_the_temperature(
+    lms: dict[str, FrozenLM], temperature: float
+) -> None:
+    lm = lms["llama"]
+    rows, soft = rows_of(lm), soft_of(lm)
+    outputs = [OutputTokens(lm, SamplingParams(5, temperature, seed=i)) for i in range(4)]
+    engine.run(lm, rows, soft, outputs)
+    for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        embeds = embed(lm, collate([row.after(output.ids)], side="right"), soft[i : i + 1])
+        with torch.inference_mode():
+            logits = cast(Any, lm.model)(inputs_embeds=embeds).logits[0, len(row) - 1 :][: output.token_count]
+        wanted = torch.distributions.Categorical(logits=logits).entropy().mean()
+        assert output.entropy_nats == pytest.approx(float(wanted), abs=1e-5)
+        assert OutputText(output).finish().entropy_nats == output.entropy_nats
 
 
 def test_an_answer_is_conditioned_on_the_soft_tokens(lm: FrozenLM) -> None:

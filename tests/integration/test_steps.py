@@ -192,6 +192,7 @@ def test_every_mode_gives_the_answers_of_the_plain_one_to_requests_that_come_and
         said = one.answer()
         assert told(said) == told(plain) and "".join(one.pieces) == said.text
         assert logprobs_of(said) == pytest.approx(logprobs_of(plain), abs=1e-5)
+        assert said.entropy_nats == pytest.approx(plain.entropy_nats, abs=1e-5)
     assert made.failure is None and made.out_of_memory == 0
     assert bool(device) == way.graphs
 

@@ -127,6 +127,15 @@ def test_a_word_said_again_and_again_is_seen_in_different_outputs() -> None:
     assert window.measured()["top_word_ratio"] == 0.8
 
 
+def test_how_unsure_a_receiver_was_is_told_where_any_output_says_it() -> None:
+    window = Window()
+    window.add("of vLLM", False)
+    assert "token_entropy_nats" not in window.measured()
+    for entropy in (1.0, 2.0):
+        window.add("ours", False, entropy)
+    assert window.measured()["token_entropy_nats"] == 1.5
+
+
 def test_repetition_is_within_an_output() -> None:
     assert repetition(["a b c d", "a b c d"]) == 0.0
     assert repetition(["a b a b a b a b"]) == pytest.approx(1 - 2 / 5)

@@ -1,5 +1,6 @@
 """Health, bridges, metrics and the envelope around every request."""
 
+import math
 import re
 import shutil
 import time
@@ -289,6 +290,7 @@ def test_metrics_say_what_known_requests_did(start: Start, samples: Samples) -> 
     assert after["latentwire_output_distinct_ratio", "tiny"] == answer["diversity"]["distinct_ratio"]
     assert after["latentwire_output_top_ratio", "tiny"] == answer["diversity"]["top_output_ratio"]
     assert after["latentwire_output_entropy_nats", "tiny"] == pytest.approx(answer["diversity"]["entropy_nats"])
+    assert 0 < after["latentwire_output_token_entropy_nats", "tiny"] < math.log(600)  # of its vocabulary
     assert after["latentwire_output_distinct_2", "tiny"] == answer["diversity"]["distinct_2"]
     assert after["latentwire_memory_bytes", "cpu", "resident"] > 1 << 20
     loaded = client.get("/bridges/tiny").json()["loaded"]
