@@ -39,6 +39,7 @@ from latentwire.bridge.models import folder_of, load_model, load_reader
 from latentwire.bridge.prompt import layout_for
 from latentwire.bridge.results import Latent
 from latentwire.service.cli.demo import running
+from latentwire.service.cli.signals import ended_by_signals
 
 CALLERS = (1, 8, 32)
 START_SECONDS = 300.0
@@ -140,6 +141,7 @@ def ask(side: str, asked: list[dict[str, Any]], count: int, seconds: float) -> M
     return asyncio.run(closed_loop("/v1/completions", asked, count, seconds, warm=seconds / 3))
 
 
+@ended_by_signals()
 def main(seconds: float = 8.0, rounds: int = 5, model: str = "builtin:llama", against: str = "transformers") -> None:
     """Measure ROUNDS of both sides at each number of callers, and record them."""
     found: dict[str, Any] = {}
