@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from latentwire.bridge.config import BridgeConfig
 from latentwire.bridge.encoder import encoder_class, slots_of
-from latentwire.bridge.generation.output import Generation
+from latentwire.bridge.generation.output import IMPOSSIBLE, Generation
 from latentwire.bridge.prompt import REPEAT
 from latentwire.bridge.results import Likelihood, Reading
 from latentwire.bridge.sampling import SamplingParams
-from latentwire.bridge.scoring import IMPOSSIBLE, Continuation
+from latentwire.bridge.scoring import Continuation
 
 SPARE = 8  # tokens beyond twice the source's, for sources of few
 

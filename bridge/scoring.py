@@ -23,6 +23,7 @@ from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, Dyn
 from latentwire.bridge.checkpoint import BridgeModel
 from latentwire.bridge.detokenise import decode
 from latentwire.bridge.engine import answer_logits, soften
+from latentwire.bridge.generation.output import IMPOSSIBLE
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import IGNORE, Batch, Row, collate, embed
 from latentwire.bridge.reader import Reader
@@ -32,7 +33,6 @@ Judged = tuple[int, float, bool]
 """A token, its log-probability in nats, and whether it was the likeliest."""
 
 PADDED = 4 / 3  # tokens fed for each that is needed, at most, where continuations are grouped by length
-IMPOSSIBLE = -9999.0  # nats of what cannot be said: an infinite number is none in JSON
 SCORED_ROWS = 64  # continuations in one pass: memory grows with these × vocabulary
 COPIED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Layers of a cache that rows can be copied out of. A recurrent state is written in place and holds no rows to copy:

@@ -36,7 +36,7 @@ from latentwire.bridge.errors import (
     shorten,
 )
 from latentwire.bridge.generation.base import Engine, Running
-from latentwire.bridge.generation.output import IdLogprob
+from latentwire.bridge.generation.output import IMPOSSIBLE, IdLogprob
 from latentwire.bridge.heads import MAX_GAIN
 from latentwire.bridge.models import FrozenLM
 from latentwire.bridge.prompt import TEXT, Row, collate, embed
@@ -50,7 +50,6 @@ CONNECT_SECONDS, SILENT_SECONDS = 5.0, 60.0
 PAUSES = (0.1, 1.0, 3.0)  # seconds between tries to reach a server
 LATER = {429, 502, 503, 504}  # the request was not taken on
 LOUDEST = 1.01 * MAX_GAIN  # of the embedding's RMS: what a head can reach, and rounding
-IMPOSSIBLE = -9999.0  # nats of what JSON has no number for
 
 
 class _Unreached(Exception):

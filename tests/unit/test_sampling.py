@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 from torch import Tensor
 
+from latentwire.bridge.generation import output
+from latentwire.bridge.generation.output import entropies_of
 from latentwire.bridge.sampling import MASK, SamplingParams, _gumbel, _hash, choose
 
 LOGITS = torch.tensor([0.2, 2.0, 1.0, -1.0, 1.9])
@@ -154,3 +156,16 @@ def test_half_precision_logits_are_drawn_from_in_full_precision() -> None:
 def test_the_coldest_settings_take_the_likeliest_token(params: dict[str, float]) -> None:
     logits = torch.tensor([[1.0, 9.0, -3.0, 4.0]])
     assert choose(logits, [SamplingParams(**params, seed=3)], [0]).argmax(dim=-1).tolist() == [1]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at_once", [1, 12, 1 << 18])
+def test_entropies_are_those_of_the_distributions_whatever_is_read_at_once(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(output, "AT_ONCE", at_once)
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)) * 4
+    logits[2, 1:3] = -math.inf  # tokens that a model never says
+    logits[3, 1:] = -math.inf
+    wanted = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+    torch.testing.assert_close(entropies_of(logits), wanted)
+    assert entropies_of(logits)[3] == 0 and len(entropies_of(logits[:0])) == 0
