@@ -22,10 +22,14 @@ JSON = {"content-type": "application/json"}
 
 @dataclass
 class Met:
-    """Seconds by status, and the tokens and latents of answers that came within the time that counts."""
+    """Seconds by status, and the answers and their latents that came within the time that counts.
+
+    Of the tokens of each answer as large a share counts as of its seconds: by those that end in time alone, a few long
+    answers would make all the difference.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: float = 0.0
     rows: int = 0
     answers: int = 0
     wall_seconds: float = 0.0
@@ -55,7 +59,7 @@ def connect() -> aiohttp.ClientSession:
 
 
 async def ask(session: aiohttp.ClientSession, path: str, content: bytes, met: Met, begins: float, ends: float) -> None:
-    """One request; as throughput it counts when it is answered between ``begins`` and ``ends``."""
+    """One request; as throughput counts what is answered between ``begins`` and ``ends``."""
     started = time.perf_counter()
     try:
         async with session.post(path, data=content, headers=JSON) as response:
@@ -64,12 +68,14 @@ async def ask(session: aiohttp.ClientSession, path: str, content: bytes, met: Me
         body, status = b"", type(error).__name__
     now = time.perf_counter()
     met.seconds.setdefault(status, []).append(now - started)
-    if status == "200" and begins <= now <= ends and body.startswith(b"{"):  # a stream is only timed
+    if status == "200" and body.startswith(b"{"):  # a stream is only timed
         answer: dict[str, Any] = json.loads(body)
-        met.answers += 1
-        usage = answer["usage"]
-        met.tokens += usage.get("generated_tokens", usage.get("completion_tokens", 0))  # ours, or as OpenAI says it
-        met.rows += len(answer.get("latents", ()))
+        usage, within = answer["usage"], max(0.0, min(now, ends) - max(started, begins))
+        tokens = usage.get("generated_tokens", usage.get("completion_tokens", 0))  # ours, or as OpenAI says it
+        met.tokens += tokens * within / (now - started)
+        if begins <= now <= ends:
+            met.answers += 1
+            met.rows += len(answer.get("latents", ()))
 
 
 async def closed_loop(path: str, asked: Sequence[dict[str, Any]], callers: int, seconds: float, warm: float) -> Met:

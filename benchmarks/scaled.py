@@ -2,7 +2,7 @@
 
 Asked: two replicas answer 1.8 times as many requests as one where cores allow, else a replica loses at most
 a tenth. The same callers ask, in turns: the plain service (two processes), one generator on Ray, two generators on Ray;
-and one caller alone, for the time that Ray adds to a request.
+and one caller alone, for the time that Ray adds to a request. All models compute with one thread, as Ray's by default.
 """
 
 import os
@@ -23,16 +23,19 @@ from benchmarks.record import command_of, record
 from benchmarks.stock import untrained
 from latentwire.bridge.evaluation.tasks import world_task
 from latentwire.service.cli.demo import running
+from latentwire.service.cli.signals import ended_by_signals
 
 PORT = 8140
-ON_RAY = {"LW_ENGINE": "ray", "LW_RAY_CPUS": "0.1", "RAY_worker_niceness": "0"}
+ONE = {"LW_THREADS": "1"}
+ON_RAY = {**ONE, "LW_ENGINE": "ray", "LW_RAY_CPUS": "0.1", "RAY_worker_niceness": "0"}
 SERVICES: Mapping[str, Mapping[str, str]] = {
-    "plain": {},
+    "plain": ONE,
     "one_generator": {**ON_RAY, "LW_RAY_GENERATORS": "1"},
     "two_generators": {**ON_RAY, "LW_RAY_GENERATORS": "2"},
 }
 
 
+@ended_by_signals()
 def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, model: str = "") -> None:
     """Ask each service in turns, ROUNDS times for SECONDS, and record answers a second and one caller's latency; of the
     built-in bridge, or of an untrained one to the receiver MODEL."""

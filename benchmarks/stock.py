@@ -42,7 +42,7 @@ from latentwire.service.cli.demo import running
 from latentwire.service.cli.signals import ended_by_signals
 
 CALLERS = (1, 8, 32)
-START_SECONDS = 300.0
+START_SECONDS, END_SECONDS = 300.0, 30.0
 PORTS = {"latentwire": 8126, "transformers": 8127, "vllm": 8128}
 
 
@@ -90,7 +90,11 @@ def stock(command: list[str], port: int, log: Path) -> Iterator[None]:
         yield
     finally:
         os.killpg(server.pid, signal.SIGTERM)  # an engine may be a process of its own
-        server.wait()
+        try:
+            server.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def untrained(model: str, folder: Path) -> Path:

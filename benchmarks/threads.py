@@ -1,7 +1,7 @@
 """How many threads models should compute with beside HTTP: ``python -m benchmarks.threads``.
 
-One service for each number of threads, asked in turns by the same callers; each takes all cores while it is asked. What
-``serve`` chooses by itself is ``bridge.devices.use_threads``.
+A service for one thread, for half as many as there are cores, and for as many, asked in turns by the same callers on
+the same cores. What ``serve`` chooses by itself is ``bridge.devices.use_threads``.
 """
 
 import os
@@ -16,14 +16,17 @@ from benchmarks.record import command_of, record
 from benchmarks.scaled import load
 from benchmarks.stock import untrained
 from latentwire.service.cli.demo import running
+from latentwire.service.cli.signals import ended_by_signals
 
 PORT = 8150
 
 
+@ended_by_signals()
 def main(callers: int = 8, seconds: float = 8.0, rounds: int = 3, model: str = "") -> None:
     """Ask each service ROUNDS times for SECONDS, and record answers a second and one caller's latency; of the built-in
     bridge, or of an untrained one to the receiver MODEL."""
-    counts = range(1, (os.cpu_count() or 1) + 1)
+    cores = os.cpu_count() or 1
+    counts = sorted({1, max(1, cores // 2), cores})
     per_second: dict[int, list[float]] = {count: [] for count in counts}
     alone_ms: dict[int, list[float]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:

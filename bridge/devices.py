@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NVIDIA = Path("/proc/driver/nvidia/version")
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of each so many, or "max"
+QUOTAS = (("/sys/fs/cgroup/cpu.max",), ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+"""Files of a container's quota in either version of cgroups: microseconds, of each so many. "max" and -1 are none."""
 NO_HALF = (7, 0)  # compute capability below which half precision is no faster than float32
 
 
@@ -40,19 +41,19 @@ def device_named(name: str | None) -> torch.device:
 
 def cores() -> int:
     """Cores that this process may keep busy: those it is bound to, or as many as a container's quota pays for."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = map(int, QUOTA.read_text().split())
-    except (OSError, ValueError):
-        return bound
-    return max(1, min(bound, quota // period))
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in QUOTAS:
+        with suppress(OSError, ValueError):
+            quota, period = (int(word) for file in files for word in Path(file).read_text().split())
+            found = min(found, quota // period) if quota > 0 else found
+    return max(1, found)
 
 
 def use_threads(count: int | None) -> None:
     """Compute with so many threads on a CPU, in all of this process; None leaves a core to the process of HTTP.
 
-    With as many threads as cores each product waits for the thread whose core HTTP has just taken: on two cores, two
-    threads answered less than one did (``benchmarks/threads.py``). ``OMP_NUM_THREADS`` stands.
+    On two cores that HTTP and callers shared, two threads answered less than one (``benchmarks/threads.py``): a product
+    is done when its last thread is. ``OMP_NUM_THREADS`` stands.
     """
     if count is None and "OMP_NUM_THREADS" in os.environ:
         return

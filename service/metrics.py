@@ -4,6 +4,7 @@ Labels are bounded: routes, bridges and models that are served, and the words li
 start their series are too, so that a first event is an increase.
 """
 
+import math
 import time
 from collections import Counter as Counted
 from collections import deque
@@ -147,7 +148,7 @@ class Window:
         count, words = max(len(outputs), 1), max(self._words.total(), 1)
         usual = self.usual if len(latents) >= FEWEST else None
         drift = {} if usual is None else {"latent_drift": usual.drift(latents)}
-        unsure = [said.entropy for said in outputs if said.entropy is not None]
+        unsure = [said.entropy for said in outputs if said.entropy is not None and math.isfinite(said.entropy)]
         entropy = {"token_entropy_nats": sum(unsure) / len(unsure)} if unsure else {}
         return {
             "outputs": len(outputs),

@@ -17,10 +17,9 @@ from torch import Tensor
 from latentwire.bridge.detokenise import Text, decode
 from latentwire.bridge.reader import Reader
 from latentwire.bridge.results import TokenLogprob
-from latentwire.bridge.sampling import SamplingParams
+from latentwire.bridge.sampling import CACHED, HELD, SamplingParams
 
 FinishReason = Literal["stop", "length"]
-AT_ONCE = 1 << 18  # logits on a CPU: memory for more is fetched from the system anew each time, which takes longer
 IMPOSSIBLE = -9999.0  # nats of what cannot be said, where an infinite number is none: in JSON, and times zero
 
 
@@ -239,9 +238,9 @@ def logprobs_of(
 
 def entropies_of(logits: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
     """Entropy in nats of each row's next token as the model has it, before temperature, top-k and top-p."""
-    rows = AT_ONCE // logits.shape[1] if logits.device.type == "cpu" else len(logits)
-    found = [logits.new_empty(0, dtype=torch.float32)]
-    for part in torch.split(logits, max(1, rows)):
+    rows = max(1, (CACHED if logits.device.type == "cpu" else HELD) // logits.shape[1])
+    found = []
+    for part in torch.split(logits, rows):
         scores = part.float().log_softmax(dim=-1).clamp(min=IMPOSSIBLE)
         found.append(-(scores.exp() * scores).sum(dim=-1))
     return torch.cat(found)

@@ -10,7 +10,7 @@ Dimensions used in this file:
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, get_args
 
@@ -126,20 +126,21 @@ class _Step:
         rows: By request and place in its answer: the row of the step.
         draws: For rows that are drawn; None where none is.
         reported: Of rows that report log-probabilities: which of them it is, and how many are asked for.
-        entropies: Of all rows, on the host once the device has done what it was asked until then.
+        entropies: Of the rows up to the last in ``rows``, on the host once the device has done what it was asked until
+            then.
         report: Of the rows in ``reported``.
     """
 
     rows: dict[tuple[str, int], int]
     draws: Draws | None
     reported: dict[int, tuple[int, int]]
-    entropies: Float[Tensor, " B"] | None = None
+    entropies: Float[Tensor, " _"] = field(default_factory=lambda: torch.empty(0))
     report: Report | None = None
 
     @cached_property
     def nats(self) -> list[float]:
         """``entropies``, read once for all rows."""
-        return [] if self.entropies is None else self.entropies.tolist()
+        return self.entropies.tolist()
 
     def logprob(self, row: int, token: int) -> IdLogprob | None:
         """Of the token of a row; None where nobody asked."""

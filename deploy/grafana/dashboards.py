@@ -502,8 +502,8 @@ QUALITY = Board(
                 Panel(
                     "Entropy of tokens",
                     "short",
-                    "Nats, of what the receiver chose from, mean over the latest outputs. Near 0: it is sure of each "
-                    "token, as a bridge that says labels is. A rise: it no longer knows what to say.",
+                    "Nats, of what the receiver chose from, mean over the latest outputs. A rise: it no longer knows "
+                    "what to say. Near 0 it is sure of each token, as of labels; so is one that always says the same.",
                     of_bridge("latentwire_output_token_entropy_nats"),
                 ),
                 Panel(

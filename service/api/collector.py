@@ -21,8 +21,8 @@ WINDOW = {
     "top_ratio": "Share of the commonest of the latest outputs.",
     "top_word_ratio": "Share of the commonest word of the latest outputs.",
     "entropy_nats": "Word entropy of the latest outputs.",
-    "token_entropy_nats": "Entropy of what a token was chosen from, mean over each of the latest outputs; the "
-    "receiver's own, before temperature. None of a receiver on vLLM.",
+    "token_entropy_nats": "How unsure the receiver was: entropy of what a token was chosen from, before temperature, "
+    "mean over an output's tokens, then over the latest outputs, those from a text among them. None on vLLM.",
     "distinct_1": "Different words among the words of the latest outputs.",
     "distinct_2": "Different word pairs among the latest outputs.",
     "repetition_ratio": "Share of an output's runs of four words that it has said before, mean of the latest.",

@@ -86,7 +86,6 @@ def serve(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     has_keys = settings.api_keys_file is not None or settings.api_keys is not None  # empty ones are refused below
     check_binding(settings.host, has_keys=has_keys, insecure=settings.insecure)
-    use_threads(settings.threads)
     bridges = _named(bridge or ["builtin=builtin"])
     listeners = listen(settings.host, settings.port)
     operators = [] if settings.admin_port is None else listen(settings.host, settings.admin_port)
@@ -101,6 +100,7 @@ def serve(
             supervisor = Supervisor()
             if supervisor.run() == "models":
                 opened.close()  # a port is free when nobody answers on it any more
+                use_threads(settings.threads)  # here alone: threads of a process that forks do not come along
                 runtime = Runtime(
                     settings.model_copy(update=dict.fromkeys(("corpus_dir", "api_keys_file", "api_keys"))), bridges
                 )
@@ -109,6 +109,8 @@ def serve(
                 sys.exit(answer(runtime, supervisor.listener, supervisor.door.secret, on_ready))
             supervisor.wait_opened()
             models = supervisor.door
+        elif settings.engine == "local":
+            use_threads(settings.threads)
         opened.callback(tracing.start())
         application = _on_ray(settings, bridges) if settings.engine == "ray" else create_app(settings, bridges, models)
         if isinstance(models, Door):

@@ -141,10 +141,10 @@ def test_two_processes_give_the_answers_of_one(service: Service, tmp_path: Path)
         for path in ("/bridges", "/v1/models", "/openapi.json"):
             both = [comparable(httpx.get(f"{at.url}{path}").json()) for at in (service, alone)]
             assert both[0] == both[1], path
-        names = [
-            set(re.findall(r"^# TYPE (\w+)", httpx.get(f"{at.url}/metrics").text, re.M)) for at in (service, alone)
-        ]
+        told = [httpx.get(f"{at.url}/metrics").text for at in (service, alone)]
+        names = [set(re.findall(r"^# TYPE (\w+)", text, re.M)) for text in told]
         assert names[0] == names[1]
+        assert all('latentwire_output_token_entropy_nats{bridge="demo"}' in text for text in told)
 
 
 def test_pieces_come_as_they_are_said(service: Service) -> None:

@@ -296,7 +296,9 @@ def test_more_requests_than_the_cache_holds_all_get_their_answer(
     params = [SamplingParams(60, 1.0, seed=i) for i in range(16)]
     asked = ask(made, [i % 4 for i in range(16)], params)
     for i, one in enumerate(asked):
-        assert told(one.answer()) == told(alone(lm, i % 4, params[i]))
+        said, wanted = one.answer(), alone(lm, i % 4, params[i])
+        assert told(said) == told(wanted)
+        assert said.entropy_nats == pytest.approx(wanted.entropy_nats, abs=1e-4)
     before, manager = made.preemptions, made._manager
     made._trouble.set()  # it begins again
     while made._manager is manager:
@@ -384,6 +386,8 @@ def holds_out(made: Engine, lm: FrozenLM) -> None:
     wanted = [alone(lm, i, p) for i, p in enumerate(params)]
     asked = ask(made, range(4), params)
     assert [told(one.answer()) for one in asked] == [told(one) for one in wanted]
+    for one, same in zip(asked, wanted, strict=True):
+        assert one.answer().entropy_nats == pytest.approx(same.entropy_nats, abs=1e-4)
     assert ["".join(one.pieces) for one in asked] == [one.text for one in wanted]
     assert made.failure is None
 

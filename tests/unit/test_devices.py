@@ -28,6 +28,7 @@ from latentwire.bridge.models import FrozenLM
 from latentwire.service.__main__ import main
 from latentwire.service.inference.models import residencies
 from latentwire.service.inference.runtime import Runtime
+from latentwire.service.processes import supervisor
 from latentwire.service.settings import Settings
 from latentwire.training.config import TrainConfig
 from latentwire.training.controls import control_config
@@ -298,16 +299,20 @@ def test_work_in_the_background_waits_for_what_was_asked_before_and_what_comes_a
 
 
 @pytest.mark.parametrize(
-    ("quota", "wanted"),
-    [("max 100000", 8), ("350000 100000", 3), ("50000 100000", 1), ("1600000 100000", 8), (None, 8)],
-)
+    ("files", "wanted"),
+    [
+        (["max 100000"], 8), (["350000 100000"], 3), (["50000 100000"], 1), (["1600000 100000"], 8),
+        (["-1", "100000"], 8), (["200000", "100000"], 2), ([], 8),
+    ],
+)  # fmt: skip
 def test_cores_are_those_a_container_may_keep_busy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, wanted: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], wanted: int
 ) -> None:
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(8))
-    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
-    if quota is not None:
-        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    paths = [tmp_path / f"{i}" for i in range(2)]
+    monkeypatch.setattr(devices, "QUOTAS", (paths[:1], paths))
+    for path, text in zip(paths, files, strict=False):
+        path.write_text(f"{text}\n")
     assert cores() == wanted
 
 
@@ -331,11 +336,24 @@ def test_models_leave_a_core_to_http_unless_told(
     assert used == [wanted] * (1 if told is None else 2)
 
 
-def test_the_threads_of_a_service_are_set_before_it_has_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frontends", ["0", "1"])
+def test_the_threads_of_a_service_are_set_in_the_process_that_holds_its_models(
+    monkeypatch: pytest.MonkeyPatch, frontends: str
+) -> None:
     used: list[int] = []
+
+    class Supervisor:
+        """Says that this process is the one that holds the models."""
+
+        def run(self) -> str:
+            used.append(0)
+            return "models"
+
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setenv("LW_THREADS", "7")
-    monkeypatch.setattr("sys.argv", ["latentwire", "serve", "--bridge", "no name"])
+    monkeypatch.setattr(supervisor, "Supervisor", Supervisor)
+    monkeypatch.setattr("sys.argv", ["latentwire", "serve", "--port", "0", "--bridge", "a=nowhere"])
+    for name, value in {"THREADS": "7", "FRONTENDS": frontends}.items():
+        monkeypatch.setenv(f"LW_{name}", value)
     with pytest.raises(SystemExit):
         main()
-    assert used == [7]
+    assert used == ([0] if frontends == "1" else []) + [7]

@@ -1,5 +1,7 @@
 """What is counted, and that labels are bounded and begin at zero."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -131,7 +133,7 @@ def test_how_unsure_a_receiver_was_is_told_where_any_output_says_it() -> None:
     window = Window()
     window.add("of vLLM", False)
     assert "token_entropy_nats" not in window.measured()
-    for entropy in (1.0, 2.0):
+    for entropy in (1.0, 2.0, math.nan):  # of logits that were no numbers
         window.add("ours", False, entropy)
     assert window.measured()["token_entropy_nats"] == 1.5
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.encoder import slots_of
@@ -30,10 +31,10 @@ def bridge(checkpoint: Path) -> Bridge:
     return Bridge.load(checkpoint)
 
 
-async def made(kind: type[Replica], checkpoint: Path) -> Any:
+async def made(kind: type[Replica], checkpoint: Path, **settings: Any) -> Any:
     """A replica, as Ray makes one."""
     replica = object.__new__(kind)
-    await replica.__init__({"tiny": str(checkpoint)}, {"max_batch": 4})  # type: ignore[misc]
+    await replica.__init__({"tiny": str(checkpoint)}, {"max_batch": 4, **settings})  # type: ignore[misc]
     return replica
 
 
@@ -55,6 +56,16 @@ async def test_a_replica_answers_its_question_in_bytes(checkpoint: Path, bridge:
     (answer,) = unframed(await encoder.ask(question, ""))
     assert isinstance(answer, Answer) and answer.id == 3
     assert list(unpack(answer.result, InMemory).bytes) == [bridge.sender]
+    await encoder._runtime.stop()
+
+
+async def test_a_replica_computes_with_as_many_threads_as_it_is_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    encoder = await made(Encoder, checkpoint, threads=7)
+    assert used == [7]
     await encoder._runtime.stop()
 
 
@@ -95,6 +106,7 @@ async def test_times_count_from_the_question_as_nodes_have_clocks_of_their_own(
     seconds = time.monotonic() - began
     assert isinstance(answer, Answer)
     result = unpack(answer.result, GenerationResult)
+    assert result.generations[0].entropy_nats  # which is compared with nothing where answers are
     (times,) = result.times
     assert times is not None and 0 <= times.submitted <= times.begun <= times.first <= times.last <= seconds
     assert shifted(result, began).times == [tuple(at + began for at in times)]
