@@ -37,8 +37,8 @@ NAMES = {"outputs": "output_window", "latents": "latent_window"}
 NAMES |= {name: name for name in WINDOW if name.startswith("latent_")}
 
 
-def register(runtime: Runtime, jobs: Jobs) -> None:
-    """Let the models of this process be read whenever Prometheus asks."""
+def register(runtime: Runtime, jobs: Jobs | None) -> None:
+    """Let the models of this process be read whenever Prometheus asks; without ``jobs`` nothing is evaluated here."""
     registry = runtime.local.measures.registry
     registry.register(ModelCollector(runtime, runtime.local, jobs))
     registry.register(DeviceCollector(held.device for held in runtime.local.residencies))
@@ -85,7 +85,7 @@ class RequestCollector(Collector):
 class ModelCollector(Collector):
     """Reads the models of this process and what runs on them; registered beside their counters."""
 
-    def __init__(self, runtime: Runtime, models: LocalModels, jobs: Jobs) -> None:
+    def __init__(self, runtime: Runtime, models: LocalModels, jobs: Jobs | None) -> None:
         self.runtime, self.models, self.jobs = runtime, models, jobs
 
     def collect(self) -> Iterator[Metric]:
@@ -94,7 +94,8 @@ class ModelCollector(Collector):
         yield from self._rows()
         yield from self._residency()
         yield from self._caches()
-        yield from self._evaluations()
+        if self.jobs is not None:
+            yield from self._evaluations(self.jobs)
 
     def _rows(self) -> Iterator[Metric]:
         engines, admission = self.models.engines.all(), self.runtime.admission
@@ -150,23 +151,23 @@ class ModelCollector(Collector):
             share.add_metric([engine.lm.name], engine.kv_tokens_used / max(engine.kv_tokens, 1))
         yield from (tokens, blocks, share)
 
-    def _evaluations(self) -> Iterator[Metric]:
+    def _evaluations(self, jobs: Jobs) -> Iterator[Metric]:
         going = GaugeMetricFamily("latentwire_evaluations", "Evaluations not finished yet.", labels=["state"])
         ended = CounterMetricFamily(
             "latentwire_evaluations_finished", "Evaluations by how they ended.", labels=["state"]
         )
         for state in get_args(State):
             if state in UNFINISHED:
-                going.add_metric([state], self.jobs.counts()[state])
+                going.add_metric([state], jobs.counts()[state])
             else:
-                ended.add_metric([state], self.jobs.finished[state])
+                ended.add_metric([state], jobs.finished[state])
         yield from (going, ended)
         score = GaugeMetricFamily(
             "latentwire_evaluation_score",
             "Score of a bridge and of what it is compared with in its last evaluation here, by condition.",
             labels=["bridge", "task", "condition"],
         )
-        for (bridge, task), report in self.jobs.latest.items():
+        for (bridge, task), report in jobs.latest.items():
             for condition, row in report["conditions"].items():
                 score.add_metric([bridge, task, condition], row["value"])
         yield score

@@ -20,7 +20,6 @@ from latentwire.bridge.errors import IncompatibleBridge, InferenceFailed
 from latentwire.bridge.families import Role
 from latentwire.bridge.generation.base import Times
 from latentwire.service.api.collector import register
-from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.request import GenerationResult
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.answering import Answering
@@ -82,7 +81,7 @@ class Replica:
             loop.call_soon_threadsafe(loop.call_later, TELLING_SECONDS, os._exit, 1)
 
         self._runtime.on_death = end
-        register(self._runtime, Jobs(self._runtime))
+        register(self._runtime, None)
         await self._runtime.start()
         await self._runtime.warmed()
         if self._runtime.models.failure is not None:

@@ -59,6 +59,13 @@ async def test_a_replica_answers_its_question_in_bytes(checkpoint: Path, bridge:
     await encoder._runtime.stop()
 
 
+async def test_a_replica_counts_what_it_does_and_no_evaluations(checkpoint: Path) -> None:
+    encoder = await made(Encoder, checkpoint)
+    told = (await encoder._runtime.models.metrics()).decode()
+    assert "latentwire_model_loads_total{" in told and "latentwire_evaluation" not in told
+    await encoder._runtime.stop()
+
+
 async def test_a_replica_computes_with_as_many_threads_as_it_is_told(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
