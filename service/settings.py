@@ -190,6 +190,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None,
         ge=1,
+        le=1024,
         description="Threads with which models compute on a CPU. [torch's own number, at most one less than there are "
         "cores, which HTTP has; OMP_NUM_THREADS where that is set]",
     )

@@ -81,6 +81,9 @@ class Supervisor:
             if self._signals and role == "models":
                 continue  # HTTP still tells those who wait
             if self._signals or (self._stage[role][0] < READY and code != REPLACED):
+                if code < 0 and not self._signals:  # it could say nothing itself
+                    name = signal.Signals(-code).name
+                    log.error("the %s process was ended by %s before it was ready; is there memory for it?", role, name)
                 self._end()
                 sys.exit(code if code >= 0 else int(not self._signals))
             log.error("the %s process ended with %d; another is started", role, code)

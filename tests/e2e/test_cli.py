@@ -586,7 +586,8 @@ def test_serve_refuses_a_misspelt_variable_and_names_it(refuse: Refuse, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("REDIS_URL", "localhost:6379"), ("MEMORY_BUDGET", "0"), ("STORE_TTL", "inf")]
+    ("name", "value"),
+    [("REDIS_URL", "localhost:6379"), ("MEMORY_BUDGET", "0"), ("STORE_TTL", "inf"), ("THREADS", "1000000")],
 )
 def test_serve_refuses_a_bad_variable_and_names_it(
     refuse: Refuse, monkeypatch: pytest.MonkeyPatch, name: str, value: str

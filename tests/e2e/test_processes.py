@@ -275,9 +275,10 @@ def started(code: str, folder: Path) -> Service:
     return Service(f"http://127.0.0.1:{port}", parent, folder / "log")
 
 
-def test_models_that_end_before_they_were_ready_end_the_service(tmp_path: Path) -> None:
+def test_models_that_are_killed_before_they_were_ready_end_the_service_which_says_so(tmp_path: Path) -> None:
     service = started(KILLED, tmp_path)
     assert service.parent.wait(WAIT_SECONDS) == 1 and not service.is_ready()
+    assert "the models process was ended by SIGKILL before it was ready" in service.log.read_text()
 
 
 def test_a_parent_that_inherits_the_orphans_of_a_container_goes_on(tmp_path: Path) -> None:

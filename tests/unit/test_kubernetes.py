@@ -100,6 +100,12 @@ def comparable(value: Any) -> Any:
     return value
 
 
+@pytest.mark.parametrize("limits", ["null", '{"memory": null}'])
+def test_a_gpu_is_a_limit_where_there_is_no_other(limits: str) -> None:
+    made = by_chart("--values", str(HELM / "gpu.yaml"), "--set-json", f'resources={{"limits": {limits}}}')
+    assert container(made)["resources"]["limits"] == {"nvidia.com/gpu": 1}
+
+
 @pytest.mark.parametrize("where", SAME)
 def test_the_chart_and_the_overlays_say_the_same(where: str, kustomized: dict[str, list[Manifest]]) -> None:
     sides = (of_chart(where), [each for each in kustomized[where] if each["kind"] != "Namespace"])
@@ -155,6 +161,10 @@ def test_a_field_that_kubernetes_does_not_know_would_be_found(kustomized: dict[s
         ("env[0].name=LW_DRAIN_DELAY", "env names LW_DRAIN_DELAY, which the chart sets: use drainDelaySeconds"),
         ("env[0].name=LW_DRAIN_TIMEOUT", "env names LW_DRAIN_TIMEOUT, which the chart sets: use drainSeconds"),
         ("keysSecret=,env[0].name=LW_ALLOWED_HOSTS", "use allowedHosts"),
+        ("env[0].name=LW_PORT", "env names LW_PORT: the chart's probes and its Service want port 8000"),
+        ("env[0].name=LW_THREADS,env[0].value=7", "got number, want string"),
+        ("networkPolicy.from=null", "missing property 'from'"),
+        ("redis=null", "missing property 'redis'"),
     ],
 )
 def test_the_chart_refuses_values_that_it_does_not_know_or_that_do_not_go_together(

@@ -7,6 +7,11 @@
 {{- fail (printf "env names %s, which the chart sets: use %s" $name $value) -}}
 {{- end -}}
 {{- end -}}
+{{- range list "LW_PORT" "LW_ADMIN_PORT" -}}
+{{- if has . $named -}}
+{{- fail (printf "env names %s: the chart's probes and its Service want port 8000" .) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.redis.enabled (has "LW_REDIS_URL" $named) -}}
 {{- fail "env names LW_REDIS_URL, and redis.enabled makes another: one of them" -}}
 {{- end -}}
