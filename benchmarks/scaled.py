@@ -35,14 +35,14 @@ SERVICES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-@ended_by_signals()
-def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, model: str = "") -> None:
-    """Ask each service in turns, ROUNDS times for SECONDS, and record answers a second and one caller's latency; of the
-    built-in bridge, or of an untrained one to the receiver MODEL."""
-    found: dict[str, dict[str, list[float]]] = {name: {"per_second": [], "alone_ms": []} for name in SERVICES}
+def in_turns(
+    services: Mapping[str, Mapping[str, str]], callers: int, seconds: float, rounds: int, model: str
+) -> dict[str, dict[str, list[float]]]:
+    """Of services {name: variables}, by round: answers a second to CALLERS, and milliseconds that one alone waits."""
+    found: dict[str, dict[str, list[float]]] = {name: {"per_second": [], "alone_ms": []} for name in services}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         urls, bridge = {}, str(untrained(model, Path(folder) / "bridge")) if model else "builtin"
-        for port, (name, variables) in enumerate(SERVICES.items(), PORT):
+        for port, (name, variables) in enumerate(services.items(), PORT):
             opened.enter_context(running(bridge, port, Path(folder) / name, **variables))
             urls[name] = f"http://127.0.0.1:{port}"
             load(urls[name], callers, 2.0)
@@ -50,6 +50,14 @@ def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, model: str = 
             for name, url in urls.items():
                 found[name]["per_second"].append(len(load(url, callers, seconds)) / seconds)
                 found[name]["alone_ms"].append(statistics.median(load(url, 1, seconds / 4)) * 1000)
+    return found
+
+
+@ended_by_signals()
+def main(callers: int = 16, seconds: float = 8.0, rounds: int = 3, model: str = "") -> None:
+    """Ask each service in turns, ROUNDS times for SECONDS, and record answers a second and one caller's latency; of the
+    built-in bridge, or of an untrained one to the receiver MODEL."""
+    found = in_turns(SERVICES, callers, seconds, rounds, model)
     median = {name: {what: statistics.median(all) for what, all in one.items()} for name, one in found.items()}
     per_second = {name: one["per_second"] for name, one in median.items()}
     short = Path(model).name

@@ -6,19 +6,13 @@ the same cores. What ``serve`` chooses by itself is ``bridge.devices.use_threads
 
 import os
 import statistics
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import typer
 
 from benchmarks.record import command_of, record
-from benchmarks.scaled import load
-from benchmarks.stock import untrained
-from latentwire.service.cli.demo import running
+from benchmarks.scaled import in_turns
 from latentwire.service.cli.signals import ended_by_signals
-
-PORT = 8150
 
 
 @ended_by_signals()
@@ -26,28 +20,16 @@ def main(callers: int = 8, seconds: float = 8.0, rounds: int = 3, model: str = "
     """Ask each service ROUNDS times for SECONDS, and record answers a second and one caller's latency; of the built-in
     bridge, or of an untrained one to the receiver MODEL."""
     cores = os.cpu_count() or 1
-    counts = sorted({1, max(1, cores // 2), cores})
-    per_second: dict[int, list[float]] = {count: [] for count in counts}
-    alone_ms: dict[int, list[float]] = {count: [] for count in counts}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
-        bridge = str(untrained(model, Path(folder) / "bridge")) if model else "builtin"
-        for count in counts:
-            place = Path(folder) / f"{count}"
-            opened.enter_context(running(bridge, PORT + count, place, LW_THREADS=str(count)))
-            load(f"http://127.0.0.1:{PORT + count}", callers, 2.0)
-        for _ in range(rounds):
-            for count in counts:
-                url = f"http://127.0.0.1:{PORT + count}"
-                per_second[count].append(len(load(url, callers, seconds)) / seconds)
-                alone_ms[count].append(statistics.median(load(url, 1, seconds / 2)) * 1000)
+    services = {f"{count}": {"LW_THREADS": f"{count}"} for count in sorted({1, max(1, cores // 2), cores})}
+    found = in_turns(services, callers, seconds, rounds, model)
+    by_measure = {what: {name: one[what] for name, one in found.items()} for what in ("per_second", "alone_ms")}
     short = Path(model).name
     record(
         f"threads-{short}" if model else "threads",
         command_of("threads", callers=callers, seconds=seconds, rounds=rounds, model=short),
         {
-            "per_second": {count: statistics.median(every) for count, every in per_second.items()},
-            "alone_ms": {count: statistics.median(every) for count, every in alone_ms.items()},
-            "all_rounds": {"per_second": per_second, "alone_ms": alone_ms},
+            **{what: {name: statistics.median(all) for name, all in of.items()} for what, of in by_measure.items()},
+            "all_rounds": by_measure,
         },
     )
 
