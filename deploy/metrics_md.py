@@ -14,7 +14,8 @@ HEAD = """# Metrics
 Made by `python -m deploy.metrics_md` from what a service registers; a test compares it with what a running one exposes.
 `half` is `encode`, `generate` or `score`. `bridge`, `model` and `route` are those that are served, and no caller makes
 up others: where no bridge was found it is `bridge=""`. Histograms end in `_bucket`, `_sum` and `_count`; those of
-seconds have the bounds of `LW_LATENCY_BUCKETS`. On Ray what models count has a label `replica` besides.
+seconds have the bounds of `LW_LATENCY_BUCKETS`. On Ray what models count has a label `replica` besides, and what
+HTTP counts a label `front` where several processes answer it (`LW_FRONTENDS`).
 """
 
 

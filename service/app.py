@@ -8,10 +8,12 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from latentwire.bridge.errors import LatentWireError
 from latentwire.service import tracing
+from latentwire.service.api.bodies import Bodies
 from latentwire.service.api.collector import RequestCollector, register
 from latentwire.service.api.envelope import Envelope
 from latentwire.service.api.errors import STATUS, deliberate_error, error_body, http_error, invalid_body
@@ -24,7 +26,8 @@ from latentwire.service.auth.pages import Pages
 from latentwire.service.evaluations.jobs import Jobs, JobsElsewhere
 from latentwire.service.inference.models import Models
 from latentwire.service.inference.runtime import Runtime
-from latentwire.service.processes.frames import Door
+from latentwire.service.processes.door import Door
+from latentwire.service.processes.peers import Peers
 from latentwire.service.processes.remote import RemoteJobs, RemoteModels
 from latentwire.service.schemas.inference import ErrorBody
 from latentwire.service.settings import Settings
@@ -37,11 +40,16 @@ CORS: dict[str, Any] = {
 }
 
 
-def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Door | Models | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    checkpoints: Mapping[str, str],
+    models_at: Door | Models | None = None,
+    peers: Peers | None = None,
+) -> FastAPI:
     """Build the application over bridges {name: checkpoint}; no global state, so tests can build many.
 
     ``models_at`` is the Unix socket of a process that holds the models, or what asks those that do; without it this
-    process does.
+    process does. ``peers`` are the processes that answer HTTP, where this is one of several.
 
     Raises:
         LatentWireError: A checkpoint cannot be read.
@@ -58,6 +66,8 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
     else:
         jobs = JobsElsewhere(runtime)
     runtime.metrics.registry.register(RequestCollector(runtime))
+    peers = peers or Peers()
+    runtime.admission.rows = peers.rows
     stopped = False
 
     async def stop() -> None:
@@ -72,10 +82,12 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.openapi()  # kept; the first request that asks should not wait for it
+        await peers.start(lambda: generate_latest(runtime.metrics.registry))
         await runtime.start()
         jobs.start()
         yield
         await stop()
+        peers.stop()
 
     documented: dict[int | str, dict[str, Any]] = {
         code: {"model": ErrorBody} for code in sorted({400, 405, 415, *STATUS.values()})
@@ -89,6 +101,7 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
         redirect_slashes=False,  # redirects are absolute: behind a proxy they would lead elsewhere
     )  # fmt: skip
     app.state.runtime = runtime
+    app.state.peers = peers
     app.state.jobs = jobs
     app.state.stop = stop
     app.state.error_body = error_body
@@ -111,7 +124,10 @@ def create_app(settings: Settings, checkpoints: Mapping[str, str], models_at: Do
         check_room=runtime.admission.check_room,
         error_response=deliberate_error,
     )
-    app.add_middleware(Envelope, runtime=runtime)  # added later, so outside: a refusal has its id and is counted too
+    bodies = Bodies(settings, peers.body_bytes)
+    app.add_middleware(
+        Envelope, runtime=runtime, bodies=bodies
+    )  # added later, so outside: a refusal has its id and is counted too
     if settings.cors_origins:  # outside even of that: pages may read refusals and crashes, and preflights bear no key
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     if settings.root_path:  # outermost: within, a path has one name

@@ -119,9 +119,10 @@ class Settings(BaseSettings):
         "", description="Path before every address, e.g. /lw, where a proxy in front of the service leaves it in."
     )
     frontends: int = Field(
-        int(sys.platform == "linux"), ge=0, le=1,
-        description="1: a process of its own answers HTTP, beside that of the models, which is started again where it "
-        "dies; 0: one process does both. [1 on Linux, 0 elsewhere]",
+        int(sys.platform == "linux"), ge=0, le=64,
+        description="Processes that answer HTTP, beside that of the models; each is started again where it dies. "
+        "Several share limits and latents by LW_REDIS_URL or LW_STORE_DIR. 0: one process does all. [1 on Linux, 0 "
+        "elsewhere]",
     )  # fmt: skip
     insecure: bool = Field(False, description="Listen on other addresses than this machine's own without any keys.")
     allowed_hosts: Hosts = Field(
@@ -336,6 +337,17 @@ class Settings(BaseSettings):
     def _room_for_one_body(self) -> Self:
         if self.all_bodies < self.max_body:
             raise ValueError(f"LW_MAX_BODIES is {self.all_bodies}; expected LW_MAX_BODY, {int(self.max_body)}, or more")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_place_for_all(self) -> Self:
+        if self.frontends > 1 and self.engine == "ray":
+            raise ValueError(f"LW_FRONTENDS is {self.frontends}; beside models on Ray one process answers HTTP")
+        if self.frontends > 1 and self.redis_url is None and self.store_dir is None:
+            raise ValueError(
+                f"LW_FRONTENDS is {self.frontends}; expected LW_REDIS_URL or LW_STORE_DIR with it, where each process "
+                "finds the latents that another keeps"
+            )
         return self
 
     @model_validator(mode="after")

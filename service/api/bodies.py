@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from starlette.types import Message, Receive, Scope
 
 from latentwire.bridge.errors import DeadlineExceeded, Overloaded, TooLarge
+from latentwire.service.inference.parts import Sum
 from latentwire.service.settings import Settings
 
 DROP_SECONDS = 2.0  # for which the rest of a body is read that nobody wants
@@ -18,10 +19,11 @@ class Bodies:
     Bytes count when they have come: one who announces many and sends none takes no room from others.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, taken: Sum) -> None:
+        """``taken`` counts their bytes, those of other processes with them."""
         self.most, self.most_together = int(settings.max_body), settings.all_bodies
         self.seconds = settings.request_timeout
-        self.taken = 0
+        self.taken = taken
 
     @contextmanager
     def receiving(self, scope: Scope, receive: Receive) -> Iterator["Body"]:
@@ -30,7 +32,7 @@ class Bodies:
         try:
             yield body
         finally:
-            self.taken -= body.taken
+            self.taken.own -= body.taken
 
 
 class Body:
@@ -84,8 +86,8 @@ class Body:
         if self._too_large or self.taken + count > bodies.most:
             self._too_large = True
             raise TooLarge(f"the request body is over {bodies.most} bytes", param="body")
-        if count and bodies.taken + count > bodies.most_together:
+        if count and bodies.taken.all + count > bodies.most_together:
             most = bodies.most_together
             raise Overloaded(f"the bodies of all requests together are over {most} bytes; try again later")
         self.taken += count
-        bodies.taken += count
+        bodies.taken.own += count

@@ -57,7 +57,9 @@ class RequestCollector(Collector):
             "latentwire_admitted_rows", "Rows accepted, not answered yet.", value=runtime.admission.admitted
         )
         yield GaugeMetricFamily(
-            "latentwire_admitted_rows_limit", "Rows accepted at once before 429.", value=runtime.admission.limit
+            "latentwire_admitted_rows_limit",
+            "Rows accepted at once before 429; of several HTTP processes each has a part.",
+            value=runtime.admission.limit / runtime.admission.rows.processes,
         )
         yield GaugeMetricFamily(
             "latentwire_stalled", "1 while there is work and nothing moves.", value=float(runtime.models.stalled)

@@ -25,9 +25,8 @@ class Envelope:
     Plain ASGI, because ``BaseHTTPMiddleware`` hides disconnects from the routes.
     """
 
-    def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
-        self.app, self.runtime = app, runtime
-        self.bodies = Bodies(runtime.settings)
+    def __init__(self, app: ASGIApp, runtime: Runtime, bodies: Bodies) -> None:
+        self.app, self.runtime, self.bodies = app, runtime, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -30,6 +30,11 @@ class Limiter:
         self._redis = redis
         self._shared = None if redis is None else _in_redis(redis)
 
+    @property
+    def limited(self) -> list[str]:
+        """Tenants that have limits."""
+        return [name for name, items in self._items.items() if items]
+
     async def admit(self, tenant: str, *, work: bool) -> None:
         """Count a request; with ``work``, refuse it also while the tokens of this minute are used up.
 

@@ -66,7 +66,6 @@ def serve(
     from latentwire.service.cli.server import serve as run
     from latentwire.service.inference.runtime import Runtime
     from latentwire.service.processes.answering import answer
-    from latentwire.service.processes.frames import Door
     from latentwire.service.processes.supervisor import OPENED, READY, Supervisor
     from latentwire.service.settings import Settings, service_links
 
@@ -95,32 +94,33 @@ def serve(
     with ExitStack() as opened:
         for listener in (*listeners, *operators):
             opened.enter_context(listener)
-        models: Any = None
+        supervisor = None
         if settings.engine == "local" and settings.frontends:
-            supervisor = Supervisor()
+            supervisor = Supervisor(settings.frontends)
             if supervisor.run() == "models":
                 opened.close()  # a port is free when nobody answers on it any more
                 use_threads(settings.threads)  # here alone: threads of a process that forks do not come along
                 runtime = Runtime(
                     settings.model_copy(update=dict.fromkeys(("corpus_dir", "api_keys_file", "api_keys"))), bridges
                 )
-                supervisor.note("models", OPENED)
-                on_ready = partial(supervisor.note, "models", READY)
+                supervisor.note(OPENED)
+                on_ready = partial(supervisor.note, READY)
                 sys.exit(answer(runtime, supervisor.listener, supervisor.door.secret, on_ready))
-            supervisor.wait_opened()
-            models = supervisor.door
+            supervisor.wait_turn()
         elif settings.engine == "local":
             use_threads(settings.threads)
         opened.callback(tracing.start())
-        application = _on_ray(settings, bridges) if settings.engine == "ray" else create_app(settings, bridges, models)
-        if isinstance(models, Door):
-            supervisor.note("http", READY)
+        others = (None, None) if supervisor is None else (supervisor.door, supervisor.peers)
+        application = _on_ray(settings, bridges) if settings.engine == "ray" else create_app(settings, bridges, *others)
+        if supervisor is not None:
+            supervisor.note(READY)
         if operators:
             application.state.runtime.admin_port = operators[0].getsockname()[1]
         shown = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
-        typer.echo(f"LatentWire listens on {shown} (page: {shown}/, reference: {shown}/docs)")
-        with written_down(listeners[0]):
-            sys.exit(run(application, [*listeners, *operators]))
+        if supervisor is None or supervisor.peers.number == 0:  # for all that answer here
+            typer.echo(f"LatentWire listens on {shown} (page: {shown}/, reference: {shown}/docs)")
+            opened.enter_context(written_down(listeners[0]))
+        sys.exit(run(application, [*listeners, *operators]))
 
 
 def _on_ray(settings: "Settings", bridges: Mapping[str, str]) -> "FastAPI":

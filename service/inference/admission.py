@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from latentwire.bridge.errors import Overloaded, TooLarge
+from latentwire.service.inference.parts import Sum
 
 REMEMBERED_SECONDS = 10.0  # of busy time over which the rate of answers is taken
 RETRY_SECONDS = (1.0, 60.0)  # what a refused caller may be told to wait, at least and at most
@@ -18,24 +19,33 @@ class Admission:
     """Counts the rows of a service and refuses those over its limit; all batchers share one.
 
     Attributes:
-        limit: Most rows admitted at once.
-        admitted: Rows of requests accepted and not answered yet.
+        limit: Most rows admitted at once, by all processes that answer HTTP.
         waiting: Rows in a queue that somebody still waits for.
         running: Rows handed to the device.
         last_progress: ``time.monotonic()`` of the last batch finished or model loaded.
         out_of_memory: Batches that memory was too small for, so far, by what made them; each was halved, or was a
             single row.
         clock: Tells the time in seconds; tests bring their own.
+        rows: Those admitted, by this process and by others.
     """
 
     limit: int
-    admitted: int = 0
     waiting: int = 0
     running: int = 0
     last_progress: float = field(default_factory=time.monotonic)
     out_of_memory: Counter[str] = field(default_factory=Counter)
     clock: Callable[[], float] = time.monotonic
+    rows: Sum = field(default_factory=Sum)
     _rate: "_Rate" = field(default_factory=lambda: _Rate())
+
+    @property
+    def admitted(self) -> int:
+        """Rows of requests that this process has accepted and not answered yet."""
+        return self.rows.own
+
+    @admitted.setter
+    def admitted(self, rows: int) -> None:
+        self.rows.own = rows
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
@@ -59,20 +69,22 @@ class Admission:
 
     def check_room(self, rows: int = 1) -> None:
         """Refuse rows that do not fit beside what was admitted before (Overloaded, with when they may)."""
-        if self.admitted + rows > self.limit:
+        if self.rows.all + rows > self.limit:
             raise Overloaded(
-                f"{self.admitted} rows are being answered, {rows} more exceed {self.limit}",
+                f"{self.rows.all} rows are being answered, {rows} more exceed {self.limit}",
                 retry_after_seconds=self.retry_after(rows),
             )
 
     def retry_after(self, rows: int = 1) -> float:
         """Seconds until ``rows`` more rows will fit, at the rate at which rows were answered lately; 1 to 60.
 
-        Before anything was answered: as long as the work has already taken.
+        Before anything was answered: as long as the work has already taken. Of those that are missing this process
+        answers its part.
         """
-        missing = max(self.admitted + rows - self.limit, 1)
+        missing = max(self.rows.all + rows - self.limit, 1)
+        part = missing * self.admitted / self.rows.all if self.admitted else missing
         low, high = RETRY_SECONDS
-        return min(max(self._rate.seconds_for(missing, self.clock()), low), high)
+        return min(max(self._rate.seconds_for(part, self.clock()), low), high)
 
     def progress(self) -> None:
         """Note that work was done."""
@@ -100,7 +112,7 @@ class _Rate:
         kept = math.exp(-elapsed / REMEMBERED_SECONDS)
         self.rows, self.seconds, self.since = self.rows * kept + rows, self.seconds * kept + elapsed, now
 
-    def seconds_for(self, rows: int, now: float) -> float:
+    def seconds_for(self, rows: float, now: float) -> float:
         """How long ``rows`` rows will take."""
         busy = self.seconds + now - self.since  # a device that hangs gets slower with every second
         return busy * rows / self.rows if self.rows else busy

@@ -14,7 +14,15 @@ from latentwire.bridge.bridge import Bridge
 from latentwire.bridge.checkpoint import check_models
 from latentwire.bridge.encoder import slots_of
 from latentwire.bridge.engine import Encoded
-from latentwire.bridge.errors import LatentWireError, NotReady, TooLarge, UnknownBridge, at_fault, first_line
+from latentwire.bridge.errors import (
+    InvalidRequest,
+    LatentWireError,
+    NotReady,
+    TooLarge,
+    UnknownBridge,
+    at_fault,
+    first_line,
+)
 from latentwire.bridge.families import ROLES, Role
 from latentwire.bridge.prompt import TEXT, Row
 from latentwire.bridge.reader import SourceTokens
@@ -77,6 +85,11 @@ class Runtime:
         self.keys = load_keys(settings.api_keys_file, None if secret is None else secret.get_secret_value())
         redis = RedisStore(settings.redis_url) if settings.redis_url else None
         self.limiter = Limiter(self.keys, redis)
+        if settings.frontends > 1 and redis is None and self.limiter.limited:
+            raise InvalidRequest(
+                f"key {self.limiter.limited[0]!r} has limits; the {settings.frontends} processes of LW_FRONTENDS count "
+                "together in Redis alone: set LW_REDIS_URL"
+            )
         nothing = Residency(None, torch.device("cpu"))
         self.senders, self.residency = (nothing, nothing) if self._elsewhere else residencies(settings)
         addresses = parse_addresses(settings.receiver)

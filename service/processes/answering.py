@@ -1,7 +1,6 @@
 """The process that holds the models: it does what the HTTP process asks, over a Unix socket."""
 
 import asyncio
-import hmac
 import logging
 import signal
 import socket
@@ -16,10 +15,10 @@ from latentwire.bridge.errors import LatentWireError
 from latentwire.service.api.collector import register
 from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.runtime import Runtime
+from latentwire.service.processes.door import is_known
 from latentwire.service.processes.frames import (
     QUESTIONS,
     REPLACED,
-    SECRET_BYTES,
     Answer,
     Cancel,
     Encode,
@@ -197,7 +196,7 @@ async def _serve(runtime: Runtime, listener: socket.socket, secret: bytes, on_re
         task.add_done_callback(connections.discard)
         # Ended here where the service ends: asyncio would log that as an error.
         with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            if hmac.compare_digest(await reader.readexactly(SECRET_BYTES), secret):  # the address has no owner, no mode
+            if await is_known(reader, secret):
                 await answer_one(reader, Outbox(writer))
 
     server = await asyncio.start_unix_server(connected, sock=listener)

@@ -5,7 +5,7 @@ Over a Unix socket between processes of one service, or by Ray. Every message is
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,15 +18,7 @@ from latentwire.service.inference.scoring import ScoreItem
 
 Value = TypeVar("Value")
 LENGTH_BYTES = 8
-SECRET_BYTES = 16
 REPLACED = 75  # exit code of models whose checkpoint was replaced: to be started again, ready or not
-
-
-class Door(NamedTuple):
-    """Where the process of the models listens, and what a caller says first: the address itself is no secret."""
-
-    address: str
-    secret: bytes
 
 
 class Encode(msgspec.Struct, tag=True):

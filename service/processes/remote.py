@@ -7,7 +7,6 @@ process of the models has taken its place.
 import asyncio
 import itertools
 import logging
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,11 +21,11 @@ from latentwire.bridge.scoring import Continuation
 from latentwire.service.inference.models import InMemory
 from latentwire.service.inference.request import Asked, GenerationResult, Piece
 from latentwire.service.inference.scoring import ScoreItem
+from latentwire.service.processes.door import Door
 from latentwire.service.processes.frames import (
     REPLIES,
     Answer,
     Cancel,
-    Door,
     Encode,
     Evaluate,
     Failure,
@@ -223,16 +222,11 @@ class RemoteModels:
 
     async def _keep_connected(self) -> None:
         while True:
-            end = socket.socket(socket.AF_UNIX)  # connected here: uvloop cannot read an abstract address
-            end.setblocking(False)
             try:
-                end.connect(self._door.address)
-                reader, writer = await asyncio.open_unix_connection(sock=end)
+                reader, writer = await self._door.enter()
             except OSError:
-                end.close()
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            writer.write(self._door.secret)
             self._connection = connection = _Connection(Outbox(writer))
             try:
                 async for reply in messages(reader, REPLIES):

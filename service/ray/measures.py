@@ -4,29 +4,24 @@ from collections.abc import Iterator, Mapping
 
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
+
+from latentwire.service.measures import Texts
 
 READY = "latentwire_ready"
 
 
-class ReplicaCollector(Collector):
+class ReplicaCollector(Texts):
     """Tells whether a replica of each deployment is ready, and what each counts, by its label ``replica``."""
 
     def __init__(self, ready: bool, texts: Mapping[str, str]) -> None:
         """Of replicas {id: its metrics in the text format}."""
-        self._ready, self._texts = ready, texts
+        super().__init__("replica", texts)
+        self._ready = ready
 
     def collect(self) -> Iterator[Metric]:
-        """Every family once, with the samples of all replicas: the format wants them together."""
-        families: dict[str, Metric] = {}
-        for replica, text in self._texts.items():
-            for family in text_string_to_metric_families(text):
-                all_of_it = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                all_of_it.samples += [one._replace(labels={**one.labels, "replica": replica}) for one in family.samples]
-        families.pop(READY, None)  # each replica is, or Ray would not show it
+        """The families; that a replica is ready says that Ray shows it."""
         yield GaugeMetricFamily(READY, "1 once warmed up.", value=float(self._ready))
-        yield from families.values()
+        yield from (family for family in super().collect() if family.name != READY)
 
 
 def merged(ready: bool, texts: Mapping[str, str]) -> bytes:

@@ -22,7 +22,7 @@ import pytest
 
 from latentwire.bridge.checkpoint import BUILTIN_BRIDGE, read_manifest
 from latentwire.service.cli.demo import running
-from latentwire.service.processes.frames import SECRET_BYTES
+from latentwire.service.processes.door import SECRET_BYTES
 from latentwire.service.processes.supervisor import ROLES
 from tests.ports import free_port
 

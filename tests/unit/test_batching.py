@@ -20,6 +20,7 @@ from latentwire.bridge.errors import (
 )
 from latentwire.service.inference.admission import Admission
 from latentwire.service.inference.batching import Batcher
+from latentwire.service.inference.parts import Sum
 
 LONG = 10.0
 
@@ -468,3 +469,16 @@ def test_before_anything_was_answered_a_caller_is_told_to_wait_as_long_as_the_wo
     with admission.admit(2):
         clock.now += 3
         assert admission.retry_after() == 3.0  # what failed was no answer
+
+
+def test_processes_that_share_a_limit_refuse_what_all_of_them_have_no_room_for() -> None:
+    clock, parts = Clock(), memoryview(bytearray(16)).cast("q")
+    one, other = (Admission(40, clock=clock, rows=Sum(parts, own)) for own in (0, 1))
+    for _ in range(10):
+        answer(one, clock, 2, 1.0)
+    with one.admit(10), other.admit(30):
+        assert (one.admitted, other.admitted, one.rows.all) == (10, 30, 40)
+        with pytest.raises(Overloaded, match="40 rows are being answered, 20 more exceed 40") as caught, one.admit(20):
+            pass
+        assert caught.value.retry_after_seconds == pytest.approx(2.5)  # of twenty it answers five, at two a second
+    assert (one.rows.all, parts.tolist()) == (0, [0, 0])

@@ -10,6 +10,7 @@ from latentwire.bridge.config import Provenance
 from latentwire.bridge.errors import NotReady
 from latentwire.service.inference.models import InMemory
 from latentwire.service.inference.runtime import Runtime
+from latentwire.service.measures import Texts
 from latentwire.service.schemas.inference import BridgeList, BridgeOut, Health
 
 router = APIRouter(tags=["status"])
@@ -58,13 +59,15 @@ async def ready(request: Request) -> Health:
     "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus text format."""
+    """Prometheus text format; where several processes answer HTTP, what each counts, by its label ``front``."""
     runtime: Runtime = request.app.state.runtime
     theirs = asyncio.create_task(runtime.models.metrics())
     await asyncio.sleep(0)  # where another process holds the models it is asked first, and writes meanwhile
     await asyncio.sleep(0)
-    text = generate_latest(runtime.metrics.registry) + await theirs
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+    own, peers = generate_latest(runtime.metrics.registry), request.app.state.peers
+    if peers.count > 1:
+        own = generate_latest(Texts("front", {str(peers.number): own.decode(), **await peers.texts()}))
+    return Response(own + await theirs, media_type=CONTENT_TYPE_LATEST)
 
 
 async def describe(runtime: Runtime, bridge: Bridge) -> BridgeOut:
