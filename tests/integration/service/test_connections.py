@@ -169,7 +169,7 @@ def taken(app: FastAPI) -> Callable[[], int]:
     layer: Any = app.middleware_stack
     while not hasattr(layer, "bodies"):
         layer = layer.app
-    return lambda: int(layer.bodies.taken)
+    return lambda: int(layer.bodies.taken.all)
 
 
 # Half-closed connections
