@@ -125,9 +125,8 @@ def create_app(
         error_response=deliberate_error,
     )
     bodies = Bodies(settings, peers.body_bytes)
-    app.add_middleware(
-        Envelope, runtime=runtime, bodies=bodies
-    )  # added later, so outside: a refusal has its id and is counted too
+    # Added later, so outside: a refusal has its id and is counted too.
+    app.add_middleware(Envelope, runtime=runtime, bodies=bodies)
     if settings.cors_origins:  # outside even of that: pages may read refusals and crashes, and preflights bear no key
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     if settings.root_path:  # outermost: within, a path has one name
