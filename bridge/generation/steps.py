@@ -90,7 +90,6 @@ class Runner(ModelRunner):
         names = ("logit_processor", "cb_config", "inputs_and_outputs", "cache", "do_sample", "return_logprobs")
         processor.model_runner = cls(kernel, **{name: getattr(processor, name) for name in names})
 
-    @torch.inference_mode()  # the library's is no_grad, which writes down for each result what a gradient would need
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         """A pass, and the tokens it chooses."""
         current = self.inputs_and_outputs
