@@ -125,6 +125,7 @@ def _deployed(
     code = [version("latentwire"), *(f"{name}={identity(bridge)}" for name, bridge in bridges.items())]
     made = halves(settings, checkpoints, "/".join(code))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray started here: 15, Ray's own, starved beside other work
     address = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address or "local", include_dashboard=None if address else False, log_to_driver=False)

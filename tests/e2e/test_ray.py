@@ -210,6 +210,7 @@ def test_a_service_starts_a_ray_of_its_own_that_wants_a_token_also_where_there_n
     with serving(tmp_path, LW_ENGINE="ray", LW_RAY_CPUS="0.1", HOME=str(tmp_path)) as made:
         until(lambda: is_ready(made.url))
         assert outputs(made.url, 1, stream=True) == outputs(made.url, 1, stream=False)
+        assert {psutil.Process(pid).nice() for pid in replicas()} == {made.parent.nice()}
     assert (tmp_path / ".ray/auth_token").read_text()
 
 
