@@ -257,6 +257,8 @@ class Jobs:
         """Show others that this process lives and how far it is, and let go of what is finished and written down."""
         async with self._writing:  # or an older state could be written over a newer one
             live = dict(self._live)
+            if not live:
+                return
             try:
                 stops = await self._store.get_many("job", [_stop_key(job_id) for job_id in live])
                 for record, stop in zip(live.values(), stops, strict=True):
