@@ -65,8 +65,8 @@ def create_app(
         register(runtime, jobs)
     else:
         jobs = JobsElsewhere(runtime)
-    runtime.metrics.registry.register(RequestCollector(runtime))
     peers = peers or Peers()
+    runtime.metrics.registry.register(RequestCollector(runtime, peers))
     runtime.admission.rows = peers.rows
     stopped = False
 

@@ -119,10 +119,10 @@ class Settings(BaseSettings):
         "", description="Path before every address, e.g. /lw, where a proxy in front of the service leaves it in."
     )
     frontends: int = Field(
-        int(sys.platform == "linux"), ge=0, le=64,
+        int(sys.platform == "linux"), ge=0, le=16,
         description="Processes that answer HTTP, beside that of the models; each is started again where it dies. "
-        "Several share limits and latents by LW_REDIS_URL or LW_STORE_DIR. 0: one process does all. [1 on Linux, 0 "
-        "elsewhere]",
+        "Several share latents by LW_REDIS_URL or LW_STORE_DIR, and the limits of keys by Redis. 0: one process does "
+        "all. [1 on Linux, 0 elsewhere]",
     )  # fmt: skip
     insecure: bool = Field(False, description="Listen on other addresses than this machine's own without any keys.")
     allowed_hosts: Hosts = Field(

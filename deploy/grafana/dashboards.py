@@ -7,6 +7,7 @@ INSTANCE = 'instance=~"$instance"'
 BRIDGE = f'{INSTANCE}, bridge=~"$bridge"'
 WORK = 'route!~"/health/.*|/metrics"'
 RATE = "[$__rate_interval]"
+OF_BRIDGE = "{{bridge}} {{front}}"  # windows of outputs are of each process that answers HTTP
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def score(condition: str) -> str:
 
 def of_bridge(metric: str) -> tuple[tuple[str, str], ...]:
     """A gauge of each bridge."""
-    return ((f"{metric}{{{BRIDGE}}}", "{{bridge}}"),)
+    return ((f"{metric}{{{BRIDGE}}}", OF_BRIDGE),)
 
 
 def memory(kind: str) -> str:
@@ -120,7 +121,7 @@ OVERVIEW = Board(
                     "Stalled",
                     "bool_yes_no",
                     "There is work, and nothing moves.",
-                    ((f"latentwire_stalled{{{INSTANCE}}}", "{{instance}}"),),
+                    ((f"max by (instance) (latentwire_stalled{{{INSTANCE}}})", "{{instance}}"),),
                     ("LatentWireStalled", ""),
                     "stat",
                     4,
@@ -129,7 +130,7 @@ OVERVIEW = Board(
                     "Store",
                     "bool_yes_no",
                     "Whether the store answers.",
-                    ((f"latentwire_store_available{{{INSTANCE}}}", "{{instance}}"),),
+                    ((f"min by (instance) (latentwire_store_available{{{INSTANCE}}})", "{{instance}}"),),
                     ("LatentWireStoreAway", ""),
                     "stat",
                     4,
@@ -209,7 +210,7 @@ OVERVIEW = Board(
                         (f"sum(latentwire_queue_rows{{{INSTANCE}}})", "waiting"),
                         (f"sum(latentwire_running_rows{{{INSTANCE}}})", "running"),
                         (f"sum(latentwire_admitted_rows{{{INSTANCE}}})", "admitted"),
-                        (f"sum(latentwire_admitted_rows_limit{{{INSTANCE}}})", "limit"),
+                        (f"sum(max by (instance) (latentwire_admitted_rows_limit{{{INSTANCE}}}))", "limit"),
                     ),
                 ),
                 Panel(
@@ -389,7 +390,7 @@ MEMORY = Board(
                     "Process that answers HTTP",
                     "bytes",
                     "Resident; the models' process is device cpu, kind resident.",
-                    ((f"latentwire_http_resident_bytes{{{INSTANCE}}}", "{{instance}}"),),
+                    ((f"sum by (instance) (latentwire_http_resident_bytes{{{INSTANCE}}})", "{{instance}}"),),
                 ),
                 Panel(
                     "Reserved and not allocated",
@@ -532,8 +533,8 @@ QUALITY = Board(
                     "short",
                     "Outputs and latents that these numbers are of; few say little.",
                     (
-                        (f"latentwire_output_window{{{BRIDGE}}}", "{{bridge}} outputs"),
-                        (f"latentwire_latent_window{{{BRIDGE}}}", "{{bridge}} latents"),
+                        (f"latentwire_output_window{{{BRIDGE}}}", f"{OF_BRIDGE} outputs"),
+                        (f"latentwire_latent_window{{{BRIDGE}}}", f"{OF_BRIDGE} latents"),
                     ),
                 ),
             ),

@@ -13,6 +13,7 @@ from latentwire.service.evaluations.jobs import Jobs
 from latentwire.service.inference.models import LocalModels
 from latentwire.service.inference.runtime import Runtime
 from latentwire.service.metrics import HALVES
+from latentwire.service.processes.peers import Peers
 from latentwire.service.schemas.evaluations import UNFINISHED, State
 
 WINDOW = {
@@ -47,22 +48,25 @@ def register(runtime: Runtime, jobs: Jobs | None) -> None:
 class RequestCollector(Collector):
     """Reads what answers requests; registered beside its counters."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, peers: Peers) -> None:
+        self.runtime, self.peers = runtime, peers
 
     def collect(self) -> Iterator[Metric]:
         """Every gauge, with its value now."""
         runtime = self.runtime
+        stalled = runtime.models.stalled or bool(self.peers.hanging(runtime.settings.stall_timeout))
         yield GaugeMetricFamily(
             "latentwire_admitted_rows", "Rows accepted, not answered yet.", value=runtime.admission.admitted
         )
         yield GaugeMetricFamily(
             "latentwire_admitted_rows_limit",
-            "Rows accepted at once before 429; of several HTTP processes each has a part.",
-            value=runtime.admission.limit / runtime.admission.rows.processes,
+            "Rows accepted at once before 429, by all HTTP processes together.",
+            value=runtime.admission.limit,
         )
         yield GaugeMetricFamily(
-            "latentwire_stalled", "1 while there is work and nothing moves.", value=float(runtime.models.stalled)
+            "latentwire_stalled",
+            "1 while there is work and nothing moves, or another process that answers HTTP does not.",
+            value=float(stalled),
         )
         yield GaugeMetricFamily(
             "latentwire_store_available", "1 while the store answers.", value=float(runtime.store.available)

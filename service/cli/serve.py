@@ -96,7 +96,7 @@ def serve(
             opened.enter_context(listener)
         supervisor = None
         if settings.engine == "local" and settings.frontends:
-            supervisor = Supervisor(settings.frontends)
+            supervisor = Supervisor(settings.frontends, settings.drain_delay + settings.drain_timeout)
             if supervisor.run() == "models":
                 opened.close()  # a port is free when nobody answers on it any more
                 use_threads(settings.threads)  # here alone: threads of a process that forks do not come along
@@ -112,15 +112,14 @@ def serve(
         opened.callback(tracing.start())
         others = (None, None) if supervisor is None else (supervisor.door, supervisor.peers)
         application = _on_ray(settings, bridges) if settings.engine == "ray" else create_app(settings, bridges, *others)
-        if supervisor is not None:
-            supervisor.note(READY)
         if operators:
             application.state.runtime.admin_port = operators[0].getsockname()[1]
         shown = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
         if supervisor is None or supervisor.peers.number == 0:  # for all that answer here
             typer.echo(f"LatentWire listens on {shown} (page: {shown}/, reference: {shown}/docs)")
             opened.enter_context(written_down(listeners[0]))
-        sys.exit(run(application, [*listeners, *operators]))
+        on_started = None if supervisor is None else partial(supervisor.note, READY)
+        sys.exit(run(application, [*listeners, *operators], on_started))
 
 
 def _on_ray(settings: "Settings", bridges: Mapping[str, str]) -> "FastAPI":

@@ -77,7 +77,7 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's, with an end that loses no accepted request."""
 
-    def __init__(self, application: FastAPI) -> None:
+    def __init__(self, application: FastAPI, on_started: Callable[[], None] | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 application,
@@ -91,6 +91,7 @@ class Server(uvicorn.Server):
         self.runtime: Runtime = application.state.runtime
         self._stop: Callable[[], Awaitable[None]] = application.state.stop
         self.runtime.on_death = self._end_now
+        self._on_started = on_started or (lambda: None)
         self.exit_code = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -99,6 +100,7 @@ class Server(uvicorn.Server):
         """Remember the loop, which signals and engines call into."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; the second ends."""
@@ -125,9 +127,9 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(setattr, self, "should_exit", True)
 
 
-def serve(application: FastAPI, sockets: list[socket.socket]) -> int:
-    """Serve until a signal or a death; the exit code."""
-    server = Server(application)
+def serve(application: FastAPI, sockets: list[socket.socket], on_started: Callable[[], None] | None = None) -> int:
+    """Serve until a signal or a death; the exit code. ``on_started`` is called once requests are answered."""
+    server = Server(application, on_started)
     gc.collect()
     gc.freeze()  # code and libraries, before any model is there: to look through them stopped every answer for .5 s
     server.run(sockets=sockets)

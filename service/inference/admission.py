@@ -79,12 +79,12 @@ class Admission:
         """Seconds until ``rows`` more rows will fit, at the rate at which rows were answered lately; 1 to 60.
 
         Before anything was answered: as long as the work has already taken. Of those that are missing this process
-        answers its part.
+        answers its part, at its own rate; where it has none of them, as large a part as others, at its latest.
         """
         missing = max(self.rows.all + rows - self.limit, 1)
-        part = missing * self.admitted / self.rows.all if self.admitted else missing
+        part = missing * self.admitted / self.rows.all if self.admitted else missing / self.rows.processes
         low, high = RETRY_SECONDS
-        return min(max(self._rate.seconds_for(part, self.clock()), low), high)
+        return min(max(self._rate.seconds_for(part, self.clock() if self.admitted else None), low), high)
 
     def progress(self) -> None:
         """Note that work was done."""
@@ -112,7 +112,7 @@ class _Rate:
         kept = math.exp(-elapsed / REMEMBERED_SECONDS)
         self.rows, self.seconds, self.since = self.rows * kept + rows, self.seconds * kept + elapsed, now
 
-    def seconds_for(self, rows: float, now: float) -> float:
-        """How long ``rows`` rows will take."""
-        busy = self.seconds + now - self.since  # a device that hangs gets slower with every second
+    def seconds_for(self, rows: float, now: float | None) -> float:
+        """How long ``rows`` rows will take; ``now`` is None while there are none here, and the time is idle."""
+        busy = self.seconds + (0.0 if now is None else now - self.since)  # a device that hangs gets slower all the time
         return busy * rows / self.rows if self.rows else busy

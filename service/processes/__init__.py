@@ -1,1 +1,1 @@
-"""A service in two processes: one answers HTTP, the other holds the models."""
+"""A service in several processes: one or more answer HTTP, another holds the models."""

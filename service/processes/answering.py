@@ -18,7 +18,6 @@ from latentwire.service.inference.runtime import Runtime
 from latentwire.service.processes.door import is_known
 from latentwire.service.processes.frames import (
     QUESTIONS,
-    REPLACED,
     Answer,
     Cancel,
     Encode,
@@ -36,6 +35,7 @@ from latentwire.service.processes.frames import (
     messages,
     packed,
 )
+from latentwire.service.processes.supervisor import REPLACED
 from latentwire.service.schemas.evaluations import RECORDS, EvaluationRequest
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import socket
 from typing import NamedTuple
 
 SECRET_BYTES = 16
+LENGTH_BYTES = 8  # before what is said, for whoever it is cut off from to notice
 
 
 class Door(NamedTuple):

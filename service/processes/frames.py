@@ -15,10 +15,9 @@ from latentwire.bridge.errors import InferenceFailed, LatentWireError
 from latentwire.bridge.reader import SourceTokens
 from latentwire.service.inference.request import Asked, Piece
 from latentwire.service.inference.scoring import ScoreItem
+from latentwire.service.processes.door import LENGTH_BYTES
 
 Value = TypeVar("Value")
-LENGTH_BYTES = 8
-REPLACED = 75  # exit code of models whose checkpoint was replaced: to be started again, ready or not
 
 
 class Encode(msgspec.Struct, tag=True):

@@ -112,7 +112,7 @@ class RemoteModels:
     def expect(self, bridges: Mapping[str, str], on_replaced: Callable[[], None]) -> None:
         """Ask only a process with the same bridges, by name and id.
 
-        A checkpoint that was replaced is noticed when one of the two processes starts again: the other still has the
+        A checkpoint that was replaced is noticed when one of these processes starts again: the others still have the
         old one, whose latents the new would answer. The older process is ended, for its parent to start another:
         that of the models, where this one has never asked any, else this one, by ``on_replaced``.
         """

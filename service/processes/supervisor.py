@@ -1,8 +1,8 @@
 """Processes and who looks after them: one or several answer HTTP, another holds the models.
 
 The parent is small: it listens, forks, passes signals on, and starts whichever of them has ended without being told
-to. One that ends before it was ready is not started again: what is wrong would be wrong the next time. But models whose
-checkpoint was replaced meanwhile are.
+to. One that was never ready is not started again: what is wrong would be wrong the next time. One that was, and dies on
+its way back, is tried again for as long as HTTP is answered: the service must not end with it.
 
 A process learns that its parent has gone from a pipe that nobody writes to: it ends with the last who could. That of
 the models hangs on those that answer HTTP as well, which have answers to finish.
@@ -22,7 +22,6 @@ from types import FrameType
 from typing import Literal, NamedTuple
 
 from latentwire.service.processes.door import Door
-from latentwire.service.processes.frames import REPLACED
 from latentwire.service.processes.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -31,9 +30,12 @@ Role = Literal["models", "http"]
 ROLES: tuple[Role, ...] = ("models", "http")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 OPENED, READY = 1, 2
+REPLACED = 75  # exit code of models whose checkpoint was replaced: to be started again, ready or not
 POLL_SECONDS = 0.02
-AGAIN_SECONDS = 0.2  # before another is started: one that dies at once must not take the machine's time
+AGAIN_SECONDS = 0.2  # before another is started
+LATER_SECONDS = 2.0  # the same where one died before it was ready: it must not take the machine's time
 END_SECONDS = 30.0  # for which a process is given time to end; models may be on their way into memory
+FORCED_SECONDS = 5.0  # for which one that was signalled twice is given time to end
 
 
 class Child(NamedTuple):
@@ -55,23 +57,30 @@ class Supervisor:
         peers: The processes that answer HTTP; in one of them, it and the others.
     """
 
-    def __init__(self, frontends: int) -> None:
+    def __init__(self, frontends: int, drain_seconds: float) -> None:
+        """``drain_seconds`` is what those that answer HTTP may take, once signalled, for what they have accepted."""
         self.door, self.listener = Door.opened()
         self.peers = Peers(frontends)
         self._children = [MODELS, *(Child("http", number) for number in range(frontends))]
         self._own = MODELS
         self._stage = {child: mmap.mmap(-1, 1) for child in self._children}  # shared with the children
         self._pipes = {role: os.pipe() for role in ROLES}
+        self._due = dict.fromkeys(self._children, 0.0)  # when which is to be started
         self._running: dict[int, Child] = {}
-        self._signals = self._code = 0
+        self._replaced: set[Child] = set()
+        self._drain_seconds, self._signals, self._code = drain_seconds, 0, 0
 
     def note(self, stage: int) -> None:
         """How far the start of this process is: ``OPENED`` its bridges, or ``READY`` and worth starting again."""
         self._stage[self._own][0] = stage
 
     def wait_turn(self) -> None:
-        """Wait until those before this process could open every bridge: what is wrong with one is said once."""
-        for child in self._children[: self._children.index(self._own)]:
+        """Wait until those before this process could open every bridge: what is wrong with one is said once.
+
+        Where it was started again, for the models alone: another that answers HTTP may never be ready.
+        """
+        before = self._children[: self._children.index(self._own)]
+        for child in [MODELS] if self._own in self._replaced else before:
             while self._stage[child][0] < OPENED:
                 time.sleep(POLL_SECONDS)
 
@@ -83,38 +92,49 @@ class Supervisor:
         gc.collect()
         gc.freeze()  # code and libraries, which all share: to look through them stopped every answer for .5 s
         before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
-        for child in self._children:
-            if self._is_child(child, before):
-                return child.role
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
         while True:
-            pid, status = os.wait()
-            if pid not in self._running:
-                continue  # the first process of a container inherits the orphans of others
-            child, code = self._running.pop(pid), os.waitstatus_to_exitcode(status)
-            if self._is_to_start_again(child, code):
-                log.error("the %s process ended with %d; another is started", child.role, code)
-                self._stage[child][0] = 0
-                time.sleep(AGAIN_SECONDS)
+            if self._signals:
+                self._due.clear()
+                if all(child == MODELS for child in self._running.values()):
+                    self._end()  # the models too: HTTP, which tells those who wait, has ended
+                    sys.exit(self._code)
+            for child in [child for child, at in self._due.items() if at <= time.monotonic()]:
+                del self._due[child]
                 if self._is_child(child, before):
                     return child.role
+            pid, status = os.waitpid(-1, os.WNOHANG if self._due else 0) if self._running else (0, 0)
+            if pid in self._running:  # the first process of a container inherits the orphans of others
+                self._note_end(self._running.pop(pid), os.waitstatus_to_exitcode(status))
+            elif not pid:
+                time.sleep(POLL_SECONDS)
 
-    def _is_to_start_again(self, child: Child, code: int) -> bool:
+    def _note_end(self, child: Child, code: int) -> None:
         """What follows from the end of a process; exits where it is the end of the service."""
+        was_ready, self._stage[child][0] = self._stage[child][0] >= READY or code == REPLACED, 0
         if child != MODELS:
             self.peers.forget(child.number)
         if self._signals:
-            self._code = self._code or max(code, 0) * (child != MODELS)
-            if child != MODELS and all(other == MODELS for other in self._running.values()):
-                self._end()  # the models too: HTTP, which tells those who wait, has ended
-                sys.exit(self._code)
-            return False
-        if self._stage[child][0] >= READY or code == REPLACED:
-            return True
-        if code < 0:  # it could say nothing itself
-            said = "the %s process was ended by %s before it was ready; is there memory for it?"
-            log.error(said, child.role, signal.Signals(-code).name)
-        self._end()
-        sys.exit(code if code >= 0 else 1)
+            if child == MODELS:
+                return
+            if code < 0:
+                name = signal.Signals(-code).name
+                log.error("the http process was ended by %s before it had answered what it had accepted", name)
+            self._code = self._code or (code if code >= 0 else 1)
+        elif was_ready or (child in self._replaced and self._is_answering()):
+            log.error("the %s process ended with %d; another is started", child.role, code)
+            self._due[child] = time.monotonic() + (AGAIN_SECONDS if was_ready else LATER_SECONDS)
+            self._replaced.add(child)
+        else:
+            if code < 0:  # it could say nothing itself
+                said = "the %s process was ended by %s before it was ready; is there memory for it?"
+                log.error(said, child.role, signal.Signals(-code).name)
+            self._end()
+            sys.exit(code if code >= 0 else 1)
+
+    def _is_answering(self) -> bool:
+        """Whether a process answers HTTP."""
+        return any(child != MODELS and self._stage[child][0] >= READY for child in self._running.values())
 
     def _is_child(self, child: Child, handlers: Mapping[signal.Signals, object]) -> bool:
         """Fork a process; True in it."""
@@ -141,6 +161,17 @@ class Supervisor:
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         """To those that answer HTTP: the models are told when these have ended."""
         self._signals += 1
+        if self._signals == 1:
+            signal.setitimer(signal.ITIMER_REAL, self._drain_seconds + END_SECONDS)
+        elif self._signals == 2:
+            signal.setitimer(signal.ITIMER_REAL, FORCED_SECONDS)
+        self._send_http(number)
+
+    def _give_up(self, _number: int, _frame: FrameType | None) -> None:
+        """Those that answer HTTP have had their time: what hangs hears no signal."""
+        self._send_http(signal.SIGKILL)
+
+    def _send_http(self, number: int) -> None:
         for pid, child in list(self._running.items()):
             if child != MODELS:
                 _send(pid, number)

@@ -5,7 +5,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ KEY = "a key that may ask seven times a minute"
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two that answer HTTP, and the models; latents in a folder. Each test leaves it ready."""
     folder = tmp_path_factory.mktemp("peers")
-    more = {"LW_STORE_DIR": str(folder / "store"), "LW_MAX_QUEUE": str(ROWS)}
+    more = {"LW_STORE_DIR": str(folder / "store"), "LW_MAX_QUEUE": str(ROWS), "LW_STALL_TIMEOUT": "2"}
     with serving(folder, LW_FRONTENDS=str(len(FRONTS)), **more) as service:
         until(lambda: {*by_front(service, "stalled")} == FRONTS)  # each is there
         yield service
@@ -43,32 +44,68 @@ def by_front(service: Service, name: str, holding: str = "") -> dict[str, float]
     return found
 
 
-def ask_each(service: Service, path: str, body: dict[str, Any]) -> dict[str, httpx.Response]:
-    """Ask, each time on a connection of its own, until each process has answered; its latest answer."""
-    met: dict[str, httpx.Response] = {}
-
-    def ask() -> bool:
-        before = by_front(service, "requests_total", f'route="{path}"')
-        answer = httpx.post(f"{service.url}{path}", json=body)
-        now = by_front(service, "requests_total", f'route="{path}"')
-        (front,) = (front for front in FRONTS if now[front] > before[front])
-        met[front] = answer
-        return {*met} == FRONTS
-
-    until(ask)
-    return met
-
-
 def fronts(service: Service) -> list[psutil.Process]:
     """Those that listen on TCP."""
-    return [one for one in service.parent.children() if any(at.status == "LISTEN" for at in one.net_connections("tcp"))]
+    return [one for one in service.parent.children() if "LISTEN" in states(one)]
+
+
+def states(process: psutil.Process) -> list[str]:
+    """Of its sockets; of none where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return [at.status for at in process.net_connections("tcp")]
+    return []
+
+
+@contextmanager
+def alone(service: Service, front: psutil.Process) -> Iterator[None]:
+    """All others that answer HTTP are stopped: connections that are made now reach this one."""
+    others = [other for other in fronts(service) if other != front]
+    for other in others:
+        other.suspend()
+    try:
+        yield
+    finally:
+        for other in others:
+            other.resume()
+
+
+def ask_each(service: Service, call: Callable[[], httpx.Response]) -> list[httpx.Response]:
+    """What each process answers."""
+    answers = []
+    for front in fronts(service):
+        with alone(service, front):
+            answers.append(call())
+    assert len(answers) == len(FRONTS)
+    return answers
+
+
+def ask(service: Service, **more: Any) -> httpx.Response:
+    return httpx.post(f"{service.url}/generate", json={**ASK, **more}, timeout=WAIT_SECONDS)
+
+
+def connected(service: Service, front: psutil.Process) -> int:
+    """Connections of callers that a process has accepted."""
+    port = httpx.URL(service.url).port
+    return sum(at.status == "ESTABLISHED" and at.laddr.port == port for at in front.net_connections("tcp"))
+
+
+@contextmanager
+def callers_of_each(service: Service, count: int) -> Iterator[list[Counter[str]]]:
+    """So many who ask over and over at each process, over connections they keep."""
+    with ExitStack() as opened:
+        met = []
+        for front in fronts(service):
+            with alone(service, front):
+                met.append(opened.enter_context(callers(service.url, count)))
+                until(lambda front=front: connected(service, front) == count)  # type: ignore[misc]
+        yield met
 
 
 def test_callers_see_one_service_whichever_process_answers(service: Service) -> None:
     made = httpx.post(f"{service.url}/encode", json={"inputs": [SOURCE], "store": True}).json()["latents"][0]["id"]
-    answers = ask_each(service, "/generate", {**ASK, "inputs": [{"latent_id": made}]})
-    assert {answer.status_code for answer in answers.values()} == {200}
-    assert len({answer.json()["outputs"][0]["text"] for answer in answers.values()}) == 1
+    answers = ask_each(service, lambda: ask(service, inputs=[{"latent_id": made}]))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["outputs"][0]["text"] for answer in answers}) == 1
     evaluation = {"bridge": "demo", "task": "world", "limit": 4, "conditions": ["bridge", "none"]}
     job = httpx.post(f"{service.url}/evaluations", json=evaluation).json()["id"]
     until(lambda: httpx.get(f"{service.url}/evaluations/{job}").json()["state"] == "done")
@@ -81,54 +118,118 @@ def test_whichever_process_is_asked_tells_what_all_of_them_count(service: Servic
         assert len(names) == len({*names})  # the format wants each family once
         assert {*re.findall(r'front="(\d)"', text)} == FRONTS
         assert re.findall(r"^latentwire_ready (\S+)$", text, re.M) == ["1.0"]  # of the models, once
-    assert sum(by_front(service, "admitted_rows_limit").values()) == ROWS
+    assert by_front(service, "admitted_rows_limit") == dict.fromkeys(FRONTS, ROWS)  # one limit, of all together
 
 
 def test_rows_that_one_process_has_admitted_take_room_from_the_others(service: Service) -> None:
-    filling = threading.Thread(target=lambda: httpx.post(f"{service.url}/generate", json=SLOW, timeout=WAIT_SECONDS))
     assert len(SLOW["inputs"]) * SLOW["n"] == ROWS
+    filling = threading.Thread(target=ask, args=[service], kwargs=SLOW)
     filling.start()
     until(lambda: sum(by_front(service, "admitted_rows").values()) == ROWS)
-    answers = ask_each(service, "/generate", ASK)
-    assert {answer.status_code for answer in answers.values()} == {429}
-    assert all(f"{ROWS} rows are being answered" in answer.text for answer in answers.values())
+    answers = ask_each(service, lambda: ask(service))
+    assert {answer.status_code for answer in answers} == {429}
+    assert all(f"{ROWS} rows are being answered" in answer.text for answer in answers)
     filling.join()
-    assert {answer.status_code for answer in ask_each(service, "/generate", ASK).values()} == {200}
+    assert {answer.status_code for answer in ask_each(service, lambda: ask(service))} == {200}
 
 
 def test_what_a_process_that_is_killed_had_admitted_takes_no_room_and_the_others_answer(service: Service) -> None:
     before = {one.pid for one in service.parent.children()}
-    with callers(service.url, 8) as met:
-        until(lambda: met["200"] >= 16 and all(by_front(service, "admitted_rows").values()))
+    with callers_of_each(service, 4) as (of_the_killed, of_the_other):
+        until(lambda: all(by_front(service, "admitted_rows").values()))
         killed = fronts(service)[0]
         killed.kill()
-        until(lambda: met["connection lost"] >= 1)
-        answered = met["200"]
-        until(lambda: met["200"] >= answered + 16)
-    assert set(met) <= {"200", "503", "connection lost"}, met
+        until(lambda: of_the_killed["connection lost"] >= 1)
+        answered = of_the_other["200"]
+        until(lambda: of_the_other["200"] >= answered + 16)
+    assert {*of_the_killed} <= {"200", "503", "connection lost"} and {*of_the_other} == {"200"}
     until(lambda: by_front(service, "admitted_rows") == dict.fromkeys(FRONTS, 0.0))
     assert before - {one.pid for one in service.parent.children()} == {killed.pid}
+
+
+def test_one_that_is_killed_again_while_it_starts_is_started_until_it_is_ready_and_the_others_answer(
+    service: Service,
+) -> None:
+    known = {one.pid for one in service.parent.children()}
+    fronts(service)[0].kill()
+    new: list[psutil.Process] = []
+
+    def started() -> bool:
+        new[:] = [one for one in service.parent.children() if one.pid not in known]
+        return bool(new)
+
+    for _ in range(2):
+        until(started)
+        known.add(new[0].pid)
+        new[0].kill()
+        assert ask(service).status_code == 200
+    until(lambda: {*by_front(service, "stalled")} == FRONTS)
+    assert {answer.status_code for answer in ask_each(service, lambda: ask(service))} == {200}
+
+
+def test_one_that_hangs_is_named_by_the_others_until_it_moves(service: Service) -> None:
+    def live() -> httpx.Response:
+        return httpx.get(f"{service.url}/health/live")
+
+    for front in fronts(service):
+        with alone(service, front):
+            until(lambda: live().status_code == 503)
+            ((own, stalled),) = by_front(service, "stalled").items()
+            (hanging,) = FRONTS - {own}
+            assert stalled and f"process {hanging} of those that answer HTTP has not moved for 2 s" in live().text
+        until(lambda: live().status_code == 200)
 
 
 def test_a_signal_ends_the_service_when_each_process_has_answered_what_it_had_accepted(tmp_path: Path) -> None:
     with serving(tmp_path, LW_FRONTENDS="2", LW_STORE_DIR=str(tmp_path / "store"), LW_MAX_QUEUE="500") as service:
         until(lambda: {*by_front(service, "stalled")} == FRONTS)
         met: Counter[int] = Counter()
-        body = {**SLOW, "inputs": ASK["inputs"]}
 
-        def ask() -> None:
-            met[httpx.post(f"{service.url}/generate", json=body, timeout=WAIT_SECONDS).status_code] += 1
+        def call() -> None:
+            met[ask(service, **{**SLOW, "inputs": ASK["inputs"]}).status_code] += 1
 
-        asking = [threading.Thread(target=ask) for _ in range(8)]
-        for one in asking:
-            one.start()
+        asking = [threading.Thread(target=call) for _ in range(8)]
+        for front in fronts(service):
+            with alone(service, front):
+                four, asking = asking[:4], [*asking[4:], *asking[:4]]
+                for one in four:
+                    one.start()
+                until(lambda front=front: connected(service, front) == 4)  # type: ignore[misc]
         until(lambda: sum(by_front(service, "admitted_rows").values()) == 8 * SLOW["n"])
-        assert all(by_front(service, "admitted_rows").values())
         service.parent.terminate()
         for one in asking:
             one.join()
         assert (service.parent.wait(WAIT_SECONDS), met) == (0, {200: 8})
         assert not list(tmp_path.glob("latentwire*"))
+
+
+def test_one_that_hangs_does_not_keep_the_service_from_ending_which_says_what_was_not_answered(tmp_path: Path) -> None:
+    with serving(tmp_path, LW_FRONTENDS="2", LW_STORE_DIR=str(tmp_path / "store")) as service:
+        until(lambda: {*by_front(service, "stalled")} == FRONTS)
+        fronts(service)[1].suspend()
+        service.parent.terminate()
+        until(lambda: len(fronts(service)) == 1)  # the other has nothing to answer
+        service.parent.terminate()
+        assert service.parent.wait(WAIT_SECONDS) == 1
+        assert "was ended by SIGKILL before it had answered what it had accepted" in service.log.read_text()
+
+
+def test_one_that_dies_and_cannot_start_again_ends_nothing_and_starts_when_it_can(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    right = key_line("bob", hash_of(KEY.encode()), ["infer"])
+    keys.write_text(right)
+    more = {"LW_STORE_DIR": str(tmp_path / "store"), "LW_API_KEYS_FILE": str(keys)}
+    with serving(tmp_path, LW_FRONTENDS="2", **more) as service:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        ask_each(service, lambda: httpx.get(f"{service.url}/bridges", headers=headers, timeout=WAIT_SECONDS))
+        keys.write_text("no key")
+        fronts(service)[0].kill()
+        until(lambda: service.log.read_text().count("the http process ended") >= 2)
+        assert httpx.get(f"{service.url}/bridges", headers=headers).status_code == 200
+        keys.write_text(right)
+        until(lambda: len(fronts(service)) == 2)
+        answers = ask_each(service, lambda: httpx.get(f"{service.url}/bridges", headers=headers, timeout=WAIT_SECONDS))
+        assert {answer.status_code for answer in answers} == {200}
 
 
 def test_a_key_has_its_limit_over_all_processes_together(tmp_path: Path) -> None:
@@ -139,8 +240,13 @@ def test_a_key_has_its_limit_over_all_processes_together(tmp_path: Path) -> None
     try:
         with serving(tmp_path, LW_FRONTENDS="2", **more) as service:
             headers = {"Authorization": f"Bearer {KEY}"}
-            met = Counter(httpx.get(f"{service.url}/bridges", headers=headers).status_code for _ in range(40))
-        assert met == {200: PER_MINUTE, 429: 40 - PER_MINUTE}
+
+            def call() -> httpx.Response:
+                return httpx.get(f"{service.url}/bridges", headers=headers, timeout=WAIT_SECONDS)
+
+            ask_each(service, lambda: httpx.get(f"{service.url}/health/live", timeout=WAIT_SECONDS))  # each is there
+            met = Counter(answer.status_code for _ in range(5) for answer in ask_each(service, call))
+        assert met == {200: PER_MINUTE, 429: 10 - PER_MINUTE}  # alone each of the two would answer its five
     finally:
         server.stop()
 

@@ -482,3 +482,16 @@ def test_processes_that_share_a_limit_refuse_what_all_of_them_have_no_room_for()
             pass
         assert caught.value.retry_after_seconds == pytest.approx(2.5)  # of twenty it answers five, at two a second
     assert (one.rows.all, parts.tolist()) == (0, [0, 0])
+
+
+def test_a_process_with_no_rows_of_its_own_counts_no_idle_time_for_those_of_others() -> None:
+    clock, parts = Clock(), memoryview(bytearray(16)).cast("q")
+    one, other = (Admission(40, clock=clock, rows=Sum(parts, own)) for own in (0, 1))
+    with one.admit(40):
+        assert other.retry_after(10) == 1.0  # it has never answered anything, and knows no better
+    for _ in range(10):
+        answer(other, clock, 2, 1.0)
+    clock.now += 3600
+    with one.admit(40):
+        clock.now += 30
+        assert other.retry_after(20) == pytest.approx(5.0)  # half of the twenty, at two a second

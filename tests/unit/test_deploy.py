@@ -32,7 +32,7 @@ RULES: list[dict[str, Any]] = yaml.safe_load((DEPLOY / "prometheus/rules.yml").r
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
 
 # Labels that Prometheus adds, a histogram has, or replicas on Ray.
-ADDED = {"instance", "job", "le", "replica"}
+ADDED = {"instance", "job", "le", "replica", "front"}
 METRIC = re.compile(r"\b(latentwire_\w+)(?:\{(.*?)\})?")
 
 

@@ -39,6 +39,9 @@ async def live(request: Request) -> Health:
         raise NotReady(runtime.models.dead)
     if runtime.models.stalled:
         raise NotReady(f"no step was made for {runtime.settings.stall_timeout:g} s although there is work")
+    seconds = runtime.settings.stall_timeout
+    if hanging := request.app.state.peers.hanging(seconds):
+        raise NotReady(f"process {hanging[0]} of those that answer HTTP has not moved for {seconds:g} s")
     return Health()
 
 
@@ -66,7 +69,8 @@ async def metrics(request: Request) -> Response:
     await asyncio.sleep(0)
     own, peers = generate_latest(runtime.metrics.registry), request.app.state.peers
     if peers.count > 1:
-        own = generate_latest(Texts("front", {str(peers.number): own.decode(), **await peers.texts()}))
+        texts = {str(peers.number): own.decode(), **await peers.texts()}
+        own = await asyncio.to_thread(generate_latest, Texts("front", texts))  # to read them takes long: some ms each
     return Response(own + await theirs, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -25,11 +25,8 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ByteSize
 
-from latentwire.bridge.errors import Overloaded
-from latentwire.service.api.bodies import Bodies
 from latentwire.service.app import create_app
 from latentwire.service.cli import server as serving
-from latentwire.service.inference.parts import Sum
 from latentwire.service.settings import Settings
 from tests.integration.service.conftest import HELD_SECONDS, until
 from tests.integration.service.test_storm import ASK, ask, at_rest, connect, listening, request, rest
@@ -165,24 +162,6 @@ def test_bodies_under_way_have_a_common_bound(app: FastAPI, port: int) -> None:
         until(lambda: bodies() == MOST - 1)
         assert ask(port, body={**ASK, "prompt": "a" * (MOST // 2)}).status_code == 422  # read, and then too long
     until(lambda: bodies() == 0)
-
-
-async def test_the_bound_is_common_to_all_processes_that_answer_http() -> None:
-    settings, parts = Settings(max_body=ByteSize(MOST), max_bodies=ByteSize(TOGETHER)), memoryview(bytearray(16))
-    one, other = (Bodies(settings, Sum(parts.cast("q"), own)) for own in (0, 1))
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": bytes(MOST), "more_body": False}
-
-    def receiving(bodies: Bodies) -> Any:
-        return bodies.receiving({"type": "http", "headers": []}, receive)
-
-    with receiving(one) as first, receiving(one) as second, receiving(other) as third:
-        await first.receive()
-        await second.receive()
-        with pytest.raises(Overloaded):
-            await third.receive()
-    assert not any(parts)
 
 
 def taken(app: FastAPI) -> Callable[[], int]:

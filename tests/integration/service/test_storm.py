@@ -25,7 +25,7 @@ from latentwire.bridge.generation import continuous
 from latentwire.bridge.generation import output as answer
 from latentwire.service.app import create_app
 from latentwire.service.auth.limits import Limiter
-from latentwire.service.cli.server import Server
+from latentwire.service.cli.server import Server, serve
 from latentwire.service.inference import engines
 from latentwire.service.inference import generation as answering
 from latentwire.service.metrics import Metrics
@@ -344,3 +344,18 @@ def test_a_model_or_engine_that_cannot_be_brought_in_fails_those_who_wait_and_is
     at_rest(app)
     assert faulty.post("/generate", json=ASK).status_code == 200
     at_rest(app)
+
+
+def test_a_start_that_fails_ends_the_process_before_it_counts_as_started(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(Settings(), {"tiny": str(checkpoint)})
+
+    async def fails() -> None:
+        raise RuntimeError("as it should")
+
+    monkeypatch.setattr(app.state.runtime, "start", fails)
+    started: list[bool] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(SystemExit):
+        serve(app, [listener], lambda: started.append(True))
+    assert not started

@@ -1,0 +1,122 @@
+"""Processes and their parent: which end the service with their own end, and which are started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+WAIT_SECONDS = 60.0
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
+from latentwire.service.processes import supervisor as module
+module.END_SECONDS, module.LATER_SECONDS = 1.0, 0.1
+made = module.Supervisor(3, 0.1)
+role = made.run()
+name, (folder, dies, hangs) = f"{role}{made.peers.number}", sys.argv[1:]
+started = pathlib.Path(folder, name)
+with started.open("a") as file:
+    print(os.getpid(), file=file)
+if len(started.read_text().split()) in json.loads(dies).get(name, []):
+    sys.exit(3)
+if role == "http":
+    made.wait_turn()
+signal.signal(signal.SIGTERM, signal.SIG_IGN if name == hangs else lambda *_: sys.exit(0))
+made.note(module.READY)
+pathlib.Path(folder, f"{name} {os.getpid()}").touch()
+while True:
+    time.sleep(1)
+"""
+
+
+@dataclass
+class Supervised:
+    """The parent of three that answer HTTP, and the models."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def started(self, name: str) -> list[int]:
+        """The process ids of a role, oldest first."""
+        file = self.folder / name
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+    def is_ready(self, name: str, start: int) -> bool:
+        """Whether that start of a role, counted from 1, is."""
+        pids = self.started(name)
+        return len(pids) >= start and (self.folder / f"{name} {pids[start - 1]}").exists()
+
+    def is_ready_at_first(self) -> bool:
+        """Whether every process is that was started first."""
+        return all(self.is_ready(name, 1) for name in ("models0", "http0", "http1", "http2"))
+
+    def kill(self, name: str) -> None:
+        """End the latest start of a role by force."""
+        os.kill(self.started(name)[-1], signal.SIGKILL)
+
+    def ended(self) -> tuple[int, str]:
+        """The exit code, and what was said."""
+        _, said = self.process.communicate(timeout=WAIT_SECONDS)
+        return self.process.returncode, said
+
+
+@contextmanager
+def supervised(folder: Path, dies: dict[str, list[int]], hangs: str = "") -> Iterator[Supervised]:
+    """``dies`` names the starts of a role that end before they are ready; ``hangs`` hears no signal."""
+    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(dies), hangs]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield Supervised(process, folder)
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["models0", "http0", "http2"])
+def test_one_that_was_never_ready_ends_the_service_with_its_code(name: str, tmp_path: Path) -> None:
+    with supervised(tmp_path, {name: [1]}) as made:
+        assert made.ended() == (3, "")
+        assert len(made.started(name)) == 1
+
+
+@pytest.mark.parametrize("name", ["models0", "http0", "http2"])
+def test_one_that_dies_on_its_way_back_is_tried_until_it_is_ready(name: str, tmp_path: Path) -> None:
+    with supervised(tmp_path, {name: [2, 3]}) as made:
+        until(made.is_ready_at_first)
+        made.kill(name)
+        until(lambda: made.is_ready(name, 4))
+        made.process.terminate()
+        code, said = made.ended()
+    assert code == 0 and said.count("process ended with -9; another is started") == 1
+    assert said.count("process ended with 3; another is started") == 2
+
+
+def test_one_that_never_comes_back_keeps_no_other_from_it(tmp_path: Path) -> None:
+    with supervised(tmp_path, {"http0": [*range(2, 10_000)]}) as made:
+        until(made.is_ready_at_first)
+        made.kill("http0")
+        until(lambda: len(made.started("http0")) >= 3)
+        for name in ("models0", "http1"):
+            made.kill(name)
+            until(lambda name=name: made.is_ready(name, 2))  # type: ignore[misc]
+
+
+def test_one_that_hangs_is_ended_by_force_when_its_time_is_over(tmp_path: Path) -> None:
+    with supervised(tmp_path, {}, hangs="http2") as made:
+        until(made.is_ready_at_first)
+        made.process.terminate()
+        code, said = made.ended()
+    assert code == 1 and "was ended by SIGKILL before it had answered what it had accepted" in said
