@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from latentwire.bridge.errors import CallerLeft, DeadlineExceeded
 from latentwire.service.api.errors import status_of
 
 Result = TypeVar("Result")
 KEEP_ALIVE_SECONDS = 15.0
+COMMENT = format_sse_event(comment="keep-alive")
 QUIET = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies pass events on as they come
 OnPiece = Callable[[Any], None]
 
@@ -78,7 +79,7 @@ async def stream_response(
             yield item[0]
             item = await pieces.get()
 
-    return _Events(_kept_alive(events(stream_pieces(), task.result)), task)
+    return _Events(events(stream_pieces(), task.result), task)
 
 
 def event(name: str | None, data: Any) -> str:
@@ -88,38 +89,42 @@ def event(name: str | None, data: Any) -> str:
 
 
 class _Events(EventSourceResponse):
-    """Ends the work when the stream ends, however it does, and also when it never began."""
+    """Ends the work when the stream ends, however it does, and also when it never began.
+
+    Sends a comment where nothing has come for long, so that nobody on the way closes the connection.
+    """
 
     def __init__(self, body: AsyncIterator[str], task: "asyncio.Task[Any]") -> None:
         super().__init__(body, headers=QUIET)
         self._task = task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        sent_at = 0.0  # of nothing yet
+
+        async def noted(message: Message) -> None:
+            nonlocal sent_at
+            sent_at = now()
+            await send(message)
+
+        async def keep_alive() -> None:
+            while True:
+                left = KEEP_ALIVE_SECONDS - (now() - sent_at) if sent_at else KEEP_ALIVE_SECONDS
+                if left <= 0:
+                    await noted({"type": "http.response.body", "body": COMMENT, "more_body": True})
+                else:
+                    await asyncio.sleep(left)
+
+        alive = asyncio.create_task(keep_alive())
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, noted)
         finally:
+            alive.cancel()
             self._task.cancel()
-            result = (await asyncio.gather(self._task, return_exceptions=True))[0]  # what it raised has been told
+            ended: tuple[Any, Any] = await asyncio.gather(self._task, alive, return_exceptions=True)
+            result = ended[0]  # what it raised has been told
             if isinstance(result, BaseException):
                 scope["state"]["ended"] = status_of(result)
-
-
-async def _kept_alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The lines, and a comment where none has come for long, so that nobody on the way closes the connection."""
-    waiting = asyncio.ensure_future(anext(lines))
-    try:
-        while True:
-            done, _ = await asyncio.wait([waiting], timeout=KEEP_ALIVE_SECONDS)
-            if not done:
-                yield format_sse_event(comment="keep-alive").decode()
-                continue
-            try:
-                yield waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = asyncio.ensure_future(anext(lines))
-    finally:
-        waiting.cancel()
 
 
 async def _with_deadline(work: Coroutine[Any, Any, Result], seconds: float) -> Result:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from typing import Any
@@ -12,9 +12,11 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from starlette.datastructures import Headers
+from starlette.types import Message
 
 from latentwire.bridge import engine
 from latentwire.bridge.errors import CallerLeft, DeadlineExceeded, InvalidRequest
+from latentwire.service.api import lifetime
 from latentwire.service.api.lifetime import run_while_connected
 from latentwire.service.auth.keys import hash_of, key_line
 from latentwire.service.settings import Settings
@@ -79,6 +81,33 @@ async def test_a_caller_who_stays_gets_the_answer_or_its_error_and_is_watched_no
         await run_while_connected(Attended(BODY).request, refused(), 60.0)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
+
+
+async def test_a_stream_on_which_nothing_comes_for_long_bears_comments_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lifetime, "KEEP_ALIVE_SECONDS", 0.02)
+    sent, commented, caller = list[bytes](), asyncio.Event(), Attended(BODY)
+
+    async def work(on_piece: lifetime.OnPiece) -> None:
+        on_piece("a")
+        await commented.wait()
+        on_piece("b")
+
+    async def events(pieces: AsyncIterator[Any], result: Callable[[], None]) -> AsyncIterator[str]:
+        async for piece in pieces:
+            yield lifetime.event(None, piece)
+        result()
+
+    async def send(message: Message) -> None:
+        sent.append(message.get("body", b""))
+        if sent[-1] == lifetime.COMMENT:
+            commented.set()
+
+    response = await lifetime.stream_response(caller.request, work, events, 60.0)
+    await response({"type": "http", "state": {}}, caller.receive, send)
+    assert [body for body in sent if body not in (b"", lifetime.COMMENT)] == [b"data: a\n\n", b"data: b\n\n"]
+    assert sent.index(b"data: a\n\n") < sent.index(lifetime.COMMENT) < sent.index(b"data: b\n\n")
 
 
 def connect(client: TestClient, path: str, body: dict[str, Any], hang_up: Event, key: str = "") -> "Future[list[Any]]":
