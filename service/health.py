@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def written_down(listener: socket) -> Iterator[None]:
-    """Let probes find the service while it listens."""
+    """Let probes find the service while it listens: until this process leaves the block, whoever it has forked."""
     host, port = listener.getsockname()[:2]
-    file = _write(json.dumps([_reached(host), port]))
+    file, owner = _write(json.dumps([_reached(host), port])), os.getpid()
     if file is None:
         log.warning("no temporary folder can be written: latentwire.service.health will not find this service")
     try:
         yield
     finally:
-        if file is not None:
+        if file is not None and os.getpid() == owner:
             file.unlink(missing_ok=True)
 
 

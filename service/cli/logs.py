@@ -134,13 +134,13 @@ class _Folding(logging.Handler):
     def __init__(self, targets: Sequence[logging.Handler]) -> None:
         super().__init__()
         self._targets = targets
-        self._counts: dict[tuple[str, int, str], int] = {}
+        self._counts: dict[tuple[int, str, int, str], int] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass a record on, unless it repeats a warning and its number is no power of ten."""
         if record.levelno < logging.WARNING:
             return self._pass_on(record)
-        key = (record.name, record.levelno, record.getMessage())
+        key = (os.getpid(), record.name, record.levelno, record.getMessage())
         self._counts[key] = count = self._counts.pop(key, 0) + 1  # now the youngest
         if count == 1:
             self._pass_on(record)
@@ -168,13 +168,13 @@ class _Folding(logging.Handler):
             target.close()
         super().close()
 
-    def _say_total(self, key: tuple[str, int, str], count: int) -> None:
-        if not _is_said(count):
+    def _say_total(self, key: tuple[int, str, int, str], count: int) -> None:
+        if key[0] == os.getpid() and not _is_said(count):  # of what was said before a fork the parent tells
             self._say(key, f"{count} times in all")
 
-    def _say(self, key: tuple[str, int, str], count: str) -> None:
+    def _say(self, key: tuple[int, str, int, str], count: str) -> None:
         """Without the record itself: kept for later, its traceback would keep tensors alive."""
-        name, level, text = key
+        _, name, level, text = key
         self._pass_on(logging.LogRecord(name, level, "", 0, f"{text} ({count})", None, None))
 
     def _pass_on(self, record: logging.LogRecord) -> None:

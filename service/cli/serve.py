@@ -94,9 +94,10 @@ def serve(
     with ExitStack() as opened:
         for listener in (*listeners, *operators):
             opened.enter_context(listener)
+        opened.enter_context(written_down(listeners[0]))
         supervisor = None
         if settings.engine == "local" and settings.frontends:
-            supervisor = Supervisor(settings.frontends, settings.drain_delay + settings.drain_timeout)
+            supervisor = Supervisor(settings.frontends, settings.drain_delay + settings.drain_timeout, opened.close)
             if supervisor.run() == "models":
                 opened.close()  # a port is free when nobody answers on it any more
                 use_threads(settings.threads)  # here alone: threads of a process that forks do not come along
@@ -115,9 +116,8 @@ def serve(
         if operators:
             application.state.runtime.admin_port = operators[0].getsockname()[1]
         shown = url(settings.host, listeners[0].getsockname()[1]) + settings.root_path
-        if supervisor is None or supervisor.peers.number == 0:  # for all that answer here
+        if supervisor is None or supervisor.is_first:  # for all that answer here
             typer.echo(f"LatentWire listens on {shown} (page: {shown}/, reference: {shown}/docs)")
-            opened.enter_context(written_down(listeners[0]))
         on_started = None if supervisor is None else partial(supervisor.note, READY)
         sys.exit(run(application, [*listeners, *operators], on_started))
 

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from latentwire.bridge.errors import InvalidRequest
+from latentwire.service.cli.signals import ENDING
 from latentwire.service.inference.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,11 @@ def serve(application: FastAPI, sockets: list[socket.socket], on_started: Callab
     server = Server(application, on_started)
     gc.collect()
     gc.freeze()  # code and libraries, before any model is there: to look through them stopped every answer for .5 s
+    for number in ENDING:
+        signal.signal(number, server.handle_exit)  # uvicorn leaves it as it was found: one that comes late is heard too
     server.run(sockets=sockets)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)  # all is answered, and the process ends
     return server.exit_code
 
 

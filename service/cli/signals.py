@@ -23,7 +23,8 @@ def ended_by_signals() -> Iterator[None]:
     """SIGINT and SIGTERM end what is inside, at any moment, without an error and with no child process left.
 
     While one is obeyed, others are not heard: what is being tidied up is tidied up to its end. Nor are they heard
-    afterwards, when the process ends. One that somebody swallowed has no such effect: the next is heard again.
+    afterwards, when the process ends. One that somebody swallowed has no such effect: the next is heard again. What is
+    inside may decide to hear none any more, since all is done.
     """
     before = {number: signal.signal(number, _interrupt) for number in ENDING}
     try:
@@ -31,7 +32,7 @@ def ended_by_signals() -> Iterator[None]:
             yield
         finally:
             if not _obeyed():
-                _handle(before)
+                _handle({number: old for number, old in before.items() if signal.getsignal(number) != signal.SIG_IGN})
     except Ended:
         _handle(dict.fromkeys(ENDING, signal.SIG_IGN))
         import psutil  # here, because a client does without it

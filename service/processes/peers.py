@@ -27,7 +27,7 @@ class Peers:
         self.count, self.number = count, 0
         parts = memoryview(mmap.mmap(-1, 3 * 8 * count)).cast("q")
         self._parts = parts[:count], parts[count : 2 * count], parts[2 * count :]
-        self._beats = self._parts[2]  # milliseconds of the clock that processes of one machine share; 0 of nobody
+        self._beats = self._parts[2]  # milliseconds of the machine's clock; below 0 while it starts, 0 of nobody
         doors = [Door.opened() for _ in range(count if count > 1 else 0)]
         self._doors: list[tuple[Door, socket.socket]] = doors
         self._server: asyncio.Server | None = None
@@ -48,10 +48,15 @@ class Peers:
         for parts in self._parts:
             parts[number] = 0
 
+    def expect(self, number: int) -> None:
+        """One of them is started again."""
+        self._beats[number] = -_now()
+
     def hanging(self, seconds: float) -> list[int]:
         """Those that have given no sign of life for so long: what they have admitted takes room from the others."""
         since = _now() - max(seconds, LATE_SECONDS) * 1000
-        return [number for number, beat in enumerate(self._beats) if beat and beat < since and number != self.number]
+        others = [(number, abs(beat)) for number, beat in enumerate(self._beats) if beat and number != self.number]
+        return [number for number, beat in others if beat < since]
 
     async def start(self, text: Callable[[], bytes]) -> None:
         """Tell the others what this one counts, whenever they ask, and that it moves."""
@@ -83,7 +88,7 @@ class Peers:
 
     async def texts(self) -> dict[str, str]:
         """What each of the others counts, in Prometheus's text format; one that says nothing is left out."""
-        others = {str(n): door for n, (door, _) in enumerate(self._doors) if n != self.number and self._beats[n]}
+        others = {str(n): door for n, (door, _) in enumerate(self._doors) if n != self.number and self._beats[n] > 0}
         said = await asyncio.gather(*map(_ask, others.values()))
         return {number: text for number, text in zip(others, said, strict=True) if text}
 

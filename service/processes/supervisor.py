@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType
 from typing import Literal, NamedTuple
@@ -57,8 +57,14 @@ class Supervisor:
         peers: The processes that answer HTTP; in one of them, it and the others.
     """
 
-    def __init__(self, frontends: int, drain_seconds: float) -> None:
-        """``drain_seconds`` is what those that answer HTTP may take, once signalled, for what they have accepted."""
+    def __init__(self, frontends: int, drain_seconds: float, close: Callable[[], None]) -> None:
+        """Make what the processes share.
+
+        Args:
+            frontends: How many answer HTTP.
+            drain_seconds: What these may take, once signalled, for what they have accepted.
+            close: Called in the parent when none of them is there any more: nobody should wait for an answer.
+        """
         self.door, self.listener = Door.opened()
         self.peers = Peers(frontends)
         self._children = [MODELS, *(Child("http", number) for number in range(frontends))]
@@ -68,7 +74,12 @@ class Supervisor:
         self._due = dict.fromkeys(self._children, 0.0)  # when which is to be started
         self._running: dict[int, Child] = {}
         self._replaced: set[Child] = set()
-        self._drain_seconds, self._signals, self._code = drain_seconds, 0, 0
+        self._drain_seconds, self._signals, self._code, self._close = drain_seconds, 0, 0, close
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first that answers HTTP, started for the first time."""
+        return self._own == Child("http") and self._own not in self._replaced
 
     def note(self, stage: int) -> None:
         """How far the start of this process is: ``OPENED`` its bridges, or ``READY`` and worth starting again."""
@@ -115,12 +126,9 @@ class Supervisor:
         if child != MODELS:
             self.peers.forget(child.number)
         if self._signals:
-            if child == MODELS:
-                return
-            if code < 0:
-                name = signal.Signals(-code).name
-                log.error("the http process was ended by %s before it had answered what it had accepted", name)
-            self._code = self._code or (code if code >= 0 else 1)
+            forced = _is_forced(child, code)
+            if child != MODELS:
+                self._code = self._code or max(code, int(forced))
         elif was_ready or (child in self._replaced and self._is_answering()):
             log.error("the %s process ended with %d; another is started", child.role, code)
             self._due[child] = time.monotonic() + (AGAIN_SECONDS if was_ready else LATER_SECONDS)
@@ -139,6 +147,8 @@ class Supervisor:
     def _is_child(self, child: Child, handlers: Mapping[signal.Signals, object]) -> bool:
         """Fork a process; True in it."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that came now would be obeyed by the wrong handler
+        if child != MODELS and child in self._replaced:
+            self.peers.expect(child.number)
         pid = os.fork()
         if pid:
             self._running[pid] = child
@@ -168,8 +178,11 @@ class Supervisor:
         self._send_http(number)
 
     def _give_up(self, _number: int, _frame: FrameType | None) -> None:
-        """Those that answer HTTP have had their time: what hangs hears no signal."""
-        self._send_http(signal.SIGKILL)
+        """Those that answer HTTP have had their time, and then the models: what hangs hears no signal."""
+        http = [pid for pid, child in self._running.items() if child != MODELS]
+        for pid in http or list(self._running):
+            _send(pid, signal.SIGKILL)
+        signal.setitimer(signal.ITIMER_REAL, FORCED_SECONDS if http else 0)
 
     def _send_http(self, number: int) -> None:
         for pid, child in list(self._running.items()):
@@ -178,6 +191,7 @@ class Supervisor:
 
     def _end(self) -> None:
         """End the other processes: by force where it takes too long, or another signal comes."""
+        self._close()
         for pid in self._running:
             _send(pid, signal.SIGTERM)
         until, signals = time.monotonic() + END_SECONDS, self._signals
@@ -185,8 +199,20 @@ class Supervisor:
             if time.monotonic() > until or self._signals > signals:
                 for pid in self._running:
                     _send(pid, signal.SIGKILL)
-            self._running.pop(os.waitpid(-1, os.WNOHANG)[0], None)
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid in self._running:
+                _is_forced(self._running.pop(pid), os.waitstatus_to_exitcode(status))
             time.sleep(POLL_SECONDS)
+        for number in (*SIGNALS, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)  # all have ended, and so does this one
+
+
+def _is_forced(child: Child, code: int) -> bool:
+    """Whether a process that was to end did not do so by itself, which is said: what it had accepted is lost."""
+    is_forced = code < 0 and -code not in SIGNALS
+    if is_forced:
+        log.error("the %s process was ended by %s before it had done its work", child.role, signal.Signals(-code).name)
+    return is_forced
 
 
 def _send(pid: int, number: int) -> None:

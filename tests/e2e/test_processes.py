@@ -307,6 +307,15 @@ def test_models_that_hang_are_ended_by_force_at_the_second_signal(tmp_path: Path
         assert service.parent.wait(WAIT_SECONDS) == 0 and not models.is_running()
 
 
+def test_signals_at_every_moment_of_the_end_end_it_in_order(tmp_path: Path) -> None:
+    with serving(tmp_path, LW_FRONTENDS="1", TMPDIR=str(tmp_path)) as service:
+        while service.parent.is_running() and service.parent.status() != psutil.STATUS_ZOMBIE:
+            service.parent.terminate()
+            time.sleep(0.03)
+        assert service.parent.wait(WAIT_SECONDS) == 0, service.log.read_text()
+        assert not list(tmp_path.glob("latentwire*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_of_the_start_ends_all_three_with_code_0(tmp_path: Path, number: signal.Signals) -> None:
     for wait in (0.0, 0.5):

@@ -345,7 +345,7 @@ def test_the_threads_of_a_service_are_set_in_the_process_that_holds_its_models(
     class Supervisor:
         """Says that this process is the one that holds the models."""
 
-        def __init__(self, frontends: int, drain_seconds: float) -> None:
+        def __init__(self, frontends: int, drain_seconds: float, close: object) -> None:
             assert frontends == 1
 
         def run(self) -> str:

@@ -122,6 +122,18 @@ def test_only_the_same_warning_of_the_same_logger_is_folded() -> None:
     assert sum("said each time" in line for line in said(stream)) == 3
 
 
+def test_a_process_tells_no_totals_of_what_the_one_it_was_forked_from_has_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    configure("info", console=stream)
+    for text in ("a", "a", "b"):
+        log.warning(text)
+    before = said(stream)
+    monkeypatch.setattr(os, "getpid", lambda: 0)
+    log.warning("a")  # its first
+    logging.getLogger().handlers[0].flush()
+    assert said(stream) == [*before, before[0]]
+
+
 def test_counting_is_bounded_and_what_is_forgotten_says_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "REPEATED", 2)
     stream = io.StringIO()

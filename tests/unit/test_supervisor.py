@@ -17,10 +17,10 @@ WAIT_SECONDS = 60.0
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 from latentwire.service.processes import supervisor as module
-module.END_SECONDS, module.LATER_SECONDS = 1.0, 0.1
-made = module.Supervisor(3, 0.1)
+module.END_SECONDS, module.LATER_SECONDS, module.FORCED_SECONDS = json.loads(sys.argv[4]), 0.1, 1.0
+made = module.Supervisor(3, 0.1, lambda: None)
 role = made.run()
-name, (folder, dies, hangs) = f"{role}{made.peers.number}", sys.argv[1:]
+name, (folder, dies, hangs, _) = f"{role}{made.peers.number}", sys.argv[1:]
 started = pathlib.Path(folder, name)
 with started.open("a") as file:
     print(os.getpid(), file=file)
@@ -28,7 +28,7 @@ if len(started.read_text().split()) in json.loads(dies).get(name, []):
     sys.exit(3)
 if role == "http":
     made.wait_turn()
-signal.signal(signal.SIGTERM, signal.SIG_IGN if name == hangs else lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if name in hangs else lambda *_: sys.exit(0))
 made.note(module.READY)
 pathlib.Path(folder, f"{name} {os.getpid()}").touch()
 while True:
@@ -68,9 +68,14 @@ class Supervised:
 
 
 @contextmanager
-def supervised(folder: Path, dies: dict[str, list[int]], hangs: str = "") -> Iterator[Supervised]:
-    """``dies`` names the starts of a role that end before they are ready; ``hangs`` hears no signal."""
-    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(dies), hangs]
+def supervised(
+    folder: Path, dies: dict[str, list[int]], hangs: str = "", seconds: float = WAIT_SECONDS
+) -> Iterator[Supervised]:
+    """``dies`` names the starts of a role that end before they are ready; what is in ``hangs`` hears no signal.
+
+    All has ``seconds`` to end after a signal, and one second after two.
+    """
+    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(dies), hangs, str(seconds)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield Supervised(process, folder)
@@ -114,9 +119,25 @@ def test_one_that_never_comes_back_keeps_no_other_from_it(tmp_path: Path) -> Non
             until(lambda name=name: made.is_ready(name, 2))  # type: ignore[misc]
 
 
-def test_one_that_hangs_is_ended_by_force_when_its_time_is_over(tmp_path: Path) -> None:
-    with supervised(tmp_path, {}, hangs="http2") as made:
+@pytest.mark.parametrize(("signals", "seconds"), [(1, 1.0), (2, 10 * WAIT_SECONDS)])
+@pytest.mark.parametrize("hangs", ["http2", "models0", "models0 http1"])
+def test_what_hangs_is_ended_by_force_when_its_time_is_over(
+    hangs: str, signals: int, seconds: float, tmp_path: Path
+) -> None:
+    with supervised(tmp_path, {}, hangs, seconds) as made:
         until(made.is_ready_at_first)
-        made.process.terminate()
+        for _ in range(signals):
+            made.process.terminate()
+            time.sleep(0.2)  # two that come at once are one
         code, said = made.ended()
-    assert code == 1 and "was ended by SIGKILL before it had answered what it had accepted" in said
+    assert ("the http process was ended by SIGKILL before it had done its work" in said) == ("http" in hangs) == code
+    assert ("the models process was ended by SIGKILL before" in said) == ("models" in hangs)
+
+
+def test_signals_that_come_when_all_has_ended_change_nothing(tmp_path: Path) -> None:
+    with supervised(tmp_path, {}) as made:
+        until(made.is_ready_at_first)
+        while made.process.poll() is None:
+            made.process.terminate()
+            time.sleep(0.01)
+        assert made.ended() == (0, "")

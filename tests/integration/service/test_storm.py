@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import struct
 import threading
@@ -26,6 +27,7 @@ from latentwire.bridge.generation import output as answer
 from latentwire.service.app import create_app
 from latentwire.service.auth.limits import Limiter
 from latentwire.service.cli.server import Server, serve
+from latentwire.service.cli.signals import ENDING
 from latentwire.service.inference import engines
 from latentwire.service.inference import generation as answering
 from latentwire.service.metrics import Metrics
@@ -356,6 +358,9 @@ def test_a_start_that_fails_ends_the_process_before_it_counts_as_started(
 
     monkeypatch.setattr(app.state.runtime, "start", fails)
     started: list[bool] = []
+    before = {number: signal.getsignal(number) for number in ENDING}
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(SystemExit):
         serve(app, [listener], lambda: started.append(True))
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert not started
