@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 WAIT_SECONDS = 60.0
@@ -80,7 +81,9 @@ def supervised(
         try:
             yield Supervised(process, folder)
         finally:
-            process.kill()
+            left = psutil.Process(process.pid).children() if process.poll() is None else []
+            for one in (*left, process):
+                one.kill()
 
 
 def until(condition: Callable[[], bool]) -> None:
